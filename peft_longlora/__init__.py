@@ -1,0 +1,35 @@
+"""LongLoRA for any rotary causal language model of transformers, as an ordinary PEFT adapter.
+
+The data path, which is also the reading order:
+
+    input_ids -> transformers model
+      -> mask.py        once a forward: who is padding, who belongs to which document
+      -> attention.py   each layer: sparse while training, dense otherwise
+      -> groups.py      where the groups start
+      -> kernels.py     s2_attention and its backends (sdpa.py, ...); reference.py is the definition of correct
+      -> loss           the Trainer's
+      -> model.py       what an adapter holds (config.py, trainable.py, rope.py)
+      -> hub.py         its card
+
+Importing this package registers `LongLoraConfig` with peft and "s2_attn" with transformers (register.py).
+"""
+
+from peft_longlora.attention import configure_attention, use_attention
+from peft_longlora.config import LongLoraConfig
+from peft_longlora.kernels import s2_attention
+from peft_longlora.model import LongLoraModel
+from peft_longlora.register import register
+from peft_longlora.rope import restore_rope, scale_rope
+
+register()
+
+__version__ = "0.1.0"
+__all__ = [
+    "LongLoraConfig",
+    "LongLoraModel",
+    "configure_attention",
+    "restore_rope",
+    "s2_attention",
+    "scale_rope",
+    "use_attention",
+]

@@ -1,0 +1,363 @@
+"""What transformers calls in every layer: sparse attention while training, the model's own attention otherwise.
+
+`configure_attention` puts one `AttentionSettings` on all attention modules of a model; `s2_attention_forward`, which
+transformers finds under the name "s2_attn", reads it there. Nothing is kept in module globals, so two models in one
+process do not touch each other.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from peft_longlora import kernels
+from peft_longlora.mask import S2Mask
+from peft_longlora.rope import find_rotary_modules, window_of
+
+logger = logging.get_logger(__name__)
+
+S2_ATTN = "s2_attn"
+Mode = Literal["auto", "sparse", "dense"]
+_SETTINGS = "s2_settings"
+
+
+@dataclass
+class AttentionSettings:
+    """How the layers of one model attend; shared by all of them.
+
+    Attributes:
+        group_size: G, tokens.
+        pattern: "s2", "local" or "full".
+        dense_layers: indices of layers that stay dense while training.
+        dense_attention: the transformers attention that runs wherever S2-Attn does not.
+        backend: the kernel of sparse layers, one of `kernels.BACKENDS`, or None for the fastest.
+        mode: "auto" (sparse while training), "sparse" or "dense"; set by `use_attention`.
+        is_enabled: False while the adapter that brought these settings is switched off: then all is as without it.
+    """
+
+    group_size: int
+    pattern: str = "s2"
+    dense_layers: frozenset[int] = frozenset()
+    dense_attention: str = "sdpa"
+    backend: str | None = None
+    mode: Mode = "auto"
+    is_enabled: bool = True
+
+    def is_sparse(self, training: bool) -> bool:
+        return self.is_enabled and (self.mode == "sparse" or (self.mode == "auto" and training))
+
+
+def s2_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: S2Mask | torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' attention function for `attn_implementation="s2_attn"`.
+
+    Args:
+        module: the attention layer; `training`, `layer_idx` and its settings are read.
+        query: (B, H, S, D) after RoPE. key: (B, H_kv, T, D) with the cache in front. value: (B, H_kv, T, D_v).
+        attention_mask: what `mask.s2_mask` returned, or a 4-D mask of the user's.
+        dropout, scaling: as in transformers.
+        kwargs: position_ids, sliding_window, softcap, s_aux, is_causal ... as the architecture passes them.
+
+    Returns:
+        (B, S, H, D_v) and the attention weights or None.
+
+    Raises:
+        ValueError: a 4-D mask while sparse. NotImplementedError: softcap or sinks that the backend cannot do.
+
+    Source: the interface of transformers.modeling_utils.AttentionInterface.
+    """
+    settings = settings_of(module)
+    if not _is_sparse(module, settings, query, key, attention_mask, kwargs):
+        return _attend_densely(module, settings, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    is_dense_layer = getattr(module, "layer_idx", None) in settings.dense_layers
+    pattern = "full" if is_dense_layer else settings.pattern
+    if attention_mask is None:  # a model that makes no mask has no padding and no packed rows
+        attention_mask = S2Mask(dict(batch_size=query.shape[0], q_length=query.shape[2], device=query.device))
+    groups = attention_mask.groups(settings.group_size, pattern, kwargs.get("position_ids"))
+    out = kernels.attend(
+        query,
+        key,
+        value,
+        groups,
+        scaling=scaling,
+        dropout=dropout,
+        backend=settings.backend,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    return out, None
+
+
+def _is_sparse(
+    module: nn.Module,
+    settings: AttentionSettings,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: S2Mask | torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> bool:
+    """Whether this call is one for S2-Attn: training, no cache in front, no window of the layer's own."""
+    if isinstance(mask, S2Mask):
+        if mask.is_sparse is None:
+            mask.is_sparse = settings.is_sparse(module.training)
+        is_sparse, is_local, is_causal = mask.is_sparse, mask.is_local, mask.is_causal
+    else:
+        is_sparse, is_local, is_causal = settings.is_sparse(module.training), False, True
+    is_local = is_local or kwargs.get("sliding_window") is not None
+    asked = kwargs.get("is_causal")
+    is_causal = is_causal and (getattr(module, "is_causal", True) if asked is None else asked)
+    if not is_sparse or is_local or not is_causal or query.shape[2] != key.shape[2]:
+        return False
+    if isinstance(mask, torch.Tensor):
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)} cannot be cut into groups. Give a 2-D attention_mask "
+            f"(1 = token, 0 = padding), position_ids that restart where a document starts, or both; or train dense "
+            f"with attention_pattern='full' and attn_implementation='sdpa'."
+        )
+    return True
+
+
+def _attend_densely(
+    module: nn.Module,
+    settings: AttentionSettings,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: S2Mask | torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the model would compute without this package, with the mask it would get."""
+    name = settings.dense_attention
+    if isinstance(mask, S2Mask):
+        mask = mask.dense(name, query.device)
+    if "flash" in name:
+        return _flash(module, name, query, key, value, mask, dropout, scaling, **kwargs), None
+    if name == "eager":
+        # Every modeling file brings its own eager attention, and hands it over only where no other is set.
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+        if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:  # a static cache's mask, made for sdpa
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    else:
+        attend = ALL_ATTENTION_FUNCTIONS[name]
+    return attend(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _flash(
+    module: nn.Module,
+    name: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """A flash kernel by its transformers name.
+
+    transformers' own wrapper is not called because it looks the kernel up by the model's implementation, which is
+    "s2_attn" here (integrations/flash_attention.py).
+    """
+    return _flash_attention_forward(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        mask,
+        query_length=query.shape[2],
+        is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        dropout=dropout,
+        softmax_scale=scaling,
+        softcap=softcap,
+        s_aux=s_aux,
+        attn_implementation=name,
+        **kwargs,
+    )
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """The attention of a model before an adapter changed it."""
+
+    implementation: str
+    settings: dict[str, AttentionSettings]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> AttentionState:
+        layers = find_attention_modules(model)
+        found = {name: getattr(module, _SETTINGS) for name, module in layers.items() if hasattr(module, _SETTINGS)}
+        return cls(model.config._attn_implementation, found)
+
+    def put_on(self, model: PreTrainedModel) -> None:
+        model.set_attn_implementation(self.implementation)
+        for name, module in find_attention_modules(model).items():
+            if hasattr(module, _SETTINGS):
+                delattr(module, _SETTINGS)
+            if name in self.settings:
+                setattr(module, _SETTINGS, self.settings[name])
+
+
+def find_attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention layers of a model, by name: modules of a class named so that know their layer's index."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
+    }
+
+
+def settings_of(module: nn.Module) -> AttentionSettings:
+    """The settings of an attention layer; the defaults where `configure_attention` was never called."""
+    settings = getattr(module, _SETTINGS, None)
+    if settings is None:
+        settings = AttentionSettings(group_size=_group_size(None, 0.25, window_of(module.config)))
+        setattr(module, _SETTINGS, settings)
+    return settings
+
+
+def configure_attention(
+    model: PreTrainedModel,
+    *,
+    group_size: int | None = None,
+    group_size_ratio: float = 0.25,
+    pattern: str = "s2",
+    dense_layers: list[int] | None = None,
+    dense_attention: str | None = None,
+    backend: str | None = None,
+) -> AttentionSettings:
+    """Switch a model to S2-Attn: sparse while it trains, dense otherwise. No adapter is needed.
+
+    Args:
+        model: a rotary causal language model of transformers.
+        group_size: G, tokens, even, 2 or more. None: `group_size_ratio` of the model's window.
+        group_size_ratio: in (0, 1], of the window that the model's config states.
+        pattern: "s2", "local" or "full".
+        dense_layers: indices of layers that stay dense while training.
+        dense_attention: the transformers attention wherever S2-Attn does not run ("sdpa", "flash_attention_2", ...).
+            None: what the model runs now, or would run had it not been loaded with "s2_attn".
+        backend: the kernel of sparse layers, one of `kernels.BACKENDS`. None: the fastest there is.
+
+    Returns:
+        The settings now on every attention layer.
+
+    Raises:
+        ValueError: a value outside its rule. NotImplementedError: an architecture that does not take its attention
+            from transformers' interface, or has no rotary embeddings. The model is left as it was.
+    """
+    check_architecture(model)
+    config = model.config.get_text_config()
+    layers = find_attention_modules(model)
+    indices = {module.layer_idx for module in layers.values()}
+    if unknown := sorted(set(dense_layers or ()) - indices):
+        raise ValueError(
+            f"dense_layers={dense_layers} names {unknown}, which this model does not have: its layers are "
+            f"{min(indices)} to {max(indices)}."
+        )
+    size = _group_size(group_size, group_size_ratio, window_of(config))
+    kernels.check_pattern(size, pattern)
+    previous = model.config._attn_implementation
+    if dense_attention is None:
+        known = next((getattr(m, _SETTINGS) for m in layers.values() if hasattr(m, _SETTINGS)), None)
+        if previous != S2_ATTN:
+            dense_attention = previous
+        else:
+            dense_attention = known.dense_attention if known else model.get_correct_attn_implementation(None)
+    else:
+        dense_attention = model.get_correct_attn_implementation(dense_attention)
+    settings = AttentionSettings(size, pattern, frozenset(dense_layers or ()), dense_attention, backend)
+    kernels.check_model(config, layers.values(), settings.backend)
+    if layers and all(is_local_layer(module, config) for module in layers.values()):
+        logger.warning(
+            f"Every layer of this model has a window of its own (sliding_window="
+            f"{getattr(config, 'sliding_window', None)}) and keeps it, so S2-Attn changes none. If the model was "
+            f"trained without it, load it with sliding_window=None."
+        )
+    model.set_attn_implementation(S2_ATTN)
+    for module in layers.values():
+        setattr(module, _SETTINGS, settings)
+    return settings
+
+
+def check_architecture(model: PreTrainedModel) -> None:
+    """Refuse a model that would silently train with something else than S2-Attn.
+
+    Raises: NotImplementedError.
+    """
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    if not model._can_set_attn_implementation() or not find_attention_modules(model):
+        raise NotImplementedError(
+            f"{kind} ({type(model).__name__}) does not take its attention from transformers' attention interface, so "
+            f"S2-Attn would never run. Use an architecture that does (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
+        )
+    if not find_rotary_modules(model):
+        raise NotImplementedError(
+            f"{kind} ({type(model).__name__}) has no rotary position embeddings that could be rescaled, so its window "
+            f"cannot be extended. Use a rotary architecture (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
+        )
+
+
+def is_local_layer(module: nn.Module, config: PreTrainedConfig) -> bool:
+    """Whether a layer has a window or chunks of its own, which it keeps."""
+    if layer_types := getattr(config, "layer_types", None):
+        return layer_types[module.layer_idx] != "full_attention"
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+
+
+def _group_size(group_size: int | None, ratio: float, window: int) -> int:
+    if group_size is not None:
+        return group_size
+    if not 0 < ratio <= 1:
+        raise ValueError(f"group_size_ratio={ratio} is outside (0, 1]: it is a fraction of the window ({window}).")
+    return max(2, int(window * ratio) // 2 * 2)
+
+
+@contextmanager
+def use_attention(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """Within the block, attend as `mode` says; works on a bare and on a PEFT model.
+
+    Args:
+        model: a model whose attention is "s2_attn".
+        mode: "auto" (sparse while `module.training`), "sparse" (in evaluation and prefill too, to measure a pattern
+            by itself) or "dense".
+
+    Raises:
+        ValueError: an unknown mode, or a model without S2-Attn.
+    """
+    if mode not in ("auto", "sparse", "dense"):
+        raise ValueError(f"mode={mode!r} is unknown. Use 'auto', 'sparse' or 'dense'.")
+    layers = find_attention_modules(model).values()
+    if not layers or any(getattr(m.config, "_attn_implementation", S2_ATTN) != S2_ATTN for m in layers):
+        raise ValueError(
+            "This model does not use S2-Attn. Load it with attn_implementation='s2_attn', call configure_attention, "
+            "or add a LongLoraConfig adapter first."
+        )
+    before = {id(settings_of(m)): (settings_of(m), settings_of(m).mode) for m in layers}
+    try:
+        for settings, _ in before.values():
+            settings.mode = mode
+        yield
+    finally:
+        for settings, previous in before.values():
+            settings.mode = previous

@@ -1,0 +1,138 @@
+"""`LongLoraConfig`: what a user sets. Everything of `LoraConfig` stays usable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from peft_longlora.kernels import check_pattern
+from peft_longlora.rope import check_rope
+
+
+@dataclass
+class LongLoraConfig(LoraConfig):
+    """Configuration of LongLoRA (arXiv:2309.12307): LoRA, trainable embeddings and norms, S2-Attn and scaled RoPE.
+
+    Example:
+        >>> config = LongLoraConfig(r=16, lora_alpha=32, context_length=32768)
+        >>> model = get_peft_model(model, config)  # model: AutoModelForCausalLM, attn_implementation="s2_attn"
+
+    Raises:
+        ValueError: a value outside its rule; the message names the field, the value, the rule and the cure.
+    """
+
+    context_length: int | None = field(
+        default=None,
+        metadata={"help": "The window to extend to, in tokens. None, or not above the base's own window: RoPE stays."},
+    )
+    rope_type: str = field(
+        default="yarn",
+        metadata={
+            "help": "How RoPE is rescaled: 'linear' (Position Interpolation, the paper's), 'ntk' (theta raised once), "
+            "'dynamic', 'yarn', 'llama3', 'longrope' (needs rope_parameters)."
+        },
+    )
+    rope_parameters: dict[str, Any] | None = field(
+        default=None, metadata={"help": "transformers' own dict, used as it is. Excludes rope_type."}
+    )
+    group_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens a group, even, 2 or more. None: group_size_ratio of the window, made even."},
+    )
+    group_size_ratio: float = field(
+        default=0.25,
+        metadata={
+            "help": "Group size as a fraction, in (0, 1], of context_length, or of the base's own window where that "
+            "is None. Never of the row at hand, so that a short document stays dense."
+        },
+    )
+    attention_pattern: str = field(
+        default="s2",
+        metadata={"help": "'s2'; 'local' (groups, no shift); 'full' (dense while training too)."},
+    )
+    dense_layers: list[int] | None = field(
+        default=None, metadata={"help": "Indices of layers that stay dense while training."}
+    )
+    train_embeddings: bool = field(
+        default=True, metadata={"help": "Train a copy of the input embeddings, saved with the adapter."}
+    )
+    train_norms: bool = field(
+        default=True, metadata={"help": "Train a copy of every normalisation module, saved with the adapter."}
+    )
+    base_context_length: int | None = field(
+        default=None,
+        metadata={"help": "Filled in when the adapter is made: the base's own window, checked when it is loaded."},
+    )
+    applied_rope_parameters: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Filled in when the adapter is made: the rope_parameters in force, applied when loaded."},
+    )
+    vocab_size: int | None = field(
+        default=None,
+        metadata={"help": "Filled in when the adapter is made: rows of the input embeddings, checked when loaded."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LONGLORA
+        # Shapes of the file this config was read with; `model` compares them with the base before it touches it.
+        self._file: AdapterFile | None = None
+        for name in ("context_length", "group_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a positive number of tokens, or None.")
+        if not isinstance(self.group_size_ratio, int | float) or not 0 < self.group_size_ratio <= 1:
+            raise ValueError(
+                f"group_size_ratio={self.group_size_ratio!r} is outside (0, 1]: it is a fraction of the window. "
+                f"Use group_size for a number of tokens."
+            )
+        check_pattern(2 if self.group_size is None else self.group_size, self.attention_pattern)
+        check_rope(self.rope_type, self.rope_parameters)
+        if self.dense_layers is not None and not all(isinstance(i, int) and i >= 0 for i in self.dense_layers):
+            raise ValueError(f"dense_layers={self.dense_layers!r} must be a list of layer indices, 0 or more.")
+        if self.layer_replication and self.dense_layers:
+            raise ValueError(
+                f"dense_layers={self.dense_layers!r} and layer_replication={self.layer_replication!r} cannot be used "
+                f"together: replication numbers the layers anew. Leave one of them out."
+            )
+        if self.bias != "none" and self.train_norms:
+            raise ValueError(
+                f"bias={self.bias!r} and train_norms=True would train the biases of norms twice. Use bias='none', or "
+                f"train_norms=False."
+            )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read the config of an adapter, and the table of contents of the weights that lie beside it.
+
+        Raises:
+            ValueError: the weights file is damaged.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if isinstance(config, cls) and path.is_file():
+            config._file = AdapterFile.read(path)
+        return config
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """The table of contents of an adapter's safetensors file: tensor names and shapes, no weights."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def read(cls, path: Path) -> AdapterFile:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return cls(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} ({path.stat().st_size} bytes) is damaged: {error}. Copy or download it again."
+            ) from error

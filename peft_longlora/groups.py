@@ -1,0 +1,174 @@
+"""Where the groups of S2-Attn start and end: host-side arithmetic, done once a forward.
+
+Called by `mask` (once a forward) and `kernels` (for direct calls); imports torch alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+
+PATTERNS = ("s2", "local", "full")
+# Padding is computed and thrown away by kernels that take a contiguous partition: short pieces make it cheap.
+PADDING_PIECE = 128
+
+
+def split_document(length: int, group_size: int, shift: int = 0) -> list[int]:
+    """Lengths of the groups of one document; nothing wraps, the first and the last group may be short.
+
+    Args:
+        length: L, tokens of the document without padding.
+        group_size: G, tokens.
+        shift: 0 for straight heads, G / 2 for shifted ones: the length of their first group.
+
+    Source: the cumulative lengths of the original's flash path (LongLoRA, llama_attn_replace.py), for any length.
+    Example: L = 10, G = 4: straight [4, 4, 2]; shift 2 gives [2, 4, 4].
+    """
+    if length <= group_size:
+        return [length]
+    lengths = [shift] if shift else []
+    full, rest = divmod(length - shift, group_size)
+    return lengths + [group_size] * full + ([rest] if rest else [])
+
+
+def split_heads(heads: int, kv_heads: int) -> tuple[int, int]:
+    """Number of straight (query heads, KV heads); the rest is shifted.
+
+    KV heads from kv_heads // 2 on are shifted, with the query heads that read them, so that no KV head is needed by
+    both halves. A single KV head serves both: then query heads from heads // 2 on are shifted, and 0 is returned
+    as its KV share, which means that the KV head is not split.
+
+    Example: (32, 8) -> (16, 4); (9, 3) -> (3, 1); (8, 1) -> (4, 0).
+    """
+    if kv_heads == 1:
+        return heads // 2, 0
+    return kv_heads // 2 * (heads // kv_heads), kv_heads // 2
+
+
+def find_documents(segment_ids: torch.Tensor) -> list[tuple[int, int, bool]]:
+    """Runs of equal numbers in (B, S) segment ids as (start, length, is_padding), in flattened token order.
+
+    Costs one device synchronisation: the number of documents is data, and launch parameters depend on it.
+    """
+    batch, length = segment_ids.shape
+    flat = segment_ids.reshape(-1)
+    is_start = torch.ones_like(flat, dtype=torch.bool)
+    is_start[1:] = flat[1:] != flat[:-1]
+    is_start[::length] = True  # a document never spans two rows
+    starts = is_start.nonzero().squeeze(1)
+    table = torch.stack((starts, flat[starts].to(starts.dtype))).tolist()
+    ends = table[0][1:] + [batch * length]
+    return [(start, end - start, number == 0) for start, end, number in zip(table[0], ends, table[1], strict=True)]
+
+
+@dataclass(eq=False)
+class Groups:
+    """The plan of one forward: boundaries of the straight and of the shifted heads' groups.
+
+    Boundaries count tokens of the B * S flattened tokens, from 0 to B * S without a hole; stretches of padding are
+    pieces of their own. Build it with `plan_groups`.
+
+    Attributes:
+        batch, length: B and S, tokens.
+        straight, shifted: boundaries of the two halves of the heads.
+        is_split: whether the halves differ; if not, all heads use `straight` in one call.
+        max_length: tokens of the longest piece.
+        padding: (B, S) bool tensor, True at padding, or None if there is none.
+        padding_starts: the starts of pieces that hold padding only.
+    """
+
+    batch: int
+    length: int
+    straight: tuple[int, ...]
+    shifted: tuple[int, ...]
+    max_length: int
+    padding: torch.Tensor | None = None
+    padding_starts: frozenset[int] = frozenset()
+    _cu_seqlens: dict[tuple[str, torch.device], torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_split(self) -> bool:
+        return self.straight != self.shifted
+
+    def cu_seqlens(self, which: str, device: torch.device) -> torch.Tensor:
+        """Boundaries of "straight" or "shifted" as an int32 tensor on `device`, (pieces + 1,), made once."""
+        if (which, device) not in self._cu_seqlens:
+            boundaries = torch.tensor(getattr(self, which), dtype=torch.int32)
+            if device.type == "cuda":
+                boundaries = boundaries.pin_memory().to(device, non_blocking=True)
+            self._cu_seqlens[which, device] = boundaries.to(device)
+        return self._cu_seqlens[which, device]
+
+
+def plan_groups(
+    batch: int,
+    length: int,
+    group_size: int,
+    pattern: str = "s2",
+    *,
+    documents: list[tuple[int, int, bool]] | None = None,
+    padding: torch.Tensor | None = None,
+) -> Groups:
+    """Cut every document of a (B, S) batch into groups.
+
+    Args:
+        batch, length: B and S, tokens.
+        group_size: G, tokens; even.
+        pattern: "s2", "local" (straight groups for every head) or "full" (documents stay whole).
+        documents: from `find_documents`; None means that every row is one document (then nothing is synchronised).
+        padding: (B, S) bool, True at padding.
+
+    Example: one row of 10 tokens, G = 4: straight (0, 4, 8, 10), shifted (0, 2, 6, 10).
+    """
+    if documents is None:
+        documents = [(row * length, length, False) for row in range(batch)] if length else []
+    straight, shifted, padding_starts = [0], [0], set()
+    longest = 0
+    for start, tokens, is_padding in documents:
+        if is_padding:
+            pieces = split_document(tokens, PADDING_PIECE)
+            halves = (pieces, pieces)
+            padding_starts.update(range(start, start + tokens, PADDING_PIECE))
+        elif pattern == "full":
+            halves = ([tokens], [tokens])
+        else:
+            shift = group_size // 2 if pattern == "s2" else 0
+            halves = (split_document(tokens, group_size), split_document(tokens, group_size, shift))
+        for boundaries, pieces in zip((straight, shifted), halves, strict=True):
+            for piece in pieces:
+                boundaries.append(boundaries[-1] + piece)
+                longest = max(longest, piece)
+    return Groups(
+        batch=batch,
+        length=length,
+        straight=tuple(straight),
+        shifted=tuple(shifted),
+        max_length=longest,
+        padding=padding if padding_starts else None,
+        padding_starts=frozenset(padding_starts),
+    )
+
+
+def plan_from_segment_ids(segment_ids: torch.Tensor, group_size: int, pattern: str = "s2") -> Groups:
+    """`plan_groups` for (B, S) segment ids: 0 = padding, a run of one positive number = one document."""
+    batch, length = segment_ids.shape
+    documents = find_documents(segment_ids) if length and batch else []
+    return plan_groups(batch, length, group_size, pattern, documents=documents, padding=segment_ids == 0)
+
+
+def runs_of_equal_pieces(boundaries: tuple[int, ...], skip: frozenset[int]) -> list[tuple[int, int, int]]:
+    """Merge neighbouring pieces of equal length: (start, piece length, count), leaving out those in `skip`.
+
+    Example: (0, 2, 6, 10) -> [(0, 2, 1), (2, 4, 2)].
+    """
+    runs: list[tuple[int, int, int]] = []
+    for start, end in pairwise(boundaries):
+        if start in skip:
+            continue
+        if runs and runs[-1][1] == end - start and runs[-1][0] + runs[-1][1] * runs[-1][2] == start:
+            runs[-1] = (runs[-1][0], end - start, runs[-1][2] + 1)
+        else:
+            runs.append((start, end - start, 1))
+    return runs

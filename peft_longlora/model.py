@@ -1,0 +1,264 @@
+"""`LongLoraModel`: what an adapter changes on a model, in the order in which PEFT calls it, and how it is undone.
+
+An adapter brings LoRA weights, copies of embeddings and norms, a RoPE scaling and S2-Attn. PEFT handles the first two;
+this file resolves which modules they are, and keeps the last two in step with the adapter being added, switched off,
+merged or removed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftType
+from peft.tuners.lora import LoraModel
+from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_config_for_transformers,
+    get_model_conversion_mapping,
+)
+from torch import nn
+
+from peft_longlora import rope, trainable
+from peft_longlora.attention import (
+    AttentionState,
+    check_architecture,
+    configure_attention,
+    find_attention_modules,
+    settings_of,
+)
+from peft_longlora.config import LongLoraConfig
+
+
+class LongLoraModel(LoraModel):
+    """LoRA with trainable embeddings and norms, scaled RoPE and S2-Attn (LongLoRA, arXiv:2309.12307).
+
+    Made by `get_peft_model(model, LongLoraConfig(...))`, `PeftModel.from_pretrained` or `model.add_adapter`.
+
+    Raises:
+        ValueError, NotImplementedError: the model, the config or the adapter's file do not fit; the base model is
+            left as it was.
+    """
+
+    # -- adding an adapter ---------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, or leave the model as it was and say why not."""
+        config = self.peft_config[adapter_name]
+        is_first = all(name == adapter_name for name in self.peft_config)
+        trainable_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        before = AttentionState.of(model) if is_first else None
+        try:
+            self._resolve(config, model)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._check_file(config, adapter_name)
+        except Exception:
+            self._undo(model, adapter_name, before)
+            for parameter, requires_grad in trainable_before:
+                parameter.requires_grad = requires_grad
+            raise
+        if is_first:
+            self._attention_before = before
+
+    def _resolve(self, config: LongLoraConfig, model: nn.Module) -> None:
+        """Write into the config what its defaults mean for this architecture, before PEFT looks for ties."""
+        check_architecture(model)
+        self._check_base(config, model)
+        if config.target_modules is None and not config.target_parameters:
+            config.target_modules = set(trainable.find_projections(model))
+        # PEFT renames expert weights for LORA only; the names mean the same here.
+        config.peft_type = PeftType.LORA
+        try:
+            convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))
+        finally:
+            config.peft_type = PeftType.LONGLORA
+        names = list(config.modules_to_save or ())
+        if config.train_embeddings:
+            names += trainable.find_embeddings(model)
+            config.vocab_size = model.get_input_embeddings().weight.shape[0]
+            config.ensure_weight_tying = config.ensure_weight_tying or bool(self._tied_names())
+        if config.train_norms:
+            names += trainable.find_norms(model)
+        config.modules_to_save = list(dict.fromkeys(names)) or None
+
+    def _check_base(self, config: LongLoraConfig, model: nn.Module) -> None:
+        """Refuse an adapter that was made for another base, by the sizes its config and its file name."""
+        text_config = model.config.get_text_config()
+        states = getattr(model, rope.STATES, None)
+        window = states[0].max_position_embeddings if states else text_config.max_position_embeddings
+        rows = model.get_input_embeddings().weight.shape[0]
+        if config.vocab_size is not None and config.train_embeddings and rows not in (config.vocab_size, 0):
+            raise ValueError(
+                f"The adapter was made for a vocabulary of {config.vocab_size} tokens, this model has {rows}. The "
+                f"vocabulary is never resized: load the base that the adapter names "
+                f"({config.base_model_name_or_path}), or call model.resize_token_embeddings({config.vocab_size}) "
+                f"yourself if you know the extra tokens."
+            )
+        if config.base_context_length is not None and config.base_context_length != window:
+            raise ValueError(
+                f"The adapter was made for a base with a window of {config.base_context_length} tokens "
+                f"(max_position_embeddings), this model has {window}. Load the base that the adapter names "
+                f"({config.base_model_name_or_path})."
+            )
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: LongLoraConfig) -> None:
+        tied = self._tied_names()
+        if peft_config.train_embeddings and peft_config.ensure_weight_tying and tied:
+            # PEFT recognises embeddings by two names; the embeddings trained here may have another.
+            self._add_modules_to_save_to_tie(peft_config, tied)
+        else:
+            super()._check_tied_modules(model, peft_config)
+
+    def _tied_names(self) -> list[str]:
+        return self._get_module_names_tied_with_embedding()
+
+    def _check_new_adapter_config(self, config: LongLoraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        for name, other in self.peft_config.items():
+            if other is config:
+                continue
+            new_name = next((n for n, c in self.peft_config.items() if c is config), "new")
+            for what, of in (("RoPE", self._rope_key), ("attention", _attention_key)):
+                if of(config) != of(other):
+                    raise ValueError(
+                        f"Adapters {name!r} and {new_name!r} want different {what} of one model: {of(other)} and "
+                        f"{of(config)}. A model has one. Give both adapters the same settings, or load each on a "
+                        f"model of its own."
+                    )
+
+    def _rope_key(self, config: LongLoraConfig) -> Any:
+        """What an adapter wants of RoPE, equal for two configs that mean the same."""
+        if config.applied_rope_parameters is not None:
+            return config.applied_rope_parameters
+        for other in self.peft_config.values():  # the same wish as one that was carried out already
+            if other.applied_rope_parameters is not None and _rope_fields(other) == _rope_fields(config):
+                return other.applied_rope_parameters
+        states = getattr(self.model, rope.STATES, None)
+        window = states[0].max_position_embeddings if states else rope.window_of(self.model.config.get_text_config())
+        if config.rope_parameters is None and (config.context_length or 0) <= window:
+            return None
+        return _rope_fields(config)
+
+    def _prepare_model(self, peft_config: LongLoraConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        text_config = model.config.get_text_config()
+        if not hasattr(model, rope.STATES):
+            base_length = text_config.max_position_embeddings
+            base_window = rope.window_of(text_config)
+            wanted = peft_config.applied_rope_parameters
+            applied = rope.scale_rope(
+                model,
+                peft_config.context_length,
+                rope_type="yarn" if wanted else peft_config.rope_type,
+                rope_parameters=wanted or peft_config.rope_parameters,
+            )
+        else:  # a second adapter, which `_check_new_adapter_config` found to want the same
+            base_length = getattr(model, rope.STATES)[0].max_position_embeddings
+            base_window = base_length
+            applied = rope.base_rope(text_config)
+        peft_config.base_context_length = base_length
+        peft_config.applied_rope_parameters = applied
+        window = peft_config.context_length or base_window
+        size = peft_config.group_size
+        configure_attention(
+            model,
+            group_size=max(2, int(window * peft_config.group_size_ratio) // 2 * 2) if size is None else size,
+            pattern=peft_config.attention_pattern,
+            dense_layers=peft_config.dense_layers,
+        )
+        model.add_model_tags(["longlora"])
+
+    def _check_file(self, config: LongLoraConfig, adapter_name: str) -> None:
+        """Compare the adapter just added with the file it will be filled from, tensor by tensor."""
+        if config._file is None:
+            return
+        wanted = {
+            f"base_model.{name}": tuple(tensor.shape)
+            for name, tensor in get_peft_model_state_dict(
+                self, adapter_name=adapter_name, save_embedding_layers=False
+            ).items()
+        }
+        found, path = config._file.shapes, config._file.path
+        if missing := sorted(wanted.keys() - found.keys()):
+            raise ValueError(
+                f"{path} lacks {len(missing)} of the {len(wanted)} tensors that this model's adapter has, the first "
+                f"being {missing[0]}. The file is incomplete, or belongs to another base than this model "
+                f"({config.base_model_name_or_path} is the one it names)."
+            )
+        for name, shape in wanted.items():
+            if found[name] != shape:
+                raise ValueError(
+                    f"{path}: tensor {name} has shape {found[name]}, this model needs {shape}. The adapter belongs to "
+                    f"another base ({config.base_model_name_or_path} is the one it names)."
+                )
+        if extra := sorted(name for name in found.keys() - wanted.keys() if ".lm_head." not in name):
+            raise ValueError(
+                f"{path} holds {len(extra)} tensors that this model has no place for, the first being {extra[0]}. The "
+                f"adapter belongs to another base ({config.base_model_name_or_path} is the one it names)."
+            )
+
+    # -- switching, merging and removing ---------------------------------------------------------------------------
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off: weights, RoPE and attention are the base's, bit for bit."""
+        super().disable_adapter_layers()
+        self._switch(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the adapters on again."""
+        super().enable_adapter_layers()
+        self._switch(True)
+
+    def _switch(self, enabled: bool) -> None:
+        rope.switch_rope(self.model, scaled=enabled)
+        for module in find_attention_modules(self.model).values():
+            settings_of(module).is_enabled = enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove one adapter; with the last one goes all that adapters changed."""
+        super().delete_adapter(adapter_name)
+        if not self.peft_config:
+            self._restore(self.model, self._attention_before)
+
+    def unload(self) -> nn.Module:
+        """The base model without any adapter, bit for bit."""
+        self._drop_trained_copies()
+        model = super().unload()
+        self._restore(model, self._attention_before)
+        return model
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base model with the adapter in its weights and the RoPE scaling in its config."""
+        model = super().merge_and_unload(*args, **kwargs)
+        rope.keep_rope(model)
+        self._restore(model, self._attention_before)
+        return model
+
+    def _drop_trained_copies(self) -> None:
+        """Make PEFT put the base's own embeddings and norms back: it keeps the copies that are active."""
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.set_adapter([])
+
+    @staticmethod
+    def _restore(model: nn.Module, before: AttentionState | None) -> None:
+        rope.restore_rope(model)
+        if before is not None:
+            before.put_on(model)
+
+    def _undo(self, model: nn.Module, adapter_name: str, before: AttentionState | None) -> None:
+        """Take back a half-added adapter."""
+        if before is None:  # others stay
+            super().delete_adapter(adapter_name)
+            return
+        self._drop_trained_copies()
+        self._unload_and_optionally_merge(merge=False)
+        self._restore(model, before)
+
+
+def _rope_fields(config: LongLoraConfig) -> tuple[Any, ...]:
+    return config.context_length, config.rope_type, config.rope_parameters
+
+
+def _attention_key(config: LongLoraConfig) -> dict[str, Any]:
+    fields = ("context_length", "group_size", "group_size_ratio", "attention_pattern", "dense_layers")
+    return {name: getattr(config, name) for name in fields}

@@ -1,0 +1,71 @@
+"""The definition of correct: S2-Attn with a dense mask, in plain PyTorch and any floating dtype.
+
+Every fast path is compared with this file, outputs and gradients. It builds an (S, S) mask a head half and is meant
+for tests and for reading, not for training. Called by tests and benchmarks only; imports torch alone.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def group_ids(segment_ids: torch.Tensor, group_size: int, shift: int) -> torch.Tensor:
+    """Number the groups of a row: tokens that share a number may see each other.
+
+    Args:
+        segment_ids: (B, S) int, 0 = padding, a run of one positive number = one document.
+        group_size: G, tokens.
+        shift: tokens by which the first group is shortened (0 or G / 2).
+
+    Example: one document of 10 tokens, G = 4: shift 0 gives 0000111122, shift 2 gives 0011112222.
+    """
+    ids = torch.zeros_like(segment_ids)
+    for row in range(segment_ids.shape[0]):
+        values, lengths = torch.unique_consecutive(segment_ids[row], return_counts=True)
+        start, group = 0, 1
+        for value, length in zip(values.tolist(), lengths.tolist(), strict=True):
+            position = torch.arange(length, device=ids.device)
+            if value and length > group_size:
+                position = (position + shift) // group_size
+            else:  # padding, or a document that fits in one group and stays dense
+                position = torch.zeros_like(position)
+            ids[row, start : start + length] = position + group if value else 0
+            start, group = start + length, group + int(position[-1]) + 1
+    return ids
+
+
+def s2_attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    group_size: int,
+    *,
+    segment_ids: torch.Tensor | None = None,
+    pattern: str = "s2",
+    scaling: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """S2-Attn by its definition (LongLoRA, arXiv:2309.12307, section 3.2; groups as in the original's flash path).
+
+    Args and returns: as `peft_longlora.s2_attention`, which see. Dropout follows torch's random generator, so it
+    equals a fast path in distribution only.
+    """
+    batch, heads, length, dim = query.shape
+    kv_heads = key.shape[1]
+    key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
+    if segment_ids is None:
+        segment_ids = torch.ones(batch, length, dtype=torch.long, device=query.device)
+    g = length if pattern == "full" else group_size
+    straight = heads // 2 if kv_heads == 1 else kv_heads // 2 * (heads // kv_heads)
+    shifts = torch.tensor([0 if pattern != "s2" or h < straight else g // 2 for h in range(heads)])
+    causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    mask = torch.zeros(batch, heads, length, length, dtype=torch.bool, device=query.device)
+    for shift in shifts.unique().tolist() if length else ():
+        ids = group_ids(segment_ids, g, shift)
+        same = (ids[:, :, None] == ids[:, None, :]) & (ids > 0)[:, :, None] & causal
+        mask[:, shifts == shift] = same[:, None]
+    scores = query @ key.transpose(-1, -2) * (dim**-0.5 if scaling is None else scaling)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    # A padding row has no key at all: softmax would give NaN, the definition says 0.
+    weights = scores.masked_fill(~mask.any(-1, keepdim=True), 0.0).softmax(-1).masked_fill(~mask, 0.0)
+    return (torch.nn.functional.dropout(weights, dropout) @ value).transpose(1, 2)

@@ -1,0 +1,41 @@
+"""Make "LONGLORA" known to peft and "s2_attn" to transformers. Idempotent; the only place that touches registries."""
+
+from __future__ import annotations
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from peft_longlora.attention import S2_ATTN, s2_attention_forward
+from peft_longlora.config import LongLoraConfig
+from peft_longlora.mask import s2_mask
+from peft_longlora.model import LongLoraModel
+
+NAME = "LONGLORA"
+
+
+def register_peft_type() -> None:
+    """Give peft's closed `PeftType` enum a member, unless peft brings one by now.
+
+    `register_peft_method` accepts names of that enum only, and saved configs are looked up through it. The steps are
+    those of `enum.EnumType` for a str member; `type.__setattr__` because the enum's own refuses new members.
+    """
+    if NAME in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, NAME)
+    member._name_ = member._value_ = NAME
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
+    type.__setattr__(PeftType, NAME, member)
+    PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
+    PeftType._member_names_.append(NAME)
+
+
+def register() -> None:
+    """Register the PEFT method, the attention and its mask. A second call changes nothing."""
+    register_peft_type()
+    if PeftType(NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name=NAME.lower(), config_cls=LongLoraConfig, model_cls=LongLoraModel, prefix="lora_")
+    AttentionInterface.register(S2_ATTN, s2_attention_forward)
+    AttentionMaskInterface.register(S2_ATTN, s2_mask)

@@ -1,0 +1,264 @@
+"""Rescale the rotary embeddings of a loaded model, in place and reversibly.
+
+The result equals saving the model and loading it again with the new config. Called by `model` when an adapter is
+added, switched off or removed, and by users who train without an adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "longrope")
+# Types whose configs keep the pretrained length in max_position_embeddings: readers multiply it by the factor.
+KEEP_LENGTH = ("linear", "dynamic")
+STATES = "longlora_rope"
+
+
+@dataclass
+class RopeState:
+    """Everything that RoPE is made of in one model, so that it can be put back bit for bit.
+
+    Attributes:
+        rope_parameters, max_position_embeddings: of the text config.
+        modules: (rotary module, its buffers, its plain attributes).
+    """
+
+    rope_parameters: dict[str, Any] | None
+    max_position_embeddings: int
+    modules: list[tuple[nn.Module, dict[str, torch.Tensor], dict[str, Any]]] = field(repr=False)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> RopeState:
+        config = model.config.get_text_config()
+        modules = [(m, dict(m.named_buffers(recurse=False)), _attributes(m)) for m in find_rotary_modules(model)]
+        return cls(copy.deepcopy(config.rope_parameters), config.max_position_embeddings, modules)
+
+    def put_on(self, model: PreTrainedModel) -> None:
+        config = model.config.get_text_config()
+        config.rope_parameters = copy.deepcopy(self.rope_parameters)
+        config.max_position_embeddings = self.max_position_embeddings
+        for module, buffers, attributes in self.modules:
+            _transplant(module, buffers, attributes)
+
+
+def find_rotary_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold inverse frequencies and can make them anew from a config."""
+    return [
+        module
+        for module in model.modules()
+        if "RotaryEmbedding" in type(module).__name__
+        and hasattr(module, "config")
+        and any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+    ]
+
+
+def base_rope(config: PreTrainedConfig) -> dict[str, Any]:
+    """The rope_parameters of the layers with full attention (configs may hold one dict a layer type)."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = _nested_keys(parameters)
+    return parameters["full_attention"] if nested else parameters
+
+
+def window_of(config: PreTrainedConfig) -> int:
+    """The context window in tokens that a config states, its RoPE scaling included.
+
+    Source: the rule by which serving engines derive a model's length: for "linear" and "dynamic" the stored length
+    times the factor, for all others the stored length.
+    """
+    rope = base_rope(config)
+    if rope.get("rope_type") in KEEP_LENGTH:
+        return int(config.max_position_embeddings * rope.get("factor", 1.0))
+    return config.max_position_embeddings
+
+
+def scale_rope(
+    model: PreTrainedModel,
+    context_length: int | None = None,
+    *,
+    rope_type: str = "yarn",
+    rope_parameters: dict[str, Any] | None = None,
+) -> dict[str, Any] | None:
+    """Rescale RoPE on a loaded model to a longer window.
+
+    Args:
+        model: a rotary model of transformers.
+        context_length: the new window, tokens. None, or not above the model's own window: nothing is done, unless
+            rope_parameters is given.
+        rope_type: "linear" (Position Interpolation, arXiv:2306.15595, the paper's), "ntk" (theta raised once by
+            factor ** (d / (d - 2))), "dynamic" (the same, growing with the row), "yarn" (arXiv:2309.00071), "llama3";
+            "longrope" needs rope_parameters.
+        rope_parameters: transformers' own dict, used as it is (rope_theta and partial_rotary_factor are taken over
+            where it has none).
+
+    Returns:
+        The rope_parameters now in force for full attention layers, or None if nothing was done.
+
+    Raises:
+        ValueError: an unknown rope_type, both rope_type and rope_parameters, a model whose RoPE is scaled already.
+        NotImplementedError: no rotary module, or one that cannot be made anew from a config.
+    """
+    config = model.config.get_text_config()
+    check_rope(rope_type, rope_parameters)
+    if not find_rotary_modules(model):
+        raise NotImplementedError(f"{type(model).__name__} has no rotary position embeddings that could be rescaled.")
+    if hasattr(model, STATES):
+        raise ValueError("RoPE of this model is rescaled already. Call restore_rope(model) first.")
+    if rope_parameters is None and (context_length is None or context_length <= window_of(config)):
+        return None
+    if rope_parameters is None:
+        _refuse_scaled(config)
+        new, length = _scaled_parameters(model, context_length, rope_type)
+    else:
+        new, length = dict(rope_parameters), _stated_length(config, context_length, rope_parameters)
+    base = RopeState.of(model)
+    try:
+        _apply(model, new, length)
+    except Exception:
+        base.put_on(model)
+        raise
+    setattr(model, STATES, (base, RopeState.of(model)))
+    return copy.deepcopy(base_rope(config))
+
+
+def restore_rope(model: PreTrainedModel) -> None:
+    """Undo `scale_rope`, bit for bit. Nothing happens if it was never called."""
+    if hasattr(model, STATES):
+        getattr(model, STATES)[0].put_on(model)
+        delattr(model, STATES)
+
+
+def keep_rope(model: PreTrainedModel) -> None:
+    """Forget the base's RoPE: the rescaled one is the model's own from now on."""
+    if hasattr(model, STATES):
+        delattr(model, STATES)
+
+
+def switch_rope(model: PreTrainedModel, *, scaled: bool) -> None:
+    """Put the base's or the rescaled RoPE in force, keeping both at hand."""
+    if hasattr(model, STATES):
+        getattr(model, STATES)[int(scaled)].put_on(model)
+
+
+def check_rope(rope_type: str, rope_parameters: dict[str, Any] | None) -> None:
+    """Refuse what no model could be given.
+
+    Raises: ValueError.
+    """
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"rope_type={rope_type!r} is unknown. Use one of {', '.join(map(repr, ROPE_TYPES))}.")
+    if rope_parameters is not None:
+        if rope_type != "yarn" and rope_parameters.get("rope_type") != rope_type:
+            raise ValueError(
+                f"rope_type={rope_type!r} and rope_parameters={rope_parameters!r} exclude each other: "
+                f"rope_parameters is used as it is. Give one of them."
+            )
+        if "rope_type" not in rope_parameters:
+            raise ValueError(
+                f"rope_parameters={rope_parameters!r} lacks 'rope_type'. Add it, as transformers wants it."
+            )
+    elif rope_type == "longrope":
+        raise ValueError(
+            "rope_type='longrope' needs factors that a search found for one model. Give rope_parameters with "
+            "rope_type, short_factor, long_factor and original_max_position_embeddings."
+        )
+
+
+def _refuse_scaled(config: PreTrainedConfig) -> None:
+    rope = base_rope(config)
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"The base's RoPE is scaled already ({rope}), and scalings do not add up. Give the whole new "
+            f"rope_parameters, as transformers wants them (for example {{**base, 'factor': ...}})."
+        )
+
+
+def _scaled_parameters(model: PreTrainedModel, context_length: int, rope_type: str) -> tuple[dict[str, Any], int]:
+    """The new entries of rope_parameters and the max_position_embeddings that goes with them."""
+    config = model.config.get_text_config()
+    window = config.max_position_embeddings
+    factor = context_length / window
+    if rope_type == "linear" or rope_type == "dynamic":
+        return {"rope_type": rope_type, "factor": factor}, window
+    if rope_type == "ntk":
+        frequencies = next(b for n, b in find_rotary_modules(model)[0].named_buffers() if n.endswith("inv_freq"))
+        dim = 2 * frequencies.numel()
+        theta = base_rope(config)["rope_theta"] * factor ** (dim / (dim - 2))
+        return {"rope_type": "default", "rope_theta": theta}, context_length
+    new = {"rope_type": rope_type, "factor": factor, "original_max_position_embeddings": window}
+    if rope_type == "llama3":  # the band edges of the Llama 3.1 release
+        new |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return new, context_length
+
+
+def _stated_length(config: PreTrainedConfig, context_length: int | None, rope_parameters: dict[str, Any]) -> int:
+    """max_position_embeddings for rope_parameters that the user gave."""
+    kind, window = rope_parameters["rope_type"], config.max_position_embeddings
+    if kind in KEEP_LENGTH:
+        return window
+    if kind == "yarn" and "factor" in rope_parameters:
+        return int(rope_parameters["factor"] * rope_parameters.get("original_max_position_embeddings", window))
+    return context_length or window
+
+
+def _nested_keys(parameters: dict[str, Any]) -> list[str]:
+    return [key for key, value in parameters.items() if isinstance(value, dict) or value is None]
+
+
+def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
+    """Write the config and give every rotary module the buffers that a fresh one would have."""
+    config = model.config.get_text_config()
+    parameters = copy.deepcopy(config.rope_parameters)
+    nested = _nested_keys(parameters)
+    if nested and "full_attention" not in nested:
+        raise NotImplementedError(
+            f"rope_parameters are kept for {nested}, none of which is 'full_attention', so it is unclear which ones "
+            f"to rescale. Give this model's rope_parameters to from_pretrained instead."
+        )
+    old = parameters["full_attention"] if nested else parameters
+    kept = {key: old[key] for key in ("rope_theta", "partial_rotary_factor") if key in old}
+    merged = {**kept, **new}
+    config.rope_parameters = {**parameters, "full_attention": merged} if nested else merged
+    config.max_position_embeddings = length
+    try:
+        config.standardize_rope_params()
+        config.validate_rope()
+        donors = [_fresh(module, config) for module in find_rotary_modules(model)]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"rope_parameters={new} cannot be used for {config.model_type}: {error}") from error
+    for module, donor in zip(find_rotary_modules(model), donors, strict=True):
+        buffers = dict(donor.named_buffers(recurse=False))
+        for name, old_buffer in module.named_buffers(recurse=False):
+            if name.endswith("inv_freq") and name in buffers and buffers[name].shape != old_buffer.shape:
+                raise NotImplementedError(
+                    f"transformers computes {config.model_type}'s {name} with shape {tuple(buffers[name].shape)} for "
+                    f"rope_type={new['rope_type']!r}, the model has {tuple(old_buffer.shape)}. Use rope_type='ntk'."
+                )
+        _transplant(module, buffers, _attributes(donor))
+
+
+def _fresh(module: nn.Module, config: PreTrainedConfig) -> nn.Module:
+    with torch.device("cpu"):
+        return type(module)(config)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in ("training", "config")}
+
+
+def _transplant(module: nn.Module, buffers: dict[str, torch.Tensor], attributes: dict[str, Any]) -> None:
+    """Give a module other buffers and attributes, keeping the object itself, which hooks and users may hold."""
+    device = next(module.buffers()).device
+    for name in _attributes(module).keys() - attributes.keys():
+        delattr(module, name)  # "longrope" leaves frequencies behind here that belong to the old scaling
+    for name in dict(module.named_buffers(recurse=False)).keys() - buffers.keys():
+        delattr(module, name)
+    for name, buffer in buffers.items():
+        module.register_buffer(name, buffer.to(device), persistent=False)
+    for name, value in attributes.items():
+        setattr(module, name, value)

@@ -54,6 +54,7 @@ class AttentionSettings:
     is_enabled: bool = True
 
     def is_sparse(self, training: bool) -> bool:
+        """Whether a forward of a module in this mode is sparse."""
         return self.is_enabled and (self.mode == "sparse" or (self.mode == "auto" and training))
 
 
@@ -206,11 +207,13 @@ class AttentionState:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> AttentionState:
+        """What `model` attends with now."""
         layers = find_attention_modules(model)
         found = {name: getattr(module, _SETTINGS) for name, module in layers.items() if hasattr(module, _SETTINGS)}
         return cls(model.config._attn_implementation, found)
 
     def put_on(self, model: PreTrainedModel) -> None:
+        """Make `model` attend so again."""
         model.set_attn_implementation(self.implementation)
         for name, module in find_attention_modules(model).items():
             if hasattr(module, _SETTINGS):

@@ -129,9 +129,14 @@ class AdapterFile:
 
     @classmethod
     def read(cls, path: Path) -> AdapterFile:
+        """Read the header of a safetensors file.
+
+        Raises: ValueError: the file is damaged.
+        """
         try:
             with safe_open(path, framework="pt") as file:
-                return cls(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})
+                names = file.keys()
+                return cls(path, {name: tuple(file.get_slice(name).get_shape()) for name in names})
         except SafetensorError as error:
             raise ValueError(
                 f"{path} ({path.stat().st_size} bytes) is damaged: {error}. Copy or download it again."

@@ -47,8 +47,8 @@ def split_heads(heads: int, kv_heads: int) -> tuple[int, int]:
     return kv_heads // 2 * (heads // kv_heads), kv_heads // 2
 
 
-def find_documents(segment_ids: torch.Tensor) -> list[tuple[int, int, bool]]:
-    """Runs of equal numbers in (B, S) segment ids as (start, length, is_padding), in flattened token order.
+def find_documents(segment_ids: torch.Tensor) -> list[tuple[int, int, int]]:
+    """Runs of equal numbers in (B, S) segment ids as (start, length, number), in flattened token order.
 
     Costs one device synchronisation: the number of documents is data, and launch parameters depend on it.
     """
@@ -59,8 +59,8 @@ def find_documents(segment_ids: torch.Tensor) -> list[tuple[int, int, bool]]:
     is_start[::length] = True  # a document never spans two rows
     starts = is_start.nonzero().squeeze(1)
     table = torch.stack((starts, flat[starts].to(starts.dtype))).tolist()
-    ends = table[0][1:] + [batch * length]
-    return [(start, end - start, number == 0) for start, end, number in zip(table[0], ends, table[1], strict=True)]
+    ends = [*table[0][1:], batch * length]
+    return [(start, end - start, number) for start, end, number in zip(table[0], ends, table[1], strict=True)]
 
 
 @dataclass(eq=False)
@@ -90,6 +90,7 @@ class Groups:
 
     @property
     def is_split(self) -> bool:
+        """Whether straight and shifted heads have different groups."""
         return self.straight != self.shifted
 
     def cu_seqlens(self, which: str, device: torch.device) -> torch.Tensor:
@@ -108,7 +109,7 @@ def plan_groups(
     group_size: int,
     pattern: str = "s2",
     *,
-    documents: list[tuple[int, int, bool]] | None = None,
+    documents: list[tuple[int, int, int]] | None = None,
     padding: torch.Tensor | None = None,
 ) -> Groups:
     """Cut every document of a (B, S) batch into groups.
@@ -123,11 +124,11 @@ def plan_groups(
     Example: one row of 10 tokens, G = 4: straight (0, 4, 8, 10), shifted (0, 2, 6, 10).
     """
     if documents is None:
-        documents = [(row * length, length, False) for row in range(batch)] if length else []
+        documents = [(row * length, length, 1) for row in range(batch)] if length else []
     straight, shifted, padding_starts = [0], [0], set()
     longest = 0
-    for start, tokens, is_padding in documents:
-        if is_padding:
+    for start, tokens, number in documents:
+        if number == 0:
             pieces = split_document(tokens, PADDING_PIECE)
             halves = (pieces, pieces)
             padding_starts.update(range(start, start + tokens, PADDING_PIECE))

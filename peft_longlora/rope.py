@@ -35,11 +35,13 @@ class RopeState:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> RopeState:
+        """What RoPE of `model` is made of now."""
         config = model.config.get_text_config()
         modules = [(m, dict(m.named_buffers(recurse=False)), _attributes(m)) for m in find_rotary_modules(model)]
         return cls(copy.deepcopy(config.rope_parameters), config.max_position_embeddings, modules)
 
     def put_on(self, model: PreTrainedModel) -> None:
+        """Give `model` this RoPE."""
         config = model.config.get_text_config()
         config.rope_parameters = copy.deepcopy(self.rope_parameters)
         config.max_position_embeddings = self.max_position_embeddings

@@ -1,0 +1,46 @@
+"""What every test shares: no network, one seed, and a tiny model of each kind, built in memory."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+import peft_longlora  # noqa: E402, F401
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def tiny_llama_config(**changes) -> LlamaConfig:
+    """A Llama of two layers and a window of 64 tokens; the head counts split by KV heads."""
+    values = dict(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaConfig(**{**values, **changes})
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    return LlamaForCausalLM(tiny_llama_config()).eval()
+
+
+@pytest.fixture
+def base_folder(tmp_path, llama) -> str:
+    """A saved base model, as a user would name one."""
+    llama.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")

@@ -1,0 +1,55 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv once (a few minutes, torch is large),
+# then runs; later runs start at once. Versions are those of constraints.txt, with which everything here was tested.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+WORKERS ?= auto
+
+.PHONY: help demo test lint format wheel clean
+
+help:
+	@echo "make demo    extend the embedded model from 512 to 4096 tokens and plot it (about 5 minutes on 2 cores)"
+	@echo "make test    run the tests that need no GPU (about 3 minutes on 2 cores)"
+	@echo "make lint    check format and style"
+	@echo "make format  apply format and safe fixes"
+	@echo "make wheel   build the wheel into dist/"
+
+demo: $(VENV)/.demo
+	@echo "== demo: 512 -> 4096 tokens with S2-Attn, on this machine's Python standard library"
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.test
+	@echo "== tests: CPU, offline; add ARGS='-m gpu' on a machine with a GPU"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(VENV)/.test
+	@echo "== lint: ruff format --check, ruff check"
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(VENV)/.test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel: $(VENV)/.test
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) runs dist build
+
+$(VENV)/bin/python:
+	@echo "== making $(VENV) with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps are newer than what they were made from, so an edited pyproject.toml installs again.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "== installing the package and what the demo needs (the first time takes minutes)"
+	$(PIP) -e ".[plot]" accelerate
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "== installing the package and what the tests need (the first time takes minutes)"
+	$(PIP) -e ".[test]"
+	@touch $@

@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 import torch
-from stdlib_text import held_out_windows, perplexity, read_stdlib, token_losses
+from stdlib_text import by_position, cut_windows, perplexity, read_stdlib, token_losses
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WINDOW = 512
-BUCKETS = ((0, 512), (512, 1024), (1024, 2048), (2048, 4096))
+LONG_WINDOW = 4096
 
 
 def train_tokenizer(texts, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -58,13 +58,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/stdlib-llama-512"))
     parser.add_argument("--stdlib", type=Path, help="folder of a standard library; default: the running Python's")
     parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch-size", type=int, default=64, help="windows of 512 tokens a step")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--weight-decay", type=float, default=2.0)
     parser.add_argument("--attention-dropout", type=float, default=0.1)
     parser.add_argument("--warmup-steps", type=int, default=100)
-    parser.add_argument("--eval-steps", type=int, default=250, help="steps between two looks at the held-out modules")
+    parser.add_argument("--eval-steps", type=int, default=100, help="steps between two looks at the held-out modules")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
@@ -80,7 +80,7 @@ def main() -> None:
     stream = torch.cat(documents).to(args.device)
     document_starts = torch.tensor([0] + [len(d) for d in documents]).cumsum(0)[:-1].to(args.device)
     document_starts = document_starts[document_starts <= len(stream) - WINDOW]
-    short_windows = held_out_windows(tokenizer, held_out, WINDOW)
+    short_windows = cut_windows(tokenizer, held_out, WINDOW)
     model = build_model(tokenizer, args).to(args.device)
     print(f"{len(documents)} modules, {len(stream):,} tokens to train on; {len(held_out)} modules held out")
     print(f"{model.num_parameters():,} parameters; {args.steps * args.batch_size * WINDOW / len(stream):.1f} epochs")
@@ -115,19 +115,21 @@ def main() -> None:
             if held_out_ppl < best:
                 best, best_step = held_out_ppl, step
                 best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            seconds = time.time() - start
-            print(f"step {step}: training loss {loss.item():.3f}, held-out perplexity {held_out_ppl:.3f}, {seconds:.0f} s", flush=True)
+            scores = f"training loss {loss.item():.3f}, held-out perplexity {held_out_ppl:.3f}"
+            print(f"step {step}: {scores}, {time.time() - start:.0f} s", flush=True)
 
     model.load_state_dict(best_weights)
     model.config.attention_dropout = 0.0  # whoever fine-tunes chooses anew
     model.to(torch.bfloat16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    print(f"kept step {best_step}, held-out perplexity {best:.3f}; written to {args.output} after {time.time() - start:.0f} s")
+    print(
+        f"kept step {best_step}, held-out perplexity {best:.3f}, after {time.time() - start:.0f} s; see {args.output}"
+    )
 
-    losses = token_losses(model.float(), held_out_windows(tokenizer, held_out, BUCKETS[-1][1]))
-    print(f"{len(losses)} held-out windows of {BUCKETS[-1][1]} tokens, weights rounded to bf16, perplexity by position:")
-    for low, high in BUCKETS:
-        print(f"  {low:>4} - {high:<4}: {perplexity(losses, low, high):.3f}")
+    losses = token_losses(model.float(), cut_windows(tokenizer, held_out, LONG_WINDOW))
+    print(f"{len(losses)} held-out windows of {LONG_WINDOW} tokens, weights rounded to bf16, perplexity by position:")
+    for bucket, value in by_position(losses).items():
+        print(f"{bucket:>12}: {value:.3f}")
 
 
 if __name__ == "__main__":

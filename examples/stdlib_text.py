@@ -1,7 +1,7 @@
 """The examples' real text: CPython's standard library, present on every machine, and perplexity by position in it.
 
-`pretrain_tiny.py` trains the embedded model on it and `quickstart.py` extends that model's window on it. Whole modules are
-held out by name, in both, so that neither has seen what it is measured on.
+`pretrain_tiny.py` trains the embedded model on it and `quickstart.py` extends that model's window on it. Whole modules
+are held out by name, in both, so that neither has seen what it is measured on.
 """
 
 import sysconfig
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-# Single files in every CPython from 3.10 to 3.14, each well above 4096 tokens, with no near copy elsewhere in the library.
+# Single files in every CPython from 3.10 to 3.14, each above 4096 tokens, with no near copy elsewhere in the library.
 HELD_OUT = (
     "argparse.py",
     "configparser.py",
@@ -23,7 +23,8 @@ HELD_OUT = (
     "tarfile.py",
 )
 # Tests, what pip installed, and tables written by programs rather than by people.
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
+SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
+BUCKETS = ((0, 512), (512, 1024), (1024, 2048), (2048, 4096))
 
 
 def read_stdlib(root: str | Path | None = None) -> tuple[dict[str, str], dict[str, str]]:
@@ -38,7 +39,7 @@ def read_stdlib(root: str | Path | None = None) -> tuple[dict[str, str], dict[st
     texts = {}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if SKIPPED_FOLDERS.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
+        if SKIPPED.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
             try:
                 with tokenize.open(path) as file:  # honours each file's own coding line
                     texts[name.as_posix()] = file.read()
@@ -50,8 +51,8 @@ def read_stdlib(root: str | Path | None = None) -> tuple[dict[str, str], dict[st
     return {n: t for n, t in texts.items() if n not in HELD_OUT}, {n: texts[n] for n in HELD_OUT}
 
 
-def held_out_windows(tokenizer, texts: dict[str, str], length: int, per_text: int | None = None) -> torch.Tensor:
-    """(W, length) windows cut from each text in turn without overlap, its first `per_text` ones (None: all that are full)."""
+def cut_windows(tokenizer, texts: dict[str, str], length: int, per_text: int | None = None) -> torch.Tensor:
+    """(W, length) windows of each text in turn, without overlap: its first `per_text` ones, or all that are full."""
     windows = []
     for text in texts.values():
         ids = torch.tensor(tokenizer(text)["input_ids"])
@@ -61,7 +62,7 @@ def held_out_windows(tokenizer, texts: dict[str, str], length: int, per_text: in
 
 @torch.no_grad()
 def token_losses(model, windows: torch.Tensor, batch_size: int = 1) -> torch.Tensor:
-    """(W, T - 1) float32 cross entropy in nats of tokens 1 ... T-1 of every window (token 0 has nothing to be predicted from)."""
+    """(W, T - 1) float32 cross entropy in nats of tokens 1 ... T-1 of every window: token 0 follows nothing."""
     was_training = model.training
     model.eval()
     losses = []
@@ -75,3 +76,9 @@ def token_losses(model, windows: torch.Tensor, batch_size: int = 1) -> torch.Ten
 def perplexity(losses: torch.Tensor, start: int, stop: int) -> float:
     """Perplexity of the tokens at positions start <= p < stop of their windows; `losses` as from `token_losses`."""
     return losses[:, max(start - 1, 0) : stop - 1].mean().exp().item()
+
+
+def by_position(losses: torch.Tensor) -> dict[str, float]:
+    """Perplexity in each bucket of positions that the windows reach, as {"0-512": ...}."""
+    length = losses.shape[1] + 1
+    return {f"{low}-{min(high, length)}": perplexity(losses, low, high) for low, high in BUCKETS if low < length}

@@ -1,6 +1,10 @@
 """What every test shares: no network, one seed, and a tiny model of each kind, built in memory."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -44,3 +48,14 @@ def base_folder(tmp_path, llama) -> str:
     """A saved base model, as a user would name one."""
     llama.save_pretrained(tmp_path / "base")
     return str(tmp_path / "base")
+
+
+@pytest.fixture(scope="session")
+def fresh_process(tmp_path_factory) -> dict:
+    """What tests/fresh_process.py saw in a process of its own: importing is slow, so one process serves all."""
+    folder = tmp_path_factory.mktemp("adapter")
+    peft_longlora.LongLoraConfig(context_length=256, target_modules=["q_proj"]).save_pretrained(folder)
+    script = Path(__file__).with_name("fresh_process.py")
+    run = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])

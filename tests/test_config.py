@@ -1,0 +1,161 @@
+"""`LongLoraConfig`: its defaults, what it refuses and how, and its way through adapter_config.json."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+from peft import LoraConfig, PeftConfig, PeftType
+
+from peft_longlora import LongLoraConfig
+
+# The field table of the contract.
+DEFAULTS = {
+    "context_length": None,
+    "rope_type": "yarn",
+    "rope_parameters": None,
+    "group_size": None,
+    "group_size_ratio": 0.25,
+    "attention_pattern": "s2",
+    "dense_layers": None,
+    "train_embeddings": True,
+    "train_norms": True,
+    "target_modules": None,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.0],
+    "long_factor": [2.0, 4.0],
+    "original_max_position_embeddings": 64,
+}
+
+
+def test_defaults_are_those_of_the_contract():
+    config = LongLoraConfig()
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+    assert config.peft_type == PeftType.LONGLORA == "LONGLORA"
+    assert isinstance(config, LoraConfig)
+
+
+def test_the_rest_is_loras():
+    """Every field of LoraConfig is there with LoraConfig's own default."""
+    lora, mine = LoraConfig(), LongLoraConfig()
+    for field in dataclasses.fields(LoraConfig):
+        if field.name != "peft_type":
+            assert getattr(mine, field.name) == getattr(lora, field.name), field.name
+
+
+def test_every_new_field_has_a_help_text():
+    inherited = {field.name for field in dataclasses.fields(LoraConfig)}
+    new = [field for field in dataclasses.fields(LongLoraConfig) if field.name not in inherited]
+    assert {field.name for field in new} >= DEFAULTS.keys() - {"target_modules"}
+    assert all(field.metadata["help"].strip() for field in new)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(use_dora=True),
+        dict(use_rslora=True),
+        dict(init_lora_weights="pissa"),
+        dict(modules_to_save=["lm_head"]),
+        dict(target_parameters=["mlp.experts.gate_up_proj"]),
+        dict(alpha_pattern={"q_proj": 8}, rank_pattern={"q_proj": 4}),
+        dict(layer_replication=[(0, 2), (1, 3)]),
+        dict(bias="all", train_norms=False),
+        dict(target_modules="all-linear"),
+        dict(rope_type="longrope", rope_parameters=LONGROPE),
+        dict(rope_parameters={"rope_type": "linear", "factor": 4.0}),
+        dict(context_length=1, group_size=2, group_size_ratio=1, dense_layers=[]),
+        *(dict(rope_type=kind) for kind in ("linear", "ntk", "dynamic", "yarn", "llama3")),
+        *(dict(attention_pattern=pattern) for pattern in ("s2", "local", "full")),
+    ],
+    ids=str,
+)
+def test_allowed_options_survive_json(kwargs, tmp_path):
+    """save_pretrained and from_pretrained, through peft's base class too, give an equal config."""
+    config = LongLoraConfig(r=4, lora_alpha=8, context_length=kwargs.pop("context_length", 256), **kwargs)
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert stored["peft_type"] == "LONGLORA"
+    assert not [name for name in stored if name.startswith("_")]
+    for cls in (LongLoraConfig, PeftConfig):
+        loaded = cls.from_pretrained(str(tmp_path))
+        assert type(loaded) is LongLoraConfig and loaded.peft_type is PeftType.LONGLORA
+        assert as_json(loaded) == as_json(config)
+
+
+def as_json(config) -> dict:
+    """A config as JSON has it; what saving itself sets is left out."""
+    values = {k: v for k, v in config.to_dict().items() if k not in ("inference_mode", "peft_version")}
+    return json.loads(json.dumps(values, default=sorted))
+
+
+def test_configs_can_be_copied_and_printed():
+    config = LongLoraConfig(context_length=256, rope_parameters=LONGROPE)
+    assert copy.deepcopy(config) == config
+    assert copy.deepcopy(config).rope_parameters is not config.rope_parameters
+    assert "context_length=256" in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(context_length=0), r"context_length=0 .*tokens"),
+        (dict(context_length=-5), r"context_length=-5 .*tokens"),
+        (dict(context_length=4096.0), r"context_length=4096\.0 .*tokens"),
+        (dict(context_length="32k"), r"context_length='32k' .*tokens"),
+        (dict(context_length=True), r"context_length=True .*tokens"),
+        (dict(group_size=0), r"group_size=0 "),
+        (dict(group_size=1), r"group_size=1 .*even.*2 or more"),
+        (dict(group_size=7), r"group_size=7 .*even"),
+        (dict(group_size=-2), r"group_size=-2 "),
+        (dict(group_size=8.0), r"group_size=8\.0 "),
+        (dict(group_size_ratio=0), r"group_size_ratio=0 .*\(0, 1\].*group_size"),
+        (dict(group_size_ratio=-0.1), r"group_size_ratio=-0\.1 .*\(0, 1\]"),
+        (dict(group_size_ratio=1.01), r"group_size_ratio=1\.01 .*\(0, 1\]"),
+        (dict(group_size_ratio=float("nan")), r"group_size_ratio=nan .*\(0, 1\]"),
+        (dict(group_size_ratio="1/4"), r"group_size_ratio='1/4' .*\(0, 1\]"),
+        (dict(attention_pattern="S2"), r"attention_pattern='S2' .*'s2', 'local', 'full'"),
+        (dict(attention_pattern=None), r"attention_pattern=None .*'s2', 'local', 'full'"),
+        (dict(dense_layers=[-1]), r"dense_layers=\[-1\] .*0 or more"),
+        (dict(dense_layers=[0.5]), r"dense_layers=\[0\.5\] .*layer indices"),
+        (dict(dense_layers=[True]), r"dense_layers=\[True\] .*layer indices"),
+        (dict(dense_layers=3), r"dense_layers=3 .*list"),
+        (dict(dense_layers="0"), r"dense_layers='0' .*list"),
+        (dict(rope_type="pi"), r"rope_type='pi' is unknown.*'linear'.*'yarn'"),
+        (dict(rope_type="default"), r"rope_type='default' is unknown"),
+        (dict(rope_type="longrope"), r"rope_type='longrope' needs.*rope_parameters"),
+        (
+            dict(rope_type="linear", rope_parameters={"rope_type": "yarn", "factor": 2.0}),
+            r"rope_type='linear' and rope_parameters=.*exclude each other.*Give one",
+        ),
+        (dict(rope_parameters={"factor": 2.0}), r"rope_parameters=.* lacks 'rope_type'.*Add it"),
+        (dict(rope_parameters=["linear", 2.0]), r"rope_parameters=\['linear', 2\.0\].*dict"),
+        (dict(bias="all"), r"bias='all' and train_norms=True.*bias='none'.*train_norms=False"),
+        (dict(bias="lora_only"), r"bias='lora_only' and train_norms=True"),
+        (
+            dict(layer_replication=[(0, 2)], dense_layers=[1]),
+            r"dense_layers=\[1\] and layer_replication=.*Leave one of them out",
+        ),
+        (dict(format_version=99), r"format_version=99.*newer.*Update"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_refusals_name_field_value_rule_and_cure(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        LongLoraConfig(**kwargs)
+
+
+@pytest.mark.parametrize("cut", [0, 7, 40, -1])
+def test_a_damaged_weights_file_is_named(cut, tmp_path):
+    """The config is what PEFT reads first, so a truncated file is found before the model is touched."""
+    import torch
+    from safetensors.torch import save_file
+
+    LongLoraConfig().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({"weight": torch.ones(4, 4)}, file)
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors \(\d+ bytes\) is damaged.*again"):
+        LongLoraConfig.from_pretrained(str(tmp_path))

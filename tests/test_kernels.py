@@ -1,0 +1,299 @@
+"""The choice of a backend, its refusals, and bad input; on a CPU."""
+
+import logging
+import subprocess
+import sys
+import types
+
+import plain_kernel
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from peft_longlora import flash, kernels, s2_attention
+from peft_longlora.flash import Call
+from peft_longlora.halves import KERNELS
+from peft_longlora.reference import s2_attention_reference
+
+CPU = torch.device("cpu")
+
+
+def inputs(batch=1, heads=4, kv_heads=2, length=40, dim=16, dtype=torch.float32, value_dim=None):
+    shapes = (heads, dim), (kv_heads, dim), (kv_heads, value_dim or dim)
+    return [torch.randn(batch, length, h, d, dtype=dtype).transpose(1, 2).requires_grad_() for h, d in shapes]
+
+
+def test_import_initialises_no_cuda_and_imports_no_kernel():
+    code = (
+        "import sys, torch, peft_longlora;"
+        "assert not torch.cuda.is_initialized();"
+        "bad = [m for m in ('flash_attn', 'flash_attn_interface', 'kernels', 'trl') if m in sys.modules];"
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("backend", ["flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen", "cudnn"])
+def test_cpu_tensors_to_a_cuda_backend_are_refused(backend):
+    with pytest.raises(ValueError, match=rf"backend='{backend}' is not available.*CUDA.*'cpu'.*backend=None"):
+        s2_attention(*inputs(), 16, backend=backend)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=r"backend='fa4' is unknown.*'flash_attention_4'"):
+        s2_attention(*inputs(), 16, backend="fa4")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q, k.double(), v), "float32, torch.float64 and torch.float32: use one dtype"),
+        (lambda q, k, v: (q, k.to("meta"), v), "are on cpu, meta and cpu"),
+        (lambda q, k, v: (q.int(), k.int(), v.int()), "floating point"),
+        (lambda q, k, v: (q[:, :3], k, v), "3 query heads cannot be shared out to 2 KV heads"),
+        (lambda q, k, v: (q, k[:, :0], v[:, :0]), "4 query heads cannot be shared out to 0 KV heads"),
+        (lambda q, k, v: (q, k[:, :, :30], v[:, :, :30]), r"key \(1, 2, 30, 16\).*whole sequences"),
+        (lambda q, k, v: (q, k, v[:, :1]), r"value \(1, 1, 40, 16\)"),
+        (lambda q, k, v: (q, k[..., :8], v), r"key \(1, 2, 40, 8\)"),
+        (lambda q, k, v: (q[0], k[0], v[0]), "4 dimensions"),
+    ],
+    ids=["dtypes", "devices", "integers", "heads", "no KV heads", "lengths", "KV heads", "dims", "three dims"],
+)
+def test_tensors_that_do_not_fit(change, message):
+    with pytest.raises(ValueError, match=message):
+        s2_attention(*change(*inputs()), 16)
+
+
+@pytest.mark.parametrize("group_size", [0, 1, 3, -2, 16.0, True])
+def test_group_sizes_that_cannot_be_halved(group_size):
+    with pytest.raises(ValueError, match="group_size="):
+        s2_attention(*inputs(), group_size)
+
+
+def test_segment_ids_of_another_shape_or_type():
+    q, k, v = inputs(batch=2)
+    with pytest.raises(ValueError, match=r"segment_ids has shape \(2, 39\): it must be \(B, S\) = \(2, 40\)"):
+        s2_attention(q, k, v, 16, segment_ids=torch.ones(2, 39, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"segment_ids is torch\.float32"):
+        s2_attention(q, k, v, 16, segment_ids=torch.ones(2, 40))
+
+
+def test_a_group_longer_than_the_row_is_dense():
+    q, k, v = inputs()
+    dense = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(s2_attention(q, k, v, 4096), dense)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 0), (0, 8)])
+@pytest.mark.parametrize("with_segments", [False, True])
+def test_no_tokens_give_an_empty_result_that_can_be_differentiated(batch, length, with_segments):
+    q, k, v = inputs(batch, length=length, value_dim=8)
+    ids = torch.ones(batch, length, dtype=torch.long) if with_segments else None
+    out = s2_attention(q, k, v, 16, segment_ids=ids)
+    assert out.shape == (batch, length, 4, 8) and out.dtype == q.dtype
+    out.sum().backward()
+    assert q.grad.shape == q.shape
+
+
+def test_autocast_takes_mixed_dtypes_as_sdpa_does():
+    q, k, v = inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = s2_attention(q, k.bfloat16(), v, 16)
+    assert out.dtype == torch.bfloat16
+    assert (out - s2_attention_reference(q, k, v, 16)).abs().max() < 0.05
+    out.sum().backward()
+    assert q.grad.dtype == torch.float32
+
+
+def test_what_a_backend_lacks_is_said_before_it_runs():
+    call = dict(device=CPU, dtype=torch.bfloat16, heads=4, kv_heads=2, dim=64, value_dim=64)
+    fa2, cudnn = KERNELS["flash_attention_2"], KERNELS["cudnn"]
+    assert fa2.lacks(Call(**call)) is None
+    assert "float32" in fa2.lacks(Call(**{**call, "dtype": torch.float32}))
+    assert "dropout=0.1" in fa2.lacks(Call(**call, dropout=0.1))
+    assert "sinks" in fa2.lacks(Call(**call, has_sinks=True))
+    assert "up to 256, not 512" in fa2.lacks(Call(**{**call, "dim": 512, "value_dim": 512}))
+    assert "not 60" in fa2.lacks(Call(**{**call, "dim": 60, "value_dim": 60}))
+    assert "not 32 and 64" in fa2.lacks(Call(**{**call, "value_dim": 32}))
+    assert fa2.lacks(Call(**call, softcap=30.0)) is None
+    assert "softcap=30.0" in cudnn.lacks(Call(**call, softcap=30.0))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "deterministic" in cudnn.lacks(Call(**call))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_dropout_runs_where_it_can_and_keeps_the_mean():
+    q, k, v = inputs(length=16)
+    v = torch.ones_like(v)
+    out = torch.stack([s2_attention(q, k, v, 8, dropout=0.5) for _ in range(200)])
+    assert out.unique().numel() > 2 and abs(out.mean() - 1) < 0.05
+
+
+def test_softcap_and_sinks_are_refused_where_nothing_can_do_them():
+    q, k, v = inputs()
+    groups = kernels.plan_groups(1, 40, 16)
+    with pytest.raises(NotImplementedError, match="not sdpa: it has no softcap; not flex: it has no backward on 'cpu'"):
+        kernels.attend(q, k, v, groups, softcap=30.0)
+    with pytest.raises(NotImplementedError, match="sinks"):
+        kernels.attend(q, k, v, groups, sinks=torch.zeros(4))
+    with pytest.raises(NotImplementedError, match="backend='sdpa' cannot run this call: it has no softcap"):
+        kernels.attend(q, k, v, groups, softcap=30.0, backend="sdpa")
+
+
+@pytest.mark.parametrize("rows", [None, [[40]], [[-7, 20, 13]]], ids=str)
+def test_flex_agrees_with_the_reference_forward(rows):
+    q, k, v = (x.detach() for x in inputs(length=300))
+    ids = None
+    if rows:
+        ids = torch.ones(1, 300, dtype=torch.long)
+        ids[:, :9], ids[:, 140:] = 0, 2
+    got = s2_attention(q, k, v, 64, segment_ids=ids, backend="flex")
+    torch.testing.assert_close(got, s2_attention_reference(q, k, v, 64, segment_ids=ids))
+
+
+def test_flex_softcap():
+    q, k, v = (x.detach() * 3 for x in inputs(length=64))
+    got = kernels.attend(q, k, v, kernels.plan_groups(1, 64, 64), softcap=2.0, backend="flex")
+    scores = 2.0 * torch.tanh(q @ k.repeat_interleave(2, 1).mT / 4 / 2.0)
+    weights = scores.masked_fill(torch.ones(64, 64, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+    torch.testing.assert_close(got, (weights @ v.repeat_interleave(2, 1)).transpose(1, 2))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(40, 40), (1, 40), (7, 40)])
+def test_attend_causal_is_dense_and_aligned_to_the_last_key(queries, keys):
+    q, k, v = inputs(length=keys)
+    whole = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(kernels.attend_causal(q[:, :, -queries:], k, v), whole[:, -queries:])
+
+
+def test_the_choice_is_logged_once_with_its_reason(caplog, monkeypatch):
+    kernels._choose.cache_clear()
+    kernels._log_choice.cache_clear()
+    monkeypatch.setattr(kernels.logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("peft_longlora"), "propagate", True)
+    kernels.logger.setLevel(logging.INFO)
+    with caplog.at_level(logging.INFO):
+        for length in (40, 48):
+            s2_attention(*inputs(length=length), 16)
+    found = [r.message for r in caplog.records if "S2-Attn runs on" in r.message]
+    assert found == ["S2-Attn runs on backend 'sdpa' (cpu), the fastest here."]
+
+
+def upstream_fa2():
+    """A module with the signatures of flash_attn/flash_attn_interface.py, flash-attn 2.8.3."""
+
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+        block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
+    ):  # fmt: skip
+        assert causal and dropout_p == 0.0 and (window_size_left, window_size_right) == (-1, -1)
+        return *run_forward(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale), None, None
+
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+        rng_state=None, zero_tensors=False,
+    ):  # fmt: skip
+        assert causal and dropout_p == 0.0 and (window_size_left, window_size_right) == (-1, -1)
+        SEEN["deterministic"] = deterministic
+        run_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, softmax_scale)
+
+    return locals()
+
+
+def upstream_fa3():
+    """A module with the signatures of hopper/flash_attn_interface.py, FlashAttention-3."""
+
+    def _flash_attn_forward(
+        q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,
+        cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, page_table=None,
+        kv_batch_idx=None, leftpad_k=None, rotary_cos=None, rotary_sin=None, seqlens_rotary=None, q_descale=None,
+        k_descale=None, v_descale=None, softmax_scale=None, causal=False, window_size_left=-1, window_size_right=-1,
+        attention_chunk=0, softcap=0.0, rotary_interleaved=True, scheduler_metadata=None, num_splits=1,
+        pack_gqa=None, sm_margin=0,
+    ):  # fmt: skip
+        assert causal and cu_seqlens_q is cu_seqlens_k
+        return *run_forward(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale), None, None
+
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0,
+    ):  # fmt: skip
+        assert is_causal
+        SEEN["deterministic"] = deterministic
+        run_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, softmax_scale)
+
+    return locals()
+
+
+SEEN: dict[str, bool] = {}
+
+
+def run_forward(q, k, v, cu_seqlens, longest, scaling):
+    assert cu_seqlens.dtype == torch.int32 and cu_seqlens.diff().max() == longest
+    out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype)
+    for q_, k_, v_, out_ in plain_kernel.cut(cu_seqlens, q, k, v, out):
+        out_.copy_(plain_kernel.forward(q_, k_, v_, scaling))
+    return out, torch.full((q.shape[1], q.shape[0]), 2.0)
+
+
+def run_backward(dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens, scaling):
+    assert lse.shape == (q.shape[1], q.shape[0]) and lse.is_contiguous() and (lse == 2.0).all()
+    for *tensors, dq_, dk_, dv_ in plain_kernel.cut(cu_seqlens, dout, q, k, v, out, dq, dk, dv):
+        for grad, given in zip((dq_, dk_, dv_), plain_kernel.backward(*tensors, scaling), strict=True):
+            grad.copy_(given)
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "upstream"),
+    [
+        ("flash_attention_2", "flash_attn.flash_attn_interface", upstream_fa2),
+        ("flash_attention_3", "flash_attn_interface", upstream_fa3),
+    ],
+)
+def test_call_path_of_packages_that_are_not_installed(backend, name, upstream, monkeypatch):
+    """The engine and the adapter against modules with upstream's signatures, which compute by formula."""
+    module = types.ModuleType(name)
+    module.__dict__.update(upstream())
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(type(KERNELS[backend]), "missing", lambda self, device: None)
+    flash.import_module.cache_clear()
+    kernels._choose.cache_clear()
+    try:
+        q, k, v = inputs(2, heads=6, kv_heads=2, length=50, dtype=torch.bfloat16)
+        ids = torch.ones(2, 50, dtype=torch.long)
+        ids[0, :5], ids[1, 30:] = 0, 2
+        out = s2_attention(q, k, v, 16, segment_ids=ids, backend=backend)
+        plain = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        want = s2_attention_reference(*plain, 16, segment_ids=ids)
+        dout = torch.randn_like(out)
+        torch.testing.assert_close(out.double(), want, rtol=0.02, atol=0.02)
+        grads = torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(want, plain, dout.double())
+        for got, expected in zip(*grads, strict=True):
+            assert (got.double() - expected).norm() < 0.02 * expected.norm()
+        assert SEEN["deterministic"] is False
+    finally:
+        flash.import_module.cache_clear()
+        kernels._choose.cache_clear()
+
+
+def test_a_missing_package_names_the_command(monkeypatch):
+    """On a GPU of the right kind, what is not installed says how to get it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    flash.import_module.cache_clear()
+    flash.download_kernel.cache_clear()
+    call = Call(torch.device("cuda"), torch.bfloat16, 4, 2, 64, 64)
+    for name, command in (
+        ("flash_attention_4", "pip install flash-attn-4"),
+        ("flash_attention_3", "pip install kernels"),
+        ("flash_attention_2", "pip install flash-attn --no-build-isolation"),
+    ):
+        monkeypatch.setattr(KERNELS[name], "may_download", False)
+        with pytest.raises(ValueError, match=f"(?s)backend='{name}' is not available: .*import.*{command}"):
+            kernels._force(name, call)

@@ -91,7 +91,9 @@ def measure(shape: dict, length: int, attention: str, device: str, repeats: int)
     median = statistics.median(seconds[1:])
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
     result = dict(attention=attention, length=length, seconds=median, tokens_per_second=length / median, peak_gib=peak)
-    print(f"{attention:12s} {length:7d} tokens {median:8.2f} s {length / median:9.0f} tok/s {peak:6.1f} GiB", flush=True)
+    print(
+        f"{attention:12s} {length:7d} tokens {median:8.2f} s {length / median:9.0f} tok/s {peak:6.1f} GiB", flush=True
+    )
     del model, optimizer, loss
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from peft_longlora import kernels
-from peft_longlora.mask import S2Mask
+from peft_longlora.mask import S2Mask, refuse_bidirectional
 from peft_longlora.rope import find_rotary_modules, window_of
 
 logger = logging.get_logger(__name__)
@@ -115,7 +115,10 @@ def _is_sparse(
     mask: S2Mask | torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> bool:
-    """Whether this call is one for S2-Attn: training, no cache in front, no window of the layer's own."""
+    """Whether this call is one for S2-Attn: training, no cache in front, no window of the layer's own.
+
+    Raises: ValueError, NotImplementedError: it would be, were it not for its mask.
+    """
     if isinstance(mask, S2Mask):
         if mask.is_sparse is None:
             mask.is_sparse = settings.is_sparse(module.training)
@@ -123,15 +126,16 @@ def _is_sparse(
     else:
         is_sparse, is_local, is_causal = settings.is_sparse(module.training), False, True
     is_local = is_local or kwargs.get("sliding_window") is not None
-    asked = kwargs.get("is_causal")
-    is_causal = is_causal and (getattr(module, "is_causal", True) if asked is None else asked)
-    if not is_sparse or is_local or not is_causal or query.shape[2] != key.shape[2]:
+    is_encoder = not getattr(module, "is_causal", True)
+    if not is_sparse or is_local or is_encoder or query.shape[2] != key.shape[2]:
         return False
+    if not is_causal or kwargs.get("is_causal") is False:
+        refuse_bidirectional()
     if isinstance(mask, torch.Tensor):
         raise ValueError(
             f"attention_mask of shape {tuple(mask.shape)} cannot be cut into groups. Give a 2-D attention_mask "
             f"(1 = token, 0 = padding), position_ids that restart where a document starts, or both; or train dense "
-            f"with attention_pattern='full' and attn_implementation='sdpa'."
+            f"within `with use_attention(model, 'dense'):`."
         )
     return True
 
@@ -150,7 +154,7 @@ def _attend_densely(
     """What the model would compute without this package, with the mask it would get."""
     name = settings.dense_attention
     if isinstance(mask, S2Mask):
-        mask = mask.dense(name, query.device)
+        mask = mask.dense(name, query.device, kwargs.get("position_ids"))
     if "flash" in name:
         return _flash(module, name, query, key, value, mask, dropout, scaling, **kwargs), None
     if name == "eager":

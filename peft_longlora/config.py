@@ -6,12 +6,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
 
+from peft_longlora.groups import PATTERNS
 from peft_longlora.kernels import check_pattern
 from peft_longlora.rope import check_rope
+
+# Of what an adapter's files mean; it grows when an older package would misread them.
+FORMAT_VERSION = 1
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -77,11 +86,23 @@ class LongLoraConfig(LoraConfig):
         metadata={"help": "Filled in when the adapter is made: rows of the input embeddings, checked when loaded."},
     )
 
+    format_version: int = field(
+        default=FORMAT_VERSION,
+        metadata={"help": "Filled in: the version of an adapter's format. Newer ones than the package's are refused."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LONGLORA
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={self.format_version!r}: the adapter was written by a newer peft-longlora; this one "
+                f"reads versions up to {FORMAT_VERSION}. Update it: pip install -U peft-longlora."
+            )
         # Shapes of the file this config was read with; `model` compares them with the base before it touches it.
         self._file: AdapterFile | None = None
+        # What the card says beyond this config (hub.use_longlora_card).
+        self._card: Any = None
         for name in ("context_length", "group_size"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -91,9 +112,16 @@ class LongLoraConfig(LoraConfig):
                 f"group_size_ratio={self.group_size_ratio!r} is outside (0, 1]: it is a fraction of the window. "
                 f"Use group_size for a number of tokens."
             )
+        if self.attention_pattern not in PATTERNS:
+            raise ValueError(
+                f"attention_pattern={self.attention_pattern!r} is unknown. Use one of "
+                f"{', '.join(map(repr, PATTERNS))}."
+            )
         check_pattern(2 if self.group_size is None else self.group_size, self.attention_pattern)
         check_rope(self.rope_type, self.rope_parameters)
-        if self.dense_layers is not None and not all(isinstance(i, int) and i >= 0 for i in self.dense_layers):
+        if self.dense_layers is not None and not (
+            isinstance(self.dense_layers, list | tuple) and all(type(i) is int and i >= 0 for i in self.dense_layers)
+        ):
             raise ValueError(f"dense_layers={self.dense_layers!r} must be a list of layer indices, 0 or more.")
         if self.layer_replication and self.dense_layers:
             raise ValueError(
@@ -106,6 +134,16 @@ class LongLoraConfig(LoraConfig):
                 f"train_norms=False."
             )
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json and, beside it, the adapter's card (README.md)."""
+        super().save_pretrained(save_directory, **kwargs)
+        from peft_longlora.card import write_card  # not at the top: the card reads configs
+
+        try:
+            write_card(self, save_directory)
+        except ValueError as error:  # the adapter is saved, and hours of training should not end in its README
+            logger.warning(f"The adapter in {save_directory} is saved, but has no new card. {error}")
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """Read the config of an adapter, and the table of contents of the weights that lie beside it.
@@ -114,9 +152,17 @@ class LongLoraConfig(LoraConfig):
             ValueError: the weights file is damaged.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if isinstance(config, cls) and path.is_file():
-            config._file = AdapterFile.read(path)
+        path: str | Path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if not Path(pretrained_model_name_or_path).is_dir():
+            hub_kwargs, _, _ = cls._split_kwargs(kwargs)
+            try:  # PEFT loads the same file next, from the cache
+                path = hf_hub_download(
+                    pretrained_model_name_or_path, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs
+                )
+            except EntryNotFoundError:
+                return config
+        if Path(path).is_file():
+            config._file = AdapterFile.read(Path(path))
         return config
 
 

@@ -5,8 +5,10 @@ Called by `mask` (once a forward) and `kernels` (for direct calls); imports torc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -53,7 +55,8 @@ def find_documents(segment_ids: torch.Tensor) -> list[tuple[int, int, int]]:
     Costs one device synchronisation: the number of documents is data, and launch parameters depend on it.
     """
     batch, length = segment_ids.shape
-    flat = segment_ids.reshape(-1)
+    # Copied whole, because `nonzero` on a device would be a second synchronisation.
+    flat = segment_ids.reshape(-1).cpu()
     is_start = torch.ones_like(flat, dtype=torch.bool)
     is_start[1:] = flat[1:] != flat[:-1]
     is_start[::length] = True  # a document never spans two rows
@@ -77,6 +80,7 @@ class Groups:
         max_length: tokens of the longest piece.
         padding: (B, S) bool tensor, True at padding, or None if there is none.
         padding_starts: the starts of pieces that hold padding only.
+        is_regular: whether the pieces, padding aside, have at most four different lengths.
     """
 
     batch: int
@@ -86,21 +90,42 @@ class Groups:
     max_length: int
     padding: torch.Tensor | None = None
     padding_starts: frozenset[int] = frozenset()
-    _cu_seqlens: dict[tuple[str, torch.device], torch.Tensor] = field(default_factory=dict, repr=False)
+    is_regular: bool = True
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def is_split(self) -> bool:
         """Whether straight and shifted heads have different groups."""
         return self.straight != self.shifted
 
-    def cu_seqlens(self, which: str, device: torch.device) -> torch.Tensor:
-        """Boundaries of "straight" or "shifted" as an int32 tensor on `device`, (pieces + 1,), made once."""
-        if (which, device) not in self._cu_seqlens:
-            boundaries = torch.tensor(getattr(self, which), dtype=torch.int32)
-            if device.type == "cuda":
-                boundaries = boundaries.pin_memory().to(device, non_blocking=True)
-            self._cu_seqlens[which, device] = boundaries.to(device)
-        return self._cu_seqlens[which, device]
+    def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The plan as operators take it, made once a device: numbers in tensors compile without a guard on each.
+
+        Returns:
+            layout: int32 on the CPU: n, m, the n straight boundaries, the m shifted ones, start and end of each
+                stretch of padding.
+            cu_seqlens: int32 on `device`: the straight boundaries, then the shifted ones.
+        """
+        if device not in self._made:
+            boundaries = [*self.straight, *self.shifted]
+            stretches: list[int] = []
+            for start, end in pairwise(self.straight):
+                if start in self.padding_starts:
+                    stretches = [*stretches[:-1], end] if stretches[-1:] == [start] else [*stretches, start, end]
+            layout = torch.tensor(
+                [len(self.straight), len(self.shifted), *boundaries, *stretches], dtype=torch.int32, device="cpu"
+            )
+            cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device="cpu")
+            if device.type == "cuda":  # pinned, so that the copy does not wait for the device
+                cu_seqlens = cu_seqlens.pin_memory().to(device, non_blocking=True)
+            self._made[device] = layout, cu_seqlens
+        return self._made[device]
+
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What a backend derives from this plan: made by the first layer that asks, kept for the others."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
 
 def plan_groups(
@@ -126,7 +151,7 @@ def plan_groups(
     if documents is None:
         documents = [(row * length, length, 1) for row in range(batch)] if length else []
     straight, shifted, padding_starts = [0], [0], set()
-    longest = 0
+    longest, lengths = 0, set()
     for start, tokens, number in documents:
         if number == 0:
             pieces = split_document(tokens, PADDING_PIECE)
@@ -137,6 +162,8 @@ def plan_groups(
         else:
             shift = group_size // 2 if pattern == "s2" else 0
             halves = (split_document(tokens, group_size), split_document(tokens, group_size, shift))
+        if number:
+            lengths.update(*halves)
         for boundaries, pieces in zip((straight, shifted), halves, strict=True):
             for piece in pieces:
                 boundaries.append(boundaries[-1] + piece)
@@ -149,6 +176,7 @@ def plan_groups(
         max_length=longest,
         padding=padding if padding_starts else None,
         padding_starts=frozenset(padding_starts),
+        is_regular=len(lengths) <= 4,
     )
 
 

@@ -7,10 +7,10 @@ layer asks, and both are made once. Called through transformers' AttentionMaskIn
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
 
 from peft_longlora.groups import Groups, find_documents, plan_groups
 
@@ -42,16 +42,40 @@ class S2Mask:
         self._padding: torch.Tensor | None = None
         self._groups: dict[tuple[int, str], Groups] = {}
 
+    # transformers takes what is not 2-D for a mask that is made already, as this is.
+    ndim = 4
+
     def to(self, *args: Any, **kwargs: Any) -> S2Mask:
         """Itself: accelerate's hooks move what layers get, and each layer moves what it takes out of here."""
         return self
 
-    def dense(self, implementation: str, device: torch.device) -> Any:
-        """The mask that `implementation` ("sdpa", "flash_attention_2", ...) would have been given."""
+    def contiguous(self) -> S2Mask:
+        """Itself: `generate` says this to the masks that it makes ahead for static caches."""
+        return self
+
+    def dense(self, implementation: str, device: torch.device, position_ids: torch.Tensor | None = None) -> Any:
+        """The mask that `implementation` ("sdpa", "flash_attention_2", ...) would have been given.
+
+        Args:
+            implementation: a transformers attention.
+            device: where the layer computes.
+            position_ids: (1 or B, S) as the layer got them. In a sparse forward they keep documents apart in layers
+                with a window of their own too, where transformers forgets them (beside a 2-D mask or a cache).
+        """
         if implementation not in self._dense:
-            self._dense[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self._arguments)
+            arguments = self._separated(position_ids) if self.is_sparse else self._arguments
+            self._dense[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**arguments)
         mask = self._dense[implementation]
         return mask.to(device) if isinstance(mask, torch.Tensor) else mask
+
+    def _separated(self, position_ids: torch.Tensor | None) -> dict[str, Any]:
+        """The arguments of a mask function, with a rule that lets no document see another one."""
+        restarts = self._restarts(position_ids)
+        if restarts is None or self._arguments["kv_length"] != self.length or not restarts.any():
+            return self._arguments
+        document, _ = self._number_documents(position_ids)
+        rule = and_masks(self._arguments["mask_function"], lambda b, h, q, k: document[b, q] == document[b, k])
+        return {**self._arguments, "mask_function": rule, "allow_is_causal_skip": False}
 
     def groups(self, group_size: int, pattern: str, position_ids: torch.Tensor | None = None) -> Groups:
         """The groups of this forward, made once for each (group_size, pattern).
@@ -66,16 +90,37 @@ class S2Mask:
             NotImplementedError: the model's mask lets a token see a later one.
         """
         if (group_size, pattern) not in self._groups:
-            if self._documents is None:
-                self._find_documents(position_ids)
-            self._groups[group_size, pattern] = plan_groups(
-                self.batch, self.length, group_size, pattern, documents=self._documents, padding=self._padding
-            )
+            self._make_groups(group_size, pattern, position_ids)
         return self._groups[group_size, pattern]
 
     @torch.compiler.disable
+    def _make_groups(self, group_size: int, pattern: str, position_ids: torch.Tensor | None) -> None:
+        """Outside compiled code: numbers of tokens in tensors, so that none of them is compiled in."""
+        if self._documents is None:
+            self._find_documents(position_ids)
+        groups = plan_groups(
+            self.batch, self.length, group_size, pattern, documents=self._documents, padding=self._padding
+        )
+        groups.tensors(self._arguments["device"])
+        self._groups[group_size, pattern] = groups
+
     def _find_documents(self, position_ids: torch.Tensor | None) -> None:
+        segment_ids, sees_later = self._number_documents(position_ids)
+        self._documents = find_documents(segment_ids.masked_fill(sees_later & (segment_ids > 0), BIDIRECTIONAL))
+        if any(number == BIDIRECTIONAL for _, _, number in self._documents):
+            refuse_bidirectional()
+        self._padding = segment_ids == 0
+
+    def _restarts(self, position_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """(1 or B, S - 1) bool, True where positions do not go on; None if positions do not tell."""
+        if position_ids is None or position_ids.dim() != 2 or position_ids.shape[-1] != self.length:
+            return None
+        return (position_ids.diff(dim=-1) != 1).to(self._arguments["device"])
+
+    def _number_documents(self, position_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Number the documents from the model's own mask rule, the padding mask and the positions.
+
+        Returns: segment ids (B, S), 0 = padding; and (B, S) bool, True where the token before sees this one.
 
         The rule says for any two indices whether one sees the other; two neighbours that do not are in two documents.
         Asking neighbours only keeps memory at O(S) and needs nothing but what every architecture gives.
@@ -90,21 +135,22 @@ class S2Mask:
             left, right = position[None, :-1], position[None, 1:]
             is_start[:, 1:] |= ~rule(row, 0, right, left)
             sees_later[:, 1:] |= rule(row, 0, left, right)
-        if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[-1] == self.length:
-            is_start[:, 1:] |= (position_ids.diff(dim=-1) != 1).to(device)
+        if (restarts := self._restarts(position_ids)) is not None:
+            is_start[:, 1:] |= restarts
         segment_ids = is_start.cumsum(1) + 1
         if padding_mask is not None:
             is_real = padding_mask.to(device=device, dtype=torch.bool)
             is_start[:, 1:] |= is_real[:, 1:] != is_real[:, :-1]
             segment_ids = (is_start.cumsum(1) + 1).masked_fill(~is_real, 0)
-        segment_ids = segment_ids.masked_fill(sees_later & (segment_ids > 0), BIDIRECTIONAL)
-        self._documents = find_documents(segment_ids)
-        if any(number == BIDIRECTIONAL for _, _, number in self._documents):
-            raise NotImplementedError(
-                "This model's attention mask lets tokens see later ones (a prefix or an image, say), which groups "
-                "cannot express. Train it with attention_pattern='full', or give it causal input only."
-            )
-        self._padding = segment_ids == 0
+        return segment_ids, sees_later
+
+
+def refuse_bidirectional() -> NoReturn:
+    """Say that a mask is not causal. Raises: NotImplementedError."""
+    raise NotImplementedError(
+        "This model's attention mask lets tokens see later ones (a prefix or an image, say), which groups cannot "
+        "express. Train it within `with use_attention(model, 'dense'):`, or give it causal input only."
+    )
 
 
 def s2_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Any:
@@ -118,6 +164,8 @@ def s2_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> An
         An `S2Mask`. For static caches, whose masks `generate` makes outside the model and hands in ready, the 4-D
         tensor it expects: (B, 1, S, T) bool or None.
     """
+    if isinstance(kwargs.get("attention_mask"), S2Mask):  # made ahead by `generate`
+        return kwargs["attention_mask"]
     arguments = dict(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **kwargs)
     offset = kwargs.get("q_offset", 0)
     # A static cache counts on the device, or (empty) has more room than tokens.

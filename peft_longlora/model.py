@@ -7,16 +7,19 @@ merged or removed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftType
 from peft.tuners.lora import LoraModel
-from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_peft_model_state_dict
 from peft.utils.transformers_weight_conversion import (
     convert_peft_config_for_transformers,
     get_model_conversion_mapping,
 )
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from peft_longlora import rope, trainable
 from peft_longlora.attention import (
@@ -27,6 +30,59 @@ from peft_longlora.attention import (
     settings_of,
 )
 from peft_longlora.config import LongLoraConfig
+
+
+@dataclass(eq=False)
+class AdapterState:
+    """Kept on a base model as long as it has adapters: what it was before, and whether they are switched on.
+
+    `PeftModel` tells the tuner when adapters are switched or removed; `disable_adapters`, `enable_adapters` and
+    `delete_adapter` of transformers tell the layers only. So every forward first looks at a layer: this object is a
+    hook of the model.
+    """
+
+    model: nn.Module
+    attention: AttentionState
+    layer: BaseTunerLayer | None = None
+    is_enabled: bool = True
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def follow(self) -> None:
+        """Begin to follow the adapters, which are in their places now."""
+        self.layer = next((m for m in self.model.modules() if isinstance(m, BaseTunerLayer)), None)
+        # The backbone too: trainers that compute the loss themselves do not call the whole model.
+        models = {self.model, getattr(self.model, "base_model", self.model)}
+        self.handles = [model.register_forward_pre_hook(self) for model in models]
+        setattr(self.model, _STATE, self)
+
+    def __call__(self, *_: Any) -> None:
+        """What transformers calls before a forward."""
+        if not getattr(self.model, "peft_config", None):
+            self.end()
+        elif self.layer is not None and self.layer.disable_adapters == self.is_enabled:
+            self.switch(not self.is_enabled)
+            for module in self.model.modules():  # which enable_adapters of transformers forgets
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module.enable_adapters(self.is_enabled)
+
+    def switch(self, enabled: bool) -> None:
+        """RoPE and attention of the adapters, or of the base."""
+        self.is_enabled = enabled
+        rope.switch_rope(self.model, scaled=enabled)
+        for module in find_attention_modules(self.model).values():
+            settings_of(module).is_enabled = enabled
+
+    def end(self) -> None:
+        """Give the base its own RoPE (unless `rope.keep_rope` was called) and attention back."""
+        for handle in self.handles:
+            handle.remove()
+        rope.restore_rope(self.model)
+        self.attention.put_on(self.model)
+        if hasattr(self.model, _STATE):
+            delattr(self.model, _STATE)
+
+
+_STATE = "longlora_adapters"
 
 
 class LongLoraModel(LoraModel):
@@ -44,25 +100,43 @@ class LongLoraModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter, or leave the model as it was and say why not."""
         config = self.peft_config[adapter_name]
-        is_first = all(name == adapter_name for name in self.peft_config)
+        for name, other in self.peft_config.items():
+            if not isinstance(other, LongLoraConfig):
+                del self.peft_config[adapter_name]
+                raise ValueError(
+                    f"This model has an adapter {name!r} of type {other.peft_type.value}, which cannot be mixed with "
+                    f"LONGLORA. Delete it first, or load each on a model of its own."
+                )
+        is_first = not hasattr(model, _STATE)
+        if is_first and hasattr(model, rope.STATES):
+            raise ValueError(
+                "RoPE of this model was rescaled by scale_rope, which an adapter does itself. Call "
+                "restore_rope(model) first, and give the adapter the context_length or the rope_parameters."
+            )
         trainable_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        before = AttentionState.of(model) if is_first else None
+        before = AdapterState(model, AttentionState.of(model)) if is_first else None
         try:
             self._resolve(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._check_file(config, adapter_name)
+            _right_tied_head(model, adapter_name)
         except Exception:
-            self._undo(model, adapter_name, before)
+            self._undo(adapter_name, before)
             for parameter, requires_grad in trainable_before:
                 parameter.requires_grad = requires_grad
             raise
-        if is_first:
-            self._attention_before = before
+        if before is not None:
+            before.follow()
 
     def _resolve(self, config: LongLoraConfig, model: nn.Module) -> None:
         """Write into the config what its defaults mean for this architecture, before PEFT looks for ties."""
         check_architecture(model)
         self._check_base(config, model)
+        if config.use_dora and config.inference_mode and config.base_context_length and config._file is None:
+            raise NotImplementedError(
+                "use_dora=True: transformers (5.23) loses DoRA's magnitudes when it loads an adapter itself "
+                "(load_adapter, AutoModelForCausalLM). Load it with peft's PeftModel.from_pretrained(model, folder)."
+            )
         if config.target_modules is None and not config.target_parameters:
             config.target_modules = set(trainable.find_projections(model))
         # PEFT renames expert weights for LORA only; the names mean the same here.
@@ -75,7 +149,13 @@ class LongLoraModel(LoraModel):
         if config.train_embeddings:
             names += trainable.find_embeddings(model)
             config.vocab_size = model.get_input_embeddings().weight.shape[0]
-            config.ensure_weight_tying = config.ensure_weight_tying or bool(self._tied_names())
+            tied = self._tied_names()
+            config.ensure_weight_tying = config.ensure_weight_tying or bool(tied)
+            if tied and getattr(model.get_output_embeddings(), "bias", None) is not None:
+                raise NotImplementedError(
+                    f"{tied[0]} is tied to the embeddings and has a bias, which PEFT drops from the copy it trains. "
+                    f"Use train_embeddings=False, or untie the model."
+                )
         if config.train_norms:
             names += trainable.find_norms(model)
         config.modules_to_save = list(dict.fromkeys(names)) or None
@@ -141,6 +221,10 @@ class LongLoraModel(LoraModel):
     def _prepare_model(self, peft_config: LongLoraConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
         text_config = model.config.get_text_config()
+        if peft_config.layer_replication:  # replicas are deep copies; a model has one config
+            for module in model.modules():
+                if isinstance(getattr(module, "config", None), type(text_config)):
+                    module.config = text_config
         if not hasattr(model, rope.STATES):
             base_length = text_config.max_position_embeddings
             base_window = rope.window_of(text_config)
@@ -209,29 +293,38 @@ class LongLoraModel(LoraModel):
         self._switch(True)
 
     def _switch(self, enabled: bool) -> None:
-        rope.switch_rope(self.model, scaled=enabled)
-        for module in find_attention_modules(self.model).values():
-            settings_of(module).is_enabled = enabled
+        if (state := getattr(self.model, _STATE, None)) is not None:
+            state.switch(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter; with the last one goes all that adapters changed."""
         super().delete_adapter(adapter_name)
         if not self.peft_config:
-            self._restore(self.model, self._attention_before)
+            self._restore()
 
     def unload(self) -> nn.Module:
         """The base model without any adapter, bit for bit."""
         self._drop_trained_copies()
         model = super().unload()
-        self._restore(model, self._attention_before)
+        self._restore()
         return model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The base model with the adapter in its weights and the RoPE scaling in its config."""
+        self._switch(True)
         model = super().merge_and_unload(*args, **kwargs)
         rope.keep_rope(model)
-        self._restore(model, self._attention_before)
+        self._restore()
         return model
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name, config in self.peft_config.items():
+            if config.layer_replication:
+                raise ValueError(
+                    f"Adapter {name!r} has layer_replication={config.layer_replication!r}: replicated layers share "
+                    f"their weights, so different changes cannot be merged into them. Serve it unmerged."
+                )
 
     def _drop_trained_copies(self) -> None:
         """Make PEFT put the base's own embeddings and norms back: it keeps the copies that are active."""
@@ -239,20 +332,27 @@ class LongLoraModel(LoraModel):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 module.set_adapter([])
 
-    @staticmethod
-    def _restore(model: nn.Module, before: AttentionState | None) -> None:
-        rope.restore_rope(model)
-        if before is not None:
-            before.put_on(model)
+    def _restore(self) -> None:
+        if (state := getattr(self.model, _STATE, None)) is not None:
+            state.end()
 
-    def _undo(self, model: nn.Module, adapter_name: str, before: AttentionState | None) -> None:
+    def _undo(self, adapter_name: str, before: AdapterState | None) -> None:
         """Take back a half-added adapter."""
         if before is None:  # others stay
             super().delete_adapter(adapter_name)
             return
         self._drop_trained_copies()
         self._unload_and_optionally_merge(merge=False)
-        self._restore(model, before)
+        before.end()
+
+
+def _right_tied_head(model: nn.Module, adapter_name: str) -> None:
+    """State the sizes of a tied output layer: PEFT makes its copy with input and output exchanged."""
+    head = model.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper) and adapter_name in head.modules_to_save:
+        copy = head.modules_to_save[adapter_name]
+        if isinstance(copy, nn.Linear):
+            copy.out_features, copy.in_features = copy.weight.shape
 
 
 def _rope_fields(config: LongLoraConfig) -> tuple[Any, ...]:

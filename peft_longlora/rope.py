@@ -25,12 +25,13 @@ class RopeState:
     """Everything that RoPE is made of in one model, so that it can be put back bit for bit.
 
     Attributes:
-        rope_parameters, max_position_embeddings: of the text config.
+        rope_parameters, max_position_embeddings, head_dim: of the text config.
         modules: (rotary module, its buffers, its plain attributes).
     """
 
     rope_parameters: dict[str, Any] | None
     max_position_embeddings: int
+    head_dim: int | None
     modules: list[tuple[nn.Module, dict[str, torch.Tensor], dict[str, Any]]] = field(repr=False)
 
     @classmethod
@@ -38,13 +39,16 @@ class RopeState:
         """What RoPE of `model` is made of now."""
         config = model.config.get_text_config()
         modules = [(m, dict(m.named_buffers(recurse=False)), _attributes(m)) for m in find_rotary_modules(model)]
-        return cls(copy.deepcopy(config.rope_parameters), config.max_position_embeddings, modules)
+        head_dim = getattr(config, "head_dim", None)
+        return cls(copy.deepcopy(config.rope_parameters), config.max_position_embeddings, head_dim, modules)
 
     def put_on(self, model: PreTrainedModel) -> None:
         """Give `model` this RoPE."""
         config = model.config.get_text_config()
         config.rope_parameters = copy.deepcopy(self.rope_parameters)
         config.max_position_embeddings = self.max_position_embeddings
+        if hasattr(config, "head_dim"):
+            config.head_dim = self.head_dim
         for module, buffers, attributes in self.modules:
             _transplant(module, buffers, attributes)
 
@@ -107,6 +111,8 @@ def scale_rope(
     """
     config = model.config.get_text_config()
     check_rope(rope_type, rope_parameters)
+    if context_length is not None and (type(context_length) is not int or context_length < 1):
+        raise ValueError(f"context_length={context_length!r} must be a positive number of tokens, or None.")
     if not find_rotary_modules(model):
         raise NotImplementedError(f"{type(model).__name__} has no rotary position embeddings that could be rescaled.")
     if hasattr(model, STATES):
@@ -155,6 +161,11 @@ def check_rope(rope_type: str, rope_parameters: dict[str, Any] | None) -> None:
     if rope_type not in ROPE_TYPES:
         raise ValueError(f"rope_type={rope_type!r} is unknown. Use one of {', '.join(map(repr, ROPE_TYPES))}.")
     if rope_parameters is not None:
+        if not isinstance(rope_parameters, dict):
+            raise ValueError(
+                f"rope_parameters={rope_parameters!r} must be a dict as in a transformers config, for example "
+                f"{{'rope_type': 'linear', 'factor': 4.0}}. Use rope_type for a name alone."
+            )
         if rope_type != "yarn" and rope_parameters.get("rope_type") != rope_type:
             raise ValueError(
                 f"rope_type={rope_type!r} and rope_parameters={rope_parameters!r} exclude each other: "
@@ -227,12 +238,18 @@ def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
     merged = {**kept, **new}
     config.rope_parameters = {**parameters, "full_attention": merged} if nested else merged
     config.max_position_embeddings = length
+    if getattr(config, "head_dim", 0) is None:
+        # Models read None as this quotient, but transformers' scaled RoPE does not (mixtral): state it.
+        config.head_dim = config.hidden_size // config.num_attention_heads
     try:
         config.standardize_rope_params()
         config.validate_rope()
         donors = [_fresh(module, config) for module in find_rotary_modules(model)]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"rope_parameters={new} cannot be used for {config.model_type}: {error}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"rope_parameters={new} cannot be used for {config.model_type}: {error}. Give rope_parameters that this "
+            f"architecture takes, or use rope_type='ntk', which needs no scaled type."
+        ) from error
     for module, donor in zip(find_rotary_modules(model), donors, strict=True):
         buffers = dict(donor.named_buffers(recurse=False))
         for name, old_buffer in module.named_buffers(recurse=False):

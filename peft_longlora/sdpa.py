@@ -33,10 +33,13 @@ def attend_groups(
     Returns: (B, S, H, D_v), 0 at padding.
     """
     batch, heads, length, _ = query.shape
+    if not batch or not length:
+        return _connect(query.new_zeros(batch, length, heads, value.shape[-1]), query, key, value)
     strips = [_attend_strip(*rows, groups, scaling, dropout) for rows in _token_rows(query, key, value)]
     out = (strips[0] if len(strips) == 1 else torch.cat(strips)).view(batch, length, heads, value.shape[-1])
     # Padding is not computed, so a batch of nothing else would leave q, k, v without a gradient instead of zeros.
-    return out if out.grad_fn or not out.numel() or not query.requires_grad else _connect(out, query, key, value)
+    is_trained = any(x.requires_grad for x in (query, key, value))
+    return _connect(out, query, key, value) if is_trained and not out.requires_grad else out
 
 
 def _connect(out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
@@ -50,7 +53,9 @@ def _token_rows(*tensors: torch.Tensor) -> list[tuple[torch.Tensor | int, ...]]:
     batch, _, length, _ = tensors[0].shape
     if batch == 1 or all(x.stride(0) == length * x.stride(2) for x in tensors):
         return [(0, *(x.transpose(0, 1).flatten(1, 2) for x in tensors))]
-    return [(row * length, *(x.unbind(0)[row] for x in tensors)) for row in range(batch)]
+    # Unbound once: one backward node for all rows, not one zero-filled gradient of full size a row.
+    rows = zip(*(x.unbind(0) for x in tensors), strict=True)
+    return [(row * length, *strip) for row, strip in enumerate(rows)]
 
 
 def _attend_strip(

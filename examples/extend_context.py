@@ -1,0 +1,127 @@
+"""Continued pre-training on long text: extend a model's window with LongLoRA and the plain Trainer.
+
+    python examples/extend_context.py --model meta-llama/Llama-2-7b-hf --data my/books/ --context-length 32768
+    python examples/extend_context.py --model Qwen/Qwen2.5-0.5B --data emozilla/pg19 --context-length 131072
+
+Hardware and minutes: HARDWARE
+--data takes .txt, .jsonl, .json files (each also .gz), folders of them, or ids of datasets on the Hub, which are
+streamed. A row is one window of one document, so let documents be longer than the window. The defaults are the recipe
+of the paper (arXiv:2309.12307: AdamW .9/.95, 2e-5, 20 steps of warm-up, 1000 steps of 64 windows, on 8 GPUs here
+8 x 1 x 8), but for RoPE: YaRN instead of linear. 2e-5 is low for LoRA; 2e-4 trains faster.
+"""
+
+import argparse
+
+import torch
+from datasets import IterableDataset
+from peft import get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from peft_longlora import LongLoraConfig
+from peft_longlora.data import Counts, read_documents, to_windows
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a rotary causal language model: folder or Hub id")
+    parser.add_argument("--data", required=True, nargs="+", help="files, folders or Hub ids")
+    parser.add_argument("--eval-data", nargs="+", default=[], help="the same, for the loss before and after (dense)")
+    parser.add_argument("--eval-windows", type=int, default=16, help="windows measured of --eval-data")
+    parser.add_argument("--split", default="train", help="split of Hub datasets")
+    parser.add_argument("--config", help="configuration of Hub datasets")
+    parser.add_argument("--text-field", default="text")
+    parser.add_argument("--skip-empty", action="store_true", help="go on after an empty document")
+    parser.add_argument("--output", default="runs/extend_context")
+    parser.add_argument("--context-length", type=int, default=32768, help="the window to extend to, tokens")
+    parser.add_argument("--rope-type", default="yarn", help="linear (the paper's), ntk, dynamic, yarn, llama3")
+    parser.add_argument("--group-size", type=int, help="tokens; default: a quarter of the window")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--max-steps", type=int, default=1000)
+    parser.add_argument("--warmup-steps", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=1, help="windows a device and step")
+    parser.add_argument("--accumulation", type=int, default=8, help="steps whose gradients are summed")
+    parser.add_argument("--save-steps", type=int, default=100)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    set_seed(args.seed)
+    has_gpu = torch.cuda.is_available()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if tokenizer.pad_token is None:  # the labels say what is padding, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+
+    def windows(sources: list[str], counts: Counts):
+        options = dict(split=args.split, config=args.config, field=args.text_field, skip_empty=args.skip_empty)
+        return to_windows(read_documents(sources, **options), tokenizer, args.context_length, counts)
+
+    counts = Counts()
+    train_data = IterableDataset.from_generator(windows, gen_kwargs={"sources": args.data, "counts": counts})
+    eval_data = IterableDataset.from_generator(windows, gen_kwargs={"sources": args.eval_data, "counts": Counts()})
+
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=torch.bfloat16 if has_gpu else torch.float32, attn_implementation="s2_attn"
+    )
+    config = LongLoraConfig(
+        r=args.rank,
+        lora_alpha=2 * args.rank,
+        context_length=args.context_length,
+        rope_type=args.rope_type,
+        group_size=args.group_size,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # bfloat16 would round a step of 2e-5 away
+            parameter.data = parameter.data.float()
+    model.print_trainable_parameters()
+
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            output_dir=args.output,
+            max_steps=args.max_steps,
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=1,
+            gradient_accumulation_steps=args.accumulation,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=args.warmup_steps,
+            adam_beta2=0.95,
+            bf16=has_gpu,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            accelerator_config={"dispatch_batches": False},  # rows differ in length: each process reads its own
+            logging_steps=1 if args.max_steps < 100 else 10,
+            save_steps=args.save_steps,
+            dataloader_pin_memory=has_gpu,
+            report_to="none",
+            seed=args.seed,
+        ),
+        train_dataset=train_data.shuffle(seed=args.seed, buffer_size=max(64, 2**22 // args.context_length)),
+        eval_dataset=eval_data.take(args.eval_windows) if args.eval_data else None,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+    if args.eval_data:
+        print(f"Loss before, RoPE rescaled, dense attention: {trainer.evaluate()['eval_loss']:.4f}")
+    trainer.train(resume_from_checkpoint=args.resume)
+    if args.eval_data:
+        print(f"Loss after, dense attention: {trainer.evaluate()['eval_loss']:.4f}")
+    trainer.save_model()
+    tokenizer.save_pretrained(args.output)
+    print(f"Text read: {counts}.\nThe adapter is in {args.output}.")
+
+
+if __name__ == "__main__":
+    main()

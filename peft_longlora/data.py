@@ -1,0 +1,313 @@
+"""Long text and instruction records for training and evaluation, read loudly: nothing is lost without being named.
+
+    read_documents -> to_windows        continued pre-training: every token of every document is in some window
+    read_records   -> tokenize_records  instruction tuning: loss on the answer alone
+
+Called by the examples and the evaluation. Imports `datasets` only to read from the Hub.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+Sources = str | Path | list[str | Path]
+IGNORED = -100  # the label that transformers' losses leave out
+SUFFIXES = (".txt", ".jsonl", ".json")
+LLAMA_2_PROMPT = "[INST] {} [/INST]"
+
+
+@dataclass
+class Counts:
+    """What became of documents (or records) on their way to rows of tokens; filled in while they are read.
+
+    `names` says where the first few of the `longer` ones, those above the window, came from.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    rows: int = 0
+    longer: int = 0
+    names: list[str] = field(default_factory=list)
+    cut_tokens: int = 0
+    dropped: int = 0
+    dropped_tokens: int = 0
+
+    def add_longer(self, name: str) -> None:
+        """Count a document or record that is longer than the window."""
+        self.longer += 1
+        self.names += [name] if len(self.names) < 3 else []
+
+    def __str__(self) -> str:
+        names = f" ({', '.join(self.names)}{', ...' if self.longer > len(self.names) else ''})" if self.names else ""
+        return (
+            f"{self.documents} read, {self.tokens} tokens -> {self.rows} rows; {self.longer} longer than the "
+            f"window{names}: {self.cut_tokens} tokens cut out, {self.dropped} ({self.dropped_tokens} tokens) dropped"
+        )
+
+    def report(self) -> None:
+        """Log it: as a warning where tokens were left out."""
+        logger.log(logging.WARNING if self.cut_tokens or self.dropped else logging.INFO, str(self))
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_documents(
+    sources: Sources, *, split: str = "train", config: str | None = None, field: str = "text", skip_empty: bool = False
+) -> Iterator[dict[str, str]]:
+    """Documents one after the other, as {"text", "source"}; never more in memory than one document or one JSON list.
+
+    Args:
+        sources: .txt (a file is a document), .jsonl or .json (an object a line, or one list of objects), each also
+            .gz; folders of those; or ids of datasets on the Hub, which are streamed.
+        split, config: of a dataset on the Hub.
+        field: the name of the text field.
+        skip_empty: go on after an empty document, with a warning, instead of stopping at it.
+
+    Raises:
+        FileNotFoundError, ValueError: a source that is not there or cannot be read, no JSON, no text, a text that is
+            empty or no string; the message names the file and the line (in a list: the record).
+    """
+    for name, row in _rows(sources, split, config, field):
+        text = _string(name, row, field)
+        if text.strip():
+            yield {"text": text, "source": name}
+        elif skip_empty:
+            logger.warning(f"{name}: {field!r} is empty, left out.")
+        else:
+            raise ValueError(f"{name}: {field!r} is empty. Remove the document, or pass skip_empty=True.")
+
+
+def read_records(sources: Sources, *, split: str = "train", config: str | None = None) -> Iterator[dict[str, str]]:
+    """LongAlpaca's records, as {"instruction", "input", "output", "source"}; "input" may be missing or null.
+
+    Sources and errors as in `read_documents`, without .txt; a record without instruction or output is an error too.
+    """
+    for name, row in _rows(sources, split, config, None):
+        record = {key: _string(name, row, key) for key in ("instruction", "output")}
+        if empty := [key for key, text in record.items() if not text.strip()]:
+            raise ValueError(f"{name}: {empty[0]!r} is empty. Fill it in, or remove the record.")
+        record["input"] = "" if row.get("input") is None else _string(name, row, "input")
+        yield {**record, "source": name}
+
+
+def _string(name: str, row: Any, key: str) -> str:
+    if not isinstance(row, dict):
+        raise ValueError(f"{name}: a {type(row).__name__}, not an object with the field {key!r}.")
+    text = row.get(key)
+    if text is None:
+        raise ValueError(f"{name}: no {key!r}. The fields are {sorted(row)}.")
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: {key!r} is a {type(text).__name__} ({str(text)[:40]!r}), not a string.")
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{name}: {key!r} holds half of a surrogate pair, which is no text. Write the file anew.")
+    return text
+
+
+def _rows(sources: Sources, split: str, config: str | None, text_field: str | None) -> Iterator[tuple[str, Any]]:
+    """(where it came from, row) of every source; `text_field` None: .txt files are refused."""
+    for source in [sources] if isinstance(sources, str | Path) else sources:
+        path = Path(source)
+        if not path.exists():
+            yield from _hub_rows(str(source), split, config)
+            continue
+        for file in _files(path):
+            number = 0
+            with _named(str(file)):
+                for number, row in enumerate(_file_rows(file, text_field), 1):  # noqa: B007
+                    yield row
+            if not number:
+                raise ValueError(f"{file}: nothing in it. Remove it.")
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        if _kind(path) not in SUFFIXES:
+            raise ValueError(f"{path}: cannot read {path.suffix!r} files. Use {', '.join(SUFFIXES)}, each also .gz.")
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    known = [file for file in files if _kind(file) in SUFFIXES]
+    if not known:
+        raise ValueError(f"{path}: holds no {', '.join(SUFFIXES)} file (each also .gz).")
+    if len(known) < len(files):
+        others = ", ".join(str(file.relative_to(path)) for file in files if file not in known)
+        logger.warning(f"{path}: reading {len(known)} files, not these: {others}")
+    return known
+
+
+def _kind(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def _file_rows(path: Path, text_field: str | None) -> Iterator[tuple[str, Any]]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        if _kind(path) == ".txt":
+            if text_field is None:
+                raise ValueError(f"{path}: records come as .jsonl or .json, not as plain text.")
+            yield str(path), {text_field: file.read().decode("utf-8-sig")}
+        # A list is read whole, for half of one is no JSON; lines one by one.
+        elif file.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            for number, row in enumerate(json.loads(file.read().decode("utf-8-sig")), 1):
+                yield f"{path}, record {number}", row
+        else:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    with _named(f"{path}:{number}"):
+                        row = json.loads(line.decode("utf-8-sig"))
+                    yield f"{path}:{number}", row
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say which file, and line, could not be decompressed, decoded or parsed."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{name}: damaged gzip file ({error}). Copy or download it again.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8 ({error.reason} at byte {error.start}). Convert it.") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{name}: not JSON ({error.msg} at line {error.lineno}, column {error.colno}). A file holds one object a "
+            f"line, or one list of objects."
+        ) from error
+
+
+def _hub_rows(source: str, split: str, config: str | None) -> Iterator[tuple[str, Any]]:
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source) or _kind(Path(source)) in SUFFIXES:
+        raise FileNotFoundError(f"{source}: no such file or folder.")
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(source, config, split=split, streaming=True)
+    except OSError as error:
+        raise FileNotFoundError(f"{source}: no file or folder here, and not read from the Hub: {error}") from error
+    for number, row in enumerate(rows, 1):
+        yield f"{source} ({split}), record {number}", row
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------
+
+
+def to_windows(
+    documents: Iterable[dict[str, str]], tokenizer: PreTrainedTokenizerBase, length: int, counts: Counts | None = None
+) -> Iterator[dict[str, list[int]]]:
+    """Cut documents into rows of at most `length` tokens for a plain `Trainer`: {"input_ids", "labels"}.
+
+    A document ends with the end-of-sequence token, and a row never holds two documents. Every token is in a row; a
+    last row of one token, from which nothing could be predicted, takes one from the row before.
+
+    Args:
+        documents: as `read_documents` yields them.
+        length: of a window, tokens, 3 or more.
+        counts: filled in along the way, and logged at the end.
+
+    Raises:
+        ValueError: length is under 3, or a document has one token only.
+
+    Example: 9 tokens with length 4 give rows of 4, 3 and 2.
+    """
+    if length < 3:
+        raise ValueError(f"length={length} must be 3 tokens or more, so that every row can predict one.")
+    counts = Counts() if counts is None else counts
+    for document in documents:
+        ids = tokenizer(document["text"], verbose=False)["input_ids"]
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            ids = [*ids, tokenizer.eos_token_id]
+        if len(ids) < 2:
+            raise ValueError(f"{document['source']}: {len(ids)} token, from which nothing can be predicted. Remove it.")
+        counts.documents += 1
+        counts.tokens += len(ids)
+        if len(ids) > length:
+            counts.add_longer(document["source"])
+        starts = list(range(0, len(ids), length))
+        if len(ids) - starts[-1] == 1:
+            starts[-1] -= 1
+        for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+            counts.rows += 1
+            yield {"input_ids": ids[start:stop], "labels": ids[start:stop]}
+    counts.report()
+
+
+def tokenize_record(record: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """One record as {"input_ids", "labels"}, whole; labels are -100 before the answer.
+
+    The prompt is the tokenizer's chat template with one user turn, or Llama 2's [INST] where it has none. The answer
+    starts where the tokens of the prompt and those of prompt and answer part (as in trl's SFTTrainer).
+    """
+    user = f"{record['instruction']}\n{record['input']}" if record.get("input") else record["instruction"]
+    if tokenizer.chat_template is not None:
+        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": record["output"]}]
+        options: dict[str, Any] = dict(return_dict=False, tokenizer_kwargs={"verbose": False})
+        prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **options)
+        ids = tokenizer.apply_chat_template(turns, **options)
+    else:
+        text = LLAMA_2_PROMPT.format(user)
+        prompt = tokenizer(text, verbose=False)["input_ids"]
+        answer = f"{text} {record['output']}{tokenizer.eos_token or ''}"
+        ids = tokenizer(answer, verbose=False)["input_ids"]
+    start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False)))
+    return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
+
+
+def tokenize_records(
+    records: Iterable[dict[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    too_long: Literal["truncate", "drop", "error"] = "truncate",
+    counts: Counts | None = None,
+) -> Iterator[dict[str, list[int]]]:
+    """Rows of at most `max_length` tokens: {"input_ids", "labels"}, ready for SFTTrainer, which then cuts nothing.
+
+    Args:
+        records: as `read_records` yields them.
+        max_length: of a row, tokens.
+        too_long: what becomes of a longer record. "truncate": its prompt loses its middle; the beginning, the question
+            at the end and the whole answer stay. "drop": it is left out. "error": it is refused.
+        counts: filled in along the way, and logged at the end: nothing is cut or dropped without being counted.
+
+    Raises:
+        ValueError: an unknown `too_long`; a record that is refused, or whose answer leaves no room for a prompt.
+    """
+    if too_long not in ("truncate", "drop", "error"):
+        raise ValueError(f"too_long={too_long!r} is unknown. Use 'truncate', 'drop' or 'error'.")
+    counts = Counts() if counts is None else counts
+    for record in records:
+        row = tokenize_record(record, tokenizer)
+        ids, labels = row["input_ids"], row["labels"]
+        counts.documents += 1
+        counts.tokens += len(ids)
+        excess = len(ids) - max_length
+        if excess > 0:
+            counts.add_longer(record["source"])
+            room = labels.count(IGNORED) - excess  # for the prompt
+            if too_long == "drop":
+                counts.dropped += 1
+                counts.dropped_tokens += len(ids)
+                continue
+            if too_long == "error" or room < 1:
+                raise ValueError(
+                    f"{record['source']}: {len(ids)} tokens, of which {max_length - room} are the answer's, do not fit "
+                    f"in max_length={max_length}. Raise it, shorten the record, or pass too_long='drop'."
+                )
+            cut = slice((room + 1) // 2, (room + 1) // 2 + excess)
+            del ids[cut], labels[cut]
+            counts.cut_tokens += excess
+        counts.rows += 1
+        yield row
+    counts.report()

@@ -1,0 +1,153 @@
+"""Documents for evaluation: read one at a time, hashed, turned into tokens, cut into windows.
+
+Two ways of cutting, which give different numbers and are named in every result:
+
+- "longlora": the token streams of all documents one after the other, a window of W tokens every 256. The loss of a
+  window is the mean over all its tokens but the first; windows overlap, so tokens count many times, early positions as
+  much as late ones. Source: eval.py of the original LongLoRA, which also leaves out the last window, as here.
+- "documents": each document alone, windows of W tokens that move by a stride; of each window only tokens that no window
+  before it has scored count, so every token but a document's first counts once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_longlora.data import Sources, read_documents
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a corpus holds. sha256 is of the documents' text in order, each closed by a zero byte."""
+
+    name: str
+    sources: list[str]
+    documents: int
+    characters: int
+    sha256: str
+
+    def entry(self) -> dict[str, Any]:
+        """The "data" entry of results.json: names of files, not where they lie on this machine."""
+        return {**asdict(self), "sources": [Path(source).name for source in self.sources]}
+
+
+@dataclass(frozen=True)
+class Window:
+    """One forward: all inputs are read, targets[i] follows inputs[i], and those from `first` on are scored.
+
+    Attributes:
+        document: number of the document that the window (its first token) belongs to. number: of the window, within
+            its document ("documents") or in all ("longlora").
+        name: where the document came from.
+        start: place of the first input in its document, or in the stream.
+        is_short: the document is shorter than a window.
+        progress: the part of the corpus read so far, 0 to 1.
+    """
+
+    document: int
+    number: int
+    name: str
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    first: int
+    start: int
+    is_short: bool
+    progress: float
+
+
+class Corpus:
+    """Documents from files, folders or a dataset on the Hub, streamed anew for each pass.
+
+    Args:
+        sources: as `read_documents` takes them. split, config, field: likewise.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, nothing in it, or not readable; when `summary` is first asked.
+    """
+
+    def __init__(self, sources: Sources, split: str = "train", config: str | None = None, field: str = "text"):
+        self.sources = [str(s) for s in ([sources] if isinstance(sources, str | Path) else sources)]
+        self._options = dict(split=split, config=config, field=field)
+        self._summary: Summary | None = None
+
+    def documents(self) -> Iterator[dict[str, str]]:
+        """Documents, one at a time."""
+        return read_documents(self.sources, **self._options)
+
+    def summary(self) -> Summary:
+        """Count and hash the documents; the first call reads them all once."""
+        if self._summary is None:
+            digest, documents, characters = hashlib.sha256(), 0, 0
+            for document in self.documents():
+                digest.update(document["text"].encode() + b"\0")
+                documents += 1
+                characters += len(document["text"])
+            if not documents:
+                raise ValueError(f"{', '.join(self.sources)}: no document in it.")
+            name = ", ".join(Path(source).name.split(".")[0] or source for source in self.sources)
+            self._summary = Summary(name, self.sources, documents, characters, digest.hexdigest())
+        return self._summary
+
+    def tokens(self, encode: Encode) -> Iterator[tuple[int, str, torch.Tensor, float]]:
+        """(number, name, token ids, progress) of each document."""
+        read, total = 0, self.summary().characters
+        for number, document in enumerate(self.documents()):
+            read += len(document["text"])
+            name = Path(document["source"]).name if Path(document["source"]).exists() else document["source"]
+            yield number, name, torch.tensor(encode(document["text"])), read / total
+
+    def document_windows(self, encode: Encode, length: int, stride: int) -> Iterator[Window]:
+        """Windows of the "documents" protocol.
+
+        Example: 10 tokens, length 4, stride 2: inputs 0-3, 2-5, 4-7, 6-8; targets scored 1-4, 5-6, 7-8, 9.
+        """
+        for number, name, ids, progress in self.tokens(encode):
+            scored = 0  # the last token that a window has scored
+            for index, start in enumerate(range(0, max(len(ids) - 1, 1), stride)):
+                stop = min(start + length, len(ids) - 1)
+                yield Window(
+                    document=number,
+                    number=index,
+                    name=name,
+                    inputs=ids[start:stop],
+                    targets=ids[start + 1 : stop + 1],
+                    first=scored - start,
+                    start=start,
+                    is_short=len(ids) <= length,
+                    progress=progress,
+                )
+                scored = stop
+                if stop >= len(ids) - 1:
+                    break
+
+    def stream_windows(self, encode: Encode, length: int, stride: int = 256) -> Iterator[Window]:
+        """Windows of the "longlora" protocol: starts 0, stride, ... below N - length, without the last of them."""
+        buffer = torch.empty(0, dtype=torch.long)
+        offset = start = index = 0  # of the buffer's first token and the next window, in the stream
+        owners: list[tuple[int, int, str]] = []  # where documents begin in the stream
+        end = 0
+        for number, name, ids, progress in self.tokens(encode):
+            owners.append((end, number, name))
+            end += len(ids)
+            buffer = torch.cat([buffer, ids])
+            # The window after this one must start below N - length, or this one would be the last.
+            while start + stride < end - length:
+                while len(owners) > 1 and owners[1][0] <= start:
+                    owners.pop(0)
+                ids = buffer[start - offset : start - offset + length]
+                yield Window(owners[0][1], index, owners[0][2], ids, ids[1:], 0, start, False, progress)
+                start, index = start + stride, index + 1
+            buffer, offset = buffer[max(0, start - offset) :], offset + min(len(buffer), max(0, start - offset))
+        if not index:
+            raise ValueError(
+                f"{', '.join(self.sources)}: {end} tokens in all give no window of {length} tokens (protocol "
+                f"'longlora' needs more than {length + stride}). Use shorter --lengths or more text."
+            )

@@ -1,0 +1,88 @@
+"""Cross entropy of every token of a long window, without the logits of the whole window.
+
+A window's logits are the largest tensor there is: 32,768 tokens of a 128,256-token vocabulary are 16.8 GB in float32.
+Here the model runs once with its output embeddings seeing the last token only, and the hidden states that they were to
+see go through them in chunks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# float32 logits of one chunk.
+CHUNK_BYTES = 256 * 2**20
+
+
+class TokenLosses:
+    """Token losses of a causal language model of transformers, bare or PEFT.
+
+    Args:
+        model: called as model(input_ids=..., use_cache=False); in evaluation mode.
+        chunk_size: tokens whose logits exist at a time. None: as many as fit into 256 MiB.
+
+    Raises:
+        NotImplementedError: the model has no output embeddings.
+    """
+
+    def __init__(self, model: nn.Module, chunk_size: int | None = None):
+        self.model = model
+        self.head = model.get_output_embeddings()
+        if self.head is None:
+            raise NotImplementedError(f"{type(model).__name__} has no output embeddings, so it scores no tokens.")
+        self.chunk_size = chunk_size
+        self._is_plain: bool | None = None
+
+    @torch.no_grad()
+    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Losses of targets given all inputs up to the same place.
+
+        Args:
+            inputs: (S,) token ids. targets: (n,) token ids, n <= S; target i is the token after input i.
+
+        Returns:
+            (n,) float32, nats, on the model's device.
+        """
+        device = self.model.device
+        inputs = inputs.to(device)[None]
+        hidden, last_logits = self._hidden_states(inputs)
+        if self._is_plain is None:
+            # Some models scale or cap what comes out of the output embeddings.
+            self._is_plain = torch.equal(self.head(hidden[:, -1:]), last_logits)
+        size = self.chunk_size or max(16, CHUNK_BYTES // (4 * last_logits.shape[-1]))
+        targets = targets.to(last_logits.device)
+        losses = []
+        for start in range(0, len(targets), size):
+            part = targets[start : start + size]
+            logits = self._logits(hidden[:, start : start + len(part)], inputs)
+            losses.append(F.cross_entropy(logits[0].float(), part, reduction="none"))
+        return torch.cat(losses)
+
+    def _hidden_states(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(1, S, hidden size) that the output embeddings were to see, and the logits of the last token."""
+        seen = []
+
+        def keep(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            seen.append(arguments[0])
+            return (arguments[0][:, -1:],)
+
+        handle = self.head.register_forward_pre_hook(keep)
+        try:
+            logits = self.model(input_ids=inputs, use_cache=False).logits
+        finally:
+            handle.remove()
+        return seen[0], logits
+
+    def _logits(self, hidden: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """Logits of a chunk: by the output embeddings alone or, where a model does more, by the model's own last step.
+
+        The latter runs the model on one token and hands its output embeddings the chunk instead.
+        """
+        if self._is_plain:
+            return self.head(hidden)
+        handle = self.head.register_forward_pre_hook(lambda _module, _arguments: (hidden,))
+        try:
+            return self.model(input_ids=inputs[:, :1], use_cache=False).logits
+        finally:
+            handle.remove()

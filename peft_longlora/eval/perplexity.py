@@ -1,0 +1,151 @@
+"""Perplexity by window length and by position in the window, with two protocols (see `corpus`)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from peft_longlora.eval.corpus import Corpus, Window
+from peft_longlora.eval.subject import Subject
+from peft_longlora.eval.tasks import Item
+
+PROTOCOLS = ("longlora", "documents")
+LONGLORA_STRIDE = 256
+
+
+@dataclass
+class Perplexity:
+    """The task "perplexity" (or, at the native window and beside the base, "native").
+
+    Args:
+        corpus: the documents.
+        lengths: of windows, tokens.
+        protocol: "longlora" or "documents".
+        stride: tokens between windows; None: 256 for "longlora", half the window for "documents".
+        buckets: edges between buckets of positions; None: 512 and its doublings.
+        max_windows: measure the first so many windows of each length; None: all.
+        with_base: measure the base too.
+    """
+
+    corpus: Corpus
+    lengths: list[int]
+    protocol: str = "documents"
+    stride: int | None = None
+    buckets: list[int] | None = None
+    max_windows: int | None = None
+    with_base: bool = False
+    name: str = "perplexity"
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol={self.protocol!r} is unknown. Use {' or '.join(map(repr, PROTOCOLS))}.")
+        for length in self.lengths:
+            if length < 2:
+                raise ValueError(f"A window of {length} tokens predicts nothing. Use lengths of 2 or more.")
+            if self.stride is not None and not 1 <= self.stride <= length:
+                raise ValueError(f"stride={self.stride} must be 1 to the window's {length} tokens.")
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What must be the same for two runs' samples to mean the same."""
+        return {
+            "protocol": self.protocol,
+            "stride": self.stride or (LONGLORA_STRIDE if self.protocol == "longlora" else "half the window"),
+            "buckets": self.buckets or "512 and its doublings",
+            "max_windows": self.max_windows,
+        }
+
+    def data(self) -> dict[str, Any]:
+        """What was read, for results.json."""
+        return self.corpus.summary().entry()
+
+    def items(self, subject: Subject) -> Iterator[Item]:
+        """One item a window; the tokens are at hand when it is yielded."""
+        for length in self.lengths:
+            for variant in ["base", subject.variant] if self.with_base and subject.variant != "base" else [None]:
+                short: dict[int, str] = {}
+                windows = self._windows(subject, length)
+                for count, window in enumerate(itertools.islice(windows, self.max_windows), 1):
+                    if window.is_short:
+                        short[window.document] = window.name
+                    progress = window.progress
+                    if self.max_windows:
+                        progress = max(progress, count / self.max_windows)
+                    yield self._item(subject, variant, length, window, progress)
+                if short:
+                    names = ", ".join(list(short.values())[:3]) + (", ..." if len(short) > 3 else "")
+                    note = (
+                        f"{self.name}, {length} tokens: {len(short)} of {self.corpus.summary().documents} documents "
+                        f"are shorter than the window and were scored whole ({names})."
+                    )
+                    if note not in self.notes:
+                        self.notes.append(note)
+
+    def _windows(self, subject: Subject, length: int) -> Iterator[Window]:
+        if self.protocol == "longlora":
+            return self.corpus.stream_windows(subject.encode, length, self.stride or LONGLORA_STRIDE)
+        return self.corpus.document_windows(subject.encode, length, self.stride or max(1, length // 2))
+
+    def _item(self, subject: Subject, variant: str | None, length: int, window: Window, progress: float) -> Item:
+        shown = variant or subject.variant
+        key = f"{self.name}/{self.protocol}/{length}/{shown}/{window.document:06d}/{window.number:06d}"
+
+        def measure() -> dict[str, Any]:
+            if shown == "base" and subject.variant != "base":
+                with subject.as_base() as base:
+                    return self._measure(base, key, length, window)
+            return self._measure(subject, key, length, window)
+
+        return Item(key, f"{self.name} {length}", progress, measure)
+
+    def _measure(self, subject: Subject, key: str, length: int, window: Window) -> dict[str, Any]:
+        if not len(window.targets):
+            losses = torch.empty(0)
+        else:
+            losses = subject.losses(window.inputs, window.targets).cpu().double()[window.first :]
+        if not torch.isfinite(losses).all():
+            place = int((~torch.isfinite(losses)).nonzero()[0, 0]) + window.first
+            raise ValueError(
+                f"The loss is {losses[place - window.first].item()} in document {window.document} ({window.name}), "
+                f"token {window.start + place + 1}, position {place + 1} of a {length} token window. The model computes no "
+                f"number there: check its weights, or use --dtype float32."
+            )
+        measures = []
+        edges = [0, *(e for e in self._edges(length) if e < length), length]
+        for low, high in itertools.pairwise(edges):
+            part = losses[max(0, low - window.first) : max(0, high - window.first)]
+            if len(part):
+                measures.append(self._measure_of(part, f"{low}-{high}"))
+        if len(losses):
+            measures.append(self._measure_of(losses, None))
+        return {
+            "key": key,
+            "task": self.name,
+            "dataset": self.corpus.summary().name,
+            "protocol": self.protocol,
+            "variant": subject.variant,
+            "length": length,
+            "unit": f"{window.document:06d} {window.name}",
+            "beyond_window": length > subject.window,
+            "inputs": len(window.inputs),
+            "measures": measures,
+        }
+
+    def _measure_of(self, losses: torch.Tensor, group: str | None) -> list[Any]:
+        """A window counts once with its mean ("longlora"), a token once with its loss ("documents")."""
+        if self.protocol == "longlora":
+            return ["perplexity", group, losses.mean().item(), 1, len(losses)]
+        return ["perplexity", group, losses.sum().item(), len(losses), len(losses)]
+
+    def _edges(self, length: int) -> list[int]:
+        if self.buckets is not None:
+            return self.buckets
+        edges = [512]
+        while edges[-1] < length:
+            edges.append(2 * edges[-1])
+        return edges

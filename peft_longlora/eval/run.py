@@ -1,0 +1,264 @@
+"""Run tasks on a model: shared among processes, journalled, resumable; then rows, table and plots."""
+
+from __future__ import annotations
+
+import platform
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+
+from peft_longlora.eval.journal import Journal
+from peft_longlora.eval.results import RESULTS, Results, collect_cells, sort_key
+from peft_longlora.eval.subject import Subject
+from peft_longlora.eval.tasks import Item, Task
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that share a run: torchrun and `accelerate launch` start them."""
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device | None = None
+    state: Any = None
+
+    @classmethod
+    def of_environment(cls, device: str | None = None) -> Processes:
+        """From what the launcher set; a single process without it."""
+        import os
+
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls(device=torch.device(device) if device else None)
+        from accelerate import PartialState
+
+        # Processes finish at different times, and the default of ten minutes would end the slower one's run.
+        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=7))
+        return cls(state.process_index, state.num_processes, state.device, state)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the results."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Wait for all others to come here."""
+        if self.state is not None:
+            self.state.wait_for_everyone()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How intervals are made, and the seed of generated prompts and of the bootstrap."""
+
+    seed: int = 0
+    bootstrap_replicates: int = 1000
+    confidence: float = 0.95
+
+
+def evaluate(
+    subject: Subject,
+    tasks: list[Task],
+    output: str | Path,
+    *,
+    settings: Settings | None = None,
+    overwrite: bool = False,
+    processes: Processes | None = None,
+    show_progress: bool = True,
+) -> Results | None:
+    """Measure everything that is not measured yet, and write results.json, results.md and the plots.
+
+    Args:
+        subject: the model. tasks: what to measure. output: a folder; one that holds the same run goes on.
+        overwrite: throw away what the folder holds. processes: who shares the work.
+
+    Returns:
+        The results, in the main process; None in others.
+
+    Raises:
+        ValueError: the folder holds another run; the model computes no number somewhere.
+    """
+    settings, processes = settings or Settings(), processes or Processes()
+    data = {name_of(task): task.data() for task in tasks}
+    journal = Journal(output, processes.rank)
+    identity = {"model": subject.description, **{name_of(t): {**t.parameters, "data": data[name_of(t)]} for t in tasks}}
+    if processes.is_main:
+        journal.open(identity, overwrite)
+        processes.wait()
+    else:
+        processes.wait()
+        journal.open(identity, is_main=False)
+    done = journal.done()
+    processes.wait()  # nobody writes before all have read
+    speed: dict[str, dict[str, float]] = {}
+    keys: set[str] = set()
+    try:
+        with subject.evaluating():
+            subject.warm_up()
+            for task in tasks:
+                _run(task, subject, journal, done, keys, processes, speed, show_progress and processes.is_main)
+    finally:
+        journal.close()
+    processes.wait()
+    if not processes.is_main:
+        return None
+    journal.merge()
+    results = gather(subject, tasks, journal, keys, settings, data, speed, processes.count)
+    results.save(Path(output) / RESULTS)
+    from peft_longlora.eval.report import write_report
+
+    write_report(results, Path(output))
+    return results
+
+
+def name_of(task: Task) -> str:
+    """A task's name, with its protocol where it has a choice of them."""
+    protocol = task.parameters.get("protocol")
+    return f"{task.name} ({protocol})" if protocol else task.name
+
+
+def _run(
+    task: Task,
+    subject: Subject,
+    journal: Journal,
+    done: set[str],
+    keys: set[str],
+    processes: Processes,
+    speed: dict[str, dict[str, float]],
+    show_progress: bool,
+) -> None:
+    """This process's share of a task: every n-th of the items that no earlier run has finished."""
+    pending = count = 0
+    bar, label, begin = None, None, time.perf_counter()
+    for item in prefetch(task.items(subject)):
+        keys.add(item.key)
+        if item.label != label:
+            if bar is not None:
+                bar.close()
+            label, count, begin = item.label, 0, time.perf_counter()
+            bar = tqdm(desc=label, disable=not show_progress, dynamic_ncols=True)
+        count += 1
+        bar.total = max(count, round(count / max(item.progress, 1e-9)))
+        if item.key not in done:
+            pending += 1
+            if pending % processes.count == processes.rank:
+                record = item.measure()
+                journal.write(record)
+                _clock(speed, item, record, begin)
+        bar.update(1)
+    if bar is not None:
+        bar.close()
+
+
+def _clock(speed: dict[str, dict[str, float]], item: Item, record: dict[str, Any], begin: float) -> None:
+    """Count the tokens read and the time since the label's first item was at hand."""
+    entry = speed.setdefault(item.label, {"tokens": 0, "seconds": 0.0})
+    entry["tokens"] += record.get("inputs") or record.get("tokens") or 0
+    entry["seconds"] = round(time.perf_counter() - begin, 3)
+
+
+def prefetch(items: Iterator[T], size: int = 4) -> Iterator[T]:
+    """The same items, made ahead in a thread: the next document is turned into tokens while the model is busy."""
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(size)
+    stop = threading.Event()
+
+    def put(entry: tuple[T | None, BaseException | None]) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def fill() -> None:
+        try:
+            for item in items:
+                put((item, None))
+                if stop.is_set():
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:  # handed on to the thread that asked
+            put((None, error))
+
+    thread = threading.Thread(target=fill, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()
+        thread.join(timeout=5)
+
+
+def gather(
+    subject: Subject,
+    tasks: list[Task],
+    journal: Journal,
+    keys: set[str],
+    settings: Settings,
+    data: dict[str, Any],
+    speed: dict[str, Any],
+    processes: int,
+) -> Results:
+    """Results from the samples of this run's items."""
+    cells = collect_cells(record for record in journal.records() if record["key"] in keys)
+    rows = [
+        cell.row(settings.seed, settings.bootstrap_replicates, settings.confidence)
+        for cell in cells.values()
+        if any(denominator for _, denominator in cell.units.values())
+    ]
+    rows.sort(key=sort_key)
+    notes = [*subject.notes, *(note for task in tasks for note in task.notes)]
+    beyond = sorted({row.length for row in rows if row.beyond_window and row.length})
+    if beyond:
+        notes.append(
+            f"Above the window of {subject.window} tokens that the model was made for: "
+            f"{', '.join(map(str, beyond))} tokens (marked †)."
+        )
+    device = subject.model.device
+    return Results(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=versions(),
+        hardware={
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
+            "threads": torch.get_num_threads(),
+            "processes": processes,
+        },
+        model=subject.description,
+        settings={
+            "seed": settings.seed,
+            "bootstrap_replicates": settings.bootstrap_replicates,
+            "confidence": settings.confidence,
+            **{name_of(task): task.parameters for task in tasks},
+        },
+        data={name: entry for name, entry in data.items() if entry},
+        notes=list(dict.fromkeys(notes)),
+        results=[row for row in rows if row.group is None],
+        details=[row for row in rows if row.group is not None],
+        speed=speed,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("peft-longlora", "transformers", "torch", "peft", "tokenizers", "datasets", "lm_eval", "rouge-score"):
+        try:
+            found[name.replace("-", "_")] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

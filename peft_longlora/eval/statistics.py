@@ -1,0 +1,83 @@
+"""Values and intervals of ratios over independent units (documents, prompts). Needs numpy alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+
+# How many numbers a block of bootstrap weights may hold: bounds the memory, whatever the number of documents.
+BLOCK = 4_000_000
+
+
+class Ratios:
+    """A ratio sum(numerators) / sum(denominators) over units, or its exponential (a perplexity)."""
+
+    def __init__(self, units: Sequence[Sequence[float]], exponential: bool = False):
+        self.sums = np.asarray(units, dtype=np.float64).reshape(-1, 2)
+        self.exponential = exponential
+
+    def value(self) -> float:
+        """The ratio over all units."""
+        return float(self._ratio(self.sums[:, 0].sum(), self.sums[:, 1].sum()))
+
+    def interval(self, seed: int, replicates: int, confidence: float) -> tuple[float | None, float | None]:
+        """Wilson's interval for successes out of trials, else the bootstrap's percentiles over units.
+
+        (None, None) with fewer than two units: nothing is known of their spread.
+        """
+        if len(self.sums) < 2:
+            return None, None
+        if not self.exponential and np.all(self.sums[:, 1] == 1) and np.all(np.isin(self.sums[:, 0], (0.0, 1.0))):
+            return wilson(int(self.sums[:, 0].sum()), len(self.sums), confidence)
+        return percentiles(self.replicates(seed, replicates), confidence)
+
+    def replicates(self, seed: int, replicates: int) -> np.ndarray:
+        """(R,) ratios of units drawn with replacement. One seed draws the same units for every ratio of n units."""
+        n = len(self.sums)
+        rng = np.random.default_rng(seed)
+        values = []
+        for start in range(0, replicates, block := max(1, BLOCK // n)):
+            weights = rng.multinomial(n, np.full(n, 1 / n), size=min(block, replicates - start))
+            values.append(self._ratio(*(weights @ self.sums).T))
+        return np.concatenate(values)
+
+    def _ratio(self, numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            ratio = np.divide(numerator, denominator)
+            return np.exp(ratio) if self.exponential else ratio
+
+
+def percentiles(replicates: np.ndarray, confidence: float) -> tuple[float | None, float | None]:
+    """The central interval of bootstrap replicates; those in which no unit counted are left out."""
+    replicates = replicates[np.isfinite(replicates)]
+    if not len(replicates):
+        return None, None
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(replicates, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def wilson(successes: int, trials: int, confidence: float) -> tuple[float, float]:
+    """Wilson's score interval, which stays honest at 0% and 100%.
+
+    Example: wilson(0, 10, 0.95) is (0, 0.2775).
+    """
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    p, scale = successes / trials, 1 + z * z / trials
+    centre = (p + z * z / (2 * trials)) / scale
+    half = z / scale * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def difference(
+    first: Ratios, second: Ratios, paired: bool, seed: int, replicates: int, confidence: float
+) -> tuple[float, float | None, float | None]:
+    """second - first with its bootstrap interval; paired: row i of both is the same document or prompt."""
+    value = second.value() - first.value()
+    if min(len(first.sums), len(second.sums)) < 2:
+        return value, None, None
+    ours, theirs = (r.replicates(seed if paired else seed + i, replicates) for i, r in enumerate((first, second)))
+    return value, *percentiles(theirs - ours, confidence)

@@ -1,0 +1,261 @@
+"""What is evaluated: a model with its tokenizer, loaded loudly, and the two things asked of it: losses and answers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from peft_longlora.attention import configure_attention, find_attention_modules, settings_of, use_attention
+from peft_longlora.eval.losses import TokenLosses
+from peft_longlora.rope import STATES, base_rope, scale_rope, switch_rope, window_of
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Subject:
+    """A model under evaluation.
+
+    Attributes:
+        model: in evaluation mode. tokenizer: its tokenizer.
+        variant: "base", "adapter" or "rescaled"; what rows of results are labelled with.
+        native_window, window: tokens, before and after extension.
+        description: the "model" entry of results.json.
+        notes: what a reader of the results must know about it.
+        attention: "dense", or "sparse" to measure a pattern by itself.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    variant: str
+    native_window: int
+    window: int
+    description: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    attention: str = "dense"
+    _losses: TokenLosses | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase, attention: str = "dense") -> Subject:
+        """A model that is in memory already.
+
+        Raises: ValueError: the tokenizer has more tokens than the model has embeddings.
+        """
+        config = model.config.get_text_config()
+        window, native = window_of(config), window_of(config)
+        states = getattr(model.get_base_model() if isinstance(model, PeftModel) else model, STATES, None)
+        if states:
+            native = states[0].max_position_embeddings
+        variant = "adapter" if isinstance(model, PeftModel) else "rescaled" if states else "base"
+        check_tokenizer(model, tokenizer)
+        return cls(model, tokenizer, variant, native, window, attention=attention)
+
+    def losses(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Token losses; see `TokenLosses`."""
+        if self._losses is None:
+            self._losses = TokenLosses(self.model)
+        return self._losses(inputs, targets)
+
+    @torch.no_grad()
+    def answer(self, ids: list[int], max_new_tokens: int) -> str:
+        """What the model writes after a prompt: greedy, one token after the other, special tokens left out."""
+        inputs = torch.tensor([ids], device=self.model.device)
+        # All that could make decoding other than greedy is set, because models bring defaults of their own.
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=50,
+            min_new_tokens=0,
+            pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0,
+        )
+        out = self.model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
+        return self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """One short forward, so that no measured one pays for setting up the device."""
+        self.model(input_ids=torch.zeros(1, 16, dtype=torch.long, device=self.model.device), use_cache=False)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer puts around one."""
+        return self.tokenizer(text, verbose=False)["input_ids"]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode and the attention that was asked for; the model is afterwards as it was."""
+        was_training = self.model.training
+        self.model.eval()
+        with ExitStack() as stack:
+            if self.attention == "sparse":
+                stack.enter_context(use_attention(self.model, "sparse"))
+            try:
+                yield
+            finally:
+                self.model.train(was_training)
+
+    @contextmanager
+    def as_base(self) -> Iterator[Subject]:
+        """The base, without adapter and with its own RoPE, as a subject of its own."""
+        base = Subject(self.model, self.tokenizer, "base", self.native_window, self.native_window)
+        if isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                yield base
+        elif self.variant == "rescaled":
+            switch_rope(self.model, scaled=False)
+            try:
+                yield base
+            finally:
+                switch_rope(self.model, scaled=True)
+        else:
+            yield base
+
+
+def load_subject(
+    model: str,
+    adapter: str | None = None,
+    *,
+    tokenizer: str | None = None,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    attention: str = "dense",
+    attn_implementation: str | None = None,
+    context_length: int | None = None,
+    rope_type: str = "yarn",
+) -> Subject:
+    """Load a base, and an adapter on it, for evaluation.
+
+    Args:
+        model: a folder or an id on the Hub. adapter: likewise; of any PEFT type.
+        tokenizer: a folder or an id; None: the model's.
+        dtype: "auto" (the file's), "float32", "bfloat16" or "float16".
+        device: None: the GPU if there is one.
+        attention: "dense", or "sparse" for the adapter's pattern (without one: S2 with a quarter of the window).
+        attn_implementation: of dense attention, transformers' name.
+        context_length, rope_type: rescale RoPE without an adapter, as `scale_rope` does.
+
+    Raises:
+        ValueError: something is not there, does not fit, or the tokenizer has tokens that the model has not.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if adapter and context_length:
+        raise ValueError(
+            f"context_length={context_length} and an adapter exclude each other: an adapter brings its own."
+        )
+    base = _load(AutoModelForCausalLM, model, "model", dtype=dtype, attn_implementation=attn_implementation)
+    words = _load(AutoTokenizer, tokenizer or model, "tokenizer")
+    check_tokenizer(base, words)
+    native = window_of(base.config.get_text_config())
+    description = {
+        "name": model,
+        "fingerprint": fingerprint(model, base.config),
+        "adapter": adapter,
+        "adapter_sha256": fingerprint(adapter) if adapter else None,
+    }
+    notes = []
+    if adapter:
+        base = _add_adapter(base, adapter, model, notes)
+    elif context_length:
+        scale_rope(base, context_length, rope_type=rope_type)
+    base.to(device).eval()
+    if attention == "sparse" and not adapter:
+        configure_attention(base)
+    subject = Subject.of(base, words, attention)
+    config = base.config.get_text_config()
+    subject.native_window, subject.notes = native, notes
+    description |= {
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "attention": attention if attention == "dense" else f"sparse ({_pattern(base)})",
+        "attn_implementation": attn_implementation or "default",
+        "rope_parameters": base_rope(config),
+        "native_window": native,
+        "window": subject.window,
+    }
+    subject.description = description
+    return subject
+
+
+def check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer whose tokens the model has no embeddings for.
+
+    Raises: ValueError.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"The tokenizer ({tokenizer.name_or_path}) knows token {largest}, but the model has {rows} embeddings. "
+            f"Give the tokenizer that belongs to the model with --tokenizer."
+        )
+
+
+def fingerprint(name: str, config: Any = None) -> str:
+    """A hash that tells two models apart: the Hub's commit, or over a folder's files.
+
+    Of files above 64 MiB the size and the first and last MiB count, so that no large model is read whole.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return getattr(config, "_commit_hash", None) or name
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in (".safetensors", ".bin", ".json"):
+            # results.json may lie in an adapter's folder, and is no part of it
+            if path.name in ("results.json", "run.json", "trainer_state.json"):
+                continue
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                if size <= 64 * 2**20:
+                    digest.update(file.read())
+                else:
+                    digest.update(file.read(2**20))
+                    file.seek(-(2**20), 2)
+                    digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _load(factory: Any, name: str, what: str, **options: Any) -> Any:
+    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).is_dir():
+        raise ValueError(f"--{what} {name}: no such folder.")
+    options = {key: value for key, value in options.items() if value is not None}
+    try:
+        return factory.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"--{what} {name} cannot be loaded: {reason}") from error
+
+
+def _add_adapter(base: nn.Module, adapter: str, model: str, notes: list[str]) -> PeftModel:
+    if Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").is_file():
+        raise ValueError(f"--adapter {adapter}: no adapter_config.json in it.")
+    if (Path(adapter).is_absolute() or adapter.startswith((".", "~"))) and not Path(adapter).exists():
+        raise ValueError(f"--adapter {adapter}: no such folder.")
+    try:
+        named = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        loaded = PeftModel.from_pretrained(base, adapter)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--adapter {adapter} cannot be loaded on {model}: {reason[:600]}") from error
+    if named and Path(named).name != Path(model).name:
+        notes.append(f"The adapter names {named!r} as its base and was measured on {model!r}.")
+    return loaded
+
+
+def _pattern(model: nn.Module) -> str:
+    settings = settings_of(next(iter(find_attention_modules(model).values())))
+    return f"{settings.pattern}, groups of {settings.group_size}"

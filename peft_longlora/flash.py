@@ -1,0 +1,293 @@
+"""The flash kernels: how each is found, what it can do, and how its own forward and backward are called.
+
+A kernel here attends causally inside pieces, for one part of the heads, and writes into tensors that it is given: that
+way the parts of the heads share one output and one set of gradients, and nothing is concatenated. `halves` calls them.
+Nothing is imported from a kernel's package, and CUDA is not initialised, before the first call that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import ClassVar
+
+import torch
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What an attention call needs, as far as a kernel may not have it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+    dropout: float = 0.0
+    softcap: float = 0.0
+    has_sinks: bool = False
+    requires_grad: bool = False
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Where attention is cut; cu_seqlens is None for tensors of (pieces, tokens, heads, D), all pieces alike."""
+
+    cu_seqlens: torch.Tensor | None
+    max_length: int
+
+
+class Kernel:
+    """Attention that writes where it is told: what every kernel shares, and what each must have.
+
+    Tensors are (tokens, heads, D) with `Pieces.cu_seqlens`, or (pieces, tokens, heads, D) without; lse, the
+    log-sum-exp of the scores, is (heads, tokens) or (pieces, heads, tokens), float32. All may be strided views.
+
+    Attributes:
+        name: of the backend. install: how a user gets it.
+        takes_pieces: whether it takes cu_seqlens. takes_batches: whether it takes a batch of pieces of one length.
+        capabilities: the first and the last major compute capability it runs on.
+        most_dim: its largest head dim.
+        has_softcap: whether it has one. may_differ: whether D_v may differ from D.
+    """
+
+    name: ClassVar[str]
+    install: ClassVar[str] = "it comes with PyTorch for CUDA"
+    takes_pieces: ClassVar[bool] = True
+    takes_batches: ClassVar[bool] = False
+    capabilities: ClassVar[tuple[int, int]] = (8, 99)
+    most_dim: ClassVar[int] = 256
+    has_softcap: ClassVar[bool] = True
+    may_differ: ClassVar[bool] = False
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why this kernel cannot run on a device at all, or None."""
+        if device.type != "cuda":
+            return f"it runs on CUDA devices, and the tensors are on {device.type!r}"
+        if torch.version.hip:
+            return "it needs an NVIDIA GPU"
+        (least, most), (major, minor) = self.capabilities, torch.cuda.get_device_capability(device)
+        if not least <= major <= most:
+            span = f"{least}.x or newer" if most > 90 else f"{least}.x to {most}.x"
+            return f"it needs compute capability {span}, and this GPU has {major}.{minor}"
+        module = self.load()
+        return module if isinstance(module, str) else None
+
+    def load(self) -> ModuleType | str | None:
+        """The module that holds it, or why there is none."""
+
+    def lacks(self, call: Call) -> str | None:
+        """What a call needs and this kernel does not have, or None."""
+        if call.dtype not in HALF_TYPES:
+            return f"it computes in float16 or bfloat16, not {call.dtype}"
+        if call.dropout:
+            return f"it is called without dropout here, and dropout={call.dropout} was asked for"
+        if call.softcap and not self.has_softcap:
+            return f"it has no softcap, and softcap={call.softcap} was asked for"
+        if call.has_sinks:
+            return "it is called without attention sinks here"
+        for dim in (call.dim, call.value_dim):
+            if dim % 8 or not 8 <= dim <= self.most_dim:
+                return f"its head dim is a multiple of 8 up to {self.most_dim}, not {dim}"
+        if call.dim != call.value_dim and not self.may_differ:
+            return f"its value heads are as wide as its query heads, not {call.value_dim} and {call.dim}"
+        return None
+
+    def forward(self, q, k, v, out, lse, pieces: Pieces, scaling: float, softcap: float) -> None:
+        """Fill out and lse."""
+        raise NotImplementedError
+
+    def backward(self, dout, q, k, v, out, lse, dq, dk, dv, pieces: Pieces, scaling: float, softcap: float) -> None:
+        """Fill dq, dk and dv, the same way at every call if PyTorch is in deterministic mode."""
+        raise NotImplementedError
+
+
+def is_deterministic() -> bool:
+    """Whether `torch.use_deterministic_algorithms(True)` holds."""
+    return torch.are_deterministic_algorithms_enabled()
+
+
+@cache
+def import_module(name: str) -> ModuleType | str:
+    """The module, or why it cannot be imported."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # an extension built for another torch raises more than ImportError
+        return f"`import {name}` fails with {type(error).__name__}: {error}"
+
+
+@cache
+def download_kernel(name: str) -> ModuleType | str:
+    """The interface of a flash kernel from the Hub, by transformers' own table and the `kernels` package."""
+    try:
+        from kernels import get_kernel
+        from transformers.integrations.hub_kernels import get_attn_kernel_version
+        from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK
+
+        repo = FLASH_ATTN_KERNEL_FALLBACK[name]
+        return get_kernel(repo, version=get_attn_kernel_version(repo)).flash_attn_interface
+    except Exception as error:
+        return f"the Hub's kernel fails with {type(error).__name__}: {error}"
+
+
+class PackagedKernel(Kernel):
+    """A kernel of a package of its own, or the same from the Hub once `may_download` is set."""
+
+    module: ClassVar[str]
+
+    def __init__(self, may_download: bool = False):
+        self.may_download = may_download
+
+    def load(self) -> ModuleType | str:
+        """The package's interface module, or why there is none."""
+        found = import_module(self.module)
+        if isinstance(found, str) and self.may_download:
+            from_hub = download_kernel(self.name)
+            return f"{found}, and {from_hub}" if isinstance(from_hub, str) else from_hub
+        return found
+
+
+class FlashAttention4(PackagedKernel):
+    """flash-attn-4: CuTe kernels for Hopper and Blackwell, compiled at the first call of each kind."""
+
+    name = "flash_attention_4"
+    install = "pip install flash-attn-4"
+    module = "flash_attn.cute.interface"
+    takes_batches = True
+    capabilities = (9, 11)
+    may_differ = True
+
+    def lacks(self, call: Call) -> str | None:
+        """As `Kernel.lacks`; Blackwell's tensor memory holds heads up to 128."""
+        if torch.cuda.get_device_capability(call.device)[0] > 9 and max(call.dim, call.value_dim) > 128:
+            return f"its head dim is at most 128 on this GPU, not {call.dim}"
+        return super().lacks(call)
+
+    def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
+        """As `Kernel.forward`."""
+        more = dict(softmax_scale=scaling, causal=True, softcap=softcap or None, out=out, lse=lse)
+        self.load()._flash_attn_fwd(q, k, v, **self._cuts(pieces), **more)
+
+    def backward(self, dout, q, k, v, out, lse, dq, dk, dv, pieces, scaling, softcap):
+        """As `Kernel.backward`."""
+        more = dict(softmax_scale=scaling, causal=True, softcap=softcap, deterministic=is_deterministic())
+        self.load()._flash_attn_bwd(q, k, v, out, dout, lse, dq=dq, dk=dk, dv=dv, **self._cuts(pieces), **more)
+
+    @staticmethod
+    def _cuts(pieces: Pieces) -> dict:
+        cu, longest = pieces.cu_seqlens, pieces.max_length
+        if cu is None:
+            return {}
+        return dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
+
+
+class FlashAttention3(PackagedKernel):
+    """FlashAttention-3 for Hopper."""
+
+    name = "flash_attention_3"
+    install = "pip install kernels, or build hopper/ of github.com/Dao-AILab/flash-attention"
+    module = "flash_attn_interface"
+    capabilities = (9, 9)
+
+    def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
+        """As `Kernel.forward`; a copy, because its operator declares that it writes into no input."""
+        cu, longest = pieces.cu_seqlens, pieces.max_length
+        cuts = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
+        more = dict(softmax_scale=scaling, causal=True, softcap=softcap)
+        result = self.load()._flash_attn_forward(q, k, v, **cuts, **more)
+        out.copy_(result[0])
+        lse.copy_(result[1])
+
+    def backward(self, dout, q, k, v, out, lse, dq, dk, dv, pieces, scaling, softcap):
+        """As `Kernel.backward`."""
+        cu, longest = pieces.cu_seqlens, pieces.max_length
+        cuts = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
+        more = dict(softmax_scale=scaling, is_causal=True, softcap=softcap, deterministic=is_deterministic())
+        self.load()._flash_attn_backward(dout, q, k, v, out, lse, **cuts, dq=dq, dk=dk, dv=dv, **more)
+
+
+class FlashAttention2(PackagedKernel):
+    """flash-attn 2.7 or newer, for Ampere and later."""
+
+    name = "flash_attention_2"
+    install = "pip install flash-attn --no-build-isolation, or pip install kernels"
+    module = "flash_attn.flash_attn_interface"
+
+    def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
+        """As `Kernel.forward`."""
+        cuts = pieces.cu_seqlens, pieces.cu_seqlens, pieces.max_length, pieces.max_length
+        result = self.load()._flash_attn_varlen_forward(q, k, v, *cuts, 0.0, scaling, causal=True, softcap=softcap)
+        out.copy_(result[0])
+        lse.copy_(result[1])
+
+    def backward(self, dout, q, k, v, out, lse, dq, dk, dv, pieces, scaling, softcap):
+        """As `Kernel.backward`."""
+        cuts = pieces.cu_seqlens, pieces.cu_seqlens, pieces.max_length, pieces.max_length
+        more = dict(causal=True, window_size_left=-1, window_size_right=-1, softcap=softcap, alibi_slopes=None)
+        self.load()._flash_attn_varlen_backward(
+            dout, q, k, v, out, lse, dq, dk, dv, *cuts, 0.0, scaling, **more, deterministic=is_deterministic()
+        )
+
+
+class TorchVarlen(Kernel):
+    """The FlashAttention-2 kernels that PyTorch ships, with cumulative lengths (as in torch.nn.attention.varlen)."""
+
+    name = "varlen"
+    has_softcap = False
+
+    def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
+        """As `Kernel.forward`."""
+        cuts = pieces.cu_seqlens, pieces.cu_seqlens, pieces.max_length, pieces.max_length
+        result = torch.ops.aten._flash_attention_forward(q, k, v, *cuts, 0.0, True, False, scale=scaling)
+        out.copy_(result[0])
+        lse.copy_(result[1])
+
+    def backward(self, dout, q, k, v, out, lse, dq, dk, dv, pieces, scaling, softcap):
+        """As `Kernel.backward`; the operator itself asks whether PyTorch is in deterministic mode."""
+        cuts = pieces.cu_seqlens, pieces.cu_seqlens, pieces.max_length, pieces.max_length
+        no_dropout = torch.empty(0, dtype=torch.uint64, device=q.device)
+        grads = torch.ops.aten._flash_attention_backward(
+            dout, q, k, v, out, lse, *cuts, 0.0, True, no_dropout, no_dropout, scale=scaling
+        )
+        for grad, given in zip((dq, dk, dv), grads, strict=True):
+            grad.copy_(given)
+
+
+class CudnnAttention(Kernel):
+    """cuDNN through PyTorch, for batches: on Hopper 1.7 times as fast as the FlashAttention-2 that PyTorch prefers."""
+
+    name = "cudnn"
+    takes_pieces = False
+    takes_batches = True
+    most_dim = 128
+    has_softcap = False
+
+    def lacks(self, call: Call) -> str | None:
+        """As `Kernel.lacks`."""
+        return "its backward is not deterministic" if is_deterministic() else super().lacks(call)
+
+    def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
+        """As `Kernel.forward`."""
+        # (pieces, tokens, heads, D) -> (pieces, heads, tokens, D)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        result = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, True, False, scale=scaling
+        )
+        out.copy_(result[0].transpose(1, 2))
+        lse.copy_(result[1].view(lse.shape))
+
+    def backward(self, dout, q, k, v, out, lse, dq, dk, dv, pieces, scaling, softcap):
+        """As `Kernel.backward`."""
+        tensors = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+        no_dropout, length = torch.zeros((), dtype=torch.int64, device=q.device), pieces.max_length
+        more = None, None, None, length, length, 0.0, True  # no bias and no cumulative lengths; causal
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *tensors, lse.contiguous().unsqueeze(-1), no_dropout, no_dropout, *more, scale=scaling
+        )
+        for grad, given in zip((dq, dk, dv), grads, strict=True):
+            grad.copy_(given.transpose(1, 2))

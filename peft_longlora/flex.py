@@ -1,0 +1,114 @@
+"""S2-Attn through FlexAttention: Triton kernels that PyTorch compiles, with a block mask made from the boundaries.
+
+The slowest to start, and the one that can do softcap where no flash kernel is installed. Called by `kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
+
+import torch
+
+from peft_longlora.flash import Call
+from peft_longlora.groups import Groups, split_heads
+
+BLOCK = 128
+
+
+def lacks(call: Call) -> str | None:
+    """What a call needs and FlexAttention does not have, or None."""
+    if call.dropout:
+        return f"it has no dropout, and dropout={call.dropout} was asked for"
+    if call.has_sinks:
+        return "it is called without attention sinks here"
+    if call.device.type != "cuda" and call.requires_grad:
+        return f"it has no backward on {call.device.type!r}"
+    if call.device.type == "cuda" and min(call.dim, call.value_dim) < 16:
+        return f"its head dim is at least 16, not {min(call.dim, call.value_dim)}"
+    return None
+
+
+@cache
+def _flex_attention(is_compiled: bool) -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # dynamic: one compilation for all lengths. Off the GPU the plain version runs, for tests.
+    return torch.compile(flex_attention, dynamic=True) if is_compiled else flex_attention
+
+
+def attend_flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    groups: Groups,
+    *,
+    scaling: float | None = None,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Causal attention inside the groups: (B, H, S, D), (B, H_kv, S, D) -> (B, S, H, D_v), 0 at padding."""
+    batch, heads, length, _ = query.shape
+    kv_heads = key.shape[1]
+    # (B, H, S, D) -> (1, H, B * S, D); a view if B is 1
+    q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
+    if not groups.is_split:
+        halves = [("straight", q, k, v)]
+    else:
+        h, h_kv = split_heads(heads, kv_heads)
+        queries = q.split((h, heads - h), dim=1)
+        keys, values = (x.split((h_kv, kv_heads - h_kv), dim=1) if h_kv else (x, x) for x in (k, v))
+        halves = [x for x in zip(("straight", "shifted"), queries, keys, values, strict=True) if x[1].shape[1]]
+    attend = _flex_attention(query.device.type == "cuda")
+    score_mod = _soften(softcap) if softcap else None
+    outputs = [
+        attend(
+            q,
+            k,
+            v,
+            score_mod=score_mod,
+            block_mask=groups.once(("flex", half, q.device), lambda half=half: block_mask(groups, half, query.device)),
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        for half, q, k, v in halves
+    ]
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return out.transpose(1, 2).view(batch, length, heads, -1)
+
+
+@cache
+def _soften(softcap: float) -> Callable:
+    def soften(score, b, h, q, k):
+        return softcap * torch.tanh(score / softcap)
+
+    return soften
+
+
+def block_mask(groups: Groups, half: str, device: torch.device):
+    """The BlockMask of one half, from its boundaries: memory is O((S / 128)^2), not O(S^2)."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    tokens = groups.batch * groups.length
+    pieces = list(pairwise(getattr(groups, half)))
+    # A token sees its piece from the start up to itself; padding sees nothing.
+    first = [tokens if start in groups.padding_starts else start for start, _ in pieces]
+    lengths = torch.tensor([end - start for start, end in pieces])
+    start = torch.repeat_interleave(torch.tensor(first), lengths).to(device)
+    blocks = -(-tokens // BLOCK)
+    padded = torch.nn.functional.pad(start, (0, blocks * BLOCK - tokens), value=tokens).view(blocks, BLOCK)
+    q, kv = torch.arange(blocks, device=device)[:, None], torch.arange(blocks, device=device)
+    some = (kv <= q) & ((kv + 1) * BLOCK > padded.amin(1)[:, None])
+    full = (kv < q) & (kv * BLOCK >= padded.amax(1)[:, None])
+
+    def sees(b, h, q, k):
+        return (k <= q) & (k >= start[q])
+
+    def listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        order = torch.argsort(blocks.to(torch.int32), dim=-1, descending=True, stable=True)
+        return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+    partial_blocks, full_blocks = listed(some & ~full), listed(full)
+    return BlockMask.from_kv_blocks(
+        *partial_blocks, *full_blocks, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
+    )

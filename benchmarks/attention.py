@@ -174,7 +174,7 @@ _PLANS: dict[tuple[int, str], Groups] = {}
 
 def methods(case: Case, device: torch.device, dtype: torch.dtype, only: list[str] | None) -> list[Method]:
     found = []
-    call = Call(device, dtype, case.heads, case.kv_heads, case.dim, case.dim, requires_grad=True)
+    call = Call(device, dtype, case.dim, case.dim, requires_grad=True)
     for backend in kernels.BACKENDS:
         reason = kernels._missing(backend, device) or kernels._lacks(backend, call)
         if backend == "cudnn" and case.documents:

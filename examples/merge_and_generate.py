@@ -2,7 +2,7 @@
 
     python examples/merge_and_generate.py --adapter runs/quickstart --output runs/merged --prompt "def main():"
 
-Hardware and minutes: HARDWARE
+Hardware: 0.2 minutes on one CPU core for the embedded model; else what it takes to hold the base and to copy it once.
 The merged folder is what inference servers take: an ordinary checkpoint whose config.json holds the longer window.
 """
 

@@ -3,10 +3,12 @@
     python examples/sft_longalpaca.py --model meta-llama/Llama-2-7b-hf --data Yukang/LongAlpaca-12k
     python examples/sft_longalpaca.py --model Qwen/Qwen2.5-0.5B-Instruct --data my_records.jsonl.gz --max-length 16384
 
-Hardware and minutes: HARDWARE
 --data takes .json or .jsonl files (each also .gz), folders of them, or Hub ids, with {"instruction", "input",
 "output"}. The prompt is the tokenizer's chat template, or Llama 2's [INST] where it has none. A record longer than
 --max-length is never cut silently: see --too-long.
+
+Hardware: on one CPU core the embedded model (--model examples/assets/stdlib-llama-512 --max-length 2048 --max-steps 4
+--accumulation 1, 100 records) takes 0.6 minutes; a 7B model needs a GPU: not measured.
 """
 
 import argparse

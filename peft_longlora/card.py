@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,6 +51,7 @@ class CardOptions:
         datasets: ids of data sets on the Hub.
         language: language codes, such as "en".
         tags: more tags than the card's own.
+        results: a folder whose results.json and plots are put beside the adapter at every save.
         base_license: the base's licence, for where neither `license` nor the README there names one.
     """
 
@@ -58,6 +60,7 @@ class CardOptions:
     datasets: list[str] | None = None
     language: list[str] | None = None
     tags: tuple[str, ...] = ()
+    results: str | Path | None = None
     base_license: str | None = None
 
     @classmethod
@@ -85,6 +88,8 @@ def write_card(
     """
     folder = Path(folder)
     path = folder / README
+    if source := CardOptions.of(config).results:
+        _copy_results(Path(source), folder)
     results, plots = read_results(folder)
     old = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
     try:
@@ -146,7 +151,8 @@ def make_card(
         data.setdefault("license", options.base_license)
     if results:
         data = {k: v for k, v in data.items() if k != "model-index"}
-        data |= {"model_name": name, "eval_results": [_eval_result(row) for row in results]}
+        own = [_eval_result(row) for row in results if row.get("variant", "adapter") == "adapter"]
+        data |= {"model_name": name, "eval_results": own} if own else {}
     datasets = data.get("datasets") or []
     variables = {
         **_variables(config, adapter, base, name),
@@ -202,7 +208,8 @@ def read_results(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of a folder's results.json and the names of its plots.
 
     Returns:
-        Rows with task, dataset, metric, value, and protocol and length (tokens) where they are given; file names.
+        Rows with task, dataset, metric and value, and where they are given protocol, length (tokens), variant ("base",
+        "adapter", "rescaled"), low and high (an interval), beyond_window; names of files.
 
     Raises:
         ValueError: results.json is no such file, or a link that leads out of the folder.
@@ -231,6 +238,16 @@ def read_results(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
             f"{RESULTS_SCHEMA}, 'results': [{{'task', 'dataset', 'metric', 'value', ...}}]}}. Correct or remove it."
         ) from error
     return rows, plots
+
+
+def _copy_results(source: Path, folder: Path) -> None:
+    """Put results.json and its plots where the card is."""
+    if not (source / RESULTS).is_file():
+        raise ValueError(f"results={str(source)!r} has no {RESULTS}. Name the folder that the evaluation wrote.")
+    _, plots = read_results(source)
+    if source.resolve() != folder.resolve():
+        for name in (RESULTS, *plots):
+            shutil.copyfile(source / name, folder / name)
 
 
 def hub_id(name: Any) -> str | None:

@@ -114,8 +114,7 @@ class LongLoraConfig(LoraConfig):
             )
         if self.attention_pattern not in PATTERNS:
             raise ValueError(
-                f"attention_pattern={self.attention_pattern!r} is unknown. Use one of "
-                f"{', '.join(map(repr, PATTERNS))}."
+                f"attention_pattern={self.attention_pattern!r} is unknown. Use one of {', '.join(map(repr, PATTERNS))}."
             )
         check_pattern(2 if self.group_size is None else self.group_size, self.attention_pattern)
         check_rope(self.rope_type, self.rope_parameters)

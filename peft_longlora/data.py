@@ -144,13 +144,14 @@ def _files(path: Path) -> list[Path]:
     if not known:
         raise ValueError(f"{path}: holds no {', '.join(SUFFIXES)} file (each also .gz).")
     if len(known) < len(files):
-        others = ", ".join(str(file.relative_to(path)) for file in files if file not in known)
-        logger.warning(f"{path}: reading {len(known)} files, not these: {others}")
+        others = [str(file.relative_to(path)) for file in files if file not in known]
+        more = ", ..." if len(others) > 5 else ""
+        logger.warning(f"{path}: reading {len(known)} files, not these {len(others)}: {', '.join(others[:5])}{more}")
     return known
 
 
 def _kind(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    return (Path(path.stem) if path.suffix == ".gz" else path).suffix.lower()
 
 
 def _file_rows(path: Path, text_field: str | None) -> Iterator[tuple[str, Any]]:

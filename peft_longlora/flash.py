@@ -24,8 +24,6 @@ class Call:
 
     device: torch.device
     dtype: torch.dtype
-    heads: int
-    kv_heads: int
     dim: int
     value_dim: int
     dropout: float = 0.0

@@ -34,6 +34,7 @@ def use_longlora_card(
     datasets: str | Iterable[str] | None = None,
     language: str | Iterable[str] | None = None,
     tags: str | Iterable[str] | None = None,
+    results: str | os.PathLike | None = None,
 ) -> None:
     """Make every push of a model or a trainer leave a LongLoRA card, and say what the card cannot know.
 
@@ -48,12 +49,15 @@ def use_longlora_card(
         datasets: ids of data sets on the Hub.
         language: codes such as "en".
         tags: tags beside the card's own.
+        results: a folder that `longlora eval` wrote; its results.json and plots go along and are shown.
 
     Raises:
-        ValueError: no LongLoRA adapter in the target, or a template that cannot be rendered.
+        ValueError: no LongLoRA adapter in the target, a template that cannot be rendered, or no results there.
     """
     model = target.accelerator.unwrap_model(target.model) if isinstance(target, Trainer) else target
-    options = CardOptions(template, license, _as_list(datasets), _as_list(language), tuple(_as_list(tags) or ()))
+    options = CardOptions(
+        template, license, _as_list(datasets), _as_list(language), tuple(_as_list(tags) or ()), results
+    )
     for config in _configs(model).values():
         config._card = options
         with TemporaryDirectory() as folder:

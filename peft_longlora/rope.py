@@ -171,6 +171,17 @@ def check_rope(rope_type: str, rope_parameters: dict[str, Any] | None) -> None:
                 f"rope_type={rope_type!r} and rope_parameters={rope_parameters!r} exclude each other: "
                 f"rope_parameters is used as it is. Give one of them."
             )
+        if _nested_keys(rope_parameters):
+            raise ValueError(
+                f"rope_parameters={rope_parameters!r} holds one dict a layer type. Give the one for 'full_attention' "
+                f"alone: layers with a window of their own keep theirs."
+            )
+        factor = rope_parameters.get("factor", 1.0)
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 1:
+            raise ValueError(
+                f"rope_parameters={rope_parameters!r}: factor={factor!r} must be a number, 1 or more: the new window "
+                f"over the base's."
+            )
         if "rope_type" not in rope_parameters:
             raise ValueError(
                 f"rope_parameters={rope_parameters!r} lacks 'rope_type'. Add it, as transformers wants it."

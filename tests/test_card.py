@@ -159,13 +159,12 @@ def test_what_libraries_draft_is_known_as_such(adapted, tmp_path):
     assert not is_draft(f"{trl}\n## How I made it\n\nBy hand.\n")
 
 
+PERPLEXITY = {"task": "perplexity", "protocol": "documents", "dataset": "pg19", "length": 256, "metric": "perplexity"}
 RESULTS = {
     "schema_version": 1,
     "results": [
-        {
-            **{"task": "perplexity", "protocol": "documents", "dataset": "pg19", "length": 256},
-            **{"metric": "perplexity", "value": 7.5},
-        },
+        {**PERPLEXITY, "variant": "base", "value": 93.0, "low": 90.0, "high": 96.5, "beyond_window": True},
+        {**PERPLEXITY, "variant": "adapter", "value": 7.5, "low": None, "high": None},
         {"task": "passkey", "dataset": "passkey", "metric": "accuracy", "value": 0.98},
     ],
 }
@@ -175,16 +174,31 @@ def test_results_beside_the_adapter_are_shown_and_indexed(adapted, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     (tmp_path / "curve.png").write_bytes(b"\x89PNG")
     text = save(adapted, tmp_path)
-    assert "| perplexity | documents | pg19 | 256 | perplexity | 7.5 |" in text
-    assert "| passkey |  | passkey |  | accuracy | 0.98 |" in text
+    assert (
+        "| perplexity | documents | pg19 | 256 (beyond the window) | perplexity | base | 93.0 [90.0, 96.5] |\n"
+        "| perplexity | documents | pg19 | 256 | perplexity | adapter | 7.5 |\n"
+        "| passkey |  | passkey |  | accuracy | adapter | 0.98 |\n"
+    ) in text
     assert "![curve.png](curve.png)" in text
     results = ModelCard(text).data.eval_results
     assert all(isinstance(result, EvalResult) for result in results)
+    # The base's numbers are no claim of this model's.
     assert {(r.task_name, r.dataset_name, r.metric_type, r.metric_value) for r in results} == {
         ("perplexity", "pg19", "perplexity", 7.5),
         ("passkey", "passkey", "accuracy", 0.98),
     }
     assert text == save(adapted, tmp_path)
+
+
+def test_results_of_another_folder_come_along(adapted, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"results='?.*out'? has no results.json. Name the folder"):
+        use_longlora_card(adapted, results=tmp_path / "out")
+    (tmp_path / "out" / "results.json").write_text(json.dumps(RESULTS))
+    (tmp_path / "out" / "curve.png").write_bytes(b"\x89PNG")
+    use_longlora_card(adapted, results=tmp_path / "out")
+    assert "![curve.png](curve.png)" in save(adapted, tmp_path / "adapter")
+    assert {"results.json", "curve.png"} <= {path.name for path in (tmp_path / "adapter").iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -194,8 +208,8 @@ def test_results_beside_the_adapter_are_shown_and_indexed(adapted, tmp_path):
         "[]",
         "{}",
         json.dumps({**RESULTS, "schema_version": 2}),
-        json.dumps({"results": [{**RESULTS["results"][1], "value": "good"}]}),
-        json.dumps({"results": [{**RESULTS["results"][1], "value": float("nan")}]}),
+        json.dumps({"results": [{**RESULTS["results"][2], "value": "good"}]}),
+        json.dumps({"results": [{**RESULTS["results"][2], "value": float("nan")}]}),
     ],
 )
 def test_results_that_cannot_be_read_cost_the_card_and_not_the_adapter(adapted, tmp_path, content, caplog):

@@ -200,36 +200,36 @@ def test_sft_longalpaca(run, base, tmp_path, packing, chat):
 
 
 def test_quickstart(run, monkeypatch, tmp_path):
-    """On a quarter of its window, two steps and little text. It compares its adapter with a fresh process's itself."""
+    """On a window of 640 tokens, two steps and little text. It compares its adapter with a fresh process's itself."""
     stdlib_text = __import__("stdlib_text")  # examples/ is on the path while a test uses `run`
     library = Path(sysconfig.get_paths()["stdlib"])
     for name in (*stdlib_text.HELD_OUT, "ast.py", "doctest.py"):
         (tmp_path / name).symlink_to(library / name)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     output = run(
-        "quickstart.py", "--context-length", 1024, "--max-steps", 2, "--windows", 1, "--output", tmp_path / "out"
+        "quickstart.py", "--context-length", 640, "--max-steps", 2, "--windows", 1, "--output", tmp_path / "out"
     )
     assert (tmp_path / "out" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     texts = [(library / name).read_text(encoding="utf-8") for name in stdlib_text.HELD_OUT]
-    windows = torch.tensor([tokenizer(text)["input_ids"][:1024] for text in texts])
+    windows = torch.tensor([tokenizer(text)["input_ids"][:640] for text in texts])
     models = [AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32), load(EMBEDDED, tmp_path / "out")]
-    printed = [float(x) for x in re.search(r"512-1024 +([\d.]+) +([\d.]+) +([\d.]+)", output).groups()]
+    printed = [float(x) for x in re.search(r"512-640 +([\d.]+) +([\d.]+) +([\d.]+)", output).groups()]
     for model, perplexity in zip(models, (printed[0], printed[2]), strict=True):
         labels = windows.clone()
-        labels[:, :512] = -100  # the loss of predicting tokens 512 ... 1023
+        labels[:, :512] = -100  # the loss of predicting tokens 512 ... 639
         with torch.no_grad():
             assert perplexity == pytest.approx(model(windows, labels=labels).loss.exp().item(), rel=1e-3)
-    assert printed[0] > 2 * printed[2]  # beyond its window the base does not know where it is
+    assert printed[0] > 1.3 * printed[2]  # beyond its window the base does not know where it is
 
 
 @pytest.mark.slow
 def test_pretrain_tiny(run, tmp_path):
     for seed, name in enumerate((*__import__("stdlib_text").HELD_OUT, "train_a.py", "train_b.py")):
-        (tmp_path / name).write_text(prose(3000, seed))
+        (tmp_path / name).write_text(prose(2700, seed))
     output = run(
-        "pretrain_tiny.py", "--stdlib", tmp_path, "--output", tmp_path / "out", "--vocab-size", 300, "--steps", 20,
-        "--batch-size", 8, "--warmup-steps", 2, "--device", "cpu",
+        "pretrain_tiny.py", "--stdlib", tmp_path, "--output", tmp_path / "out", "--vocab-size", 300, "--steps", 10,
+        "--batch-size", 4, "--warmup-steps", 2, "--device", "cpu",
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -1,5 +1,7 @@
 """Where groups start and end, against the contract's worked examples and a token-by-token definition."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -118,15 +120,15 @@ def test_plan_puts_tokens_together_exactly_as_defined(ids, group_size, pattern):
     shift = group_size // 2 if pattern == "s2" else 0
     for boundaries, by in ((groups.straight, 0), (groups.shifted, shift)):
         assert boundaries[0] == 0 and boundaries[-1] == batch * length
-        assert all(a < b for a, b in zip(boundaries, boundaries[1:], strict=False))
-        assert max(b - a for a, b in zip(boundaries, boundaries[1:], strict=False)) <= groups.max_length
+        assert all(a < b for a, b in pairwise(boundaries))
+        assert max(b - a for a, b in pairwise(boundaries)) <= groups.max_length
         keys = []
         for row, values in enumerate(ids.tolist()):
             for column, value in enumerate(values):
                 start, tokens = values.index(value), values.count(value)
                 group = 0 if pattern == "full" else group_of(column - start, tokens, group_size, by)
                 keys.append((row, value, group) if value else None)
-        for start, end in zip(boundaries, boundaries[1:], strict=False):
+        for start, end in pairwise(boundaries):
             assert len(set(keys[start:end])) == 1, "a piece holds tokens of two groups"
             is_padding = keys[start] is None
             assert (start in groups.padding_starts) == is_padding

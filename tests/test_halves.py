@@ -124,10 +124,12 @@ def test_s2_attention_compiles_once_for_all_lengths(kernel, with_segments, monke
     monkeypatch.setattr(PlainKernel, "lacks", lambda self, call: None)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(s2_attention, backend=counter, fullgraph=True, dynamic=True)
+    compiled = torch.compile(s2_attention, backend=counter, fullgraph=True)
     for length in (40, 56, 64, 100):
         q, k, v = inputs(1, 4, 2, length, dim=24, value_dim=24)
-        ids = segments([[-3, 20, length - 17]]) if with_segments else None
+        ids = segments([[-3, 20, length - 23]]) if with_segments else None
+        for x, dim in ((q, 2), (k, 2), (v, 2), *(((ids, 1),) if with_segments else ())):
+            torch._dynamo.mark_dynamic(x, dim)
         want = s2_attention_reference(q, k, v, 16, segment_ids=ids)
         got = compiled(q, k, v, 16, segment_ids=ids, backend="plain")
         torch.testing.assert_close(got, want)

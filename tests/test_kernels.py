@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from peft_longlora import flash, kernels, s2_attention
 from peft_longlora.flash import Call
+from peft_longlora.groups import plan_groups
 from peft_longlora.halves import KERNELS
 from peft_longlora.reference import s2_attention_reference
 
@@ -47,7 +48,7 @@ def test_unknown_backend():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q, k, v: (q, k.double(), v), "float32, torch.float64 and torch.float32: use one dtype"),
+        (lambda q, k, v: (q, k.double(), v), "float32, torch.float64, torch.float32: use one dtype"),
         (lambda q, k, v: (q, k.to("meta"), v), "are on cpu, meta and cpu"),
         (lambda q, k, v: (q.int(), k.int(), v.int()), "floating point"),
         (lambda q, k, v: (q[:, :3], k, v), "3 query heads cannot be shared out to 2 KV heads"),
@@ -106,7 +107,7 @@ def test_autocast_takes_mixed_dtypes_as_sdpa_does():
 
 
 def test_what_a_backend_lacks_is_said_before_it_runs():
-    call = dict(device=CPU, dtype=torch.bfloat16, heads=4, kv_heads=2, dim=64, value_dim=64)
+    call = dict(device=CPU, dtype=torch.bfloat16, dim=64, value_dim=64)
     fa2, cudnn = KERNELS["flash_attention_2"], KERNELS["cudnn"]
     assert fa2.lacks(Call(**call)) is None
     assert "float32" in fa2.lacks(Call(**{**call, "dtype": torch.float32}))
@@ -133,7 +134,7 @@ def test_dropout_runs_where_it_can_and_keeps_the_mean():
 
 def test_softcap_and_sinks_are_refused_where_nothing_can_do_them():
     q, k, v = inputs()
-    groups = kernels.plan_groups(1, 40, 16)
+    groups = plan_groups(1, 40, 16)
     with pytest.raises(NotImplementedError, match="not sdpa: it has no softcap; not flex: it has no backward on 'cpu'"):
         kernels.attend(q, k, v, groups, softcap=30.0)
     with pytest.raises(NotImplementedError, match="sinks"):
@@ -155,7 +156,7 @@ def test_flex_agrees_with_the_reference_forward(rows):
 
 def test_flex_softcap():
     q, k, v = (x.detach() * 3 for x in inputs(length=64))
-    got = kernels.attend(q, k, v, kernels.plan_groups(1, 64, 64), softcap=2.0, backend="flex")
+    got = kernels.attend(q, k, v, plan_groups(1, 64, 64), softcap=2.0, backend="flex")
     scores = 2.0 * torch.tanh(q @ k.repeat_interleave(2, 1).mT / 4 / 2.0)
     weights = scores.masked_fill(torch.ones(64, 64, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
     torch.testing.assert_close(got, (weights @ v.repeat_interleave(2, 1)).transpose(1, 2))
@@ -288,7 +289,7 @@ def test_a_missing_package_names_the_command(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     flash.import_module.cache_clear()
     flash.download_kernel.cache_clear()
-    call = Call(torch.device("cuda"), torch.bfloat16, 4, 2, 64, 64)
+    call = Call(torch.device("cuda"), torch.bfloat16, 64, 64)
     for name, command in (
         ("flash_attention_4", "pip install flash-attn-4"),
         ("flash_attention_3", "pip install kernels"),

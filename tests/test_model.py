@@ -1,6 +1,6 @@
 """The life of an adapter: made, trained, switched off, removed, merged, joined by another; and what it refuses.
 
-What a fresh process reads of it is in test_fresh_process.py.
+What a fresh process reads of it is in test_another_process.py.
 """
 
 import copy

@@ -13,7 +13,7 @@ from peft_longlora import LongLoraConfig, LongLoraModel, register
 def test_without_the_import_a_user_sees_a_key_error(fresh_process):
     config, model, attention = fresh_process["without"]
     assert config == model == "KeyError('LONGLORA')"
-    assert 'attn_implementation="s2_attn" is not supported' in attention
+    assert '`attn_implementation="s2_attn"` is not supported' in attention
 
 
 def test_the_import_registers_config_model_and_prefix(fresh_process):
@@ -43,7 +43,7 @@ def test_the_member_is_found_in_every_way_an_enum_has():
     assert PeftType("LONGLORA") is PeftType["LONGLORA"] is member
     assert member in PeftType and member in list(PeftType) and "LONGLORA" in PeftType.__members__
     assert list(PeftType).count(member) == 1 and len(PeftType) == len(PeftType.__members__)
-    assert list(PeftType)[-1] is member and list(reversed(PeftType))[0] is member
+    assert list(PeftType)[-1] is member and next(reversed(PeftType)) is member
     assert isinstance(member, PeftType) and isinstance(member, str) and type(member) is PeftType
 
 

@@ -317,6 +317,12 @@ def test_a_scaled_base_is_refused_unless_rope_parameters_are_given(rope_type):
             r"rope_type='linear' and rope_parameters=.*exclude each other.*one of them",
         ),
         (dict(rope_parameters={"factor": 2.0}), r"rope_parameters=\{'factor': 2.0\} lacks 'rope_type'.*Add it"),
+        (dict(rope_parameters={"rope_type": "linear", "factor": "4"}), r"factor='4' must be a number, 1 or more"),
+        (dict(rope_parameters={"rope_type": "linear", "factor": -2.0}), r"factor=-2\.0 must be a number, 1 or more"),
+        (
+            dict(rope_parameters={"full_attention": {"rope_type": "linear", "factor": 4.0}}),
+            r"one dict a layer type.*'full_attention' alone",
+        ),
         (dict(rope_parameters="linear"), r"rope_parameters='linear'.*dict"),
         (dict(rope_type="longrope"), r"rope_type='longrope' needs.*rope_parameters.*short_factor, long_factor"),
         (dict(rope_parameters={"rope_type": "linear"}), r"rope_parameters=.*linear.*factor"),

@@ -215,9 +215,8 @@ class Recorder(TorchDispatchMode):
         is_attention = "scaled_dot_product" in function.name()
         if is_attention:
             self.read += [x.untyped_storage().data_ptr() for x in args[:3]]
-        elif isinstance(out, torch.Tensor) and out.numel() >= self.size:
-            if out.untyped_storage().data_ptr() not in before:
-                self.made.append(function.name())
+        elif isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in before:
+            self.made += [function.name()] * (out.numel() >= self.size)
         return out
 
 

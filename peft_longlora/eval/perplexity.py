@@ -27,7 +27,7 @@ class Perplexity:
         protocol: "longlora" or "documents".
         stride: tokens between windows; None: 256 for "longlora", half the window for "documents".
         buckets: edges between buckets of positions; None: 512 and its doublings.
-        max_windows: measure the first so many windows of each length; None: all.
+        max_windows: measure the first so many windows of each document and length; None: all.
         with_base: measure the base too.
     """
 
@@ -69,14 +69,15 @@ class Perplexity:
         for length in self.lengths:
             for variant in ["base", subject.variant] if self.with_base and subject.variant != "base" else [None]:
                 short: dict[int, str] = {}
-                windows = self._windows(subject, length)
-                for count, window in enumerate(itertools.islice(windows, self.max_windows), 1):
+                count, document = 0, None
+                for window in self._windows(subject, length):
+                    count = count + 1 if window.document == document else 1
+                    document = window.document
+                    if self.max_windows is not None and count > self.max_windows:
+                        continue
                     if window.is_short:
                         short[window.document] = window.name
-                    progress = window.progress
-                    if self.max_windows:
-                        progress = max(progress, count / self.max_windows)
-                    yield self._item(subject, variant, length, window, progress)
+                    yield self._item(subject, variant, length, window)
                 if short:
                     names = ", ".join(list(short.values())[:3]) + (", ..." if len(short) > 3 else "")
                     note = (
@@ -91,7 +92,7 @@ class Perplexity:
             return self.corpus.stream_windows(subject.encode, length, self.stride or LONGLORA_STRIDE)
         return self.corpus.document_windows(subject.encode, length, self.stride or max(1, length // 2))
 
-    def _item(self, subject: Subject, variant: str | None, length: int, window: Window, progress: float) -> Item:
+    def _item(self, subject: Subject, variant: str | None, length: int, window: Window) -> Item:
         shown = variant or subject.variant
         key = f"{self.name}/{self.protocol}/{length}/{shown}/{window.document:06d}/{window.number:06d}"
 
@@ -101,7 +102,7 @@ class Perplexity:
                     return self._measure(base, key, length, window)
             return self._measure(subject, key, length, window)
 
-        return Item(key, f"{self.name} {length}", progress, measure)
+        return Item(key, f"{self.name} {length}", window.progress, measure)
 
     def _measure(self, subject: Subject, key: str, length: int, window: Window) -> dict[str, Any]:
         if not len(window.targets):
@@ -112,8 +113,8 @@ class Perplexity:
             place = int((~torch.isfinite(losses)).nonzero()[0, 0]) + window.first
             raise ValueError(
                 f"The loss is {losses[place - window.first].item()} in document {window.document} ({window.name}), "
-                f"token {window.start + place + 1}, position {place + 1} of a {length} token window. The model computes no "
-                f"number there: check its weights, or use --dtype float32."
+                f"token {window.start + place + 1}, position {place + 1} of a window of {length}. The model computes "
+                f"no number there: check its weights, or use --dtype float32."
             )
         measures = []
         edges = [0, *(e for e in self._edges(length) if e < length), length]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,25 +69,23 @@ class PromptTask:
         """Scores in [0, 1] by metric."""
         raise NotImplementedError
 
-    def count(self) -> int:
-        """How many questions there are, for the progress bar."""
-        return sum(1 for _ in self.questions())
-
     def prompt_ids(self, subject: Subject, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, within the chat template if asked for."""
         return encode_prompt(subject, prompt, self.chat)
 
     def items(self, subject: Subject) -> Iterator[Item]:
         """One item a question."""
-        total = self.count()
-        for number, question in enumerate(self.questions(), 1):
+        totals = Counter(question.length for question in self.questions())
+        asked: Counter[int | None] = Counter()
+        for question in self.questions():
+            asked[question.length] += 1
             key = f"{self.name}/{subject.variant}/{question.key}"
             label = f"{self.name} {question.length or ''}".strip()
 
             def measure(key: str = key, question: Question = question) -> dict[str, Any]:
                 return self._measure(subject, key, question)
 
-            yield Item(key, label, number / total, measure)
+            yield Item(key, label, asked[question.length] / totals[question.length], measure)
 
     def _measure(self, subject: Subject, key: str, question: Question) -> dict[str, Any]:
         prompt = question.make(subject)

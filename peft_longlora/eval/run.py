@@ -215,7 +215,16 @@ def gather(
     processes: int,
 ) -> Results:
     """Results from the samples of this run's items."""
-    cells = collect_cells(record for record in journal.records() if record["key"] in keys)
+    cut: dict[str, list[int]] = {}
+
+    def own() -> Iterator[dict[str, Any]]:
+        for record in journal.records():
+            if record["key"] in keys:
+                if "cut_tokens" in record:
+                    cut.setdefault(f"{record['task']} {record['dataset']}", []).append(record["cut_tokens"])
+                yield record
+
+    cells = collect_cells(own())
     rows = [
         cell.row(settings.seed, settings.bootstrap_replicates, settings.confidence)
         for cell in cells.values()
@@ -223,6 +232,12 @@ def gather(
     ]
     rows.sort(key=sort_key)
     notes = [*subject.notes, *(note for task in tasks for note in task.notes)]
+    for name, tokens in cut.items():
+        if any(tokens):
+            notes.append(
+                f"{name}: {sum(n > 0 for n in tokens)} of {len(tokens)} prompts were too long and lost their middle, "
+                f"{sum(tokens)} tokens in all."
+            )
     beyond = sorted({row.length for row in rows if row.beyond_window and row.length})
     if beyond:
         notes.append(

@@ -31,6 +31,7 @@ CASES = {
     "pattern": ({}, dict(alpha_pattern={"q_proj": 32}, rank_pattern={"v_proj": 2})),
     "no extension": ({}, dict(context_length=None)),
 }
+EVERY_DOOR = ("llama", "llama bf16", "tied gpt_neox", "mixtral", "dora")
 
 
 def test_a_fresh_process_computes_the_same(tmp_path):
@@ -48,14 +49,14 @@ def test_a_fresh_process_computes_the_same(tmp_path):
         peft_model.save_pretrained(folder / "adapter")
         assert not [path for path in (folder / "adapter").iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
         peft_model.merge_and_unload().save_pretrained(folder / "merged")
-    script = Path(__file__).with_name("fresh_process.py")
-    child = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300)
+    script = Path(__file__).with_name("another_process.py")
+    child = subprocess.run([sys.executable, script, tmp_path, *EVERY_DOOR], capture_output=True, text=True, timeout=300)
     assert child.returncode == 0, child.stderr[-4000:]
     found = load_file(tmp_path / "found.safetensors")
     report = json.loads((tmp_path / "found.json").read_text())
     assert report["is_blocked"]
     assert "LONGLORA" in report["without_import"]
-    assert len(found) == 5 * len(CASES) - 2
+    assert len(found) == 2 * len(CASES) + 3 * len(EVERY_DOOR) - 2
     # transformers' own loading would drop a part of DoRA
     assert all("PeftModel.from_pretrained" in report[f"dora/{door}"] for door in ("AutoModel", "load_adapter"))
     wrong = []

@@ -8,8 +8,9 @@ recipe (arXiv:2309.12307: AdamW .9/.95, 2e-5, 20 steps of warm-up, 1000 steps of
 RoPE: YaRN instead of linear. 2e-5 is low for LoRA; 2e-4 trains faster.
 
 Hardware: on one CPU core the embedded model (--model examples/assets/stdlib-llama-512 --context-length 2048 --max-steps
-10 --accumulation 2 --learning-rate 1e-3, 49 books) takes 1.1 minutes; a 7B model needs a GPU: not measured. The Trainer
-holds the logits of a whole window (window x vocabulary x 4 bytes, a few times over), which TRL's SFTTrainer does not.
+10 --accumulation 2 --learning-rate 1e-3 --warmup-steps 2 --eval-windows 4, 49 books) takes 1.1 minutes; a 7B model
+needs a GPU: not measured. The Trainer holds the logits of a whole window (window x vocabulary x 4 bytes, a few times
+over), which TRL's SFTTrainer does not.
 """
 
 import argparse

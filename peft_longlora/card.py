@@ -116,6 +116,7 @@ def make_card(
     plots: list[str] | None = None,
     old: str = "",
     subfolder: str | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> ModelCard:
     """The card of an adapter, with what people wrote into the old one.
 
@@ -125,6 +126,7 @@ def make_card(
         results, plots: as `read_results` returns them.
         old: the text of the README that is there.
         subfolder: of the repository, where the adapter lies in one.
+        extra: variables for a template of one's own.
 
     Raises:
         ValueError: the template cannot be rendered.
@@ -161,6 +163,7 @@ def make_card(
         "datasets": [datasets] if isinstance(datasets, str) else datasets,
         "results": results or [],
         "plots": plots or [],
+        **(extra or {}),
     }
     card = _render(ModelCardData(**data), options.template, variables)
     text = f"{BEGIN}\n{card.text.strip()}\n{END}"

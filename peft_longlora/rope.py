@@ -67,8 +67,7 @@ def find_rotary_modules(model: nn.Module) -> list[nn.Module]:
 def base_rope(config: PreTrainedConfig) -> dict[str, Any]:
     """The rope_parameters of the layers with full attention (configs may hold one dict a layer type)."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    nested = _nested_keys(parameters)
-    return parameters["full_attention"] if nested else parameters
+    return parameters["full_attention"] if _is_nested(parameters) else parameters
 
 
 def window_of(config: PreTrainedConfig) -> int:
@@ -100,10 +99,12 @@ def scale_rope(
             factor ** (d / (d - 2))), "dynamic" (the same, growing with the row), "yarn" (arXiv:2309.00071), "llama3";
             "longrope" needs rope_parameters.
         rope_parameters: transformers' own dict, used as it is (rope_theta and partial_rotary_factor are taken over
-            where it has none).
+            where it has none). For a base that holds one dict a layer type: the one for full attention, or a dict of
+            those to replace.
 
     Returns:
-        The rope_parameters now in force for full attention layers, or None if nothing was done.
+        The rope_parameters now in force (of full attention layers, unless one dict a layer type was given), or None
+        if nothing was done.
 
     Raises:
         ValueError: an unknown rope_type, both rope_type and rope_parameters, a model whose RoPE is scaled already.
@@ -131,7 +132,7 @@ def scale_rope(
         base.put_on(model)
         raise
     setattr(model, STATES, (base, RopeState.of(model)))
-    return copy.deepcopy(base_rope(config))
+    return copy.deepcopy(config.rope_parameters if _is_nested(new) else base_rope(config))
 
 
 def restore_rope(model: PreTrainedModel) -> None:
@@ -166,31 +167,30 @@ def check_rope(rope_type: str, rope_parameters: dict[str, Any] | None) -> None:
                 f"rope_parameters={rope_parameters!r} must be a dict as in a transformers config, for example "
                 f"{{'rope_type': 'linear', 'factor': 4.0}}. Use rope_type for a name alone."
             )
-        if rope_type != "yarn" and rope_parameters.get("rope_type") != rope_type:
-            raise ValueError(
-                f"rope_type={rope_type!r} and rope_parameters={rope_parameters!r} exclude each other: "
-                f"rope_parameters is used as it is. Give one of them."
-            )
-        if _nested_keys(rope_parameters):
-            raise ValueError(
-                f"rope_parameters={rope_parameters!r} holds one dict a layer type. Give the one for 'full_attention' "
-                f"alone: layers with a window of their own keep theirs."
-            )
-        factor = rope_parameters.get("factor", 1.0)
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 1:
-            raise ValueError(
-                f"rope_parameters={rope_parameters!r}: factor={factor!r} must be a number, 1 or more: the new window "
-                f"over the base's."
-            )
-        if "rope_type" not in rope_parameters:
-            raise ValueError(
-                f"rope_parameters={rope_parameters!r} lacks 'rope_type'. Add it, as transformers wants it."
-            )
+        for parameters in rope_parameters.values() if _is_nested(rope_parameters) else (rope_parameters,):
+            if parameters is not None:
+                _check_parameters(rope_type, parameters)
     elif rope_type == "longrope":
         raise ValueError(
             "rope_type='longrope' needs factors that a search found for one model. Give rope_parameters with "
             "rope_type, short_factor, long_factor and original_max_position_embeddings."
         )
+
+
+def _check_parameters(rope_type: str, parameters: dict[str, Any]) -> None:
+    if rope_type != "yarn" and parameters.get("rope_type") != rope_type:
+        raise ValueError(
+            f"rope_type={rope_type!r} and rope_parameters={parameters!r} exclude each other: rope_parameters is used "
+            f"as it is. Give one of them."
+        )
+    factor = parameters.get("factor", 1.0)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 1:
+        raise ValueError(
+            f"rope_parameters={parameters!r}: factor={factor!r} must be a number, 1 or more: the new window over the "
+            f"base's."
+        )
+    if "rope_type" not in parameters:
+        raise ValueError(f"rope_parameters={parameters!r} lacks 'rope_type'. Add it, as transformers wants it.")
 
 
 def _refuse_scaled(config: PreTrainedConfig) -> None:
@@ -210,8 +210,8 @@ def _scaled_parameters(model: PreTrainedModel, context_length: int, rope_type: s
     if rope_type == "linear" or rope_type == "dynamic":
         return {"rope_type": rope_type, "factor": factor}, window
     if rope_type == "ntk":
-        frequencies = next(b for n, b in find_rotary_modules(model)[0].named_buffers() if n.endswith("inv_freq"))
-        dim = 2 * frequencies.numel()
+        buffers = dict(find_rotary_modules(model)[0].named_buffers())
+        dim = 2 * buffers.get("full_attention_inv_freq", buffers.get("inv_freq")).numel()
         theta = base_rope(config)["rope_theta"] * factor ** (dim / (dim - 2))
         return {"rope_type": "default", "rope_theta": theta}, context_length
     new = {"rope_type": rope_type, "factor": factor, "original_max_position_embeddings": window}
@@ -222,7 +222,10 @@ def _scaled_parameters(model: PreTrainedModel, context_length: int, rope_type: s
 
 def _stated_length(config: PreTrainedConfig, context_length: int | None, rope_parameters: dict[str, Any]) -> int:
     """max_position_embeddings for rope_parameters that the user gave."""
-    kind, window = rope_parameters["rope_type"], config.max_position_embeddings
+    window = config.max_position_embeddings
+    if _is_nested(rope_parameters):
+        rope_parameters = rope_parameters.get("full_attention") or base_rope(config)
+    kind = rope_parameters["rope_type"]
     if kind in KEEP_LENGTH:
         return window
     if kind == "yarn" and "factor" in rope_parameters:
@@ -230,24 +233,35 @@ def _stated_length(config: PreTrainedConfig, context_length: int | None, rope_pa
     return context_length or window
 
 
-def _nested_keys(parameters: dict[str, Any]) -> list[str]:
-    return [key for key, value in parameters.items() if isinstance(value, dict) or value is None]
+def _is_nested(parameters: dict[str, Any]) -> bool:
+    return any(isinstance(value, dict) for value in parameters.values())
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The new parameters of one kind of layer: what is no scaling is taken over where it is not given."""
+    return {**{key: old[key] for key in ("rope_theta", "partial_rotary_factor") if key in old}, **new}
 
 
 def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
     """Write the config and give every rotary module the buffers that a fresh one would have."""
     config = model.config.get_text_config()
     parameters = copy.deepcopy(config.rope_parameters)
-    nested = _nested_keys(parameters)
-    if nested and "full_attention" not in nested:
-        raise NotImplementedError(
-            f"rope_parameters are kept for {nested}, none of which is 'full_attention', so it is unclear which ones "
-            f"to rescale. Give this model's rope_parameters to from_pretrained instead."
-        )
-    old = parameters["full_attention"] if nested else parameters
-    kept = {key: old[key] for key in ("rope_theta", "partial_rotary_factor") if key in old}
-    merged = {**kept, **new}
-    config.rope_parameters = {**parameters, "full_attention": merged} if nested else merged
+    if not _is_nested(parameters):
+        if _is_nested(new):
+            raise ValueError(
+                f"rope_parameters={new} holds one dict a layer type, but {config.model_type} has one for all: "
+                f"{parameters}. Give a dict of that form."
+            )
+        config.rope_parameters = _merge(parameters, new)
+    else:
+        changes = new if _is_nested(new) else {"full_attention": new}
+        if unknown := sorted(changes.keys() - parameters.keys()):
+            raise NotImplementedError(
+                f"{config.model_type} keeps rope_parameters for {sorted(parameters)}, not for {unknown}, so it is "
+                f"unclear what to rescale. Give rope_parameters as a dict of these layer types."
+            )
+        merged = {key: _merge(parameters[key] or {}, value) for key, value in changes.items() if value is not None}
+        config.rope_parameters = {**parameters, **merged}
     config.max_position_embeddings = length
     if getattr(config, "head_dim", 0) is None:
         # Models read None as this quotient, but transformers' scaled RoPE does not (mixtral): state it.
@@ -267,7 +281,7 @@ def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
             if name.endswith("inv_freq") and name in buffers and buffers[name].shape != old_buffer.shape:
                 raise NotImplementedError(
                     f"transformers computes {config.model_type}'s {name} with shape {tuple(buffers[name].shape)} for "
-                    f"rope_type={new['rope_type']!r}, the model has {tuple(old_buffer.shape)}. Use rope_type='ntk'."
+                    f"rope_parameters={new}, the model has {tuple(old_buffer.shape)}. Use rope_type='ntk'."
                 )
         _transplant(module, buffers, _attributes(donor))
 

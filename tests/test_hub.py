@@ -25,10 +25,12 @@ from conftest import tiny_llama_config
 from huggingface_hub import HfApi, ModelCard, get_token, hf_hub_download
 from loopback_hub import TOKEN, LoopbackHub
 from peft import PeftConfig, PeftModel, get_peft_model
+from test_export import write_original
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from peft_longlora import LongLoraConfig
 from peft_longlora.card import BEGIN
+from peft_longlora.export import convert_original_adapter
 from peft_longlora.hub import push_adapter, push_card, use_longlora_card
 
 TOKENS = torch.arange(3, 63).view(2, 30)
@@ -225,6 +227,20 @@ def test_a_data_set_by_its_id(hub, puller):
     rows = [{"instruction": f"Read {i}.", "output": "x" * i} for i in range(3)]
     hub.put("me/long", {"train.jsonl": "\n".join(map(json.dumps, rows)).encode()}, kind="dataset")
     assert puller(load_rows, "me/long") == rows
+
+
+def test_an_adapter_of_the_original_project_by_its_id(hub, pusher, tmp_path):
+    LlamaForCausalLM(tiny_llama_config()).save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="s2_attn")
+    model = get_peft_model(base, LongLoraConfig(r=2, context_length=2048, rope_type="linear"))
+    write_original(model, tmp_path / "original")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "original").iterdir()}
+    hub.put("me/Llama-2-7b-longlora-2k", {**files, "run.sh": b"exit 1"})
+    arguments = {"base_context_length": 64, "vocab_size": 97, "base_model": "me/base"}
+    config = pusher(convert_original_adapter, "me/Llama-2-7b-longlora-2k", tmp_path / "ours", **arguments)
+    assert (config.context_length, config.base_model_name_or_path) == (2048, "me/base")
+    assert (tmp_path / "ours" / "adapter_model.safetensors").is_file()
+    assert not [path for _, path, _ in hub.requests if path.endswith("run.sh")]
 
 
 # -- which calls leave our card ----------------------------------------------------------------------------------------

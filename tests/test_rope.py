@@ -81,6 +81,24 @@ def assert_equal_buffers(first, second):
         assert first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]), name
 
 
+def test_a_dict_for_each_layer_type_is_used_as_it_is(tmp_path):
+    """Both kinds of gemma3's layers rescaled by one nested dict, and put back."""
+    model = build("gemma3_text")
+    before = logits(model)
+    model.save_pretrained(tmp_path)
+    given = {
+        "full_attention": {"rope_type": "linear", "factor": 4.0},
+        "sliding_attention": {"rope_type": "linear", "factor": 2.0},
+    }
+    applied = scale_rope(model, rope_parameters=given)
+    thetas = {key: value["rope_theta"] for key, value in build("gemma3_text").config.rope_parameters.items()}
+    assert applied == {key: {**value, "rope_theta": thetas[key]} for key, value in given.items()}
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path, rope_parameters=applied).eval()
+    assert torch.equal(logits(model), logits(fresh)) and not torch.equal(logits(model), before)
+    restore_rope(model)
+    assert torch.equal(logits(model), before)
+
+
 # -- in place equals a fresh load --------------------------------------------------------------------------------
 
 
@@ -321,7 +339,7 @@ def test_a_scaled_base_is_refused_unless_rope_parameters_are_given(rope_type):
         (dict(rope_parameters={"rope_type": "linear", "factor": -2.0}), r"factor=-2\.0 must be a number, 1 or more"),
         (
             dict(rope_parameters={"full_attention": {"rope_type": "linear", "factor": 4.0}}),
-            r"one dict a layer type.*'full_attention' alone",
+            r"one dict a layer type, but llama has one for all",
         ),
         (dict(rope_parameters="linear"), r"rope_parameters='linear'.*dict"),
         (dict(rope_type="longrope"), r"rope_type='longrope' needs.*rope_parameters.*short_factor, long_factor"),

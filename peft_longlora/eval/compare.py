@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from peft_longlora.eval import statistics
-from peft_longlora.eval.report import show, show_length, show_metric, table
+from peft_longlora.eval.report import table
 from peft_longlora.eval.results import SAMPLES, Cell, Results, Row, collect_cells, sort_key
+from peft_longlora.eval.units import scale_of, show, show_length, show_metric
 
 REPORT, PLOT = "compare.md", "compare.png"
 
@@ -158,7 +159,7 @@ def plot_comparison(differences: list[Difference], labels: tuple[str, str], path
     columns = min(3, len(panels))
     figure, axes = plots.panels(len(panels), columns)
     for ax, ((task, protocol, metric), rows) in zip(axes, panels.items(), strict=False):
-        scale = plots.scale_of(metric)
+        scale = scale_of(metric)
         for index, (label, part) in enumerate(zip(labels, ("first", "second"), strict=True)):
             ours = [getattr(d, part) for d in rows]
             x = [i + 0.2 * (index - 0.5) for i in range(len(ours))]

@@ -219,8 +219,3 @@ def panels(count: int, columns: int) -> tuple[Figure, list[Any]]:
     for ax in flat[count:]:
         ax.set_visible(False)
     return figure, flat
-
-
-def scale_of(metric: str) -> float:
-    """What a metric's values are divided by to be shown."""
-    return UNITS.get(metric, ("", 1))[1]

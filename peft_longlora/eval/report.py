@@ -7,17 +7,9 @@ from pathlib import Path
 from transformers.utils import logging
 
 from peft_longlora.eval.results import Results, Row, sort_key
+from peft_longlora.eval.units import show, show_interval, show_length, show_metric
 
 REPORT = "results.md"
-PERCENT = {"accuracy", "recall", "f1", "rougeL"}
-UNITS = {
-    "peak_memory_bytes": ("peak memory, GiB", 2**30),
-    "kv_cache_bytes": ("KV cache, MiB", 2**20),
-    "seconds_to_first_token": ("first token, ms", 1e-3),
-    "forward_tokens_per_second": ("forward, tokens/s", 1),
-    "decode_tokens_per_second": ("decoding, tokens/s", 1),
-}
-
 logger = logging.get_logger(__name__)
 
 
@@ -71,29 +63,6 @@ def table(head: list[str], body: list[list[str]]) -> list[str]:
     return [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
-
-
-def show(row: Row, value: float | None = None) -> str:
-    """A value in its unit."""
-    value = row.value if value is None else value
-    if row.metric in PERCENT:
-        return f"{100 * value:.1f}%"
-    return f"{value / UNITS.get(row.metric, ('', 1))[1]:.5g}"
-
-
-def show_metric(row: Row) -> str:
-    """A metric's name with its unit."""
-    return UNITS.get(row.metric, (row.metric, 1))[0]
-
-
-def show_interval(row: Row) -> str:
-    """An interval in brackets, or nothing."""
-    return "" if row.low is None or row.high is None else f"[{show(row, row.low)}, {show(row, row.high)}]"
-
-
-def show_length(row: Row) -> str:
-    """A length, marked where it is above the window."""
-    return ("" if row.length is None else str(row.length)) + ("†" if row.beyond_window else "")
 
 
 def _by_title(rows: list[Row]) -> dict[str, list[Row]]:

@@ -1,0 +1,241 @@
+"""Adapters of other formats: a plain LoRA adapter out of ours, and ours out of the original project's.
+
+For servers the merged model is the simplest way (`model.merge_and_unload().save_pretrained(folder)`); `export_lora` is
+for those that keep one base and many LoRA adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftModel, PeftType
+from peft.tuners.lora import LoraLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers.utils import logging
+
+from peft_longlora.card import README, CardOptions, make_card
+from peft_longlora.config import LongLoraConfig
+
+LORA_TEMPLATE = Path(__file__).parent / "templates" / "lora_card.md"
+WEIGHTS, TRAINABLE = "adapter_model.bin", "trainable_params.bin"
+PREFIX = "base_model.model."
+# Inits that change the base's weights, which a server would not repeat.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+logger = logging.get_logger(__name__)
+
+
+def export_lora(model: PeftModel, folder: str | os.PathLike, *, fold_into: str | os.PathLike | None = None) -> Path:
+    """Write a plain `peft_type: LORA` adapter, as vLLM, TGI and LoRAX take it, and a card that says how to start them.
+
+    Args:
+        model: with one LongLoRA adapter, enabled; the active one is exported.
+        folder: for adapter_config.json, adapter_model.safetensors and README.md.
+        fold_into: a folder for a full base model, in which trained embeddings and norms and the RoPE scaling are
+            folded; the adapter then names that as its base. Needed where embeddings or norms were trained.
+
+    Returns:
+        The adapter's folder.
+
+    Raises:
+        ValueError: no active LongLoRA adapter, embeddings or norms were trained and fold_into is None, or other whole
+            modules, or an init that changed the base.
+    """
+    name = model.active_adapter if isinstance(model, PeftModel) else None
+    config = model.peft_config.get(name) if isinstance(name, str) else None
+    if not isinstance(config, LongLoraConfig):
+        raise ValueError(f"{type(model).__name__} has no active LongLoRA adapter to export.")
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower().startswith(CHANGES_BASE):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} changed the base's own weights, which a server would not. "
+            f"Merge instead: model.merge_and_unload().save_pretrained(folder)."
+        )
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    weights = {key: tensor.contiguous() for key, tensor in state.items() if "lora_" in key}
+    if (whole := sorted(state.keys() - weights.keys())) and fold_into is None:
+        raise ValueError(
+            f"The adapter holds {len(whole)} trained tensors that are not LoRA's, the first being {whole[0]}, and "
+            f"servers of LoRA adapters take none. Give fold_into=FOLDER to fold them into a copy of the base, merge "
+            f"the model, or train with train_embeddings=False, train_norms=False."
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
+    plain |= {"modules_to_save": None, "ensure_weight_tying": False, "inference_mode": True, "peft_type": PeftType.LORA}
+    exported = LoraConfig(**plain)
+    if fold_into is not None:
+        _save_folded(model, name, Path(fold_into))
+        exported.base_model_name_or_path = str(fold_into)
+    save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    exported.save_pretrained(folder)
+    _write_lora_card(model, config, folder, fold_into)
+    return folder
+
+
+def convert_original_adapter(
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    context_length: int | None = None,
+    base_model: str | None = None,
+    base_context_length: int = 4096,
+    rope_theta: float = 10000.0,
+    vocab_size: int = 32000,
+    revision: str | None = None,
+    token: bool | str | None = None,
+) -> LongLoraConfig:
+    """Turn an adapter of the original project (Llama-2-7b-longlora-8k ... 70b-32k) into one of this package.
+
+    Args:
+        source: a folder, or a repository's id, with adapter_config.json, adapter_model.bin, trainable_params.bin.
+        folder: for the new adapter.
+        context_length: the window it was trained for, tokens. None: from the name ("...-32k" is 32768).
+        base_model: of the new adapter. None: the one that adapter_config.json names.
+        base_context_length, rope_theta, vocab_size: of the base; the defaults are Llama 2's. Rows of the embedding
+            beyond vocab_size are the [PAD] that the original appends; they are dropped, and the log says so.
+        revision, token: for a repository.
+
+    Returns:
+        The new adapter's config.
+
+    Raises:
+        ValueError: a file is missing, holds more than tensors, or does not fit; or no window is known.
+
+    Source: get_trainable_weights.py and merge_lora_weights_and_save_hf_model.py of github.com/dvlab-research/LongLoRA.
+    """
+    label = str(source)
+    if not Path(source).is_dir():
+        wanted = [CONFIG_NAME, WEIGHTS, TRAINABLE]
+        source = snapshot_download(label, allow_patterns=wanted, revision=revision, token=token)
+    source = Path(source)
+    if missing := [name for name in (CONFIG_NAME, WEIGHTS, TRAINABLE) if not (source / name).is_file()]:
+        raise ValueError(f"{label} lacks {', '.join(missing)}, so it is no adapter of the original LongLoRA project.")
+    window = context_length or _window_from_name(label)
+    if window <= base_context_length:
+        raise ValueError(f"context_length={window} is not above the base's window of {base_context_length} tokens.")
+    old = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
+    if old.get("peft_type") != "LORA" or old.get("bias", "none") != "none":
+        raise ValueError(
+            f"{label}/{CONFIG_NAME}: peft_type={old.get('peft_type')!r}, bias={old.get('bias')!r}; the original's "
+            f"adapters have 'LORA' and 'none'."
+        )
+    lora = _load_tensors(source / WEIGHTS)
+    whole = {
+        PREFIX + key.removeprefix(PREFIX): tensor
+        for key, tensor in _load_tensors(source / TRAINABLE).items()
+        if "rotary_emb" not in key
+    }
+    embeddings = [key for key in whole if key.endswith("embed_tokens.weight")]
+    for key in embeddings:
+        whole[key] = _drop_added_rows(whole[key], vocab_size, f"{label}/{TRAINABLE}: {key}")
+    config = LongLoraConfig(
+        **{key: old[key] for key in ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type") if key in old},
+        base_model_name_or_path=base_model or old.get("base_model_name_or_path"),
+        context_length=window,
+        rope_type="linear",
+        train_embeddings=bool(embeddings),
+        train_norms=len(whole) > len(embeddings),
+        base_context_length=base_context_length,
+        applied_rope_parameters={
+            "rope_type": "linear",
+            "factor": window / base_context_length,
+            "rope_theta": rope_theta,
+        },
+        vocab_size=vocab_size if embeddings else None,
+        inference_mode=True,
+    )
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tensors = {key.replace(".default.", "."): tensor for key, tensor in lora.items()} | whole
+    tensors = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+    save_file(tensors, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+    return config
+
+
+def _window_from_name(label: str) -> int:
+    found = re.findall(r"(\d+)k(?![a-z])", Path(label).name.lower())
+    if len(found) != 1:
+        raise ValueError(
+            f"{label} does not say its window in its name, as 'Llama-2-7b-longlora-32k' does. Give context_length."
+        )
+    return int(found[0]) * 1024
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A pickle's tensors; one that holds anything else is not opened."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} is refused: it is damaged, or holds more than tensors, which could run code when opened "
+            f"({first}). Get it from its authors again; do not open it with weights_only=False."
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{path} must hold a dict of tensors, as the original project writes it.")
+    return content
+
+
+def _drop_added_rows(weight: torch.Tensor, rows: int, what: str) -> torch.Tensor:
+    if weight.shape[0] < rows:
+        raise ValueError(f"{what} has {weight.shape[0]} rows, the base {rows}. Give the base's own vocab_size.")
+    if weight.shape[0] > rows:
+        logger.warning(
+            f"{what} has {weight.shape[0]} rows, the base {rows}: the rest, which the original appends for padding, "
+            f"is dropped. Pad with a token of the base's."
+        )
+    return weight[:rows]
+
+
+def _save_folded(model: PeftModel, adapter: str, folder: Path) -> None:
+    """Save the base with an adapter's embeddings and norms in it, and without its LoRA."""
+    base = model.get_base_model()
+    names = {}
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            names[f"{name}.base_layer."] = f"{name}."
+        elif isinstance(module, ModulesToSaveWrapper):
+            names[f"{name}.modules_to_save.{adapter}."] = f"{name}."
+    adapted = tuple(set(names.values()))
+    state = {}
+    for key, tensor in base.state_dict(keep_vars=True).items():
+        inner = next((prefix for prefix in names if key.startswith(prefix)), None)
+        if inner is not None:
+            state[names[inner] + key.removeprefix(inner)] = tensor.detach()
+        elif not key.startswith(adapted):
+            state[key] = tensor.detach()
+    base.save_pretrained(folder, state_dict=state)
+
+
+def _write_lora_card(
+    model: PeftModel, config: LongLoraConfig, folder: Path, fold_into: str | os.PathLike | None
+) -> None:
+    text_config = model.get_base_model().config.get_text_config()
+    overrides = {
+        "rope_parameters": text_config.rope_parameters,
+        "max_position_embeddings": text_config.max_position_embeddings,
+    }
+    base = str(config.base_model_name_or_path)
+    config = copy.copy(config)
+    config._card = CardOptions(template=LORA_TEMPLATE)
+    extra: dict[str, Any] = {
+        "folded": str(fold_into) if fold_into is not None else None,
+        "overrides_json": json.dumps(overrides, sort_keys=True),
+        "overrides_literal": repr(overrides),
+        "base_literal": json.dumps(base),
+        "base_shell": shlex.quote(base),
+        "name_shell": shlex.quote(folder.name),
+        "adapter_shell": shlex.quote(str(folder)),
+    }
+    (folder / README).write_text(str(make_card(config, str(folder), extra=extra)), encoding="utf-8")

@@ -8,8 +8,8 @@
 --max-length is never cut silently: see --too-long.
 
 Hardware: on one CPU core the embedded model (--model examples/assets/stdlib-llama-512 --max-length 2048 --max-steps 4
---accumulation 1 --learning-rate 1e-3 --warmup-steps 1 --eval-records 4, 100 records) takes 0.6 minutes; a 7B model needs
-a GPU: not measured.
+--accumulation 1 --learning-rate 1e-3 --warmup-steps 1 --eval-records 4, 100 records) takes 0.6 minutes; a 7B model
+needs a GPU: not measured.
 """
 
 import argparse

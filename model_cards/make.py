@@ -7,6 +7,8 @@ own code; so what a card says is what training with that config would say.
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,8 +152,10 @@ def render(name: str) -> str:
     config = get_peft_model(narrow_model(card), LongLoraConfig(**card.adapter)).peft_config["default"]
     config.base_model_name_or_path = card.base
     config._card = CardOptions(license=card.license)
-    arguments = "".join(f"    {key}={value!r},\n" for key, value in card.adapter.items())
-    tail = TAIL.format(code=f"LongLoraConfig(\n{arguments})")
+    arguments = json.dumps(card.adapter, indent=4)[1:-1].rstrip() + ","  # numbers and text alone: also Python
+    arguments = re.sub(r'^    "(\w+)": ', r"    \1=", arguments, flags=re.MULTILINE)
+    arguments = re.sub(r"(?<=[\w\"])\n    }", ",\n    }", arguments)
+    tail = TAIL.format(code=f"LongLoraConfig({arguments}\n)")
     # What stands outside of the marks in an older card is kept.
     return str(make_card(config, f"your-name/{name}", old=f"---\n{{}}\n---\n\n{HEAD}\n\n{BEGIN}\n{END}\n\n{tail}\n"))
 

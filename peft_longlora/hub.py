@@ -87,9 +87,10 @@ def push_adapter(
 
     Raises:
         ValueError: the model has no LongLoRA adapter.
+        LocalTokenNotFoundError: no token is given or stored; the message says how to get one.
         HfHubHTTPError: the Hub's answer; nothing is committed then, and the same call again completes the push.
     """
-    api, configs = HfApi(token=token), _configs(model)
+    api, configs = _writing_api(token), _configs(model)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -132,7 +133,7 @@ def push_card(
         ValueError: the repository holds no LongLoRA adapter, or its README or results.json cannot be read.
         HfHubHTTPError: the Hub's answer.
     """
-    api = HfApi(token=token)
+    api = _writing_api(token)
     names = api.list_repo_files(repo_id, revision=revision)
     if CONFIG_NAME not in names:
         raise ValueError(
@@ -155,6 +156,11 @@ def push_card(
             commit_message="Update the adapter's card",
             revision=revision,
         )
+
+
+def _writing_api(token: bool | str | None) -> HfApi:
+    """An API that asks for a token before it does anything, where None would let it try without."""
+    return HfApi(token=True if token is None else token)
 
 
 class _CardCallback(TrainerCallback):

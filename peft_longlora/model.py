@@ -21,7 +21,7 @@ from peft.utils.transformers_weight_conversion import (
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from peft_longlora import rope, trainable
+from peft_longlora import fit, rope, trainable
 from peft_longlora.attention import (
     AttentionState,
     check_architecture,
@@ -118,7 +118,7 @@ class LongLoraModel(LoraModel):
         try:
             self._resolve(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._check_file(config, adapter_name)
+            fit.check_file(config, self._shapes(adapter_name))
             _right_tied_head(model, adapter_name)
         except Exception:
             self._undo(adapter_name, before)
@@ -131,12 +131,8 @@ class LongLoraModel(LoraModel):
     def _resolve(self, config: LongLoraConfig, model: nn.Module) -> None:
         """Write into the config what its defaults mean for this architecture, before PEFT looks for ties."""
         check_architecture(model)
-        self._check_base(config, model)
-        if config.use_dora and config.inference_mode and config.base_context_length and config._file is None:
-            raise NotImplementedError(
-                "use_dora=True: transformers (5.23) loses DoRA's magnitudes when it loads an adapter itself "
-                "(load_adapter, AutoModelForCausalLM). Load it with peft's PeftModel.from_pretrained(model, folder)."
-            )
+        fit.check_base(config, model)
+        fit.check_loader(config)
         if config.target_modules is None and not config.target_parameters:
             config.target_modules = set(trainable.find_projections(model))
         # PEFT renames expert weights for LORA only; the names mean the same here.
@@ -150,6 +146,11 @@ class LongLoraModel(LoraModel):
             names += trainable.find_embeddings(model)
             config.vocab_size = model.get_input_embeddings().weight.shape[0]
             tied = self._tied_names()
+            if config.base_context_length is not None and config.ensure_weight_tying and not tied:
+                raise ValueError(
+                    f"The adapter was trained on embeddings tied to the output layer, this model's are not tied. Load "
+                    f"the base that the adapter names ({config.base_model_name_or_path})."
+                )
             config.ensure_weight_tying = config.ensure_weight_tying or bool(tied)
             if tied and getattr(model.get_output_embeddings(), "bias", None) is not None:
                 raise NotImplementedError(
@@ -159,26 +160,7 @@ class LongLoraModel(LoraModel):
         if config.train_norms:
             names += trainable.find_norms(model)
         config.modules_to_save = list(dict.fromkeys(names)) or None
-
-    def _check_base(self, config: LongLoraConfig, model: nn.Module) -> None:
-        """Refuse an adapter that was made for another base, by the sizes its config and its file name."""
-        text_config = model.config.get_text_config()
-        states = getattr(model, rope.STATES, None)
-        window = states[0].max_position_embeddings if states else text_config.max_position_embeddings
-        rows = model.get_input_embeddings().weight.shape[0]
-        if config.vocab_size is not None and config.train_embeddings and rows not in (config.vocab_size, 0):
-            raise ValueError(
-                f"The adapter was made for a vocabulary of {config.vocab_size} tokens, this model has {rows}. The "
-                f"vocabulary is never resized: load the base that the adapter names "
-                f"({config.base_model_name_or_path}), or call model.resize_token_embeddings({config.vocab_size}) "
-                f"yourself if you know the extra tokens."
-            )
-        if config.base_context_length is not None and config.base_context_length != window:
-            raise ValueError(
-                f"The adapter was made for a base with a window of {config.base_context_length} tokens "
-                f"(max_position_embeddings), this model has {window}. Load the base that the adapter names "
-                f"({config.base_model_name_or_path})."
-            )
+        config._is_resolved = True
 
     def _check_tied_modules(self, model: nn.Module, peft_config: LongLoraConfig) -> None:
         tied = self._tied_names()
@@ -251,34 +233,10 @@ class LongLoraModel(LoraModel):
         )
         model.add_model_tags(["longlora"])
 
-    def _check_file(self, config: LongLoraConfig, adapter_name: str) -> None:
-        """Compare the adapter just added with the file it will be filled from, tensor by tensor."""
-        if config._file is None:
-            return
-        wanted = {
-            f"base_model.{name}": tuple(tensor.shape)
-            for name, tensor in get_peft_model_state_dict(
-                self, adapter_name=adapter_name, save_embedding_layers=False
-            ).items()
-        }
-        found, path = config._file.shapes, config._file.path
-        if missing := sorted(wanted.keys() - found.keys()):
-            raise ValueError(
-                f"{path} lacks {len(missing)} of the {len(wanted)} tensors that this model's adapter has, the first "
-                f"being {missing[0]}. The file is incomplete, or belongs to another base than this model "
-                f"({config.base_model_name_or_path} is the one it names)."
-            )
-        for name, shape in wanted.items():
-            if found[name] != shape:
-                raise ValueError(
-                    f"{path}: tensor {name} has shape {found[name]}, this model needs {shape}. The adapter belongs to "
-                    f"another base ({config.base_model_name_or_path} is the one it names)."
-                )
-        if extra := sorted(name for name in found.keys() - wanted.keys() if ".lm_head." not in name):
-            raise ValueError(
-                f"{path} holds {len(extra)} tensors that this model has no place for, the first being {extra[0]}. The "
-                f"adapter belongs to another base ({config.base_model_name_or_path} is the one it names)."
-            )
+    def _shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
+        """Names, as they are in files, and shapes of the tensors of an adapter."""
+        state = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
+        return {f"base_model.{name}": tuple(tensor.shape) for name, tensor in state.items()}
 
     # -- switching, merging and removing ---------------------------------------------------------------------------
 

@@ -262,6 +262,11 @@ def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
             )
         merged = {key: _merge(parameters[key] or {}, value) for key, value in changes.items() if value is not None}
         config.rope_parameters = {**parameters, **merged}
+    if hasattr(config, "kv_lora_rank") and any(p.get("mscale_all_dim") for p in (parameters, config.rope_parameters)):
+        raise NotImplementedError(
+            f"Latent attention ({config.model_type}) takes mscale_all_dim from rope_parameters when the model is "
+            f"built, so it cannot be rescaled afterwards. Give rope_parameters={new} to from_pretrained instead."
+        )
     config.max_position_embeddings = length
     if getattr(config, "head_dim", 0) is None:
         # Models read None as this quotient, but transformers' scaled RoPE does not (mixtral): state it.

@@ -253,7 +253,11 @@ def examine(case: Case) -> dict[str, object]:
         model = get_peft_model(base, config)
     except (NotImplementedError, ValueError) as error:
         return dict(refused=str(error), untouched=torch.equal(logits(base, wanted), of_base))
-    losses = train(model)
+    try:
+        losses = train(model)
+    except NotImplementedError as error:  # of the kernels on this device
+        model.unload()
+        return dict(refused=str(error), untouched=torch.equal(logits(base, wanted), of_base), late=True)
     names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     found: dict[str, object] = dict(
         losses=losses,
@@ -283,7 +287,8 @@ def examine(case: Case) -> dict[str, object]:
 def row(case: Case, found: dict[str, object]) -> str:
     """The line of the table that a finding makes."""
     if "refused" in found:
-        result = "refused: " + found["refused"].split(". ")[0].rstrip(".")
+        result = "refused on a CPU: " if "late" in found else "refused: "
+        result += found["refused"].split(". ")[0].rstrip(".")
     elif case.warns:
         result = "supported, with a warning: S2-Attn changes nothing"
     else:

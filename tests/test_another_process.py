@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_model import EXPERTS
 from tiny import IDS, extend, logits, make, train
@@ -56,9 +58,11 @@ def test_a_fresh_process_computes_the_same(tmp_path):
     report = json.loads((tmp_path / "found.json").read_text())
     assert report["is_blocked"]
     assert "LONGLORA" in report["without_import"]
-    assert len(found) == 2 * len(CASES) + 3 * len(EVERY_DOOR) - 2
-    # transformers' own loading would drop a part of DoRA
-    assert all("PeftModel.from_pretrained" in report[f"dora/{door}"] for door in ("AutoModel", "load_adapter"))
+    # transformers' own loading drops a part of DoRA, and before 5.18 embeddings and norms
+    refused = EVERY_DOOR if Version(transformers.__version__) < Version("5.18") else ("dora",)
+    for name in refused:
+        assert all("PeftModel.from_pretrained" in report[f"{name}/{door}"] for door in ("AutoModel", "load_adapter"))
+    assert len(found) == 2 * len(CASES) + 3 * len(EVERY_DOOR) - 2 * len(refused)
     wrong = []
     for key, tensor in found.items():
         name, door = key.split("/")

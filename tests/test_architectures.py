@@ -106,6 +106,17 @@ def test_a_folder_reads_a_model_that_states_no_head_size(tmp_path):
     assert base.config.head_dim is None
 
 
+def test_a_scale_folded_into_latent_attention_is_refused():
+    """deepseek_v3 multiplies mscale_all_dim into its layers when they are built; rescaling later would miss it."""
+    case = next(case for case in CASES if case.name == "deepseek_v3")
+    scaled = dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=64, mscale_all_dim=1.0)
+    model = build(case)
+    before = architectures.logits(model, dict(input_ids=torch.arange(60)[None]))
+    with pytest.raises(NotImplementedError, match=r"mscale_all_dim.*from_pretrained"):
+        get_peft_model(model, LongLoraConfig(r=4, context_length=128, rope_parameters=scaled))
+    assert torch.equal(architectures.logits(model, dict(input_ids=torch.arange(60)[None])), before)
+
+
 def test_an_encoder_and_a_decoder_is_refused():
     config = AutoConfig.for_model(
         "t5", vocab_size=97, d_model=32, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2, d_kv=16

@@ -119,7 +119,7 @@ def test_the_folder_itself_is_sound(adapter, low_cpu_mem_usage):
         found = [
             t for n, t in model.named_parameters() if n.replace(".default", "").replace(".modules_to_save", "") == name
         ]
-        assert len(found) == 1 and torch.equal(found[0], tensor), parts
+        assert len(found) == 1 and torch.equal(found[0].cpu(), tensor), parts
 
 
 def test_a_base_with_a_resized_vocabulary_is_taken(tmp_path):
@@ -131,3 +131,13 @@ def test_a_base_with_a_resized_vocabulary_is_taken(tmp_path):
     resized = make()
     resized.resize_token_embeddings(110)
     PeftModel.from_pretrained(resized, tmp_path)
+
+
+def test_an_adapter_of_a_tied_base_is_refused_on_an_untied_one(tmp_path):
+    """PEFT would write the trained embeddings over the output layer of the base."""
+    train(extend(make(tie_word_embeddings=True))).save_pretrained(tmp_path)
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="tied to the output layer, this model's are not"):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert_same(snapshot(model), before)

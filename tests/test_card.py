@@ -71,6 +71,16 @@ def test_metadata_of_a_base_on_the_hub(adapted, tmp_path):
     assert 'base = "me/base"' in CODE.search(card.text)[1]
 
 
+def test_an_adapter_of_a_plain_transformers_model_has_the_card_too(base_folder, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(base_folder, attn_implementation="s2_attn").eval()
+    model.add_adapter(LongLoraConfig(r=2, context_length=256, init_lora_weights=False))
+    names = {}
+    exec(CODE.search(save(model, tmp_path / "adapter"))[1], names)
+    tokens = torch.arange(3, 83)[None]
+    with torch.no_grad():
+        assert torch.equal(names["model"].eval()(tokens).logits, model(tokens).logits)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -89,8 +89,9 @@ def test_a_quantised_base_is_trained_saved_loaded_and_merged(bits, tmp_path):
         )
 
     quantised = base(quantization_config=QUANTISED[bits])
+    quantised = prepare_model_for_kbit_training(quantised, use_gradient_checkpointing=False)
     of_base = logits(quantised)
-    model = extend(prepare_model_for_kbit_training(quantised, use_gradient_checkpointing=False), **SETTINGS)
+    model = extend(quantised, **SETTINGS)
     first, gradients = step(model, count=5)
     assert torch.tensor(first).isfinite()
     kinds = ("lora_B", "embed_tokens", "norm")
@@ -99,7 +100,7 @@ def test_a_quantised_base_is_trained_saved_loaded_and_merged(bits, tmp_path):
     assert step(model)[0] < first
     adapted = logits(model)
     with model.disable_adapter():
-        assert differs(logits(model), of_base) < 0.02  # prepare_model_for_kbit_training makes norms float32
+        assert torch.equal(logits(model), of_base)
     model.save_pretrained(tmp_path / "adapter")
 
     again = PeftModel.from_pretrained(base(quantization_config=QUANTISED[bits]), tmp_path / "adapter")

@@ -8,6 +8,8 @@ import json
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from tiny import assert_same, extend, logits, make, snapshot, train
@@ -216,8 +218,13 @@ def test_add_adapter_of_transformers(tmp_path):
     model.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix in (".bin", ".pt", ".pkl")) == []
     loaded = make()
-    loaded.load_adapter(str(tmp_path))
-    assert torch.equal(logits(loaded), adapted)
+    if Version(transformers.__version__) < Version("5.18"):  # which reads no embeddings and norms
+        with pytest.raises(NotImplementedError, match=r"embeddings and norms.*PeftModel\.from_pretrained"):
+            loaded.load_adapter(str(tmp_path))
+        assert torch.equal(logits(loaded), before["logits"])
+    else:
+        loaded.load_adapter(str(tmp_path))
+        assert torch.equal(logits(loaded), adapted)
     wrapped = PeftModel.from_pretrained(make(), tmp_path)
     assert torch.equal(logits(wrapped), adapted)
     model.disable_adapters()

@@ -13,8 +13,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
 
-from peft_longlora.eval.report import UNITS, show_metric
 from peft_longlora.eval.results import Results, Row
+from peft_longlora.eval.units import UNITS, show_metric
 
 COLORS = ("#00798c", "#d1495b", "#edae49", "#66a182", "#2e4057", "#8d99ae")
 

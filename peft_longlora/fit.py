@@ -1,0 +1,82 @@
+"""Whether an adapter fits the model it is added to, and the file that it is filled from.
+
+Called by `model` while an adapter is added; changes nothing.
+"""
+
+from __future__ import annotations
+
+import transformers
+from packaging.version import Version
+from torch import nn
+
+from peft_longlora import rope
+from peft_longlora.config import LongLoraConfig
+
+
+def check_base(config: LongLoraConfig, model: nn.Module) -> None:
+    """Refuse an adapter that was made for another base, by the sizes that its config names.
+
+    Raises: ValueError.
+    """
+    text_config = model.config.get_text_config()
+    states = getattr(model, rope.STATES, None)
+    window = states[0].max_position_embeddings if states else text_config.max_position_embeddings
+    rows = model.get_input_embeddings().weight.shape[0]
+    if config.vocab_size is not None and config.train_embeddings and rows not in (config.vocab_size, 0):
+        raise ValueError(
+            f"The adapter was made for a vocabulary of {config.vocab_size} tokens, this model has {rows}. The "
+            f"vocabulary is never resized: load the base that the adapter names "
+            f"({config.base_model_name_or_path}), or call model.resize_token_embeddings({config.vocab_size}) "
+            f"yourself if you know the extra tokens."
+        )
+    if config.base_context_length is not None and config.base_context_length != window:
+        raise ValueError(
+            f"The adapter was made for a base with a window of {config.base_context_length} tokens "
+            f"(max_position_embeddings), this model has {window}. Load the base that the adapter names "
+            f"({config.base_model_name_or_path})."
+        )
+
+
+def check_loader(config: LongLoraConfig) -> None:
+    """Refuse what transformers' own loading (load_adapter, AutoModelForCausalLM) would leave at its first values.
+
+    Raises: NotImplementedError.
+    """
+    is_ours = config._file is not None or config.base_context_length is None or getattr(config, "_is_resolved", False)
+    what = []
+    if config.use_dora:  # as of 5.23, for stock LoRA too
+        what.append("DoRA's magnitudes")
+    if config.modules_to_save and Version(transformers.__version__) < Version("5.18"):
+        what.append("embeddings and norms")
+    if what and not is_ours:
+        raise NotImplementedError(
+            f"transformers {transformers.__version__} loses {' and '.join(what)} when it loads an adapter itself. Load "
+            f"it with peft: PeftModel.from_pretrained(model, folder)."
+        )
+
+
+def check_file(config: LongLoraConfig, wanted: dict[str, tuple[int, ...]]) -> None:
+    """Compare the tensors of an adapter just added (name: shape) with the file it will be filled from.
+
+    Raises: ValueError: the file lacks a tensor, or holds one too many or of another shape.
+    """
+    if config._file is None:
+        return
+    found, path = config._file.shapes, config._file.path
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise ValueError(
+            f"{path} lacks {len(missing)} of the {len(wanted)} tensors that this model's adapter has, the first "
+            f"being {missing[0]}. The file is incomplete, or belongs to another base than this model "
+            f"({config.base_model_name_or_path} is the one it names)."
+        )
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise ValueError(
+                f"{path}: tensor {name} has shape {found[name]}, this model needs {shape}. The adapter belongs to "
+                f"another base ({config.base_model_name_or_path} is the one it names)."
+            )
+    if extra := sorted(name for name in found.keys() - wanted.keys() if ".lm_head." not in name):
+        raise ValueError(
+            f"{path} holds {len(extra)} tensors that this model has no place for, the first being {extra[0]}. The "
+            f"adapter belongs to another base ({config.base_model_name_or_path} is the one it names)."
+        )

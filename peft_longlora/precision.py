@@ -1,0 +1,76 @@
+"""Train copies of embeddings and norms in float32 while they compute in the base's half precision.
+
+PEFT keeps LoRA weights in float32 but leaves copied modules in bfloat16, whose 8 bits a step of 2e-5 cannot move: norms
+would not train at all. Here the stored weights are float32 and every forward rounds them, so that a trained copy
+computes what the base's module would compute with the rounded weights, and merging changes nothing.
+Called by `model`; imports torch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Float32Weights:
+    """Mixed into a module's class: its parameters are float32, its forward sees them in `compute_dtype`."""
+
+    compute_dtype: torch.dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward on rounded weights; gradients reach the float32 ones."""
+        rounded = {name: weight.to(self.compute_dtype) for name, weight in self._parameters.items()}
+        try:
+            for name, weight in rounded.items():
+                object.__setattr__(self, name, weight)  # found before the parameter of that name
+            return super().forward(*args, **kwargs)
+        finally:
+            for name in rounded:
+                self.__dict__.pop(name, None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made on the fly, so pickle and copy are told how to make it again.
+        return _rebuild, (type(self).__mro__[2], self.__dict__.copy())
+
+
+@cache
+def _float32_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (Float32Weights, kind), {"__module__": kind.__module__})
+
+
+def _rebuild(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    module = kind.__new__(_float32_class(kind))
+    module.__dict__.update(state)
+    return module
+
+
+def keep_in_float32(modules: Iterable[nn.Module]) -> None:
+    """Store the weights of half-precision modules in float32; what they compute stays the same.
+
+    Args:
+        modules: all that may share a weight, together. Parameters stay the same objects, so ties and optimisers hold.
+            Modules with children, quantised ones and those that are float32 already are left alone.
+    """
+    dtypes = [(module, {p.dtype for p in module.parameters()}) for module in modules]
+    for module, found in dtypes:
+        is_plain = not isinstance(module, Float32Weights) and not any(True for _ in module.children())
+        if is_plain and len(found) == 1 and found <= set(HALF):
+            for parameter in module.parameters():
+                parameter.data = parameter.data.float()
+            module.__class__ = _float32_class(type(module))
+            module.compute_dtype = found.pop()
+
+
+def round_to_half(module: nn.Module) -> None:
+    """Undo `keep_in_float32`, rounding the weights once and for all; nothing is done to other modules."""
+    if isinstance(module, Float32Weights):
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(module.compute_dtype)
+        del module.__dict__["compute_dtype"]
+        module.__class__ = type(module).__mro__[2]

@@ -1,0 +1,104 @@
+"""Windows: the original's formula, every token once, and memory that does not grow with the corpus."""
+
+import gzip
+import json
+import random
+import tracemalloc
+
+import pytest
+import torch
+
+from peft_longlora.eval.corpus import Corpus
+
+
+def letters(text: str) -> list[int]:
+    return [ord(c) for c in text]
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Corpus:
+    rng = random.Random(0)
+    for i, n in enumerate((700, 40, 1, 1500, 33, 260)):
+        (tmp_path / f"{i}.txt").write_text("".join(rng.choices("abcdefgh", k=n)))
+    return Corpus(tmp_path)
+
+
+@pytest.mark.parametrize(("length", "stride"), [(64, 256), (100, 7), (512, 256), (64, 64), (30, 100)])
+def test_longlora_windows_are_those_of_the_original(corpus, length, stride):
+    data = letters("".join(d["text"] for d in corpus.documents()))
+    starts = list(range(0, len(data) - length, stride))  # get_as_batch of the original's eval.py
+    starts.pop()
+    windows = list(corpus.stream_windows(letters, length, stride))
+    assert [w.start for w in windows] == starts
+    for window, start in zip(windows, starts, strict=True):
+        assert window.inputs.tolist() == data[start : start + length]
+        assert window.targets.tolist() == data[start + 1 : start + length]
+    assert [w.number for w in windows] == list(range(len(starts)))
+
+
+def test_a_longlora_window_belongs_to_the_document_it_starts_in(corpus):
+    ends, total = [], 0
+    for document in corpus.documents():
+        total += len(document["text"])
+        ends.append(total)
+    for window in corpus.stream_windows(letters, 50, 11):
+        assert window.document == next(i for i, end in enumerate(ends) if window.start < end)
+
+
+@pytest.mark.parametrize(("length", "stride"), [(64, 32), (64, 64), (64, 1), (100, 99), (2000, 1000), (2, 1)])
+def test_document_windows_score_every_token_but_the_first_once(corpus, length, stride):
+    texts = [letters(d["text"]) for d in corpus.documents()]
+    scored = [[] for _ in texts]
+    for window in corpus.document_windows(letters, length, stride):
+        assert len(window.inputs) == len(window.targets) <= length
+        text = texts[window.document]
+        assert window.inputs.tolist() == text[window.start : window.start + len(window.inputs)]
+        for i in range(window.first, len(window.targets)):
+            place = window.start + 1 + i
+            assert window.targets[i] == text[place]
+            scored[window.document].append(place)
+        assert window.is_short == (len(text) <= length)
+        if window.number and len(text) > window.start + length:
+            assert window.first == length - stride, "all but new tokens are context"
+    assert scored == [list(range(1, len(text))) for text in texts]
+
+
+def test_example_of_the_docstring(tmp_path):
+    (tmp_path / "a.txt").write_text("0123456789")
+    windows = list(Corpus(tmp_path).document_windows(lambda text: [int(c) for c in text], 4, 2))
+    assert [w.inputs.tolist() for w in windows] == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7], [6, 7, 8]]
+    assert [w.targets[w.first :].tolist() for w in windows] == [[1, 2, 3, 4], [5, 6], [7, 8], [9]]
+
+
+def test_too_little_text_for_the_original_protocol_is_said(corpus):
+    with pytest.raises(ValueError, match=r"2534 tokens in all give no window of 2400 .* more than 2656"):
+        list(corpus.stream_windows(letters, 2400))
+
+
+def test_summary(tmp_path):
+    (tmp_path / "a.txt").write_text("xyz")
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write('{"text": "uv"}\n{"text": "w"}\n')
+    summary = Corpus(tmp_path).summary()
+    assert (summary.documents, summary.characters) == (3, 6)
+    (tmp_path / "a.txt").write_text("xyZ")
+    assert Corpus(tmp_path).summary().sha256 != summary.sha256
+    assert str(tmp_path) not in json.dumps(summary.entry()), "results.json names no path of this machine"
+
+
+@pytest.mark.parametrize("windows", ["document_windows", "stream_windows"])
+def test_memory_does_not_grow_with_the_corpus(tmp_path, windows):
+    text = "word " * 20_000
+
+    def peak(documents: int) -> int:
+        path = tmp_path / f"{documents}.jsonl"
+        path.write_text((json.dumps({"text": text}) + "\n") * documents)
+        corpus = Corpus(path)
+        tracemalloc.start()
+        seen = sum(1 for _ in getattr(corpus, windows)(lambda t: torch.arange(len(t) // 5).tolist(), 512, 256))
+        _, highest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert seen > 70 * documents
+        return highest
+
+    assert peak(40) < 1.3 * peak(4)

@@ -1,0 +1,272 @@
+"""Prompts: they fill their length, the answers are in them, a perfect reader scores 100% and a silent one 0%."""
+
+import json
+import random
+import re
+
+import pytest
+from scripted import count_words, read_chain, read_needles, read_passkey, scripted_subject
+
+from peft_longlora.eval.corpus import Corpus
+from peft_longlora.eval.haystack import Books, insert_at, split_sentences
+from peft_longlora.eval.passkey import Passkey
+from peft_longlora.eval.prompts import Fitter
+from peft_longlora.eval.records import LongQA, MultiDoc, Topics
+from peft_longlora.eval.results import collect_cells
+from peft_longlora.eval.ruler import NEEDLES, TASKS, Ruler
+
+READERS = {**dict.fromkeys(NEEDLES, read_needles), "vt": read_chain, "cwe": count_words}
+
+
+@pytest.fixture(scope="session")
+def books(tmp_path_factory) -> Books:
+    """Sentences of made-up words: many different ones, as the word list of "cwe" needs."""
+    folder, rng = tmp_path_factory.mktemp("books"), random.Random(0)
+    words = ["".join(rng.choices("bcdfglmnprst", k=2) + rng.choices("aeiou", k=2) + ["s"]) for _ in range(4000)]
+    text = " ".join(" ".join(rng.choices(words, k=9)) + "." for _ in range(4000))
+    (folder / "book.txt").write_text(text)
+    return Books(Corpus(folder), 20_000)
+
+
+def measure(task, subject):
+    return [item.measure() for item in task.items(subject)]
+
+
+def scores(records) -> dict:
+    return {(c.name[3], c.name[5]): c.sums()[1].value() for c in collect_cells(records).values()}
+
+
+def silent(prompt: str) -> str:
+    return " nothing at all"
+
+
+@pytest.mark.parametrize("in_books", [False, True])
+def test_passkey(books, in_books):
+    task = Passkey(lengths=[1000, 4000], depths=[0, 0.3, 1], seeds=2, books=books if in_books else None)
+    records = measure(task, scripted_subject(read_passkey))
+    assert len(records) == 12 and set(scores(records).values()) == {1.0}
+    assert len({record["answers"][0] for record in records}) > 8, "keys differ"
+    assert set(scores(measure(task, scripted_subject(silent))).values()) == {0.0}
+    for record in records:
+        assert 0.98 * record["length"] <= record["tokens"] + task.max_new_tokens <= record["length"]
+
+
+def test_the_passkey_prompt_is_the_originals():
+    """passkey_retrivial.py: task, filler, key, filler from its beginning again, question."""
+    subject = scripted_subject(read_passkey)
+    [record] = measure(Passkey(lengths=[2000], depths=[0.25], seeds=1), subject)
+    key = record["answers"][0]
+    task, before, information, after, question = subject.model.prompts[0].split("\n")
+    garbage = " ".join(
+        ["The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."] * 99
+    )
+    assert task == (
+        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
+        "about the important information there."
+    )
+    assert information == f"The pass key is {key}. Remember it. {key} is the pass key."
+    assert question == "What is the pass key? The pass key is"
+    assert garbage.startswith(before) and garbage.startswith(after)
+    assert len(before) == int(0.25 * (len(before) + len(after)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"), [(" 123. ", 1), ("123", 1), (" 1234", 0), (" 12 3", 0), ("321, no, 123", 0), ("", 0)]
+)
+def test_exact_match_takes_the_first_number(answer, score):
+    from peft_longlora.eval.prompts import Prompt
+
+    assert Passkey().score(answer, Prompt("", ["123"]))["accuracy"] == score
+
+
+def test_depth_is_where_the_needle_is(books):
+    for depth in (0.0, 0.5, 1.0):
+        subject = scripted_subject(read_passkey)
+        measure(Passkey(lengths=[4000], depths=[depth], seeds=1, books=books), subject)
+        prompt = subject.model.prompts[0]
+        place = prompt.index("The pass key is") / prompt.rindex("\nWhat is the pass key")
+        assert place == pytest.approx(depth, abs=0.06)
+
+
+def test_insertion():
+    sentences = split_sentences("One. Two! Three? Four.")
+    assert sentences == ["One.", "Two!", "Three?", "Four."]
+    assert insert_at(sentences, ["B", "A"], [0.5, 0.0]) == "A One. Two! B Three? Four."
+    assert insert_at([], ["A"], [1.0]) == "A"
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_ruler(books, kind):
+    """The reader knows nothing but the prompt, so the expected answers are right, complete and unambiguous."""
+    length = 16_000 if kind == "cwe" else 5000
+    task = Ruler(kind=kind, lengths=[length], samples=3, books=books)
+    subject = scripted_subject(READERS[kind])
+    records = measure(task, subject)
+    assert scores(records) == {("recall", None): 1.0}
+    assert scores(measure(task, scripted_subject(silent))) == {("recall", None): 0.0}
+    for record, prompt in zip(records, subject.model.prompts, strict=True):
+        assert 0.94 * length <= record["tokens"] + task.max_new_tokens <= length
+        settings = NEEDLES.get(kind)
+        if settings:
+            found = len(re.findall("One of the special magic", prompt))
+            assert found == settings.keys * settings.values if settings.haystack != "needle" else found > 20
+            assert len(record["answers"]) == settings.queries * settings.values
+    assert len({prompt[-300:] for prompt in subject.model.prompts}) == 3, "samples differ"
+
+
+def test_rulers_settings():
+    """synthetic.yaml and constants.py of NVIDIA/RULER."""
+    assert (
+        NEEDLES["niah_multikey_1"].keys == NEEDLES["niah_multivalue"].values == NEEDLES["niah_multiquery"].queries == 4
+    )
+    assert [Ruler(kind=kind, books=object()).max_new_tokens for kind in ("niah_single_1", "vt", "cwe")] == [
+        128,
+        30,
+        120,
+    ]
+
+
+def test_ruler_gives_part_of_the_score_for_part_of_the_answers(books):
+    task = Ruler(kind="niah_multivalue", lengths=[3000], samples=2, books=books)
+    half = scripted_subject(lambda prompt: ", ".join(read_needles(prompt).split(", ")[:2]))
+    assert scores(measure(task, half)) == {("recall", None): 0.5}
+
+
+def test_prompts_are_the_same_in_every_run(books):
+    runs = [scripted_subject(read_needles) for _ in range(2)]
+    for subject in runs:
+        measure(Ruler(kind="niah_multikey_1", lengths=[3000], samples=2, books=books), subject)
+    assert runs[0].model.prompts == runs[1].model.prompts
+    other = scripted_subject(read_needles)
+    measure(Ruler(kind="niah_multikey_1", lengths=[3000], samples=2, books=books, seed=1), other)
+    assert other.model.prompts != runs[0].model.prompts
+
+
+@pytest.mark.parametrize("fixed", [0, 90])
+@pytest.mark.parametrize("unit", [1, 7, 45])
+def test_fitting(fixed, unit):
+    fitter, asked = Fitter(), []
+
+    def tokens(n):
+        asked.append(n)
+        return fixed + unit * n
+
+    for budget in (100, 1000, 30_000):
+        n = fitter.fit("kind", tokens, budget)
+        assert budget - max(4, budget // 200) - unit <= tokens(n) <= budget
+    assert len(asked) < 40
+    with pytest.raises(ValueError, match=r"has 101 tokens, the length leaves room for 100"):
+        fitter.fit("kind", lambda n: 101 + n, 100)
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_topics(tmp_path):
+    rows = [
+        {"prompt": f"Topics: {', '.join(topics)}. The first?", "topics": topics}
+        for topics in (["the role of art", "sport"], ["Ants!", "bees", "cats"])
+    ]
+    task = Topics(source=write(tmp_path / "topics.jsonl", rows))
+    first = scripted_subject(lambda prompt: "It was: " + prompt[8:].split(",")[0].upper())
+    assert scores(measure(task, first)) == {("accuracy", g): 1.0 for g in (None, "2 topics", "3 topics")}
+    assert set(scores(measure(task, scripted_subject(silent))).values()) == {0.0}
+
+
+def multidoc_rows(n: int = 3, passages: int = 5) -> list[dict]:
+    return [
+        {
+            "question": f"Who won race {i}?",
+            "answers": [f"Runner {i}", "nobody"],
+            "ctxs": [
+                {"title": f"T{j}", "text": f"Runner {i} won race {i}." if not j else f"filler {j}", "isgold": not j}
+                for j in range(passages)
+            ],
+        }
+        for i in range(n)
+    ]
+
+
+def test_multidoc_by_place_of_the_gold(tmp_path):
+    task = MultiDoc(source=write(tmp_path / "nq.jsonl", multidoc_rows()), places=[0, 0.5, 1])
+
+    def read_document_1(prompt: str) -> str:
+        return " " + re.search(r"Document \[1\]\(Title: .*?\) (.*)", prompt).group(1)
+
+    subject = scripted_subject(read_document_1)
+    records = measure(task, subject)
+    assert scores(records) == {
+        ("accuracy", None): pytest.approx(1 / 3),
+        ("accuracy", "gold at 1 of 5"): 1.0,
+        ("accuracy", "gold at 3 of 5"): 0.0,
+        ("accuracy", "gold at 5 of 5"): 0.0,
+    }
+    assert {len(cell.units) for cell in collect_cells(records).values()} == {3}, "a question at 3 places is one unit"
+    assert subject.model.prompts[1].count("Document [") == 5
+    assert "Document [3](Title: T0) Runner 0 won" in subject.model.prompts[1]
+    assert subject.model.prompts[0].endswith("Question: Who won race 0?\nAnswer:")
+
+
+def test_long_qa_in_both_formats(tmp_path):
+    alpaca = {"instruction": "Book. Who ran? ", "input": "", "output": "The dog ran fast"}
+    bench = {"context": "c " * 50, "input": "Who?", "answers": ["a dog", "the cat"], "dataset": "hotpotqa"}
+    report = {**bench, "dataset": "gov_report", "answers": ["one two three four"]}
+    task = LongQA(source=write(tmp_path / "mixed.jsonl", [alpaca, bench, report]))
+    records = measure(task, scripted_subject(lambda prompt: "dog ran one two"))
+    by_dataset = {r["dataset"]: {m: v for m, _, v, _ in r["measures"]} for r in records}
+    # words in common over all: 2 of (4, 3 without "the"); "dog" of (4, 1); LCS 2 of (4, 4)
+    assert by_dataset == {
+        "mixed": {"f1": pytest.approx(4 / 7), "rougeL": pytest.approx(2 * 2 / (4 + 4))},
+        "hotpotqa": {"f1": pytest.approx(2 / 5)},
+        "gov_report": {"rougeL": pytest.approx(4 / 8)},
+    }
+    assert {r["dataset"]: r["protocol"] for r in records} == {
+        "mixed": "longalpaca",
+        "hotpotqa": "longbench",
+        "gov_report": "longbench",
+    }
+
+
+def test_long_prompts_lose_their_middle_and_are_counted(tmp_path):
+    row = {"context": "B" * 600 + "E" * 600, "input": "Q?", "answers": ["x"], "dataset": "hotpotqa"}
+    template = write(tmp_path / "prompts.json", [{"hotpotqa": "<{context}|{input}>"}])
+    task = LongQA(source=write(tmp_path / "long.jsonl", [row]), max_length=232, prompts=template)
+    subject = scripted_subject(silent)
+    [record] = measure(task, subject)
+    assert subject.model.prompts == ["<" + "B" * 99 + "E" * 96 + "|Q?>"]
+    assert record["cut_tokens"] == 1205 - 200 and record["tokens"] == 200
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: Ruler(kind="niah_single_2"), "needs|Give books with --data"),
+        (lambda p: Ruler(kind="qa_1"), "'qa_1' is unknown"),
+        (lambda p: Passkey(depths=[1.5]), "depth 150% is outside"),
+        (lambda p: Topics(source=str(p / "no.jsonl")).data(), "no such file"),
+        (lambda p: Topics(source=write(p / "t.jsonl", [{"prompt": "x"}])).data(), "t.jsonl:1: no 'topics'"),
+        (lambda p: MultiDoc(source=write(p / "e.jsonl", [])).data(), "no record in it"),
+        (
+            lambda p: list(
+                MultiDoc(source=write(p / "g.jsonl", [{"question": "", "answers": [], "ctxs": []}])).questions()
+            ),
+            "0 passages are gold",
+        ),
+        (lambda p: list(LongQA(source=write(p / "l.jsonl", [{"text": "x"}])).questions()), "neither LongAlpaca's"),
+    ],
+)
+def test_bad_records_are_refused(tmp_path, make, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        make(tmp_path)
+
+
+def test_chat_needs_a_template(books):
+    subject = scripted_subject(read_passkey)
+    with pytest.raises(ValueError, match="no chat template"):
+        measure(Passkey(lengths=[1000], depths=[0], seeds=1, chat=True), subject)
+    subject.tokenizer.chat_template = "<u>{{ messages[0].content }}</u>{% if add_generation_prompt %}<a>{% endif %}"
+    [record] = measure(Passkey(lengths=[1000], depths=[0], seeds=1, chat=True), subject)
+    assert subject.model.prompts[0].endswith("What is the pass key?</u><a>The pass key is")
+    assert record["protocol"] == "longlora, chat template" and record["measures"][0][2] == 1

@@ -1,0 +1,329 @@
+"""Whole runs: results, resumption, sharing, the command line and its refusals, cards and comparisons."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from scripted import Bigrams, letter_tokenizer, read_passkey, scripted_subject
+from tiny import extend, make
+from transformers import AutoTokenizer
+
+from peft_longlora import cli
+from peft_longlora.eval import Corpus, Passkey, Perplexity, Processes, Results, compare, evaluate
+from peft_longlora.eval.subject import Subject, load_subject
+
+TOKENIZER = Path(__file__).parents[1] / "examples" / "assets" / "stdlib-llama-512"
+P = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25], [0.05, 0.05, 0.45, 0.45]])
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> str:
+    """A small model with a real tokenizer."""
+    folder = tmp_path_factory.mktemp("model") / "base"
+    make(vocab_size=4096).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory, base) -> str:
+    folder = tmp_path_factory.mktemp("adapter")
+    model = extend(load_subject(base).model, context_length=256)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("text") / "modules"
+    folder.mkdir()
+    for name in ("cli", "data", "rope"):
+        source = Path(cli.__file__).with_name(f"{name}.py").read_text()
+        (folder / f"{name}.txt").write_text(source[:1500])
+    return str(folder)
+
+
+def scored(path) -> list:
+    results = Results.load(path)
+    return results.results + results.details
+
+
+def letters(tmp_path) -> Corpus:
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text("abdcadbbcda" * (i + 3))
+    return Corpus(tmp_path)
+
+
+# -- running -------------------------------------------------------------------------------------------------------
+
+
+def tasks_of(tmp_path) -> list:
+    return [Perplexity(letters(tmp_path), [8, 32]), Perplexity(letters(tmp_path), [8], "longlora", stride=4)]
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Every window is measured once over both runs, and the result is that of a run in one go."""
+    data = tmp_path / "data"
+    data.mkdir()
+    whole = evaluate(Subject.of(Bigrams(P), letter_tokenizer()), tasks_of(data), tmp_path / "whole")
+    measured = []
+    plain = Perplexity._measure
+
+    def dies(self, subject, key, length, window):
+        if len(measured) == 20:
+            raise KeyboardInterrupt
+        measured.append(key)
+        return plain(self, subject, key, length, window)
+
+    monkeypatch.setattr(Perplexity, "_measure", dies)
+    subject = Subject.of(Bigrams(P), letter_tokenizer())
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(subject, tasks_of(data), tmp_path / "out")
+    assert not (tmp_path / "out" / "results.json").exists()
+    with (tmp_path / "out" / "samples-0.jsonl").open("a") as file:
+        file.write('{"key": "perplexity/docum')  # the kill came while a line was written
+    measured.insert(0, None)  # so that the next run passes the twentieth
+    again = evaluate(subject, tasks_of(data), tmp_path / "out")
+    assert (
+        len(measured) - 1 == len(set(measured) - {None}) == len((tmp_path / "out" / "samples.jsonl").open().readlines())
+    )
+    assert again.results == whole.results and again.details == whole.details
+    finished = evaluate(subject, tasks_of(data), tmp_path / "out")
+    assert finished.results == whole.results and len(measured) - 1 == len(set(measured) - {None})
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_shares_add_up_to_the_whole(tmp_path, count):
+    data = tmp_path / "data"
+    data.mkdir()
+    whole = evaluate(Subject.of(Bigrams(P), letter_tokenizer()), tasks_of(data), tmp_path / "whole")
+    (tmp_path / "out").mkdir()
+    for rank in reversed(range(count)):
+        # one after the other, each blind to what the others did
+        for path in (tmp_path / "out").glob("samples-*"):
+            path.rename(path.with_suffix(".hidden"))
+        processes = Processes(rank, count)
+        if rank == 0:
+            merged = tmp_path / "out"
+            original = Processes.wait
+
+            def give_back(self, calls=[]):  # noqa: B006
+                calls.append(1)
+                if len(calls) == 3:  # all have finished
+                    for path in merged.glob("*.hidden"):
+                        path.rename(path.with_suffix(".jsonl"))
+                original(self)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Processes, "wait", give_back)
+                shared = evaluate(
+                    Subject.of(Bigrams(P), letter_tokenizer()), tasks_of(data), merged, processes=processes
+                )
+        else:
+            subject = Subject.of(Bigrams(P), letter_tokenizer())
+            assert evaluate(subject, tasks_of(data), tmp_path / "out", processes=processes) is None
+    assert shared.results == whole.results and shared.details == whole.details
+
+
+def test_a_folder_holds_one_run(tmp_path):
+    subject, corpus = Subject.of(Bigrams(P), letter_tokenizer()), letters(tmp_path)
+    out = tmp_path / "out"
+    evaluate(subject, [Perplexity(corpus, [8], stride=4)], out)
+    with pytest.raises(ValueError, match=r"holds another run.*stride=4, now 8"):
+        evaluate(subject, [Perplexity(corpus, [8], stride=8)], out)
+    more = evaluate(subject, [Perplexity(corpus, [8, 16], stride=4)], out)
+    assert [row.length for row in more.results] == [8, 16], "lengths may be added"
+    (tmp_path / "0.txt").write_text("abab")
+    with pytest.raises(ValueError, match="another run"):
+        evaluate(subject, [Perplexity(Corpus(tmp_path / "0.txt"), [8], stride=4)], out)
+    evaluate(subject, [Perplexity(corpus, [8], stride=8)], out, overwrite=True)
+
+
+def test_results_are_what_the_schema_says(tmp_path):
+    subject = scripted_subject(read_passkey)
+    results = evaluate(subject, [Passkey(lengths=[1000, 2000], depths=[0, 1], seeds=3)], tmp_path)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["schema_version"] == 1
+    assert [row["value"] for row in written["results"]] == [1.0, 1.0]
+    assert {row["group"] for row in written["details"]} == {"depth 0%", "depth 100%"}
+    assert written["results"][0]["units"] == 6 and written["details"][0]["units"] == 3
+    low = written["results"][0]["low"]
+    z = 1.959964
+    assert low == pytest.approx(1 / (1 + z * z / 6), rel=1e-5), "Wilson's lower end for 6 of 6"
+    assert Results.load(tmp_path) == results
+    assert "| passkey | longlora | generated | base    | 1000   | accuracy | 100.0% |" in (
+        (tmp_path / "results.md").read_text().replace(" [61.0%, 100.0%] | 6 |", "")
+    )
+    assert (tmp_path / "passkey.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_model_is_left_as_it_was(tmp_path, base):
+    subject = load_subject(base)
+    subject.model.train()
+    before = subject.model.config._attn_implementation
+    evaluate(subject, [Passkey(lengths=[128], depths=[0], seeds=1)], tmp_path / "out")
+    assert subject.model.training and subject.model.config._attn_implementation == before
+
+
+# -- the command line ----------------------------------------------------------------------------------------------
+
+
+def longlora(*arguments) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_adapter_and_base_from_the_command_line(tmp_path, base, adapter, text, capsys):
+    """Perplexity equals the plain computation with transformers and peft; a card shows it; compare finds the base."""
+    common = ["--data", text, "--lengths", "64,128,512", "--stride", 64, "--dtype", "float32", "--device", "cpu"]
+    command = ["eval", "--model", base, "--tasks", "perplexity,native,passkey", "--seeds", 1, "--depths", "0,100"]
+    assert longlora(*command, *common, "--adapter", adapter, "--output", tmp_path / "tuned", "--card") == 0
+    rows = {(r.task, r.variant, r.length): r for r in Results.load(tmp_path / "tuned").results}
+
+    subject = load_subject(base, adapter, dtype="float32", device="cpu")
+    total = n = 0
+    for path in sorted(Path(text).iterdir()):
+        ids = torch.tensor([subject.tokenizer(path.read_text())["input_ids"]])
+        for start in range(0, ids.shape[1] - 1, 64):
+            part = ids[:, start : start + 65]
+            with torch.no_grad():
+                logits = subject.model(part[:, :-1]).logits[0]
+            total += torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="sum").item()
+            n += part.shape[1] - 1
+    assert rows["perplexity", "adapter", 64].value == pytest.approx(math.exp(total / n), rel=1e-4)
+    assert rows["perplexity", "adapter", 64].tokens == n
+    assert rows["native", "base", 64].value != rows["native", "adapter", 64].value
+    assert [rows["perplexity", "adapter", k].beyond_window for k in (64, 128, 512)] == [False, False, True]
+    assert "512†" in (tmp_path / "tuned" / "results.md").read_text()
+    card = ModelCard.load(Path(adapter) / "README.md")
+    shown = {(r.task_name, r.metric_type): r.metric_value for r in card.data.eval_results if "64" in r.metric_name}
+    assert shown["perplexity", "perplexity"] in {rows["perplexity", "adapter", k].value for k in (64, 512)}
+
+    assert longlora(*command, *common, "--output", tmp_path / "plain") == 0
+    out = capsys.readouterr().out
+    assert "documents are shorter than the window and were scored whole" in out
+    assert longlora("compare", tmp_path / "plain", tmp_path / "tuned", "--output", tmp_path / "pair") == 0
+    found, _ = compare(tmp_path / "plain", tmp_path / "tuned" / "results.json")
+    headline = next(d for d in found if d.first.task == "perplexity" and d.first.group is None and d.first.length == 64)
+    assert headline.is_paired and headline.first.variant == "base" and headline.second.variant == "adapter"
+    assert headline.value == pytest.approx(headline.second.value - headline.first.value, rel=1e-4)
+    assert headline.low <= headline.value <= headline.high
+    assert f"{headline.value:+.5g}" in capsys.readouterr().out
+    assert (tmp_path / "pair" / "compare.png").stat().st_size > 10_000
+
+
+def test_a_run_compared_with_itself_differs_in_nothing(tmp_path):
+    evaluate(Subject.of(Bigrams(P), letter_tokenizer()), tasks_of(tmp_path), tmp_path / "out")
+    found, notes = compare(tmp_path / "out", tmp_path / "out")
+    assert found and all((d.value, d.low, d.high) == (0, 0, 0) and d.is_paired for d in found) and not notes
+
+
+def test_sparse_attention_and_rescaled_rope_are_measured_as_told(tmp_path, base, text):
+    rows = {}
+    for name, options in {
+        "dense": [],
+        "sparse": ["--attention", "sparse"],
+        "yarn": ["--context-length", 256],
+        "linear": ["--context-length", 256, "--rope-type", "linear"],
+    }.items():
+        out = tmp_path / name
+        command = ["eval", "--model", base, "--tasks", "perplexity", "--data", text, "--lengths", 64, "--output", out]
+        assert longlora(*command, "--dtype", "float32", *options) == 0
+        rows[name] = Results.load(out)
+    values = {name: results.results[0].value for name, results in rows.items()}
+    assert len(set(values.values())) == 4
+    assert rows["sparse"].model["attention"] == "sparse (s2, groups of 16)"
+    assert rows["linear"].results[0].variant == "rescaled" and rows["linear"].model["window"] == 256
+
+
+BAD = {
+    "no such file": ["--data", "{tmp}/none.txt"],
+    "empty.jsonl: nothing in it": ["--data", "{tmp}/empty.jsonl"],
+    "holds no .txt": ["--data", "{tmp}/folder"],
+    "not JSON": ["--data", "{tmp}/broken.jsonl"],
+    "give no window of 4096 tokens": ["--data", "{text}", "--lengths", "4096", "--protocol", "longlora"],
+    "needs --data": ["--tasks", "needle"],
+    "needs --multidoc": ["--tasks", "multidoc"],
+    "neither one of this package's nor one of lm-eval's": ["--tasks", "perplexitty", "--data", "{text}"],
+    "no list of numbers": ["--lengths", "4096,big"],
+    "holds a percentage outside 0 to 100": ["--depths", "0,120"],
+    "--model {tmp}/none: no such folder": ["--model", "{tmp}/none", "--data", "{text}"],
+    "--adapter {tmp}/folder: no adapter_config.json": ["--adapter", "{tmp}/folder", "--data", "{text}"],
+    "The tokenizer ({tmp}/big) knows token 4103, but the model has 4096": [
+        "--tokenizer",
+        "{tmp}/big",
+        "--data",
+        "{text}",
+    ],
+    "the prompt alone has": ["--tasks", "passkey", "--lengths", "16"],
+    "--card needs an adapter": ["--tasks", "passkey", "--lengths", "128", "--seeds", "1", "--depths", "0", "--card"],
+    "made for a vocabulary of 97 tokens, this model has 4096": ["--adapter", "{tmp}/other", "--data", "{text}"],
+    "the following arguments are required": None,
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_ends_with_code_2_and_one_line(message, tmp_path, base, text, capsys):
+    options = BAD[message]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
+    if options and "{tmp}/big" in options:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.add_tokens([f"new{i}" for i in range(8)])
+        tokenizer.save_pretrained(tmp_path / "big")
+    if options and "{tmp}/other" in options:
+        extend(make()).save_pretrained(tmp_path / "other")
+    fill = dict(tmp=tmp_path, text=text)
+    defaults = ["--model", base, "--tasks", "perplexity", "--lengths", "64", "--output", str(tmp_path / "out")]
+    command = ["eval"] + ([] if options is None else defaults + [option.format(**fill) for option in options])
+    try:
+        code = longlora(*command)
+    except SystemExit as error:
+        code = error.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert code == 2 and len(lines) == 1
+    assert message.format(**fill).lower() in lines[0].lower()
+
+
+def test_compare_refuses_what_it_cannot_compare(tmp_path, capsys):
+    evaluate(scripted_subject(read_passkey), [Passkey(lengths=[1000], depths=[0], seeds=1)], tmp_path / "a")
+    evaluate(scripted_subject(read_passkey), [Passkey(lengths=[2000], depths=[0], seeds=1)], tmp_path / "b")
+    newer = json.loads((tmp_path / "a" / "results.json").read_text())
+    (tmp_path / "newer.json").write_text(json.dumps({**newer, "schema_version": 2}))
+    (tmp_path / "other.json").write_text('{"x": 1}')
+    for second, message in {
+        "b": "no task, data, protocol and length in common",
+        "none": "no such file",
+        "newer.json": "schema_version 2 is newer than 1",
+        "other.json": "no results.json of `longlora eval`",
+    }.items():
+        assert longlora("compare", tmp_path / "a", tmp_path / second) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_result_of_one(tmp_path, base, text):
+    found = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        launch = ["-m", "accelerate.commands.launch", "--num_processes", str(count), "--cpu", "--num_machines", "1"]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+        command = ["-m", "peft_longlora.cli", "eval", "--model", base, "--data", text, "--dtype", "float32"]
+        command += ["--tasks", "perplexity,passkey", "--lengths", "32,128", "--protocol", "both", "--output", str(out)]
+        command += ["--device", "cpu", "--max-windows", "5"]
+        run = subprocess.run([sys.executable, *launch, *command], capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr
+        results = Results.load(out)
+        assert results.hardware["processes"] == count
+        found.append((results.results, results.details))
+    assert found[0] == found[1]

@@ -174,7 +174,7 @@ _PLANS: dict[tuple[int, str], Groups] = {}
 
 def methods(case: Case, device: torch.device, dtype: torch.dtype, only: list[str] | None) -> list[Method]:
     found = []
-    call = Call(device, dtype, case.dim, case.dim, requires_grad=True)
+    call = Call(device, dtype, case.dim, case.dim, case.heads > case.kv_heads, requires_grad=True)
     for backend in kernels.BACKENDS:
         reason = kernels._missing(backend, device) or kernels._lacks(backend, call)
         if backend == "cudnn" and case.documents:
@@ -306,6 +306,7 @@ def run_case(case: Case, device, dtype, args) -> dict:
     rows: dict[str, dict] = {}
     for method in found:
         rounds = []
+        print(f"   ... {method.name}", file=sys.stderr, flush=True)
         try:
             for _ in range(args.rounds):
                 rounds.append(measure(lambda *x, m=method: m.call(*x, case), qkv, dout, args.seconds))

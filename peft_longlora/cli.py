@@ -219,7 +219,7 @@ def write_card(adapter: str | None, output: Path) -> Path:
 
 def run_compare(args: argparse.Namespace) -> None:
     """`longlora compare`."""
-    from peft_longlora.eval import compare as pairs
+    from peft_longlora.eval import comparison as pairs
 
     differences, notes = pairs.compare(args.first, args.second)
     labels = tuple(args.labels or ("first", "second"))

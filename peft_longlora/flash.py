@@ -20,12 +20,13 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Call:
-    """What an attention call needs, as far as a kernel may not have it."""
+    """What an attention call needs, as far as a kernel may not have it; is_grouped: H > H_kv."""
 
     device: torch.device
     dtype: torch.dtype
     dim: int
     value_dim: int
+    is_grouped: bool = False
     dropout: float = 0.0
     softcap: float = 0.0
     has_sinks: bool = False
@@ -51,7 +52,7 @@ class Kernel:
         takes_pieces: whether it takes cu_seqlens. takes_batches: whether it takes a batch of pieces of one length.
         capabilities: the first and the last major compute capability it runs on.
         most_dim: its largest head dim.
-        has_softcap: whether it has one. may_differ: whether D_v may differ from D.
+        has_softcap: whether it has one. may_differ: whether D_v may differ from D where H == H_kv.
     """
 
     name: ClassVar[str]
@@ -92,8 +93,9 @@ class Kernel:
         for dim in (call.dim, call.value_dim):
             if dim % 8 or not 8 <= dim <= self.most_dim:
                 return f"its head dim is a multiple of 8 up to {self.most_dim}, not {dim}"
-        if call.dim != call.value_dim and not self.may_differ:
-            return f"its value heads are as wide as its query heads, not {call.value_dim} and {call.dim}"
+        if call.dim != call.value_dim and (call.is_grouped or not self.may_differ):
+            rule = "if queries share KV heads, " if self.may_differ else ""
+            return f"{rule}its value heads are as wide as its query heads, not {call.value_dim} and {call.dim}"
         return None
 
     def forward(self, q, k, v, out, lse, pieces: Pieces, scaling: float, softcap: float) -> None:
@@ -209,6 +211,11 @@ class FlashAttention3(PackagedKernel):
         self.load()._flash_attn_backward(dout, q, k, v, out, lse, **cuts, dq=dq, dk=dk, dv=dv, **more)
 
 
+def _fa2_cuts(pieces: Pieces) -> tuple:
+    # Its forward lays out a longest piece of one token in another way, which its backward does not expect.
+    return pieces.cu_seqlens, pieces.cu_seqlens, max(pieces.max_length, 2), max(pieces.max_length, 2)
+
+
 class FlashAttention2(PackagedKernel):
     """flash-attn 2.7 or newer, for Ampere and later."""
 
@@ -218,14 +225,14 @@ class FlashAttention2(PackagedKernel):
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
         """As `Kernel.forward`."""
-        cuts = pieces.cu_seqlens, pieces.cu_seqlens, pieces.max_length, pieces.max_length
+        cuts = _fa2_cuts(pieces)
         result = self.load()._flash_attn_varlen_forward(q, k, v, *cuts, 0.0, scaling, causal=True, softcap=softcap)
         out.copy_(result[0])
         lse.copy_(result[1])
 
     def backward(self, dout, q, k, v, out, lse, dq, dk, dv, pieces, scaling, softcap):
         """As `Kernel.backward`."""
-        cuts = pieces.cu_seqlens, pieces.cu_seqlens, pieces.max_length, pieces.max_length
+        cuts = _fa2_cuts(pieces)
         more = dict(causal=True, window_size_left=-1, window_size_right=-1, softcap=softcap, alibi_slopes=None)
         self.load()._flash_attn_varlen_backward(
             dout, q, k, v, out, lse, dq, dk, dv, *cuts, 0.0, scaling, **more, deterministic=is_deterministic()
@@ -240,14 +247,14 @@ class TorchVarlen(Kernel):
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
         """As `Kernel.forward`."""
-        cuts = pieces.cu_seqlens, pieces.cu_seqlens, pieces.max_length, pieces.max_length
+        cuts = _fa2_cuts(pieces)
         result = torch.ops.aten._flash_attention_forward(q, k, v, *cuts, 0.0, True, False, scale=scaling)
         out.copy_(result[0])
         lse.copy_(result[1])
 
     def backward(self, dout, q, k, v, out, lse, dq, dk, dv, pieces, scaling, softcap):
         """As `Kernel.backward`; the operator itself asks whether PyTorch is in deterministic mode."""
-        cuts = pieces.cu_seqlens, pieces.cu_seqlens, pieces.max_length, pieces.max_length
+        cuts = _fa2_cuts(pieces)
         no_dropout = torch.empty(0, dtype=torch.uint64, device=q.device)
         grads = torch.ops.aten._flash_attention_backward(
             dout, q, k, v, out, lse, *cuts, 0.0, True, no_dropout, no_dropout, scale=scaling
@@ -271,6 +278,9 @@ class CudnnAttention(Kernel):
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
         """As `Kernel.forward`."""
+        if pieces.max_length == 1:  # cuDNN refuses it, and there is nothing to weigh
+            out.copy_(v.repeat_interleave(q.shape[2] // v.shape[2], dim=2))
+            return
         # (pieces, tokens, heads, D) -> (pieces, heads, tokens, D)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         result = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -281,6 +291,11 @@ class CudnnAttention(Kernel):
 
     def backward(self, dout, q, k, v, out, lse, dq, dk, dv, pieces, scaling, softcap):
         """As `Kernel.backward`."""
+        if pieces.max_length == 1:
+            dq.zero_()
+            dk.zero_()
+            dv.copy_(dout.unflatten(2, (v.shape[2], -1)).sum(3))
+            return
         tensors = (x.transpose(1, 2) for x in (dout, q, k, v, out))
         no_dropout, length = torch.zeros((), dtype=torch.int64, device=q.device), pieces.max_length
         more = None, None, None, length, length, 0.0, True  # no bias and no cumulative lengths; causal

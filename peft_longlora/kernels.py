@@ -206,10 +206,9 @@ def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _pick(query, key, value, is_regular, dropout, backend, softcap=0.0, has_sinks=False) -> str:
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    dims = query.shape[3], value.shape[3]
-    return choose_backend(
-        backend, is_regular, query.device, query.dtype, *dims, dropout, softcap, has_sinks, needs_grad
-    )
+    shape = query.shape[3], value.shape[3], query.shape[1] > key.shape[1]
+    call = query.device, query.dtype, *shape, dropout, softcap, has_sinks, needs_grad
+    return choose_backend(backend, is_regular, *call)
 
 
 def _attend_halves(query, key, value, layout, cu_seqlens, scaling, softcap, name) -> torch.Tensor:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import assert_same, extend, make, snapshot, train
@@ -78,7 +80,9 @@ BREAKS = {
 
 
 # `load_adapter` of transformers reads config and weights by itself, so only what the config tells is refused there.
-BY_CONFIG = ("vocabulary", "window", "other architecture", "unknown layer", "bad rope")
+BY_CONFIG = ("vocabulary", "window")
+if Version(transformers.__version__) >= Version("5.18"):  # before that, it is refused for losing embeddings and norms
+    BY_CONFIG += ("other architecture", "unknown layer", "bad rope")
 DOORS = [
     (name, door)
     for name, (_, changes, _) in BREAKS.items()

@@ -59,19 +59,26 @@ def differs(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_a_bf16_step_equals_the_definition(tmp_path):
-    """Loss, every gradient and the logits after the step, against the dense-mask definition in float32."""
-    model = extend(make(dtype=torch.bfloat16, **SIZES).cuda(), **SETTINGS)
-    truth = extend(make(dtype=torch.bfloat16, **SIZES).float().cuda(), **SETTINGS)
-    truth.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
-    truth.get_base_model().set_attn_implementation("truth")
+    """Loss, gradients and logits after the step: no farther from the definition in float32 than twice the definition
+    in bf16 is, which is what rounding alone does to this model."""
+    model, rounded, exact = (extend(make(dtype=torch.bfloat16, **SIZES).cuda(), **SETTINGS) for _ in range(3))
+    exact.float()
+    for other in (rounded, exact):
+        other.load_state_dict(model.state_dict())
+        other.get_base_model().set_attn_implementation("truth")
     Truth.local, Truth.segment_ids = (), torch.ones_like(IDS).cuda()
-    (loss, gradients), (true_loss, true_gradients) = step(model), step(truth)
-    assert loss == pytest.approx(true_loss, rel=0.02)
-    for name, gradient in gradients.items():
-        if true_gradients[name].any():  # LoRA's first factor has none in the first step
-            assert differs(gradient, true_gradients[name]) < 0.1, name
-    assert differs(logits(model.train()), logits(truth)) < 0.1
-    assert differs(logits(model.eval()), logits(truth)) > 0.2  # dense: what a wrong mask would give
+    (loss, gradients), (rounded_loss, rounded_gradients), (exact_loss, exact_gradients) = map(
+        step, (model, rounded, exact)
+    )
+    assert abs(loss - exact_loss) < 2 * abs(rounded_loss - exact_loss) + 0.01 * exact_loss
+    for name, truth in exact_gradients.items():
+        if truth.any():  # LoRA's first factor has none in the first step
+            allowed = 2 * differs(rounded_gradients[name], truth) + 0.01
+            assert differs(gradients[name], truth) < allowed < 1, name
+    truth = logits(exact)
+    allowed = 2 * differs(logits(rounded), truth) + 0.01
+    assert differs(logits(model.train()), truth) < allowed
+    assert differs(logits(model.eval()), truth) > 2 * allowed  # dense: what a wrong mask would give
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make(dtype=torch.bfloat16, **SIZES).cuda(), tmp_path)
     assert torch.equal(logits(loaded), logits(model))
@@ -88,8 +95,11 @@ def test_a_quantised_base_is_trained_saved_loaded_and_merged(bits, tmp_path):
             tmp_path / "base", dtype=torch.bfloat16, device_map={"": 0}, **kwargs
         )
 
-    quantised = base(quantization_config=QUANTISED[bits])
-    quantised = prepare_model_for_kbit_training(quantised, use_gradient_checkpointing=False)
+    def quantised_base():
+        model = base(quantization_config=QUANTISED[bits])
+        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+    quantised = quantised_base()
     of_base = logits(quantised)
     model = extend(quantised, **SETTINGS)
     first, gradients = step(model, count=5)
@@ -103,12 +113,12 @@ def test_a_quantised_base_is_trained_saved_loaded_and_merged(bits, tmp_path):
         assert torch.equal(logits(model), of_base)
     model.save_pretrained(tmp_path / "adapter")
 
-    again = PeftModel.from_pretrained(base(quantization_config=QUANTISED[bits]), tmp_path / "adapter")
-    assert differs(logits(again), adapted) < 0.05
+    again = PeftModel.from_pretrained(quantised_base(), tmp_path / "adapter")
+    assert torch.equal(logits(again), adapted)
     served = PeftModel.from_pretrained(base(), tmp_path / "adapter")
     unmerged = logits(served)
     assert differs(unmerged, adapted) < 0.5  # what quantisation costs
     served.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16, device_map={"": 0})
-    assert differs(logits(merged), unmerged) < 0.05
+    assert differs(logits(merged), unmerged) < 0.1  # bf16 rounding of the merged weights
     assert merged.config.rope_parameters["rope_type"] == "yarn"

@@ -116,6 +116,10 @@ def test_what_a_backend_lacks_is_said_before_it_runs():
     assert "up to 256, not 512" in fa2.lacks(Call(**{**call, "dim": 512, "value_dim": 512}))
     assert "not 60" in fa2.lacks(Call(**{**call, "dim": 60, "value_dim": 60}))
     assert "not 32 and 64" in fa2.lacks(Call(**{**call, "value_dim": 32}))
+    assert "if queries share KV heads" in flash.Kernel.lacks(
+        KERNELS["flash_attention_4"], Call(**{**call, "value_dim": 32}, is_grouped=True)
+    )
+    assert flash.Kernel.lacks(KERNELS["flash_attention_4"], Call(**{**call, "value_dim": 32})) is None
     assert fa2.lacks(Call(**call, softcap=30.0)) is None
     assert "softcap=30.0" in cudnn.lacks(Call(**call, softcap=30.0))
     torch.use_deterministic_algorithms(True)

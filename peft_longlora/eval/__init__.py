@@ -7,7 +7,7 @@
       cost.py       time and memory              harness.py   lm-eval's tasks      metrics.py   scores of answers
     run.py          items shared among processes, journalled (journal.py), gathered
     results.py      rows with intervals (statistics.py), results.json's schema
-    report.py       results.md (units.py); plots.py draws; compare.py sets two runs side by side
+    report.py       results.md (units.py); plots.py draws; comparison.py sets two runs side by side
     callback.py     the same during training
 
 Example:
@@ -16,7 +16,7 @@ Example:
 """
 
 from peft_longlora.eval.callback import LongContextEvalCallback
-from peft_longlora.eval.compare import compare
+from peft_longlora.eval.comparison import compare
 from peft_longlora.eval.corpus import Corpus
 from peft_longlora.eval.cost import Cost
 from peft_longlora.eval.harness import Harness

@@ -39,8 +39,12 @@ class Harness:
                 f"Task {self.task!r} is none of this package's, and lm-eval, which may know it, is not installed: "
                 f"pip install peft-longlora[eval]"
             ) from error
-        self._manager = TaskManager(include_path=self.include_path)
-        if not self._manager.match_tasks([self.task]):
+        # The user's own files first: reading all of lm-eval's takes long.
+        for options in [dict(include_path=self.include_path, include_defaults=False)] * bool(self.include_path) + [{}]:
+            self._manager = TaskManager(**options)
+            if self._manager.match_tasks([self.task]):
+                break
+        else:
             raise ValueError(f"Task {self.task!r} is neither one of this package's nor one of lm-eval's.")
 
     @property

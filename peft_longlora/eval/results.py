@@ -1,4 +1,4 @@
-"""`results.json`: what an evaluation found, and how it was found. Read by `report`, `compare` and the model card.
+"""`results.json`: what an evaluation found, and how it was found. Read by `report`, `comparison` and the model card.
 
 Schema version 1, a JSON object:
 
@@ -32,7 +32,7 @@ Each row of `results` and `details`:
     higher_is_better  bool
 
 Beside it lies samples.jsonl: one line for each window or prompt (see `journal`), from which every row can be computed
-again; `compare` does, to pair two runs.
+again; `comparison` does, to pair two runs.
 """
 
 from __future__ import annotations

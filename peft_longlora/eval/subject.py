@@ -58,7 +58,19 @@ class Subject:
             native = states[0].max_position_embeddings
         variant = "adapter" if isinstance(model, PeftModel) else "rescaled" if states else "base"
         check_tokenizer(model, tokenizer)
-        return cls(model, tokenizer, variant, native, window, attention=attention)
+        description = {
+            "name": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+            "fingerprint": None,
+            "adapter": model.active_adapter if variant == "adapter" else None,
+            "adapter_sha256": None,
+            "dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
+            "attention": attention if attention == "dense" else f"sparse ({_pattern(model)})",
+            "attn_implementation": "default",
+            "rope_parameters": base_rope(config),
+            "native_window": native,
+            "window": window,
+        }
+        return cls(model, tokenizer, variant, native, window, description, attention=attention)
 
     def losses(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Token losses; see `TokenLosses`."""
@@ -160,12 +172,7 @@ def load_subject(
     words = _load(AutoTokenizer, tokenizer or model, "tokenizer")
     check_tokenizer(base, words)
     native = window_of(base.config.get_text_config())
-    description = {
-        "name": model,
-        "fingerprint": fingerprint(model, base.config),
-        "adapter": adapter,
-        "adapter_sha256": fingerprint(adapter) if adapter else None,
-    }
+    found = fingerprint(model, base.config)
     notes = []
     if adapter:
         base = _add_adapter(base, adapter, model, notes)
@@ -175,17 +182,15 @@ def load_subject(
     if attention == "sparse" and not adapter:
         configure_attention(base)
     subject = Subject.of(base, words, attention)
-    config = base.config.get_text_config()
     subject.native_window, subject.notes = native, notes
-    description |= {
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "attention": attention if attention == "dense" else f"sparse ({_pattern(base)})",
+    subject.description |= {
+        "name": model,
+        "fingerprint": found,
+        "adapter": adapter,
+        "adapter_sha256": fingerprint(adapter) if adapter else None,
         "attn_implementation": attn_implementation or "default",
-        "rope_parameters": base_rope(config),
         "native_window": native,
-        "window": subject.window,
     }
-    subject.description = description
     return subject
 
 

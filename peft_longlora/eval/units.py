@@ -1,4 +1,4 @@
-"""How values are shown: percents, GiB, milliseconds. Read by `report`, `plots` and `compare`."""
+"""How values are shown: percents, GiB, milliseconds. Read by `report`, `plots` and `comparison`."""
 
 from __future__ import annotations
 

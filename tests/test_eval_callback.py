@@ -1,0 +1,104 @@
+"""Numbers during training: in the Trainer's own log, equal to those of an evaluation, and training undisturbed."""
+
+import pytest
+import torch
+from test_eval_run import TOKENIZER
+from tiny import extend, make
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+from peft_longlora.attention import settings_of
+from peft_longlora.eval import Corpus, LongContextEvalCallback, Passkey, Perplexity, evaluate
+from peft_longlora.eval.subject import Subject
+
+
+@pytest.fixture
+def text(tmp_path) -> str:
+    (tmp_path / "book.txt").write_text("def read(self, size=-1):\n    return self._buffer.read(size)\n" * 12)
+    return str(tmp_path / "book.txt")
+
+
+def make_trainer(tmp_path, **options) -> Trainer:
+    model = extend(make(vocab_size=4096))
+    rows = [{"input_ids": torch.arange(i, i + 64), "labels": torch.arange(i, i + 64)} for i in range(8)]
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=4,
+        per_device_train_batch_size=1,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        use_cpu=True,
+        learning_rate=1e-2,
+        **options,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    return Trainer(model, args, train_dataset=rows, eval_dataset=rows[:1], processing_class=tokenizer)
+
+
+class Watch(TrainerCallback):
+    """What each step trained with."""
+
+    def __init__(self):
+        self.modes = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        layer = next(m for m in model.modules() if type(m).__name__ == "LlamaAttention")
+        self.modes.append((model.training, settings_of(layer).mode))
+
+
+def logged(trainer, name) -> dict:
+    return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
+
+
+def test_numbers_of_an_evaluation_stand_in_the_log(tmp_path, text):
+    trainer, watch = make_trainer(tmp_path), Watch()
+    callback = LongContextEvalCallback(trainer, data=text, lengths=[64, 128], every_steps=2, passkey_depths=[0.5])
+    trainer.add_callback(callback)
+    trainer.add_callback(watch)
+    trainer.train()
+    assert list(logged(trainer, "eval_perplexity_64")) == list(logged(trainer, "eval_passkey_128")) == [2, 4]
+    assert watch.modes == [(True, "auto")] * 4, "training goes on as before"
+    subject = Subject.of(trainer.model, trainer.processing_class)
+    tasks = [
+        Perplexity(Corpus(text), [64, 128], max_windows=1),
+        Passkey(lengths=[128], depths=[0.5], seeds=1),
+    ]
+    results = evaluate(subject, tasks, tmp_path / "eval", show_progress=False)
+    for row in results.results:
+        assert logged(trainer, f"eval_{row.task}_{row.length}")[4] == pytest.approx(row.value, rel=1e-5)
+    first, last = logged(trainer, "eval_perplexity_64").values()
+    assert first != last
+
+
+def test_each_evaluation_of_the_trainer_brings_them(tmp_path, text):
+    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=2)
+    trainer.add_callback(LongContextEvalCallback(trainer, data=text, lengths=[64], passkey_depths=[]))
+    trainer.train()
+    assert list(logged(trainer, "eval_perplexity_64")) == list(logged(trainer, "eval_loss")) == [2, 4]
+
+
+def test_it_measures_dense_attention_and_gives_random_numbers_back(tmp_path, text):
+    """The same training with and without it ends with the same weights."""
+    weights = []
+    for with_callback in (False, True):
+        torch.manual_seed(0)
+        trainer = make_trainer(tmp_path)
+        if with_callback:
+            trainer.add_callback(LongContextEvalCallback(trainer, data=text, lengths=[128], every_steps=1))
+        trainer.train()
+        weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(every_steps=1), "leave nothing to measure"),
+        (dict(lengths=[64]), "eval_strategy='no' never evaluates"),
+        (dict(lengths=[64], every_steps=1, data="none.txt"), "no such file"),
+    ],
+)
+def test_refusals_come_before_training(tmp_path, options, message):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        LongContextEvalCallback(trainer, **options)

@@ -1,0 +1,99 @@
+"""lm-eval: LongLoRA models load there by one line, and its tasks run from here, base beside adapter."""
+
+import json
+
+import pytest
+import torch
+from test_eval_run import adapter, base  # noqa: F401
+
+from peft_longlora import cli
+from peft_longlora.eval import Results
+from peft_longlora.eval.subject import load_subject
+
+QUESTIONS = [
+    ("def add(a, b): return a", [" + b", " import", " while"]),
+    ("for i in range", ["(10)", " class", "]"]),
+] * 3
+
+
+@pytest.fixture
+def task(tmp_path) -> str:
+    """A multiple-choice task on local data, as a user of lm-eval writes one."""
+    rows = [{"q": q, "choices": choices, "gold": i % 3} for i, (q, choices) in enumerate(QUESTIONS)]
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tiny_code.yaml").write_text(f"""
+task: tiny_code
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+target_delimiter: ""
+metric_list:
+  - metric: acc
+""")
+    return str(tmp_path)
+
+
+def accuracy(subject) -> float:
+    """The choice with the largest log-likelihood, worked out with the model alone."""
+    right = 0
+    for i, (question, choices) in enumerate(QUESTIONS):
+        scores = []
+        for choice in choices:
+            ids = torch.tensor([subject.tokenizer(question + choice)["input_ids"]])
+            start = len(subject.tokenizer(question)["input_ids"])
+            with torch.no_grad():
+                logs = subject.model(ids).logits[0].log_softmax(-1)
+            scores.append(sum(logs[j - 1, ids[0, j]].item() for j in range(start, ids.shape[1])))
+        right += scores.index(max(scores)) == i % 3
+    return right / len(QUESTIONS)
+
+
+@pytest.fixture
+def expected(base, adapter) -> dict[str, float]:  # noqa: F811
+    subject = load_subject(base, adapter, dtype="float32", device="cpu")
+    with subject.as_base() as plain:
+        return {"adapter": None, "base": accuracy(plain)} | {"adapter": accuracy(load_subject(base, adapter))}
+
+
+def test_the_documented_line(task, base, adapter, expected):  # noqa: F811
+    """docs/evaluation.md: import peft_longlora, then lm-eval's own peft= argument."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    import peft_longlora  # noqa: F401
+
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={base},peft={adapter},dtype=float32",
+        tasks=["tiny_code"],
+        task_manager=TaskManager(include_path=task, include_defaults=False),
+        device="cpu",
+        batch_size=1,
+        bootstrap_iters=0,
+    )
+    assert found["results"]["tiny_code"]["acc,none"] == pytest.approx(expected["adapter"])
+
+
+def test_tasks_are_handed_on(tmp_path, task, base, adapter, expected):  # noqa: F811
+    command = ["eval", "--model", base, "--adapter", adapter, "--tasks", "tiny_code", "--include-path", task]
+    assert cli.main([*command, "--dtype", "float32", "--device", "cpu", "--output", str(tmp_path / "out")]) == 0
+    rows = {row.variant: row for row in Results.load(tmp_path / "out").results}
+    assert {variant: row.value for variant, row in rows.items()} == pytest.approx(expected, rel=1e-5)
+    row = rows["adapter"]
+    assert (row.task, row.dataset, row.metric, row.protocol) == (
+        "lm-eval tiny_code",
+        "tiny_code",
+        "acc",
+        "lm-eval, 0-shot",
+    )
+    n = len(QUESTIONS)
+    stderr = (row.value * (1 - row.value) / (n - 1)) ** 0.5
+    assert (row.low, row.high) == pytest.approx(
+        (row.value - 1.959964 * stderr, row.value + 1.959964 * stderr), rel=1e-4
+    )

@@ -69,9 +69,6 @@ def main() -> None:
         r=args.rank, lora_alpha=2 * args.rank, context_length=args.max_length, task_type="CAUSAL_LM"
     )
     model = get_peft_model(model, config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # bfloat16 would round a step of 2e-5 away
-            parameter.data = parameter.data.float()
     model.print_trainable_parameters()
 
     trainer = SFTTrainer(

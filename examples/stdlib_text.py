@@ -67,7 +67,8 @@ def token_losses(model, windows: torch.Tensor, batch_size: int = 1) -> torch.Ten
     losses = []
     for batch in windows.to(model.device).split(batch_size):
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        losses.append(F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").cpu())
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        losses.append(loss.view(len(batch), -1).cpu())
     model.train(was_training)
     return torch.cat(losses)
 

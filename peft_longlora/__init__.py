@@ -8,14 +8,17 @@ The data path, which is also the reading order:
       -> groups.py      where the groups start
       -> kernels.py     s2_attention and its backends (sdpa.py, ...); reference.py is the definition of correct
       -> loss           the Trainer's
-      -> model.py       what an adapter holds (config.py, trainable.py, rope.py)
-      -> hub.py         its card
+      -> model.py       what an adapter holds (config.py, trainable.py, rope.py, precision.py, fit.py)
+      -> hub.py         its card (card.py) and its way out (export.py)
 
 Importing this package registers `LongLoraConfig` with peft and "s2_attn" with transformers (register.py).
 """
 
+from typing import Any
+
 from peft_longlora.attention import configure_attention, use_attention
 from peft_longlora.config import LongLoraConfig
+from peft_longlora.export import convert_original_adapter, export_lora
 from peft_longlora.kernels import s2_attention
 from peft_longlora.model import LongLoraModel
 from peft_longlora.register import register
@@ -28,8 +31,21 @@ __all__ = [
     "LongLoraConfig",
     "LongLoraModel",
     "configure_attention",
+    "convert_original_adapter",
+    "export_lora",
+    "push_adapter",
     "restore_rope",
     "s2_attention",
     "scale_rope",
     "use_attention",
+    "use_longlora_card",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The Trainer, which these two know, brings half of the installed packages along.
+    if name in ("push_adapter", "use_longlora_card"):
+        from peft_longlora import hub
+
+        return getattr(hub, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -46,6 +46,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _stride(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(prog="longlora", description=__doc__)
@@ -78,9 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--protocol", default="documents", choices=["documents", "longlora", "both"], help="of perplexity"
     )
-    text.add_argument(
-        "--stride", type=_positive, help="tokens between windows; documents: half a window, longlora: 256"
-    )
+    text.add_argument("--stride", type=_stride, help="of windows; documents: half one, longlora: 256; 0: no overlap")
     text.add_argument("--buckets", type=_numbers, help="edges between positions; 512 and its doublings otherwise")
     text.add_argument("--max-windows", type=_positive, help="the first so many of each document; all otherwise")
     prompts = run.add_argument_group("prompts")

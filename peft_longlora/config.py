@@ -133,6 +133,22 @@ class LongLoraConfig(LoraConfig):
                 f"train_norms=False."
             )
 
+        self._refuse_second_use()
+
+    def _refuse_second_use(self) -> None:
+        """A config that was filled in for one window and then edited would bring the old RoPE along."""
+        applied, base = self.applied_rope_parameters, self.base_context_length
+        if applied is None or self.rope_parameters is not None or None in (base, self.context_length):
+            return
+        kind = "default" if self.rope_type == "ntk" else self.rope_type
+        factor = applied.get("factor", self.context_length / base)
+        if applied.get("rope_type") != kind or abs(factor * base - self.context_length) > 1:
+            raise ValueError(
+                f"context_length={self.context_length} and rope_type={self.rope_type!r} do not fit "
+                f"applied_rope_parameters={applied}, which were filled in when this config made an adapter. Make a new "
+                f"LongLoraConfig, or set applied_rope_parameters=None."
+            )
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json and, beside it, the adapter's card (README.md)."""
         super().save_pretrained(save_directory, **kwargs)

@@ -21,7 +21,7 @@ from peft.utils.transformers_weight_conversion import (
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from peft_longlora import fit, rope, trainable
+from peft_longlora import fit, precision, rope, trainable
 from peft_longlora.attention import (
     AttentionState,
     check_architecture,
@@ -238,6 +238,16 @@ class LongLoraModel(LoraModel):
         state = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
         return {f"base_model.{name}": tuple(tensor.shape) for name, tensor in state.items()}
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """What PEFT does to LoRA's weights, float32 for the optimiser, done to embeddings and norms as well."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            precision.keep_in_float32(
+                wrapper.modules_to_save[adapter_name]
+                for wrapper in self.model.modules()
+                if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save
+            )
+
     # -- switching, merging and removing ---------------------------------------------------------------------------
 
     def disable_adapter_layers(self) -> None:
@@ -271,6 +281,8 @@ class LongLoraModel(LoraModel):
         """The base model with the adapter in its weights and the RoPE scaling in its config."""
         self._switch(True)
         model = super().merge_and_unload(*args, **kwargs)
+        for module in model.modules():
+            precision.round_to_half(module)
         rope.keep_rope(model)
         self._restore()
         return model

@@ -8,7 +8,7 @@ Called by `model`; imports torch alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -25,7 +25,8 @@ class Float32Weights:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward on rounded weights; gradients reach the float32 ones."""
-        rounded = {name: weight.to(self.compute_dtype) for name, weight in self._parameters.items()}
+        weights = {name: weight for name, weight in self._parameters.items() if weight is not None}
+        rounded = {name: weight.to(self.compute_dtype) for name, weight in weights.items()}
         try:
             for name, weight in rounded.items():
                 object.__setattr__(self, name, weight)  # found before the parameter of that name
@@ -33,6 +34,12 @@ class Float32Weights:
         finally:
             for name in rounded:
                 self.__dict__.pop(name, None)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        # `model.float()` and the like mean what is computed as well as what is stored.
+        module = super()._apply(fn, recurse)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        return module
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made on the fly, so pickle and copy are told how to make it again.

@@ -112,7 +112,7 @@ def _attend_pieces(
             outputs.append(q.new_zeros(q.shape[1], q.shape[0], v.shape[-1]))
             continue
         piece = next(pieces)
-        if piece == 1:  # PyTorch 2.11's flash backward is wrong where one query shares a KV head with another
+        if piece == 1 and q.is_cuda:  # PyTorch 2.11's flash backward is wrong for one query if heads share a KV head
             k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0) for x in (k, v))
         # (h, count * piece, D) -> (count, h, piece, D), a view
         q, k, v = (x.unflatten(1, (-1, piece)).transpose(0, 1) for x in (q, k, v))

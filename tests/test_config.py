@@ -5,7 +5,7 @@ import dataclasses
 import json
 
 import pytest
-from peft import LoraConfig, PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
 
 from peft_longlora import LongLoraConfig
 
@@ -159,3 +159,12 @@ def test_a_damaged_weights_file_is_named(cut, tmp_path):
     file.write_bytes(file.read_bytes()[:cut])
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors \(\d+ bytes\) is damaged.*again"):
         LongLoraConfig.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [dict(context_length=512), dict(rope_type="linear")], ids=str)
+def test_an_edited_copy_of_a_used_config_does_not_bring_the_old_rope_along(llama, change):
+    config = LongLoraConfig(r=2, context_length=256)
+    get_peft_model(llama, config)
+    assert dataclasses.replace(config, r=4).applied_rope_parameters == config.applied_rope_parameters
+    with pytest.raises(ValueError, match="applied_rope_parameters.*filled in.*Make a new LongLoraConfig"):
+        dataclasses.replace(config, **change)

@@ -52,21 +52,21 @@ def logged(trainer, name) -> dict:
 
 def test_numbers_of_an_evaluation_stand_in_the_log(tmp_path, text):
     trainer, watch = make_trainer(tmp_path), Watch()
-    callback = LongContextEvalCallback(trainer, data=text, lengths=[64, 128], every_steps=2, passkey_depths=[0.5])
+    callback = LongContextEvalCallback(trainer, data=text, lengths=[128, 192], every_steps=2, passkey_depths=[0.5])
     trainer.add_callback(callback)
     trainer.add_callback(watch)
     trainer.train()
-    assert list(logged(trainer, "eval_perplexity_64")) == list(logged(trainer, "eval_passkey_128")) == [2, 4]
+    assert list(logged(trainer, "eval_perplexity_192")) == list(logged(trainer, "eval_passkey_128")) == [2, 4]
     assert watch.modes == [(True, "auto")] * 4, "training goes on as before"
     subject = Subject.of(trainer.model, trainer.processing_class)
     tasks = [
-        Perplexity(Corpus(text), [64, 128], max_windows=1),
-        Passkey(lengths=[128], depths=[0.5], seeds=1),
+        Perplexity(Corpus(text), [128, 192], max_windows=1),
+        Passkey(lengths=[128, 192], depths=[0.5], seeds=1),
     ]
     results = evaluate(subject, tasks, tmp_path / "eval", show_progress=False)
     for row in results.results:
         assert logged(trainer, f"eval_{row.task}_{row.length}")[4] == pytest.approx(row.value, rel=1e-5)
-    first, last = logged(trainer, "eval_perplexity_64").values()
+    first, last = logged(trainer, "eval_perplexity_128").values()
     assert first != last
 
 
@@ -94,6 +94,7 @@ def test_it_measures_dense_attention_and_gives_random_numbers_back(tmp_path, tex
     ("options", "message"),
     [
         (dict(every_steps=1), "leave nothing to measure"),
+        (dict(lengths=[64], every_steps=1), "prompt alone has 8. tokens"),
         (dict(lengths=[64]), "eval_strategy='no' never evaluates"),
         (dict(lengths=[64], every_steps=1, data="none.txt"), "no such file"),
     ],

@@ -10,10 +10,8 @@ from peft_longlora import cli
 from peft_longlora.eval import Results
 from peft_longlora.eval.subject import load_subject
 
-QUESTIONS = [
-    ("def add(a, b): return a", [" + b", " import", " while"]),
-    ("for i in range", ["(10)", " class", "]"]),
-] * 3
+CHOICES = [[" + b", " import", " while"], ["(10)", " class", "]"]]
+QUESTIONS = [("def add(a, b): return a", CHOICES[0]), ("for i in range", CHOICES[1])] * 3
 
 
 @pytest.fixture
@@ -86,14 +84,9 @@ def test_tasks_are_handed_on(tmp_path, task, base, adapter, expected):  # noqa: 
     rows = {row.variant: row for row in Results.load(tmp_path / "out").results}
     assert {variant: row.value for variant, row in rows.items()} == pytest.approx(expected, rel=1e-5)
     row = rows["adapter"]
-    assert (row.task, row.dataset, row.metric, row.protocol) == (
-        "lm-eval tiny_code",
-        "tiny_code",
-        "acc",
-        "lm-eval, 0-shot",
-    )
+    assert (row.task, row.dataset, row.metric) == ("lm-eval tiny_code", "tiny_code", "acc")
+    assert row.protocol == "lm-eval, 0-shot"
     n = len(QUESTIONS)
     stderr = (row.value * (1 - row.value) / (n - 1)) ** 0.5
-    assert (row.low, row.high) == pytest.approx(
-        (row.value - 1.959964 * stderr, row.value + 1.959964 * stderr), rel=1e-4
-    )
+    interval = (row.value - 1.959964 * stderr, row.value + 1.959964 * stderr)
+    assert (row.low, row.high) == pytest.approx(interval, rel=1e-4)

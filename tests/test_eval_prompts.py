@@ -10,7 +10,7 @@ from scripted import count_words, read_chain, read_needles, read_passkey, script
 from peft_longlora.eval.corpus import Corpus
 from peft_longlora.eval.haystack import Books, insert_at, split_sentences
 from peft_longlora.eval.passkey import Passkey
-from peft_longlora.eval.prompts import Fitter
+from peft_longlora.eval.prompts import fit_filler
 from peft_longlora.eval.records import LongQA, MultiDoc, Topics
 from peft_longlora.eval.results import collect_cells
 from peft_longlora.eval.ruler import NEEDLES, TASKS, Ruler
@@ -142,21 +142,35 @@ def test_prompts_are_the_same_in_every_run(books):
     assert other.model.prompts != runs[0].model.prompts
 
 
+def test_a_prompt_does_not_hang_on_those_before_it(books):
+    """So that a run shared among processes, or resumed, asks the same."""
+    for task in (
+        Passkey(lengths=[2000], depths=[0, 0.5], seeds=3),
+        Passkey(lengths=[2000], depths=[0, 0.5], seeds=3, books=books),
+        Ruler(kind="niah_multikey_2", lengths=[3000], samples=4),
+    ):
+        in_order, backwards = (scripted_subject(silent) for _ in range(2))
+        measure(task, in_order)
+        for item in reversed(list(task.items(backwards))):
+            item.measure()
+        assert in_order.model.prompts == backwards.model.prompts[::-1]
+
+
 @pytest.mark.parametrize("fixed", [0, 90])
 @pytest.mark.parametrize("unit", [1, 7, 45])
 def test_fitting(fixed, unit):
-    fitter, asked = Fitter(), []
+    asked = []
 
     def tokens(n):
         asked.append(n)
         return fixed + unit * n
 
     for budget in (100, 1000, 30_000):
-        n = fitter.fit("kind", tokens, budget)
+        n = fit_filler(tokens, budget)
         assert budget - max(4, budget // 200) - unit <= tokens(n) <= budget
     assert len(asked) < 40
     with pytest.raises(ValueError, match=r"has 101 tokens, the length leaves room for 100"):
-        fitter.fit("kind", lambda n: 101 + n, 100)
+        fit_filler(lambda n: 101 + n, 100)
 
 
 def write(path, rows) -> str:

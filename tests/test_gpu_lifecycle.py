@@ -61,8 +61,8 @@ def differs(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_a_bf16_step_equals_the_definition(tmp_path):
     """Loss, gradients and logits after the step: no farther from the definition in float32 than twice the definition
     in bf16 is, which is what rounding alone does to this model."""
-    model, rounded, exact = (extend(make(dtype=torch.bfloat16, **SIZES).cuda(), **SETTINGS) for _ in range(3))
-    exact.float()
+    model, rounded = (extend(make(dtype=torch.bfloat16, **SIZES).cuda(), **SETTINGS) for _ in range(2))
+    exact = extend(make(dtype=torch.bfloat16, **SIZES).float().cuda(), **SETTINGS)
     for other in (rounded, exact):
         other.load_state_dict(model.state_dict())
         other.get_base_model().set_attn_implementation("truth")
@@ -117,7 +117,8 @@ def test_a_quantised_base_is_trained_saved_loaded_and_merged(bits, tmp_path):
     assert torch.equal(logits(again), adapted)
     served = PeftModel.from_pretrained(base(), tmp_path / "adapter")
     unmerged = logits(served)
-    assert differs(unmerged, adapted) < 0.5  # what quantisation costs
+    quantisation = differs(logits(base()), of_base)  # what it costs without any adapter
+    assert differs(unmerged, adapted) < 2 * quantisation + 0.01
     served.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16, device_map={"": 0})
     assert differs(logits(merged), unmerged) < 0.1  # bf16 rounding of the merged weights

@@ -102,3 +102,10 @@ def test_save_load_and_merge(tmp_path, tied):
 def test_opting_out_leaves_the_copies_as_they_are():
     model = get_peft_model(bf16_llama(), LongLoraConfig(r=4), autocast_adapter_dtype=False)
     assert all(p.dtype == torch.bfloat16 for p in trained_copies(model).values())
+
+
+def test_a_cast_of_the_whole_model_is_what_it_says():
+    model = get_peft_model(bf16_llama(), LongLoraConfig(r=4)).eval()
+    assert model.float()(TOKENS).logits.dtype == torch.float32
+    assert model.to("cpu")(TOKENS).logits.dtype == torch.float32
+    assert model.bfloat16()(TOKENS).logits.dtype == torch.bfloat16

@@ -65,8 +65,10 @@ class LongContextEvalCallback(TrainerCallback):
             raise ValueError("The Trainer has no processing_class. Pass tokenizer=...")
         if every_steps is None and trainer.args.eval_strategy == "no":
             raise ValueError("eval_strategy='no' never evaluates. Pass every_steps=..., or set eval_strategy.")
-        for task in self.tasks:
-            task.data()  # what cannot be read is said before training begins
+        subject = Subject.of(trainer.accelerator.unwrap_model(trainer.model), self.tokenizer)
+        for task in self.tasks:  # what cannot be read or measured is said before training begins
+            task.data()
+            task.check(subject)
 
     def measure(self) -> dict[str, float]:
         """Measure now, and give {"eval_{task}_{length}": value}."""

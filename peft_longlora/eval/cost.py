@@ -45,6 +45,9 @@ class Cost:
         """Random tokens are no data."""
         return None
 
+    def check(self, subject: Subject) -> None:
+        """Any length can be tried."""
+
     def items(self, subject: Subject) -> Iterator[Item]:
         """One item a length and repeat."""
         for length in self.lengths:

@@ -56,6 +56,9 @@ class Harness:
         """lm-eval gets its own data."""
         return None
 
+    def check(self, subject: Subject) -> None:
+        """lm-eval checks its own tasks."""
+
     def items(self, subject: Subject) -> Iterator[Item]:
         """One item a variant."""
         variants = list(dict.fromkeys(["base", subject.variant]))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from peft_longlora.eval.haystack import NOISE, Books, insert_at, split_sentences
-from peft_longlora.eval.prompts import Fitter, Prompt, PromptTask, Question
+from peft_longlora.eval.prompts import Prompt, PromptTask, Question, fit_filler
 from peft_longlora.eval.subject import Subject
 
 TASK = (
@@ -45,7 +45,6 @@ class Passkey(PromptTask):
         self.name, self.protocol = ("needle", "passkey in books") if self.books else ("passkey", "longlora")
         if bad := [depth for depth in self.depths if not 0 <= depth <= 1]:
             raise ValueError(f"depth {bad[0] * 100:g}% is outside 0 to 100.")
-        self._fitter = Fitter()
 
     @property
     def parameters(self) -> dict[str, object]:
@@ -78,7 +77,7 @@ class Passkey(PromptTask):
         def build(n: int) -> Prompt:
             return Prompt("\n".join(self._lines(n, depth, key, offset)), [key], PREFIX)
 
-        n = self._fitter.fit(self.name, lambda n: len(self.prompt_ids(subject, build(n))), length - self.max_new_tokens)
+        n = fit_filler(lambda n: len(self.prompt_ids(subject, build(n))), length - self.max_new_tokens)
         return build(n)
 
     def _lines(self, n: int, depth: float, key: str, offset: float) -> list[str]:

@@ -25,7 +25,8 @@ class Perplexity:
         corpus: the documents.
         lengths: of windows, tokens.
         protocol: "longlora" or "documents".
-        stride: tokens between windows; None: 256 for "longlora", half the window for "documents".
+        stride: tokens between windows; None: 256 for "longlora", half the window for "documents"; 0: the window itself,
+            so that none overlap.
         buckets: edges between buckets of positions; None: 512 and its doublings.
         max_windows: measure the first so many windows of each document and length; None: all.
         with_base: measure the base too.
@@ -47,15 +48,15 @@ class Perplexity:
         for length in self.lengths:
             if length < 2:
                 raise ValueError(f"A window of {length} tokens predicts nothing. Use lengths of 2 or more.")
-            if self.stride is not None and not 1 <= self.stride <= length:
-                raise ValueError(f"stride={self.stride} must be 1 to the window's {length} tokens.")
+            if self.stride is not None and not 0 <= self.stride <= length:
+                raise ValueError(f"stride={self.stride} must be 0 to the window's {length} tokens.")
 
     @property
     def parameters(self) -> dict[str, Any]:
         """What must be the same for two runs' samples to mean the same."""
         return {
             "protocol": self.protocol,
-            "stride": self.stride or (LONGLORA_STRIDE if self.protocol == "longlora" else "half the window"),
+            "stride": self._stride(None),
             "buckets": self.buckets or "512 and its doublings",
             "max_windows": self.max_windows,
         }
@@ -63,6 +64,14 @@ class Perplexity:
     def data(self) -> dict[str, Any]:
         """What was read, for results.json."""
         return self.corpus.summary().entry()
+
+    def check(self, subject: Subject) -> None:
+        """See that there is a window to measure.
+
+        Raises: ValueError: too little text for a window ("longlora").
+        """
+        for length in self.lengths:
+            next(self._windows(subject, length))
 
     def items(self, subject: Subject) -> Iterator[Item]:
         """One item a window; the tokens are at hand when it is yielded."""
@@ -89,8 +98,16 @@ class Perplexity:
 
     def _windows(self, subject: Subject, length: int) -> Iterator[Window]:
         if self.protocol == "longlora":
-            return self.corpus.stream_windows(subject.encode, length, self.stride or LONGLORA_STRIDE)
-        return self.corpus.document_windows(subject.encode, length, self.stride or max(1, length // 2))
+            return self.corpus.stream_windows(subject.encode, length, self._stride(length))
+        return self.corpus.document_windows(subject.encode, length, self._stride(length))
+
+    def _stride(self, length: int | None) -> Any:
+        """Tokens between windows of a length; in words, where no length is given and it depends on one."""
+        if self.stride is None:
+            if self.protocol == "longlora":
+                return LONGLORA_STRIDE
+            return max(1, length // 2) if length else "half the window"
+        return self.stride or length or "the window"
 
     def _item(self, subject: Subject, variant: str | None, length: int, window: Window) -> Item:
         shown = variant or subject.variant

@@ -69,6 +69,14 @@ class PromptTask:
         """Scores in [0, 1] by metric."""
         raise NotImplementedError
 
+    def check(self, subject: Subject) -> None:
+        """Make one prompt of each length, so that lengths that are too short are refused before hours of work.
+
+        Raises: ValueError.
+        """
+        for question in {question.length: question for question in self.questions()}.values():
+            question.make(subject)
+
     def prompt_ids(self, subject: Subject, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, within the chat template if asked for."""
         return encode_prompt(subject, prompt, self.chat)
@@ -122,42 +130,34 @@ def encode_prompt(subject: Subject, prompt: Prompt, chat: bool) -> list[int]:
     return subject.tokenizer(text + prompt.prefix.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
 
 
-class Fitter:
-    """Finds how much filler makes a prompt as long as it may be; remembers it, as prompts of one kind are alike."""
+def fit_filler(count_tokens: Callable[[int], int], budget: int) -> int:
+    """The largest amount of filler, to within half a percent of the tokens, that keeps a prompt within the budget.
 
-    def __init__(self) -> None:
-        self._last: dict[Any, int] = {}
+    Nothing is remembered from prompt to prompt: what one looks like must not hang on which process made which before.
 
-    def fit(self, kind: Any, count_tokens: Callable[[int], int], budget: int) -> int:
-        """The largest amount of filler, to within half a percent of the tokens, that stays within the budget.
+    Args:
+        count_tokens: tokens of a prompt with n units of filler; grows with n.
+        budget: tokens.
 
-        Args:
-            kind: prompts of the same kind and budget need about the same amount.
-            count_tokens: tokens of a prompt with n units of filler; grows with n.
-            budget: tokens.
-
-        Raises:
-            ValueError: the prompt does not fit without any filler.
-        """
-        low, low_tokens = 0, count_tokens(0)
-        if low_tokens > budget:
-            raise ValueError(
-                f"The prompt alone has {low_tokens} tokens, the length leaves room for {budget}. Use longer --lengths."
-            )
-        empty, slack = low_tokens, max(4, budget // 200)
-        high: int | None = None
-        n = self._last.get((kind, budget), 64)
-        while budget - low_tokens > slack and (high is None or high - low > 1):
-            tokens = count_tokens(n)
-            if tokens <= budget:
-                low, low_tokens = n, tokens
-            else:
-                high = n
-            # By the tokens that a unit has had so far, and within what is known.
-            n = int(n * (budget - slack // 2 - empty) / max(tokens - empty, 1))
-            n = max(n, low + 1)
-            if high is not None and n >= high:
-                n = (low + high) // 2
-            n = min(n, 4 * max(low, 64)) if high is None else n
-        self._last[kind, budget] = low
-        return low
+    Raises:
+        ValueError: the prompt does not fit without any filler.
+    """
+    low, low_tokens = 0, count_tokens(0)
+    if low_tokens > budget:
+        raise ValueError(
+            f"The prompt alone has {low_tokens} tokens, the length leaves room for {budget}. Use longer --lengths."
+        )
+    empty, slack = low_tokens, max(4, budget // 200)
+    high: int | None = None
+    n = 64
+    while budget - low_tokens > slack and (high is None or high - low > 1):
+        tokens = count_tokens(n)
+        if tokens <= budget:
+            low, low_tokens = n, tokens
+        else:
+            high = n
+        # By the tokens that a unit has had so far, and within what is known.
+        n = max(low + 1, int(n * (budget - slack // 2 - empty) / max(tokens - empty, 1)))
+        if high is not None and n >= high:
+            n = (low + high) // 2
+    return low

@@ -17,7 +17,7 @@ from functools import partial
 
 from peft_longlora.eval.haystack import NOISE, Books, insert_at, split_sentences
 from peft_longlora.eval.metrics import contains_all
-from peft_longlora.eval.prompts import Fitter, Prompt, PromptTask, Question
+from peft_longlora.eval.prompts import Prompt, PromptTask, Question, fit_filler
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.words import draw_words
 
@@ -80,7 +80,6 @@ class Ruler(PromptTask):
             raise ValueError(f"ruler_{self.kind} hides its needles in real text. Give books with --data.")
         self.name = f"ruler_{self.kind}"
         self.max_new_tokens = ANSWER_TOKENS.get(self.kind, 128)
-        self._fitter = Fitter()
 
     @property
     def parameters(self) -> dict[str, object]:
@@ -119,7 +118,7 @@ class Ruler(PromptTask):
         def build(n: int) -> Prompt:
             return make(random.Random(seed), n)
 
-        n = self._fitter.fit(self.name, lambda n: len(self.prompt_ids(subject, build(n))), length - self.max_new_tokens)
+        n = fit_filler(lambda n: len(self.prompt_ids(subject, build(n))), length - self.max_new_tokens)
         return build(n)
 
     def score(self, answer: str, prompt: Prompt) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -90,6 +91,8 @@ def evaluate(
     """
     settings, processes = settings or Settings(), processes or Processes()
     data = {name_of(task): task.data() for task in tasks}
+    for task in tasks:
+        task.check(subject)
     journal = Journal(output, processes.rank)
     identity = {"model": subject.description, **{name_of(t): {**t.parameters, "data": data[name_of(t)]} for t in tasks}}
     if processes.is_main:
@@ -270,8 +273,8 @@ def gather(
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("peft-longlora", "transformers", "torch", "peft", "tokenizers", "datasets", "lm_eval", "rouge-score"):
+    found = {"python": platform.python_version(), "peft_longlora": sys.modules["peft_longlora"].__version__}
+    for name in ("transformers", "torch", "peft", "tokenizers", "datasets", "lm_eval", "rouge-score"):
         try:
             found[name.replace("-", "_")] = version(name)
         except PackageNotFoundError:

@@ -184,9 +184,9 @@ def load_subject(
     subject = Subject.of(base, words, attention)
     subject.native_window, subject.notes = native, notes
     subject.description |= {
-        "name": model,
+        "name": _shown(model),
         "fingerprint": found,
-        "adapter": adapter,
+        "adapter": _shown(adapter) if adapter else None,
         "adapter_sha256": fingerprint(adapter) if adapter else None,
         "attn_implementation": attn_implementation or "default",
         "native_window": native,
@@ -259,6 +259,11 @@ def _add_adapter(base: nn.Module, adapter: str, model: str, notes: list[str]) ->
     if named and Path(named).name != Path(model).name:
         notes.append(f"The adapter names {named!r} as its base and was measured on {model!r}.")
     return loaded
+
+
+def _shown(name: str) -> str:
+    """A Hub id, or a folder's own name: results name no path of this machine."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def _pattern(model: nn.Module) -> str:

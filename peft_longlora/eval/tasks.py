@@ -46,5 +46,11 @@ class Task(Protocol):
         Raises: FileNotFoundError, ValueError: it is not there or cannot be read.
         """
 
+    def check(self, subject: Subject) -> None:
+        """Refuse what cannot be measured on this model, before anything is.
+
+        Raises: ValueError.
+        """
+
     def items(self, subject: Subject) -> Iterator[Item]:
         """Items in a fixed order, equal in all processes of a run."""

@@ -296,8 +296,8 @@ class CudnnAttention(Kernel):
             dk.zero_()
             dv.copy_(dout.unflatten(2, (v.shape[2], -1)).sum(3))
             return
-        # PyTorch keeps cuDNN's backward by the shapes and strides of q, k, v alone, for every caller in the process:
-        # an output laid out unlike the one that its own forward returns would be read with the wrong strides.
+        # PyTorch 2.11 keeps cuDNN's backward by the shapes and strides of q, k and v alone, for every caller in the
+        # process, and would run it with wrong strides on an output or a gradient laid out unlike the first it saw.
         dout, out = dout.contiguous(), out.contiguous()
         tensors = (x.transpose(1, 2) for x in (dout, q, k, v, out))
         no_dropout, length = torch.zeros((), dtype=torch.int64, device=q.device), pieces.max_length

@@ -7,10 +7,17 @@ Called by `kernels`.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from peft_longlora.groups import Groups, runs_of_equal_pieces, split_heads
+
+# Without cuDNN, which has a backend of its own: PyTorch 2.11 keeps its backward by the strides of q, k and v alone, and
+# runs it with wrong strides once the gradient of the output, here a cut of a larger tensor, has others than before.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attend_groups(
@@ -116,8 +123,9 @@ def _attend_pieces(
             k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0) for x in (k, v))
         # (h, count * piece, D) -> (count, h, piece, D), a view
         q, k, v = (x.unflatten(1, (-1, piece)).transpose(0, 1) for x in (q, k, v))
-        out = scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        with sdpa_kernel(KERNELS) if q.is_cuda else nullcontext():
+            out = scaled_dot_product_attention(
+                q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -21,6 +21,11 @@ def test_successes_get_wilsons_interval_and_other_scores_a_bootstrap():
     assert scores.interval(0, 1000, 0.95) != pytest.approx(wilson(1, 3, 0.95))
 
 
+def test_partial_scores_that_are_all_nothing_or_all_full_are_not_certain():
+    assert Ratios([(0, 5)] * 10).interval(0, 100, 0.95) == pytest.approx(wilson(0, 10, 0.95))
+    assert Ratios([(5, 5)] * 10).interval(0, 100, 0.95) == pytest.approx(wilson(10, 10, 0.95))
+
+
 def test_bootstrap_of_a_mean_has_the_spread_that_theory_says():
     values = np.random.default_rng(1).normal(5, 2, 400)
     draws = Ratios(np.stack([values, np.ones(400)], 1)).replicates(0, 4000)

@@ -300,7 +300,7 @@ def test_attend_causal(queries, keys):
 
 
 def test_cudnn_and_sdpa_share_a_process():
-    """PyTorch caches cuDNN's backward for all of its callers: neither may leave the other strides that it has not."""
+    """PyTorch keeps cuDNN's backward for all callers, by q, k and v alone: none may meet another's strides there."""
     for backend in ("cudnn", "sdpa", "cudnn", "varlen", "sdpa"):
         for heads, kv_heads in ((8, 2), (4, 4)):
             torch.manual_seed(0)

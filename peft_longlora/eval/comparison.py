@@ -11,7 +11,7 @@ from typing import Any
 from peft_longlora.eval import statistics
 from peft_longlora.eval.report import table
 from peft_longlora.eval.results import SAMPLES, Cell, Results, Row, collect_cells, sort_key
-from peft_longlora.eval.units import scale_of, show, show_length, show_metric
+from peft_longlora.eval.units import PERCENT, scale_of, show, show_length, show_metric
 
 REPORT, PLOT = "compare.md", "compare.png"
 
@@ -169,6 +169,9 @@ def plot_comparison(differences: list[Difference], labels: tuple[str, str], path
                     ax.plot([place] * 2, [row.low / scale, row.high / scale], color=plots.COLORS[index], alpha=0.5)
         ax.set_xticks(range(len(rows)), [show_length(d.first) or d.first.dataset for d in rows])
         ax.set_xlim(-0.6, len(rows) - 0.4)
-        ax.set_title(f"{task}, {protocol}\n{show_metric(rows[0].first)}", fontsize=9, loc="left")
+        unit = ", %" if metric in PERCENT else ""
+        ax.set_title(f"{task}, {protocol}\n{show_metric(rows[0].first)}{unit}", fontsize=9, loc="left")
+        if unit:
+            ax.set_ylim(-3, 103)
     axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(path)

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from peft_longlora.eval.results import Results, Row
 from peft_longlora.eval.units import UNITS, show_metric
@@ -57,19 +57,24 @@ def _axes(title: str, width: float = 7.0, height: float = 4.3, columns: int = 1)
     return figure, axes[0]
 
 
-def _plain_ticks(axis: Any, values: list[int] | None = None) -> None:
-    """Numbers as numbers on a logarithmic axis."""
-    if values is not None:
-        axis.set_ticks(values, [_tokens(value) for value in values])
-        axis.set_minor_locator(NullLocator())
-    else:
-        axis.set_major_formatter(ScalarFormatter())
-        axis.set_minor_formatter(ScalarFormatter() if _is_narrow(axis) else NullFormatter())
+def _plain_ticks(axis: Any, values: list[int]) -> None:
+    """These numbers of tokens on a logarithmic axis, and no others."""
+    axis.set_ticks(values, [_tokens(value) for value in values])
+    axis.set_minor_locator(NullLocator())
 
 
-def _is_narrow(axis: Any) -> bool:
+def _round_ticks(axis: Any) -> None:
+    """Round numbers as numbers on a logarithmic axis: 1, 2, 5, 10, ..., or closer where the axis is short."""
     low, high = axis.get_view_interval()
-    return high / max(low, 1e-9) < 12
+    steps = (1, 2, 5) if high / low > 4 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    ticks = [step * 10.0**power for power in range(-3, 9) for step in steps]
+    shown = [tick for tick in ticks if low <= tick <= high]
+    if len(shown) < 2:
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(ScalarFormatter())
+        return
+    axis.set_ticks(shown, [f"{tick:g}" for tick in shown])
+    axis.set_minor_locator(NullLocator())
 
 
 def _tokens(n: int) -> str:
@@ -105,7 +110,7 @@ def draw_perplexity(rows: list[Row], parts: list[Row], model: dict[str, Any]) ->
     _mark_window(right, model, [end for end in ends if end >= ends[-1] // 8])
     right.legend(frameon=False, fontsize=8)
     for ax in (left, right):
-        _plain_ticks(ax.yaxis)
+        _round_ticks(ax.yaxis)
     return figure
 
 
@@ -201,7 +206,7 @@ def draw_cost(rows: list[Row]) -> Figure:
         ax.plot([r.length for r in ours], [r.value / UNITS[metric][1] for r in ours], "o-", color=COLORS[0])
         ax.set(xscale="log", title=show_metric(ours[0]), xlabel="length (tokens)")
         ax.title.set_fontsize(9)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.12 * ax.get_ylim()[1])
         _plain_ticks(ax.xaxis, [row.length for row in ours])
     return figure
 

@@ -88,10 +88,10 @@ class RecordTask(PromptTask):
         name = Path(self.source).name.split(".")[0]
         return {"name": name, "sources": [name], "records": len(self.rows()), "sha256": digest.hexdigest()}
 
-    @property
-    def dataset(self) -> str:
-        """Name of the file or folder."""
-        return Path(self.source).name.split(".")[0]
+
+def stem(file: str) -> str:
+    """A file's name without its endings: what its records are called in results."""
+    return file.split(".")[0]
 
 
 @dataclass
@@ -111,7 +111,7 @@ class Topics(RecordTask):
         for number, (file, row) in enumerate(self.rows()):
             prompt = Prompt(row["prompt"], [row["topics"][0]])
             group = f"{len(row['topics'])} topics"
-            yield Question(f"{file}/{number:05d}", None, lambda _, p=prompt: p, (group,), self.dataset)
+            yield Question(f"{file}/{number:05d}", None, lambda _, p=prompt: p, (group,), stem(file))
 
     def score(self, answer: str, prompt: Prompt) -> dict[str, float]:
         """1 where the answer contains the topic."""
@@ -144,7 +144,7 @@ class MultiDoc(RecordTask):
                 group = f"gold at {index + 1} of {len(row['ctxs'])}"
                 key = f"{file}/{number:05d}/{index:03d}"
                 unit = f"{file}/{number:05d}"  # the same question at five places is one, not five
-                yield Question(key, None, lambda _, p=prompt: p, (group,), self.dataset, unit)
+                yield Question(key, None, lambda _, p=prompt: p, (group,), stem(file), unit)
 
     @staticmethod
     def make_prompt(row: dict[str, Any], passages: list[dict[str, str]]) -> Prompt:
@@ -215,10 +215,12 @@ class LongQA(RecordTask):
     def questions(self) -> Iterator[Question]:
         """One a record."""
         for number, (file, row) in enumerate(self.rows()):
-            yield Question(f"{file}/{number:05d}", None, lambda _, r=row: self.make_prompt(r), (), self.kind(row))
+            yield Question(
+                f"{file}/{number:05d}", None, lambda _, r=row: self.make_prompt(r), (), self.kind(row) or stem(file)
+            )
 
-    def kind(self, row: dict[str, Any]) -> str:
-        """LongBench's name of the data set, or the file's.
+    def kind(self, row: dict[str, Any]) -> str | None:
+        """LongBench's name of the data set, or None for a record of LongAlpaca's.
 
         Raises: ValueError: a record of neither format, or of a data set without a known score.
         """
@@ -228,7 +230,7 @@ class LongQA(RecordTask):
                 raise ValueError(f"{self.source}: dataset {kind!r} is not one of {', '.join(LONGBENCH)}.")
             return kind
         if "instruction" in row and "output" in row:
-            return self.dataset
+            return None
         raise ValueError(
             f"{self.source}: a record with the fields {sorted(row)} is neither LongAlpaca's (instruction, output) nor "
             f"LongBench's (context, input, answers, dataset)."

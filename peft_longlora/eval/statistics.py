@@ -30,8 +30,12 @@ class Ratios:
         """
         if len(self.sums) < 2:
             return None, None
-        if not self.exponential and np.all(self.sums[:, 1] == 1) and np.all(np.isin(self.sums[:, 0], (0.0, 1.0))):
-            return wilson(int(self.sums[:, 0].sum()), len(self.sums), confidence)
+        numerators, denominators = self.sums.T
+        is_count = np.all(denominators == 1) and np.all(np.isin(numerators, (0.0, 1.0)))
+        # Nothing right, or nothing wrong, in a sample does not mean so in general, as a bootstrap would have it.
+        is_extreme = np.all(numerators == 0) or np.all(numerators == denominators)
+        if not self.exponential and (is_count or is_extreme):
+            return wilson(round(self.value() * len(self.sums)), len(self.sums), confidence)
         return percentiles(self.replicates(seed, replicates), confidence)
 
     def replicates(self, seed: int, replicates: int) -> np.ndarray:

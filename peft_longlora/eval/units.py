@@ -39,4 +39,4 @@ def show_length(row: Row) -> str:
 
 def scale_of(metric: str) -> float:
     """What a metric's values are divided by to be shown."""
-    return UNITS.get(metric, ("", 1))[1]
+    return 0.01 if metric in PERCENT else UNITS.get(metric, ("", 1))[1]

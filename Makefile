@@ -22,7 +22,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	@echo "== tests: CPU, offline; add ARGS='-m gpu' on a machine with a GPU"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.test
 	@echo "== lint: ruff format --check, ruff check"

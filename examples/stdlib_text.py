@@ -82,3 +82,38 @@ def by_position(losses: torch.Tensor) -> dict[str, float]:
     """Perplexity in each bucket of positions that the windows reach, as {"0-512": ...}."""
     length = losses.shape[1] + 1
     return {f"{low}-{min(high, length)}": perplexity(losses, low, high) for low, high in BUCKETS if low < length}
+
+
+def plot(curves: dict[str, torch.Tensor], path: Path, native_window: int) -> None:
+    """Draw perplexity by position, in bins of 128 tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=160, layout="constrained")
+    styles = (("#d1495b", "-", 2.4), ("#8d99ae", "--", 1.8), ("#00798c", "-", 2.4))
+    for (label, losses), (color, line, width) in zip(curves.items(), styles, strict=True):
+        length = losses.shape[1] + 1
+        starts = range(0, length, 128)
+        values = [perplexity(losses, start, start + 128) for start in starts]
+        axes.plot([start + 64 for start in starts], values, line, color=color, linewidth=width, label=label)
+    axes.axvline(native_window, color="#444444", linestyle=":", linewidth=1.4)
+    axes.text(
+        native_window + length / 90,
+        0.97,
+        f"native window: {native_window} tokens",
+        va="top",
+        transform=axes.get_xaxis_transform(),
+    )
+    axes.set(yscale="log", xlim=(0, length), xlabel="position in the window (tokens)", ylabel="perplexity (log scale)")
+    axes.set_xticks(range(0, length + 1, length // 8))
+    axes.set_yticks([10, 20, 50, 100, 200, 500])
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(f"{native_window} to {length} tokens: held-out modules, dense attention", loc="left")
+    axes.grid(axis="y", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)

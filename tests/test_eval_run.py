@@ -249,6 +249,7 @@ BAD = {
     "no list of numbers": ["--lengths", "4096,big"],
     "holds a percentage outside 0 to 100": ["--depths", "0,120"],
     "--model {tmp}/none: no such folder": ["--model", "{tmp}/none", "--data", "{text}"],
+    "--model {tmp}/other is an adapter": ["--model", "{tmp}/other", "--data", "{text}"],
     "--adapter {tmp}/folder: no adapter_config.json": ["--adapter", "{tmp}/folder", "--data", "{text}"],
     "The tokenizer ({tmp}/big) knows token 4103, but the model has 4096": [
         "--tokenizer",

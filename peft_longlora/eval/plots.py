@@ -151,7 +151,7 @@ def draw_task_map(rows: list[Row]) -> Figure:
     _draw_map(
         ax,
         [[values.get((task, length)) for length in lengths] for task in tasks],
-        [_tokens(n) for n in lengths],
+        [_tokens(n) + ("†" if any(r.length == n and r.beyond_window for r in rows) else "") for n in lengths],
         [task.removeprefix("ruler_") for task in tasks],
     )
     ax.set(xlabel="length (tokens)")

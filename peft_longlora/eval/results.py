@@ -24,7 +24,7 @@ Each row of `results` and `details`:
     metric          "perplexity", "accuracy", "f1", "rougeL", ...
     length          tokens of a window or prompt; null where the data decides
     group           null, or what the row is restricted to: "512-1024", "depth 50%", "gold at 1 of 10", ...
-    value           finite number, rounded to 6 significant digits
+    value           finite number, rounded to 6 significant digits (whole numbers are not)
     low, high       interval at `confidence`, or null where there are not two independent units
     units           how many independent units (documents, prompts) the interval is over
     tokens          scored tokens, or the mean prompt length, or null
@@ -204,7 +204,7 @@ def sort_key(row: Row) -> tuple[Any, ...]:
 
 
 def rounded(value: float | None) -> float | None:
-    """To the reported precision, 6 significant digits."""
+    """To the reported precision, 6 significant digits; a whole number, such as of bytes, stays as it is."""
     if value is None or not math.isfinite(value):
         return None
-    return float(f"{value:.6g}")
+    return float(value) if float(value).is_integer() else float(f"{value:.6g}")

@@ -168,6 +168,8 @@ def load_subject(
         raise ValueError(
             f"context_length={context_length} and an adapter exclude each other: an adapter brings its own."
         )
+    if (Path(model) / "adapter_config.json").is_file():
+        raise ValueError(f"--model {model} is an adapter. Give its base with --model, and the adapter with --adapter.")
     base = _load(AutoModelForCausalLM, model, "model", dtype=dtype, attn_implementation=attn_implementation)
     words = _load(AutoTokenizer, tokenizer or model, "tokenizer")
     check_tokenizer(base, words)

@@ -1,8 +1,8 @@
 """Time and memory of one LoRA training step: what S2-Attn saves, and what it does not.
 
-One optimiser step (forward, backward with gradient checkpointing, AdamW) of a Llama-2-7B shape with random weights, LoRA
-r=8 on q, k, v, o, embeddings and norms trained, batch 1, bf16, group size a quarter of the row. Every row of the table
-is the same model and the same call; only the attention differs. Medians of --repeats steps after one warm-up.
+One optimiser step (forward, backward with gradient checkpointing, AdamW) of a Llama-2-7B shape with random weights,
+LoRA r=8 on q, k, v, o, embeddings and norms trained, batch 1, bf16, group size a quarter of the row. Every row of the
+table is the same model and the same call; only the attention differs. Medians of --repeats steps after one warm-up.
 
     python benchmarks/training_step.py --lengths 32768 65536 --output step.json
 

@@ -239,9 +239,17 @@ def settings_of(module: nn.Module) -> AttentionSettings:
     """The settings of an attention layer; the defaults where `configure_attention` was never called."""
     settings = getattr(module, _SETTINGS, None)
     if settings is None:
-        settings = AttentionSettings(group_size=_group_size(None, 0.25, window_of(module.config)))
+        size = _group_size(None, 0.25, window_of(module.config))
+        settings = AttentionSettings(size, dense_attention=_default_attention(module))
         setattr(module, _SETTINGS, settings)
     return settings
+
+
+def _default_attention(module: nn.Module) -> str:
+    """What transformers runs where nothing was asked for: sdpa, but for architectures that it would compute wrongly."""
+    classes = vars(sys.modules[type(module).__module__]).values()
+    models = [c for c in classes if isinstance(c, type) and issubclass(c, PreTrainedModel) and c is not PreTrainedModel]
+    return "sdpa" if all(model._supports_sdpa for model in models) else "eager"
 
 
 def configure_attention(

@@ -37,12 +37,14 @@ def check_base(config: LongLoraConfig, model: nn.Module) -> None:
         )
 
 
-def check_loader(config: LongLoraConfig) -> None:
+def check_loader(config: LongLoraConfig, model: nn.Module) -> None:
     """Refuse what transformers' own loading (load_adapter, AutoModelForCausalLM) would leave at its first values.
 
     Raises: NotImplementedError.
     """
     is_ours = config._file is not None or config.base_context_length is None or getattr(config, "_is_resolved", False)
+    # transformers marks the model before it adds the adapter; a config read without its file comes through peft too.
+    is_ours = is_ours or not getattr(model, "_hf_peft_config_loaded", False)
     what = []
     if config.use_dora:  # as of 5.23, for stock LoRA too
         what.append("DoRA's magnitudes")

@@ -106,25 +106,27 @@ class Groups:
                 stretch of padding.
             cu_seqlens: int32 on `device`: the straight boundaries, then the shifted ones.
         """
-        if device not in self._made:
-            boundaries = [*self.straight, *self.shifted]
-            stretches: list[int] = []
-            for start, end in pairwise(self.straight):
-                if start in self.padding_starts:
-                    stretches = [*stretches[:-1], end] if stretches[-1:] == [start] else [*stretches, start, end]
-            layout = torch.tensor(
-                [len(self.straight), len(self.shifted), *boundaries, *stretches], dtype=torch.int32, device="cpu"
-            )
-            cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device="cpu")
-            if device.type == "cuda":  # pinned, so that the copy does not wait for the device
-                cu_seqlens = cu_seqlens.pin_memory().to(device, non_blocking=True)
-            self._made[device] = layout, cu_seqlens
-        return self._made[device]
+        return self.once(device, lambda: self._make_tensors(device))
+
+    def _make_tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        boundaries = [*self.straight, *self.shifted]
+        stretches: list[int] = []
+        for start, end in pairwise(self.straight):
+            if start in self.padding_starts:
+                stretches = [*stretches[:-1], end] if stretches[-1:] == [start] else [*stretches, start, end]
+        layout = torch.tensor(
+            [len(self.straight), len(self.shifted), *boundaries, *stretches], dtype=torch.int32, device="cpu"
+        )
+        cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device="cpu")
+        if device.type == "cuda":  # pinned, so that the copy does not wait for the device
+            cu_seqlens = cu_seqlens.pin_memory().to(device, non_blocking=True)
+        return layout, cu_seqlens
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
         """What a backend derives from this plan: made by the first layer that asks, kept for the others."""
         if name not in self._made:
-            self._made[name] = make()
+            with torch.inference_mode(False):  # plans are kept, and autograd saves no tensor of inference mode
+                self._made[name] = make()
         return self._made[name]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ class Float32Weights:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward on rounded weights; gradients reach the float32 ones."""
-        weights = {name: weight for name, weight in self._parameters.items() if weight is not None}
-        rounded = {name: weight.to(self.compute_dtype) for name, weight in weights.items()}
+        # Replicas of nn.DataParallel have plain tensors in place of parameters.
+        weights = {**self._parameters, **self.__dict__.get("_former_parameters", {})}
+        rounded = {name: weight.to(self.compute_dtype) for name, weight in weights.items() if weight is not None}
+        plain = {name: self.__dict__[name] for name in rounded if name in self.__dict__}
         try:
             for name, weight in rounded.items():
                 object.__setattr__(self, name, weight)  # found before the parameter of that name
@@ -34,6 +37,7 @@ class Float32Weights:
         finally:
             for name in rounded:
                 self.__dict__.pop(name, None)
+            self.__dict__.update(plain)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         # `model.float()` and the like mean what is computed as well as what is stored.
@@ -42,8 +46,9 @@ class Float32Weights:
         return module
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made on the fly, so pickle and copy are told how to make it again.
-        return _rebuild, (type(self).__mro__[2], self.__dict__.copy())
+        # The class is made on the fly, so pickle and copy are told how to make it again. The state comes third, because
+        # it may lead back to the module (accelerate's hooks do).
+        return _rebuild, (type(self).__mro__[2],), self.__getstate__()
 
 
 @cache
@@ -51,10 +56,14 @@ def _float32_class(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (Float32Weights, kind), {"__module__": kind.__module__})
 
 
-def _rebuild(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
-    module = kind.__new__(_float32_class(kind))
-    module.__dict__.update(state)
-    return module
+def _rebuild(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(_float32_class(kind))
+
+
+def _change_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+    if "_old_forward" in vars(module):  # accelerate's hooks (device_map) call what was `forward` when they came
+        module._old_forward = MethodType(kind.forward, module)
 
 
 def keep_in_float32(modules: Iterable[nn.Module]) -> None:
@@ -70,7 +79,7 @@ def keep_in_float32(modules: Iterable[nn.Module]) -> None:
         if is_plain and len(found) == 1 and found <= set(HALF):
             for parameter in module.parameters():
                 parameter.data = parameter.data.float()
-            module.__class__ = _float32_class(type(module))
+            _change_class(module, _float32_class(type(module)))
             module.compute_dtype = found.pop()
 
 
@@ -80,4 +89,4 @@ def round_to_half(module: nn.Module) -> None:
         for parameter in module.parameters():
             parameter.data = parameter.data.to(module.compute_dtype)
         del module.__dict__["compute_dtype"]
-        module.__class__ = type(module).__mro__[2]
+        _change_class(module, type(module).__mro__[2])

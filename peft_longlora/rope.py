@@ -297,7 +297,8 @@ def _fresh(module: nn.Module, config: PreTrainedConfig) -> nn.Module:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in ("training", "config")}
+    others = ("training", "config", "forward")  # "forward": accelerate's hooks (device_map) put one on the instance
+    return {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in others}
 
 
 def _transplant(module: nn.Module, buffers: dict[str, torch.Tensor], attributes: dict[str, Any]) -> None:

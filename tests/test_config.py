@@ -166,5 +166,5 @@ def test_an_edited_copy_of_a_used_config_does_not_bring_the_old_rope_along(llama
     config = LongLoraConfig(r=2, context_length=256)
     get_peft_model(llama, config)
     assert dataclasses.replace(config, r=4).applied_rope_parameters == config.applied_rope_parameters
-    with pytest.raises(ValueError, match="applied_rope_parameters.*filled in.*Make a new LongLoraConfig"):
+    with pytest.raises(ValueError, match=r"applied_rope_parameters.*filled in.*Make a new LongLoraConfig"):
         dataclasses.replace(config, **change)

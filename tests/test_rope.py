@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 from conftest import tiny_llama_config
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPTNeoXConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -33,18 +33,17 @@ def check_base(config: LongLoraConfig, model: nn.Module) -> None:
         raise ValueError(
             f"The adapter was made for a base with a window of {config.base_context_length} tokens "
             f"(max_position_embeddings), this model has {window}. Load the base that the adapter names "
-            f"({config.base_model_name_or_path})."
+            f"({config.base_model_name_or_path}). For a new adapter make a new LongLoraConfig: this one was filled in "
+            f"for another model."
         )
 
 
-def check_loader(config: LongLoraConfig, model: nn.Module) -> None:
+def check_loader(config: LongLoraConfig) -> None:
     """Refuse what transformers' own loading (load_adapter, AutoModelForCausalLM) would leave at its first values.
 
     Raises: NotImplementedError.
     """
     is_ours = config._file is not None or config.base_context_length is None or getattr(config, "_is_resolved", False)
-    # transformers marks the model before it adds the adapter; a config read without its file comes through peft too.
-    is_ours = is_ours or not getattr(model, "_hf_peft_config_loaded", False)
     what = []
     if config.use_dora:  # as of 5.23, for stock LoRA too
         what.append("DoRA's magnitudes")
@@ -53,7 +52,8 @@ def check_loader(config: LongLoraConfig, model: nn.Module) -> None:
     if what and not is_ours:
         raise NotImplementedError(
             f"transformers {transformers.__version__} loses {' and '.join(what)} when it loads an adapter itself. Load "
-            f"it with peft: PeftModel.from_pretrained(model, folder)."
+            f"it with peft: PeftModel.from_pretrained(model, folder). To give that a config of your own, read it with "
+            f"LongLoraConfig.from_pretrained(folder), not with PeftConfig."
         )
 
 

@@ -132,7 +132,7 @@ class LongLoraModel(LoraModel):
         """Write into the config what its defaults mean for this architecture, before PEFT looks for ties."""
         check_architecture(model)
         fit.check_base(config, model)
-        fit.check_loader(config, model)
+        fit.check_loader(config)
         if config.target_modules is None and not config.target_parameters:
             config.target_modules = set(trainable.find_projections(model))
         # PEFT renames expert weights for LORA only; the names mean the same here.

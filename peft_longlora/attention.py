@@ -358,7 +358,7 @@ def use_attention(model: nn.Module, mode: Mode) -> Iterator[None]:
             by itself) or "dense".
 
     Raises:
-        ValueError: an unknown mode, or a model without S2-Attn.
+        ValueError: an unknown mode, a model without S2-Attn, or "sparse" while its adapter is disabled.
     """
     if mode not in ("auto", "sparse", "dense"):
         raise ValueError(f"mode={mode!r} is unknown. Use 'auto', 'sparse' or 'dense'.")
@@ -369,6 +369,11 @@ def use_attention(model: nn.Module, mode: Mode) -> Iterator[None]:
             "or add a LongLoraConfig adapter first."
         )
     before = {id(settings_of(m)): (settings_of(m), settings_of(m).mode) for m in layers}
+    if mode == "sparse" and not all(settings.is_enabled for settings, _ in before.values()):
+        raise ValueError(
+            "The adapter that brought S2-Attn is disabled, so the model is its base, which is dense. Leave "
+            "disable_adapter() first, or call configure_attention(model) on the base."
+        )
     try:
         for settings, _ in before.values():
             settings.mode = mode

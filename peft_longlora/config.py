@@ -107,7 +107,8 @@ class LongLoraConfig(LoraConfig):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a positive number of tokens, or None.")
-        if not isinstance(self.group_size_ratio, int | float) or not 0 < self.group_size_ratio <= 1:
+        ratio_is_number = isinstance(self.group_size_ratio, int | float) and not isinstance(self.group_size_ratio, bool)
+        if not ratio_is_number or not 0 < self.group_size_ratio <= 1:
             raise ValueError(
                 f"group_size_ratio={self.group_size_ratio!r} is outside (0, 1]: it is a fraction of the window. "
                 f"Use group_size for a number of tokens."
@@ -133,6 +134,11 @@ class LongLoraConfig(LoraConfig):
                 f"train_norms=False."
             )
 
+        if self.trainable_token_indices is not None and self.train_embeddings:
+            raise ValueError(
+                "trainable_token_indices trains some rows of the embeddings, train_embeddings=True all of them. Set "
+                "train_embeddings=False, or leave trainable_token_indices out."
+            )
         self._refuse_second_use()
 
     def _refuse_second_use(self) -> None:

@@ -45,6 +45,12 @@ class S2Mask:
     # transformers takes what is not 2-D for a mask that is made already, as this is.
     ndim = 4
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"This architecture asks its attention mask for {name!r}: it computes with the mask itself, which S2-Attn "
+            f"does not support. Load it with attn_implementation='sdpa'."
+        )
+
     def to(self, *args: Any, **kwargs: Any) -> S2Mask:
         """Itself: accelerate's hooks move what layers get, and each layer moves what it takes out of here."""
         return self

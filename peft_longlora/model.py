@@ -57,6 +57,8 @@ class AdapterState:
 
     def __call__(self, *_: Any) -> None:
         """What transformers calls before a forward."""
+        if self.is_enabled:
+            rope.keep_float32(self.model)
         if not getattr(self.model, "peft_config", None):
             self.end()
         elif self.layer is not None and self.layer.disable_adapters == self.is_enabled:

@@ -23,6 +23,7 @@ class Float32Weights:
     """Mixed into a module's class: its parameters are float32, its forward sees them in `compute_dtype`."""
 
     compute_dtype: torch.dtype
+    original_class: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward on rounded weights; gradients reach the float32 ones."""
@@ -48,12 +49,12 @@ class Float32Weights:
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made on the fly, so pickle and copy are told how to make it again. The state comes third, because
         # it may lead back to the module (accelerate's hooks do).
-        return _rebuild, (type(self).__mro__[2],), self.__getstate__()
+        return _rebuild, (self.original_class,), self.__getstate__()
 
 
 @cache
 def _float32_class(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (Float32Weights, kind), {"__module__": kind.__module__})
+    return type(kind.__name__, (Float32Weights, kind), {"__module__": kind.__module__, "original_class": kind})
 
 
 def _rebuild(kind: type[nn.Module]) -> nn.Module:
@@ -89,4 +90,4 @@ def round_to_half(module: nn.Module) -> None:
         for parameter in module.parameters():
             parameter.data = parameter.data.to(module.compute_dtype)
         del module.__dict__["compute_dtype"]
-        _change_class(module, type(module).__mro__[2])
+        _change_class(module, module.original_class)

@@ -154,6 +154,15 @@ def switch_rope(model: PreTrainedModel, *, scaled: bool) -> None:
         getattr(model, STATES)[int(scaled)].put_on(model)
 
 
+def keep_float32(model: PreTrainedModel) -> None:
+    """Put the frequencies back that `model.to(torch.bfloat16)` has rounded. Costs a look at each rotary module."""
+    if hasattr(model, STATES):
+        scaled = getattr(model, STATES)[1]
+        for module, buffers, _ in scaled.modules:
+            if any(module.get_buffer(n).dtype != b.dtype for n, b in buffers.items() if n in module._buffers):
+                _transplant(module, buffers, _attributes(module))
+
+
 def check_rope(rope_type: str, rope_parameters: dict[str, Any] | None) -> None:
     """Refuse what no model could be given.
 
@@ -191,6 +200,8 @@ def _check_parameters(rope_type: str, parameters: dict[str, Any]) -> None:
         )
     if "rope_type" not in parameters:
         raise ValueError(f"rope_parameters={parameters!r} lacks 'rope_type'. Add it, as transformers wants it.")
+    if parameters["rope_type"] in ("linear", "dynamic", "yarn", "llama3") and "factor" not in parameters:
+        raise ValueError(f"rope_parameters={parameters!r} lacks 'factor': the new window over the base's. Add it.")
 
 
 def _refuse_scaled(config: PreTrainedConfig) -> None:

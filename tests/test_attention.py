@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import tiny_llama_config
+from peft import get_peft_model
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -15,11 +16,12 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
+    GptOssForCausalLM,
     MistralConfig,
     Qwen3Config,
 )
 
-from peft_longlora import configure_attention, use_attention
+from peft_longlora import LongLoraConfig, configure_attention, s2_attention, use_attention
 from peft_longlora.reference import s2_attention_reference
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -425,3 +427,39 @@ def test_use_attention_refuses_a_model_without_s2_attn():
         use_attention(build("llama"), "sparse"),
     ):
         pass
+
+
+def test_sinks_are_not_lost_where_nothing_was_configured():
+    """An architecture that sdpa computes wrongly is dense through what transformers would take."""
+    config = GptOssConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=64,
+    )  # fmt: skip
+    model = GptOssForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.fill_(2.0)
+    ids = torch.arange(3, 43)[None]
+    model.set_attn_implementation("eager")
+    expected = model(ids).logits
+    model.set_attn_implementation("s2_attn")
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_sparse_is_refused_while_the_adapter_is_off(llama):
+    model = get_peft_model(llama, LongLoraConfig(r=2, context_length=128))
+    with (
+        model.disable_adapter(),
+        pytest.raises(ValueError, match=r"disabled.*Leave disable_adapter"),
+        use_attention(model, "sparse"),
+    ):
+        pass
+
+
+def test_a_plan_made_in_inference_mode_serves_training():
+    q, k, v = (torch.randn(1, 2, 20, 8) for _ in range(3))
+    with torch.inference_mode():
+        s2_attention(q, k, v, 6)
+    q.requires_grad_()
+    s2_attention(q, k, v, 6).sum().backward()
+    assert q.grad.isfinite().all()

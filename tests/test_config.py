@@ -161,6 +161,12 @@ def test_a_damaged_weights_file_is_named(cut, tmp_path):
         LongLoraConfig.from_pretrained(str(tmp_path))
 
 
+def test_training_some_rows_of_the_embeddings_and_all_of_them_is_refused():
+    with pytest.raises(ValueError, match=r"trainable_token_indices.*train_embeddings=False"):
+        LongLoraConfig(trainable_token_indices=[1, 2])
+    assert LongLoraConfig(trainable_token_indices=[1, 2], train_embeddings=False)
+
+
 @pytest.mark.parametrize("change", [dict(context_length=512), dict(rope_type="linear")], ids=str)
 def test_an_edited_copy_of_a_used_config_does_not_bring_the_old_rope_along(llama, change):
     config = LongLoraConfig(r=2, context_length=256)

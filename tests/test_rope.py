@@ -8,10 +8,11 @@ import torch
 import transformers
 from conftest import tiny_llama_config
 from packaging.version import Version
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPTNeoXConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from peft_longlora import restore_rope, scale_rope
+from peft_longlora import LongLoraConfig, restore_rope, scale_rope
 
 WINDOW, LONGER, D = 64, 256, 8
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -390,3 +391,13 @@ def test_a_model_without_rotary_embeddings_is_refused():
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=4))
     with pytest.raises(NotImplementedError, match=r"GPT2LMHeadModel has no rotary"):
         scale_rope(model, 4096)
+
+
+def test_an_adapter_keeps_its_frequencies_in_float32_when_the_model_is_cast():
+    model = get_peft_model(build(dtype=torch.bfloat16), LongLoraConfig(r=2, context_length=LONGER)).eval()
+    rotary = model.get_base_model().model.rotary_emb
+    expected, wanted = model(tokens(100)).logits, rotary.inv_freq.clone()
+    model.to(torch.bfloat16)
+    assert rotary.inv_freq.dtype == torch.bfloat16  # what torch does
+    assert torch.equal(model(tokens(100)).logits, expected)
+    assert rotary.inv_freq.dtype == torch.float32 and torch.equal(rotary.inv_freq, wanted)

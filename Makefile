@@ -10,7 +10,7 @@ WORKERS ?= auto
 .PHONY: help demo test lint format wheel clean
 
 help:
-	@echo "make demo    extend the embedded model from 512 to 4096 tokens and plot it (about 5 minutes on 2 cores)"
+	@echo "make demo    extend the embedded model from 512 to 4096 tokens and plot it (3 to 5 minutes on 2 cores)"
 	@echo "make test    run the tests that need no GPU (about 3 minutes on 2 cores)"
 	@echo "make lint    check format and style"
 	@echo "make format  apply format and safe fixes"

@@ -2,7 +2,7 @@
 
     python examples/quickstart.py
 
-Hardware: 2 CPU cores with nothing else to do, about 4 minutes, 1.5 GB; no GPU and no download.
+Hardware: 2 CPU cores with nothing else to do, 3 to 5 minutes, 2 GB; no GPU and no download.
 
 The model (examples/assets) is a 5.5 M parameter Llama, trained on CPython's standard library in windows of 512 tokens.
 Here it is trained, with S2-Attn, on the library's long modules, and measured, with dense attention, on modules that it

@@ -10,11 +10,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -43,6 +45,7 @@ class AttentionSettings:
         backend: the kernel of sparse layers, one of `kernels.BACKENDS`, or None for the fastest.
         mode: "auto" (sparse while training), "sparse" or "dense"; set by `use_attention`.
         is_enabled: False while the adapter that brought these settings is switched off: then all is as without it.
+        position_ids, handles: what the model was last called with, and the hooks that note it.
     """
 
     group_size: int
@@ -52,10 +55,33 @@ class AttentionSettings:
     backend: str | None = None
     mode: Mode = "auto"
     is_enabled: bool = True
+    position_ids: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    handles: list[RemovableHandle] = field(default_factory=list, repr=False, compare=False)
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """Note the positions of every forward of `model`: some architectures do not pass them to their layers."""
+        # The backbone too: trainers that compute the loss themselves do not call the whole model.
+        models = {model, getattr(model, "base_model", model)}
+        self.handles = [m.register_forward_pre_hook(partial(_note_positions, self), with_kwargs=True) for m in models]
+
+    def leave(self) -> None:
+        """Stop noting positions."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def positions(self, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """(1 or B, S) positions of this forward, from what a layer got or from what the model got."""
+        given = kwargs.get("position_ids")
+        return self.position_ids if given is None else given
 
     def is_sparse(self, training: bool) -> bool:
         """Whether a forward of a module in this mode is sparse."""
         return self.is_enabled and (self.mode == "sparse" or (self.mode == "auto" and training))
+
+
+def _note_positions(settings: AttentionSettings, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    settings.position_ids = kwargs.get("position_ids")
 
 
 def s2_attention_forward(
@@ -92,7 +118,7 @@ def s2_attention_forward(
     pattern = "full" if is_dense_layer else settings.pattern
     if attention_mask is None:  # a model that makes no mask has no padding and no packed rows
         attention_mask = S2Mask(dict(batch_size=query.shape[0], q_length=query.shape[2], device=query.device))
-    groups = attention_mask.groups(settings.group_size, pattern, kwargs.get("position_ids"))
+    groups = attention_mask.groups(settings.group_size, pattern, settings.positions(kwargs))
     out = kernels.attend(
         query,
         key,
@@ -154,7 +180,7 @@ def _attend_densely(
     """What the model would compute without this package, with the mask it would get."""
     name = settings.dense_attention
     if isinstance(mask, S2Mask):
-        mask = mask.dense(name, query.device, kwargs.get("position_ids"))
+        mask = mask.dense(name, query.device, settings.positions(kwargs))
     if "flash" in name:
         return _flash(module, name, query, key, value, mask, dropout, scaling, **kwargs), None
     if name == "eager":
@@ -219,11 +245,7 @@ class AttentionState:
     def put_on(self, model: PreTrainedModel) -> None:
         """Make `model` attend so again."""
         model.set_attn_implementation(self.implementation)
-        for name, module in find_attention_modules(model).items():
-            if hasattr(module, _SETTINGS):
-                delattr(module, _SETTINGS)
-            if name in self.settings:
-                setattr(module, _SETTINGS, self.settings[name])
+        _replace_settings(model, self.settings)
 
 
 def find_attention_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -310,9 +332,20 @@ def configure_attention(
             f"trained without it, load it with sliding_window=None."
         )
     model.set_attn_implementation(S2_ATTN)
-    for module in layers.values():
-        setattr(module, _SETTINGS, settings)
+    _replace_settings(model, dict.fromkeys(layers, settings))
     return settings
+
+
+def _replace_settings(model: PreTrainedModel, settings: dict[str, AttentionSettings]) -> None:
+    """Put settings on the attention layers by name, in place of what they have."""
+    for name, module in find_attention_modules(model).items():
+        if hasattr(module, _SETTINGS):
+            getattr(module, _SETTINGS).leave()
+            delattr(module, _SETTINGS)
+        if name in settings:
+            setattr(module, _SETTINGS, settings[name])
+    for one in {id(s): s for s in settings.values()}.values():
+        one.follow(model)
 
 
 def check_architecture(model: PreTrainedModel) -> None:

@@ -18,6 +18,8 @@ from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
     MistralConfig,
+    PersimmonConfig,
+    PersimmonForCausalLM,
     Qwen3Config,
 )
 
@@ -463,3 +465,30 @@ def test_a_plan_made_in_inference_mode_serves_training():
     q.requires_grad_()
     s2_attention(q, k, v, 6).sum().backward()
     assert q.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("through", ["configure_attention", "adapter"])
+def test_documents_stay_apart_where_layers_never_see_the_positions(through):
+    """persimmon does not pass position_ids on, and beside a 2-D mask transformers forgets what they say."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = PersimmonForCausalLM(PersimmonConfig(vocab_size=97, max_position_embeddings=64, **sizes))
+    if through == "adapter":
+        model = get_peft_model(model, LongLoraConfig(r=2, group_size=8))
+    else:
+        configure_attention(model, group_size=8)
+    rows = model.get_input_embeddings()(torch.arange(3, 43)[None]).detach().requires_grad_()
+    positions = torch.cat((torch.arange(25), torch.arange(15)))[None]
+    mask = torch.ones(1, 40, dtype=torch.long)
+    out = model.train()(inputs_embeds=rows, position_ids=positions, attention_mask=mask, use_cache=True).logits
+    out[:, 25:].sum().backward()
+    assert not rows.grad[:, :25].any() and rows.grad[:, 25:].any()
+
+
+def test_no_hook_is_left_behind(llama):
+    before = len(llama._forward_pre_hooks)
+    configure_attention(llama, group_size=8)
+    configure_attention(llama, group_size=16)
+    configured = len(llama._forward_pre_hooks)
+    assert configured == before + 1
+    get_peft_model(llama, LongLoraConfig(r=2, context_length=128)).unload()
+    assert len(llama._forward_pre_hooks) == configured

@@ -4,7 +4,7 @@ The data path, which is also the reading order:
 
     input_ids -> transformers model
       -> mask.py        once a forward: who is padding, who belongs to which document
-      -> attention.py   each layer: sparse while training, dense otherwise
+      -> attention.py   each layer: sparse while training, dense otherwise (settings.py says how)
       -> groups.py      where the groups start
       -> kernels.py     s2_attention and its backends (sdpa.py, ...); reference.py is the definition of correct
       -> loss           the Trainer's
@@ -16,13 +16,13 @@ Importing this package registers `LongLoraConfig` with peft and "s2_attn" with t
 
 from typing import Any
 
-from peft_longlora.attention import configure_attention, use_attention
 from peft_longlora.config import LongLoraConfig
 from peft_longlora.export import convert_original_adapter, export_lora
 from peft_longlora.kernels import s2_attention
 from peft_longlora.model import LongLoraModel
 from peft_longlora.register import register
 from peft_longlora.rope import restore_rope, scale_rope
+from peft_longlora.settings import configure_attention, use_attention
 
 register()
 

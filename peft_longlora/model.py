@@ -22,14 +22,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from peft_longlora import fit, precision, rope, trainable
-from peft_longlora.attention import (
+from peft_longlora.config import LongLoraConfig
+from peft_longlora.settings import (
     AttentionState,
     check_architecture,
     configure_attention,
     find_attention_modules,
     settings_of,
 )
-from peft_longlora.config import LongLoraConfig
 
 
 @dataclass(eq=False)

@@ -7,10 +7,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from peft_longlora.attention import S2_ATTN, s2_attention_forward
+from peft_longlora.attention import s2_attention_forward
 from peft_longlora.config import LongLoraConfig
 from peft_longlora.mask import s2_mask
 from peft_longlora.model import LongLoraModel
+from peft_longlora.settings import S2_ATTN
 
 NAME = "LONGLORA"
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_longlora.attention import find_attention_modules
+from peft_longlora.settings import find_attention_modules
 
 
 def find_projections(model: PreTrainedModel) -> list[str]:

@@ -10,7 +10,7 @@ from architectures import CASES, HEADER, TABLE, build, examine, row
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-import peft_longlora.attention
+import peft_longlora.settings
 from peft_longlora import LongLoraConfig, configure_attention
 
 # Shares of the logits' size. Sums in another order and merged weights differ by 1e-6 to 2e-4; a wrong mask by 1.
@@ -21,7 +21,7 @@ ROUNDING = 2e-3
 def warnings_seen(monkeypatch):
     """What the package warns of: transformers' loggers do not reach pytest's."""
     seen = []
-    monkeypatch.setattr(peft_longlora.attention.logger, "warning", lambda message, *a, **k: seen.append(message))
+    monkeypatch.setattr(peft_longlora.settings.logger, "warning", lambda message, *a, **k: seen.append(message))
     return seen
 
 

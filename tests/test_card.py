@@ -13,9 +13,9 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 from peft_longlora import LongLoraConfig
-from peft_longlora.attention import find_attention_modules, settings_of
 from peft_longlora.card import BEGIN, END, TEMPLATE, is_draft, make_card, write_card
 from peft_longlora.hub import use_longlora_card
+from peft_longlora.settings import find_attention_modules, settings_of
 
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 

@@ -6,9 +6,9 @@ from test_eval_run import TOKENIZER
 from tiny import extend, make
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-from peft_longlora.attention import settings_of
 from peft_longlora.eval import Corpus, LongContextEvalCallback, Passkey, Perplexity, evaluate
 from peft_longlora.eval.subject import Subject
+from peft_longlora.settings import settings_of
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ FOUNDATIONS = {
     "rope": set(),
     "sdpa": {"groups"},
     "mask": {"groups"},
-    "trainable": {"attention"},
+    "settings": {"kernels", "rope"},
+    "trainable": {"settings"},
 }
 OPTIONAL = ("trl", "datasets", "flash_attn", "bitsandbytes", "matplotlib", "gradio", "accelerate")
 

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from peft_longlora.attention import configure_attention, find_attention_modules, settings_of, use_attention
 from peft_longlora.eval.losses import TokenLosses
 from peft_longlora.rope import STATES, base_rope, scale_rope, switch_rope, window_of
+from peft_longlora.settings import configure_attention, find_attention_modules, settings_of, use_attention
 
 logger = logging.get_logger(__name__)
 

@@ -1,0 +1,268 @@
+"""Which layers attend how: the settings on the attention layers of a model, and the switches that set them.
+
+`configure_attention` puts one `AttentionSettings` on all attention modules of a model, and `attention` reads it there.
+Nothing is kept in module globals, so two models in one process do not touch each other.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from peft_longlora import kernels
+from peft_longlora.rope import find_rotary_modules, window_of
+
+logger = logging.get_logger(__name__)
+
+S2_ATTN = "s2_attn"
+Mode = Literal["auto", "sparse", "dense"]
+_SETTINGS = "s2_settings"
+
+
+@dataclass
+class AttentionSettings:
+    """How the layers of one model attend; shared by all of them.
+
+    Attributes:
+        group_size: G, tokens.
+        pattern: "s2", "local" or "full".
+        dense_layers: indices of layers that stay dense while training.
+        dense_attention: the transformers attention that runs wherever S2-Attn does not.
+        backend: the kernel of sparse layers, one of `kernels.BACKENDS`, or None for the fastest.
+        mode: "auto" (sparse while training), "sparse" or "dense"; set by `use_attention`.
+        is_enabled: False while the adapter that brought these settings is switched off: then all is as without it.
+        position_ids, handles: what the model was last called with, and the hooks that note it.
+    """
+
+    group_size: int
+    pattern: str = "s2"
+    dense_layers: frozenset[int] = frozenset()
+    dense_attention: str = "sdpa"
+    backend: str | None = None
+    mode: Mode = "auto"
+    is_enabled: bool = True
+    position_ids: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    handles: list[RemovableHandle] = field(default_factory=list, repr=False, compare=False)
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """Note the positions of every forward of `model`: some architectures do not pass them to their layers."""
+        # The backbone too: trainers that compute the loss themselves do not call the whole model.
+        models = {model, getattr(model, "base_model", model)}
+        self.handles = [m.register_forward_pre_hook(partial(_note_positions, self), with_kwargs=True) for m in models]
+
+    def leave(self) -> None:
+        """Stop noting positions."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def positions(self, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """(1 or B, S) positions of this forward, from what a layer got or from what the model got."""
+        given = kwargs.get("position_ids")
+        return self.position_ids if given is None else given
+
+    def is_sparse(self, training: bool) -> bool:
+        """Whether a forward of a module in this mode is sparse."""
+        return self.is_enabled and (self.mode == "sparse" or (self.mode == "auto" and training))
+
+
+def _note_positions(settings: AttentionSettings, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    settings.position_ids = kwargs.get("position_ids")
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """The attention of a model before an adapter changed it."""
+
+    implementation: str
+    settings: dict[str, AttentionSettings]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> AttentionState:
+        """What `model` attends with now."""
+        layers = find_attention_modules(model)
+        found = {name: getattr(module, _SETTINGS) for name, module in layers.items() if hasattr(module, _SETTINGS)}
+        return cls(model.config._attn_implementation, found)
+
+    def put_on(self, model: PreTrainedModel) -> None:
+        """Make `model` attend so again."""
+        model.set_attn_implementation(self.implementation)
+        _replace_settings(model, self.settings)
+
+
+def find_attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention layers of a model, by name: modules of a class named so that know their layer's index."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
+    }
+
+
+def settings_of(module: nn.Module) -> AttentionSettings:
+    """The settings of an attention layer; the defaults where `configure_attention` was never called."""
+    settings = getattr(module, _SETTINGS, None)
+    if settings is None:
+        size = _group_size(None, 0.25, window_of(module.config))
+        settings = AttentionSettings(size, dense_attention=_default_attention(module))
+        setattr(module, _SETTINGS, settings)
+    return settings
+
+
+def _default_attention(module: nn.Module) -> str:
+    """What transformers runs where nothing was asked for: sdpa, but for architectures that it would compute wrongly."""
+    classes = vars(sys.modules[type(module).__module__]).values()
+    models = [c for c in classes if isinstance(c, type) and issubclass(c, PreTrainedModel) and c is not PreTrainedModel]
+    return "sdpa" if all(model._supports_sdpa for model in models) else "eager"
+
+
+def configure_attention(
+    model: PreTrainedModel,
+    *,
+    group_size: int | None = None,
+    group_size_ratio: float = 0.25,
+    pattern: str = "s2",
+    dense_layers: list[int] | None = None,
+    dense_attention: str | None = None,
+    backend: str | None = None,
+) -> AttentionSettings:
+    """Switch a model to S2-Attn: sparse while it trains, dense otherwise. No adapter is needed.
+
+    Args:
+        model: a rotary causal language model of transformers.
+        group_size: G, tokens, even, 2 or more. None: `group_size_ratio` of the model's window.
+        group_size_ratio: in (0, 1], of the window that the model's config states.
+        pattern: "s2", "local" or "full".
+        dense_layers: indices of layers that stay dense while training.
+        dense_attention: the transformers attention wherever S2-Attn does not run ("sdpa", "flash_attention_2", ...).
+            None: what the model runs now, or would run had it not been loaded with "s2_attn".
+        backend: the kernel of sparse layers, one of `kernels.BACKENDS`. None: the fastest there is.
+
+    Returns:
+        The settings now on every attention layer.
+
+    Raises:
+        ValueError: a value outside its rule. NotImplementedError: an architecture that does not take its attention
+            from transformers' interface, or has no rotary embeddings. The model is left as it was.
+    """
+    check_architecture(model)
+    config = model.config.get_text_config()
+    layers = find_attention_modules(model)
+    indices = {module.layer_idx for module in layers.values()}
+    if unknown := sorted(set(dense_layers or ()) - indices):
+        raise ValueError(
+            f"dense_layers={dense_layers} names {unknown}, which this model does not have: its layers are "
+            f"{min(indices)} to {max(indices)}."
+        )
+    size = _group_size(group_size, group_size_ratio, window_of(config))
+    kernels.check_pattern(size, pattern)
+    previous = model.config._attn_implementation
+    if dense_attention is None:
+        known = next((getattr(m, _SETTINGS) for m in layers.values() if hasattr(m, _SETTINGS)), None)
+        if previous != S2_ATTN:
+            dense_attention = previous
+        else:
+            dense_attention = known.dense_attention if known else model.get_correct_attn_implementation(None)
+    else:
+        dense_attention = model.get_correct_attn_implementation(dense_attention)
+    settings = AttentionSettings(size, pattern, frozenset(dense_layers or ()), dense_attention, backend)
+    kernels.check_model(config, layers.values(), settings.backend)
+    if layers and all(is_local_layer(module, config) for module in layers.values()):
+        logger.warning(
+            f"Every layer of this model has a window of its own (sliding_window="
+            f"{getattr(config, 'sliding_window', None)}) and keeps it, so S2-Attn changes none. If the model was "
+            f"trained without it, load it with sliding_window=None."
+        )
+    model.set_attn_implementation(S2_ATTN)
+    _replace_settings(model, dict.fromkeys(layers, settings))
+    return settings
+
+
+def _replace_settings(model: PreTrainedModel, settings: dict[str, AttentionSettings]) -> None:
+    """Put settings on the attention layers by name, in place of what they have."""
+    for name, module in find_attention_modules(model).items():
+        if hasattr(module, _SETTINGS):
+            getattr(module, _SETTINGS).leave()
+            delattr(module, _SETTINGS)
+        if name in settings:
+            setattr(module, _SETTINGS, settings[name])
+    for one in {id(s): s for s in settings.values()}.values():
+        one.follow(model)
+
+
+def check_architecture(model: PreTrainedModel) -> None:
+    """Refuse a model that would silently train with something else than S2-Attn.
+
+    Raises: NotImplementedError.
+    """
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    if not model._can_set_attn_implementation() or not find_attention_modules(model):
+        raise NotImplementedError(
+            f"{kind} ({type(model).__name__}) does not take its attention from transformers' attention interface, so "
+            f"S2-Attn would never run. Use an architecture that does (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
+        )
+    if not find_rotary_modules(model):
+        raise NotImplementedError(
+            f"{kind} ({type(model).__name__}) has no rotary position embeddings that could be rescaled, so its window "
+            f"cannot be extended. Use a rotary architecture (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
+        )
+
+
+def is_local_layer(module: nn.Module, config: PreTrainedConfig) -> bool:
+    """Whether a layer has a window or chunks of its own, which it keeps."""
+    if layer_types := getattr(config, "layer_types", None):
+        return layer_types[module.layer_idx] != "full_attention"
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+
+
+def _group_size(group_size: int | None, ratio: float, window: int) -> int:
+    if group_size is not None:
+        return group_size
+    if not 0 < ratio <= 1:
+        raise ValueError(f"group_size_ratio={ratio} is outside (0, 1]: it is a fraction of the window ({window}).")
+    return max(2, int(window * ratio) // 2 * 2)
+
+
+@contextmanager
+def use_attention(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """Within the block, attend as `mode` says; works on a bare and on a PEFT model.
+
+    Args:
+        model: a model whose attention is "s2_attn".
+        mode: "auto" (sparse while `module.training`), "sparse" (in evaluation and prefill too, to measure a pattern
+            by itself) or "dense".
+
+    Raises:
+        ValueError: an unknown mode, a model without S2-Attn, or "sparse" while its adapter is disabled.
+    """
+    if mode not in ("auto", "sparse", "dense"):
+        raise ValueError(f"mode={mode!r} is unknown. Use 'auto', 'sparse' or 'dense'.")
+    layers = find_attention_modules(model).values()
+    if not layers or any(getattr(m.config, "_attn_implementation", S2_ATTN) != S2_ATTN for m in layers):
+        raise ValueError(
+            "This model does not use S2-Attn. Load it with attn_implementation='s2_attn', call configure_attention, "
+            "or add a LongLoraConfig adapter first."
+        )
+    before = {id(settings_of(m)): (settings_of(m), settings_of(m).mode) for m in layers}
+    if mode == "sparse" and not all(settings.is_enabled for settings, _ in before.values()):
+        raise ValueError(
+            "The adapter that brought S2-Attn is disabled, so the model is its base, which is dense. Leave "
+            "disable_adapter() first, or call configure_attention(model) on the base."
+        )
+    try:
+        for settings, _ in before.values():
+            settings.mode = mode
+        yield
+    finally:
+        for settings, previous in before.values():
+            settings.mode = previous

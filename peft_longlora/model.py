@@ -28,6 +28,7 @@ from peft_longlora.settings import (
     check_architecture,
     configure_attention,
     find_attention_modules,
+    group_size_of,
     settings_of,
 )
 
@@ -222,14 +223,13 @@ class LongLoraModel(LoraModel):
         else:  # a second adapter, which `_check_new_adapter_config` found to want the same
             base_length = getattr(model, rope.STATES)[0].max_position_embeddings
             base_window = base_length
-            applied = rope.base_rope(text_config)
+            applied = next(c.applied_rope_parameters for c in self.peft_config.values() if c is not peft_config)
         peft_config.base_context_length = base_length
         peft_config.applied_rope_parameters = applied
         window = peft_config.context_length or base_window
-        size = peft_config.group_size
         configure_attention(
             model,
-            group_size=max(2, int(window * peft_config.group_size_ratio) // 2 * 2) if size is None else size,
+            group_size=group_size_of(peft_config.group_size, peft_config.group_size_ratio, window),
             pattern=peft_config.attention_pattern,
             dense_layers=peft_config.dense_layers,
         )

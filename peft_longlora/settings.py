@@ -113,7 +113,7 @@ def settings_of(module: nn.Module) -> AttentionSettings:
     """The settings of an attention layer; the defaults where `configure_attention` was never called."""
     settings = getattr(module, _SETTINGS, None)
     if settings is None:
-        size = _group_size(None, 0.25, window_of(module.config))
+        size = group_size_of(None, 0.25, window_of(module.config))
         settings = AttentionSettings(size, dense_attention=_default_attention(module))
         setattr(module, _SETTINGS, settings)
     return settings
@@ -164,7 +164,7 @@ def configure_attention(
             f"dense_layers={dense_layers} names {unknown}, which this model does not have: its layers are "
             f"{min(indices)} to {max(indices)}."
         )
-    size = _group_size(group_size, group_size_ratio, window_of(config))
+    size = group_size_of(group_size, group_size_ratio, window_of(config))
     kernels.check_pattern(size, pattern)
     previous = model.config._attn_implementation
     if dense_attention is None:
@@ -225,7 +225,11 @@ def is_local_layer(module: nn.Module, config: PreTrainedConfig) -> bool:
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
-def _group_size(group_size: int | None, ratio: float, window: int) -> int:
+def group_size_of(group_size: int | None, ratio: float, window: int) -> int:
+    """G in tokens: the one given, or a fraction of the window, rounded down to an even number.
+
+    Raises: ValueError: a ratio outside (0, 1].
+    """
     if group_size is not None:
         return group_size
     if not 0 < ratio <= 1:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import assert_same, extend, logits, make, snapshot, train
 from transformers import AutoModelForCausalLM
@@ -340,3 +340,13 @@ def test_experts_are_trained_saved_loaded_and_merged(model_type, names, tmp_path
     loaded = PeftModel.from_pretrained(make(model_type, **EXPERTS[model_type]), tmp_path)
     assert torch.equal(logits(loaded), adapted)
     torch.testing.assert_close(logits(loaded.merge_and_unload()), adapted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_second_adapter_records_rope_of_every_layer_type():
+    """As the first does, so that each loads alone onto the base."""
+    nested = {kind: {"rope_type": "linear", "factor": 2.0} for kind in ("full_attention", "sliding_attention")}
+    base = make(model_type="gemma3_text", head_dim=8, sliding_window=16, num_hidden_layers=6)
+    model = get_peft_model(base, LongLoraConfig(r=2, rope_parameters=nested))
+    model.add_adapter("second", LongLoraConfig(r=4, rope_parameters=nested))
+    first, second = (model.peft_config[name].applied_rope_parameters for name in ("default", "second"))
+    assert first == second == base.config.rope_parameters and set(first) == set(nested)

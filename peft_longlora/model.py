@@ -223,7 +223,8 @@ class LongLoraModel(LoraModel):
         else:  # a second adapter, which `_check_new_adapter_config` found to want the same
             base_length = getattr(model, rope.STATES)[0].max_position_embeddings
             base_window = base_length
-            applied = next(c.applied_rope_parameters for c in self.peft_config.values() if c is not peft_config)
+            others = (c.applied_rope_parameters for c in self.peft_config.values() if c is not peft_config)
+            applied = next(others, peft_config.applied_rope_parameters)  # one config may serve both (DPO's reference)
         peft_config.base_context_length = base_length
         peft_config.applied_rope_parameters = applied
         window = peft_config.context_length or base_window

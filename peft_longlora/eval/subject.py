@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from peft_longlora.eval.losses import TokenLosses
-from peft_longlora.rope import STATES, base_rope, scale_rope, switch_rope, window_of
+from peft_longlora.loading import check_tokenizer, load_model
+from peft_longlora.rope import STATES, base_rope, switch_rope, window_of
 from peft_longlora.settings import configure_attention, find_attention_modules, settings_of, use_attention
 
 logger = logging.get_logger(__name__)
@@ -163,51 +164,30 @@ def load_subject(
     Raises:
         ValueError: something is not there, does not fit, or the tokenizer has tokens that the model has not.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if adapter and context_length:
-        raise ValueError(
-            f"context_length={context_length} and an adapter exclude each other: an adapter brings its own."
-        )
-    if (Path(model) / "adapter_config.json").is_file():
-        raise ValueError(f"--model {model} is an adapter. Give its base with --model, and the adapter with --adapter.")
-    base = _load(AutoModelForCausalLM, model, "model", dtype=dtype, attn_implementation=attn_implementation)
-    words = _load(AutoTokenizer, tokenizer or model, "tokenizer")
-    check_tokenizer(base, words)
-    native = window_of(base.config.get_text_config())
-    found = fingerprint(model, base.config)
-    notes = []
-    if adapter:
-        base = _add_adapter(base, adapter, model, notes)
-    elif context_length:
-        scale_rope(base, context_length, rope_type=rope_type)
-    base.to(device).eval()
+    loaded = load_model(
+        model,
+        adapter,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+        context_length=context_length,
+        rope_type=rope_type,
+    )
+    base, native = loaded.model, loaded.native_window
     if attention == "sparse" and not adapter:
         configure_attention(base)
-    subject = Subject.of(base, words, attention)
-    subject.native_window, subject.notes = native, notes
+    subject = Subject.of(base, loaded.tokenizer, attention)
+    subject.native_window, subject.notes = native, loaded.notes
     subject.description |= {
         "name": _shown(model),
-        "fingerprint": found,
+        "fingerprint": fingerprint(model, base.config),
         "adapter": _shown(adapter) if adapter else None,
         "adapter_sha256": fingerprint(adapter) if adapter else None,
         "attn_implementation": attn_implementation or "default",
         "native_window": native,
     }
     return subject
-
-
-def check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer whose tokens the model has no embeddings for.
-
-    Raises: ValueError.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise ValueError(
-            f"The tokenizer ({tokenizer.name_or_path}) knows token {largest}, but the model has {rows} embeddings. "
-            f"Give the tokenizer that belongs to the model with --tokenizer."
-        )
 
 
 def fingerprint(name: str, config: Any = None) -> str:
@@ -234,33 +214,6 @@ def fingerprint(name: str, config: Any = None) -> str:
                     file.seek(-(2**20), 2)
                     digest.update(file.read())
     return digest.hexdigest()
-
-
-def _load(factory: Any, name: str, what: str, **options: Any) -> Any:
-    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).is_dir():
-        raise ValueError(f"--{what} {name}: no such folder.")
-    options = {key: value for key, value in options.items() if value is not None}
-    try:
-        return factory.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"--{what} {name} cannot be loaded: {reason}") from error
-
-
-def _add_adapter(base: nn.Module, adapter: str, model: str, notes: list[str]) -> PeftModel:
-    if Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"--adapter {adapter}: no adapter_config.json in it.")
-    if (Path(adapter).is_absolute() or adapter.startswith((".", "~"))) and not Path(adapter).exists():
-        raise ValueError(f"--adapter {adapter}: no such folder.")
-    try:
-        named = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-        loaded = PeftModel.from_pretrained(base, adapter)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--adapter {adapter} cannot be loaded on {model}: {reason[:600]}") from error
-    if named and Path(named).name != Path(model).name:
-        notes.append(f"The adapter names {named!r} as its base and was measured on {model!r}.")
-    return loaded
 
 
 def _shown(name: str) -> str:

@@ -1,0 +1,120 @@
+"""A base, its tokenizer and an adapter on it, loaded loudly. Called by the evaluation and by `longlora chat`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from peft_longlora.rope import scale_rope, window_of
+
+
+@dataclass
+class Loaded:
+    """A model in evaluation mode and on its device, with its tokenizer.
+
+    Attributes:
+        native_window, window: tokens, before and after extension.
+        notes: what a user must know about how the parts fit.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    native_window: int
+    window: int
+    notes: list[str] = field(default_factory=list)
+
+
+def load_model(
+    model: str,
+    adapter: str | None = None,
+    *,
+    tokenizer: str | None = None,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+    context_length: int | None = None,
+    rope_type: str = "yarn",
+) -> Loaded:
+    """Load a base or a merged model, and an adapter on it.
+
+    Args:
+        model: a folder or an id on the Hub. adapter: likewise; of any PEFT type.
+        tokenizer: a folder or an id; None: the model's.
+        dtype: "auto" (the file's), "float32", "bfloat16" or "float16".
+        device: None: the GPU if there is one.
+        attn_implementation: of dense attention, transformers' name.
+        context_length, rope_type: rescale RoPE without an adapter, as `scale_rope` does.
+
+    Raises:
+        ValueError: something is not there, does not fit, or the tokenizer has tokens that the model has not.
+    """
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: PyTorch sees no GPU here.")
+    if adapter and context_length:
+        raise ValueError(
+            f"context_length={context_length} and an adapter exclude each other: an adapter brings its own."
+        )
+    if (Path(model) / "adapter_config.json").is_file():
+        raise ValueError(f"--model {model} is an adapter. Give its base with --model, and the adapter with --adapter.")
+    base = _load(AutoModelForCausalLM, model, "model", dtype=dtype, attn_implementation=attn_implementation)
+    words = _load(AutoTokenizer, tokenizer or model, "tokenizer")
+    check_tokenizer(base, words)
+    native = window_of(base.config.get_text_config())
+    notes: list[str] = []
+    if adapter:
+        base = _add_adapter(base, adapter, model, notes)
+    elif context_length:
+        scale_rope(base, context_length, rope_type=rope_type)
+    base.to(place).eval()
+    return Loaded(base, words, native, window_of(base.config.get_text_config()), notes)
+
+
+def check_tokenizer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer whose tokens the model has no embeddings for.
+
+    Raises: ValueError.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"The tokenizer ({tokenizer.name_or_path}) knows token {largest}, but the model has {rows} embeddings. "
+            f"Give the tokenizer that belongs to the model with --tokenizer."
+        )
+
+
+def _load(factory: Any, name: str, what: str, **options: Any) -> Any:
+    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).is_dir():
+        raise ValueError(f"--{what} {name}: no such folder.")
+    options = {key: value for key, value in options.items() if value is not None}
+    try:
+        return factory.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"--{what} {name} cannot be loaded: {reason}") from error
+
+
+def _add_adapter(base: PreTrainedModel, adapter: str, model: str, notes: list[str]) -> PeftModel:
+    if Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").is_file():
+        raise ValueError(f"--adapter {adapter}: no adapter_config.json in it.")
+    if (Path(adapter).is_absolute() or adapter.startswith((".", "~"))) and not Path(adapter).exists():
+        raise ValueError(f"--adapter {adapter}: no such folder.")
+    try:
+        named = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        loaded = PeftModel.from_pretrained(base, adapter)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--adapter {adapter} cannot be loaded on {model}: {reason[:600]}") from error
+    if named and Path(named).name != Path(model).name:
+        notes.append(f"The adapter names {named!r} as its base and is put on {model!r}.")
+    return loaded

@@ -1,7 +1,7 @@
 """The way of an adapter's card to the Hub. What it says is `card`'s business.
 
-`model.save_pretrained` leaves our card by itself. The libraries' own `push_to_hub` do not: transformers' writes a
-README of its own over it, trainers draft another. `use_longlora_card`, said once, makes them push ours.
+`model.save_pretrained` leaves our card by itself, and `model.push_to_hub` is `push_adapter` (see `push`). Trainers
+draft a card of their own and ask neither model nor config: `use_longlora_card`, said once, makes them push ours.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def use_longlora_card(
     tags: str | Iterable[str] | None = None,
     results: str | os.PathLike | None = None,
 ) -> None:
-    """Make every push of a model or a trainer leave a LongLoRA card, and say what the card cannot know.
+    """Make every push of a trainer leave a LongLoRA card, and say what the card of an adapter cannot know.
 
-    On this one object (no class is touched) `push_to_hub` of a model and `create_model_card` of a trainer are replaced;
-    a trainer gets a callback that writes the card before each push. Without this call `model.push_to_hub` to a new
-    repository leaves transformers' card, and a trainer leaves its own; `push_card` mends that afterwards.
+    A model needs this only for what it says: `model.push_to_hub` brings our card anyway. A trainer leaves a card of its
+    own without it (`push_card` mends that afterwards); with it, its `create_model_card` is ours, on this one object (no
+    class is touched), and a callback writes the card before each push of a checkpoint.
 
     Args:
         target: a model with a LongLoRA adapter, or a `Trainer` of transformers or TRL that trains one.
@@ -65,7 +65,6 @@ def use_longlora_card(
     if isinstance(target, Trainer):
         target.create_model_card = partial(_write_trainer_card, target)
         target.add_callback(_CardCallback(target))
-    model.push_to_hub = partial(push_adapter, model)
 
 
 def push_adapter(

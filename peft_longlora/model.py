@@ -21,7 +21,7 @@ from peft.utils.transformers_weight_conversion import (
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from peft_longlora import fit, precision, rope, trainable
+from peft_longlora import fit, precision, push, rope, trainable
 from peft_longlora.config import LongLoraConfig
 from peft_longlora.settings import (
     AttentionState,
@@ -99,6 +99,10 @@ class LongLoraModel(LoraModel):
     """
 
     # -- adding an adapter ---------------------------------------------------------------------------------------
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        push.push_our_card(self)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter, or leave the model as it was and say why not."""

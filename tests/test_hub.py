@@ -6,6 +6,7 @@ environment when it is imported, so what talks to the hub runs there; the hub it
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ import torch
 from conftest import tiny_llama_config
 from huggingface_hub import HfApi, ModelCard, get_token, hf_hub_download
 from loopback_hub import TOKEN, LoopbackHub
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from test_export import write_original
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -246,22 +247,61 @@ def test_an_adapter_of_the_original_project_by_its_id(hub, pusher, tmp_path):
 # -- which calls leave our card ----------------------------------------------------------------------------------------
 
 
-def push_plain(repo_id):
+def push_plain(repo_id, made_by):
+    """Nothing but what the libraries' own documentation shows."""
     model = new_adapter()
+    if made_by != "get_peft_model":
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            if made_by == "from_pretrained":
+                model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("me/base"), folder)
+            elif made_by == "deepcopy":
+                model, original = copy.deepcopy(model), model
+                for parameter in original.parameters():
+                    parameter.data.zero_()
+            else:
+                model = LlamaForCausalLM.from_pretrained("me/base")
+                model.add_adapter(LongLoraConfig(r=2, context_length=256, init_lora_weights=False))
     model.push_to_hub(repo_id)
+    return logits(model)
 
 
 def is_ours(content: bytes) -> bool:
     return BEGIN in content.decode() and "base_model:adapter:me/base" in ModelCard(content.decode()).data.tags
 
 
-def test_model_push_to_hub_alone_leaves_what_is_there(hub, pusher):
-    pusher(push_plain, "me/plain")
-    assert not is_ours(hub.files("me/plain")["README.md"]), "transformers keeps our card by now: simplify hub.py"
-    pusher(push_card, "me/plain", license="mit")
-    assert is_ours(hub.files("me/plain")["README.md"])
-    pusher(push_plain, "me/plain")
-    assert is_ours(hub.files("me/plain")["README.md"])
+@pytest.mark.parametrize("made_by", ["get_peft_model", "from_pretrained", "deepcopy", "add_adapter"])
+def test_push_to_hub_of_a_model_needs_nothing_said(hub, pusher, puller, made_by):
+    repo_id = f"me/plain-{made_by}"
+    pushed = pusher(push_plain, repo_id, made_by)
+    assert hub.repos["model", repo_id].messages == ["initial commit", "Upload adapter"]
+    assert is_ours(hub.files(repo_id)["README.md"])
+    assert puller(run_card, repo_id)[1] == pushed
+
+
+def push_others(repo_id):
+    """Other adapters and plain models push as their libraries do, and so does a model that lost its adapter."""
+    plain = LlamaForCausalLM.from_pretrained("me/base")
+    get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj"])).push_to_hub(f"{repo_id}-lora")
+    once = LlamaForCausalLM.from_pretrained("me/base")
+    once.add_adapter(LongLoraConfig(r=2, context_length=256))
+    once.delete_adapter("default")
+    once.push_to_hub(f"{repo_id}-once")
+    new_adapter().merge_and_unload().push_to_hub(f"{repo_id}-merged")
+
+
+def test_nobody_elses_push_is_changed(hub, pusher):
+    assert pusher(push_others, "me/others") is None
+    for name in ("lora", "once", "merged"):
+        assert BEGIN not in hub.files(f"me/others-{name}")["README.md"].decode()
+    assert "model.safetensors" in hub.files("me/others-once")
+
+
+def test_a_card_that_a_trainer_left_is_mended(hub, pusher):
+    assert pusher(train, "me/mended", "trainer", with_card=False) is None
+    assert not is_ours(hub.files("me/mended")["README.md"]), "trainers keep our card by now: simplify hub.py"
+    pusher(push_card, "me/mended", license="mit")
+    assert is_ours(hub.files("me/mended")["README.md"])
 
 
 def push_with_card(repo_id, **kwargs):

@@ -1,4 +1,4 @@
-"""The console script `longlora`: `longlora eval` and `longlora compare`. Bad input ends with code 2 and one line."""
+"""The console script `longlora`: `longlora eval`, `compare` and `chat`. Bad input ends with code 2 and one line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
+
+from peft_longlora import terminal
 
 OWN_TASKS = ("perplexity", "native", "passkey", "needle", "ruler", "topics", "multidoc", "longqa", "cost")
 
@@ -101,6 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     short.add_argument("--limit", type=_positive, help="the first so many questions of each task")
     short.add_argument("--include-path", help="a folder of task files")
     short.add_argument("--num-fewshot", type=int)
+    terminal.add_arguments(commands.add_parser("chat", help="ask questions of a long document"))
     pair = commands.add_parser("compare", help="set two results.json side by side")
     pair.add_argument("first", help="results.json, or its folder")
     pair.add_argument("second")
@@ -238,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     args = make_parser().parse_args(argv)
     try:
-        {"eval": run_eval, "compare": run_compare}[args.command](args)
+        code = {"eval": run_eval, "compare": run_compare, "chat": terminal.run_chat}[args.command](args)
     except (ValueError, NotImplementedError, ImportError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"longlora {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -246,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped. The same command goes on where this one ended.", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":

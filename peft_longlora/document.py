@@ -1,0 +1,128 @@
+"""A text to be asked about, read loudly from a file, that knows the page or line of each of its characters.
+
+Called by `longlora chat` and examples/app.py; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SUFFIXES = (".txt", ".md", ".pdf")
+PAGE_BREAK = "\n\n"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and where its parts stand in the file.
+
+    Attributes:
+        name: the file's name. text: all of it, without white space around it.
+        starts: offsets in `text` at which pages (PDF) or lines start, ascending. labels: their numbers in the file.
+        unit: "page" or "line".
+        notes: what a reader must know about what is not in the text.
+    """
+
+    name: str
+    text: str
+    starts: list[int] = field(repr=False)
+    labels: list[int] = field(repr=False)
+    unit: str
+    notes: list[str] = field(default_factory=list)
+
+    def place(self, start: int, end: int) -> str:
+        """Where the characters from `start` to before `end` stand, such as "page 12" or "lines 3-5"."""
+        first, last = (
+            self.labels[max(bisect.bisect_right(self.starts, i) - 1, 0)] for i in (start, max(start, end - 1))
+        )
+        return f"{self.unit} {first}" if first == last else f"{self.unit}s {first}-{last}"
+
+
+def read_document(path: str | Path) -> Document:
+    """Read a .txt, .md or .pdf file.
+
+    Raises:
+        ValueError: a URL, no such file, a folder, another kind of file, an empty one, one that is not what its name
+            says, a PDF that is encrypted or holds no text. ImportError: pypdf, which reads PDF, is not installed.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(path)):
+        raise ValueError(f"{path} is a URL, and files are read from paths only: download it first.")
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give one file ({', '.join(SUFFIXES)}).")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path}: {path.suffix or 'a name without suffix'} is none of {', '.join(SUFFIXES)}.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty (0 bytes).")
+    return _read_pdf(path) if path.suffix.lower() == ".pdf" else _read_text(path)
+
+
+def _read_text(path: Path) -> Document:
+    raw = path.read_bytes()
+    if b"\0" in raw:
+        raise ValueError(f"{path} is a binary file, not text (byte {raw.index(0)} is 0); .pdf files need that suffix.")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 (byte {error.start} is 0x{raw[error.start]:02x}). "
+            f"Convert it first: iconv -f LATIN1 -t UTF-8"
+        ) from None
+    text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip()
+    cut = len(text) - len(text.lstrip())
+    first = 1 + text.count("\n", 0, cut)
+    text = text[cut:]
+    if not text:
+        raise ValueError(f"{path} holds white space alone.")
+    starts = [0] + [match.end() for match in re.finditer("\n", text)]
+    return Document(path.name, text, starts, list(range(first, first + len(starts))), "line")
+
+
+def _read_pdf(path: Path) -> Document:
+    try:
+        import pypdf
+        from pypdf.errors import DependencyError, FileNotDecryptedError, PyPdfError
+    except ImportError:
+        raise ImportError("Reading a PDF needs pypdf: pip install 'peft-longlora[chat]'") from None
+    locked = f"{path} is encrypted. Take its password off first: qpdf --decrypt --password=... {path.name} open.pdf"
+    pages = []
+    try:
+        reader = pypdf.PdfReader(path)
+        # Many files are locked with the empty password, which only forbids printing or copying.
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise ValueError(locked)
+        for page in reader.pages:
+            pages.append(page.extract_text())
+    except (DependencyError, FileNotDecryptedError):
+        raise ValueError(locked) from None
+    except ValueError as error:
+        if str(error) == locked:
+            raise
+        raise ValueError(f"{path} is a broken PDF: {error}") from None
+    # A broken file makes pypdf stumble anywhere, over its own errors and over Python's.
+    except (PyPdfError, OSError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(f"{path} is no PDF, or a broken one: {error or type(error).__name__}") from None
+    # Lone surrogates come out of broken font tables, and no tokenizer takes them.
+    pages = [page.encode("utf-8", "replace").decode("utf-8").replace("\0", "").strip() for page in pages]
+    if not any(pages):
+        raise ValueError(
+            f"{path}: none of its {len(pages)} pages holds text; a scan, most likely. Run OCR over it first: "
+            f"ocrmypdf {path.name} text.pdf"
+        )
+    text, starts, labels = "", [], []
+    for number, page in enumerate(pages, 1):
+        if page:
+            text += PAGE_BREAK if text else ""
+            starts.append(len(text))
+            labels.append(number)
+            text += page
+    bare = [number for number, page in enumerate(pages, 1) if not page]
+    notes = []
+    if bare:
+        shown = ", ".join(map(str, bare[:10])) + (", ..." if len(bare) > 10 else "")
+        notes.append(f"{len(bare)} of {len(pages)} pages hold no text and cannot be asked about: {shown}.")
+    return Document(path.name, text, starts, labels, "page", notes)

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache
 
 from peft_longlora.rope import base_rope
 
 CACHES = ("dense", "quantised", "offloaded")
 QUANTISERS = {"quanto": "optimum.quanto", "hqq": "hqq"}
-# Their frequencies depend on the length of the row at hand, so the keys of a chunk are not those of the whole.
-LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 class KVCache:
@@ -52,7 +51,8 @@ class KVCache:
 
     def _make(self) -> Cache:
         if self.kind == "quantised":
-            return QuantizedCache(self.backend, self.model.config.get_text_config(), **quantiser_options(self.backend))
+            config = self.model.config.get_text_config()
+            return QuantizedCache(self.backend, config, **quantiser_options(self.backend, config))
         # No config is given, because layers that drop what left their sliding window could not go back to a prefix.
         return DynamicCache(offloading=self.kind == "offloaded")
 
@@ -69,8 +69,9 @@ class KVCache:
             on_progress: called with the tokens held and the tokens asked for, after each chunk.
         """
         chunk_size = self.chunk_size
-        if self._depends_on_length(len(ids)):
+        if self._frequencies(len(ids)) != self._frequencies(len(self.ids)):
             self.clear()
+        if self._frequencies(len(ids)):
             chunk_size = len(ids)
         self._go_back(shared_prefix(self.ids, ids))
         self.append(ids[len(self.ids) :], chunk_size, on_progress)
@@ -122,11 +123,18 @@ class KVCache:
             self.cache.crop(length - len(self.ids))
             self.ids = self.ids[:length]
 
-    def _depends_on_length(self, length: int) -> bool:
+    def _frequencies(self, length: int) -> int:
+        """A number for the RoPE frequencies that a row of so many tokens is rotated with; 0 for the pretrained ones.
+
+        "longrope" has others beyond the pretrained window, and "dynamic" others at every length beyond it: there the
+        keys of a chunk are not those of the whole row, which must be forwarded at once.
+        """
         config = self.model.config.get_text_config()
         rope = base_rope(config)
         native = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        return rope.get("rope_type") in LENGTH_DEPENDENT and length > native
+        if length <= native:
+            return 0
+        return {"longrope": 1, "dynamic": length}.get(rope.get("rope_type"), 0)
 
 
 def check_cache(kind: str, device: torch.device | str) -> str | None:
@@ -149,14 +157,15 @@ def check_cache(kind: str, device: torch.device | str) -> str | None:
     raise ImportError("--cache quantised needs a package that quantises: pip install optimum-quanto (or hqq)")
 
 
-def quantiser_options(backend: str) -> dict[str, Any]:
-    """Options of transformers' QuantizedCache that keep each group of 64 numbers inside one row of tokens.
+def quantiser_options(backend: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """Options of transformers' QuantizedCache: 4 bits, in groups of 64 numbers that lie inside one token's head.
 
     transformers quantises anew what it has dequantised whenever 128 tokens more have come. With groups that stay the
-    same that loses nothing; hqq's axis 0 would lay them across all tokens, other ones at every length.
+    same that loses next to nothing; hqq's axis 0, or larger groups, would regroup all tokens each time.
     """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     axis = {"quanto": 0, "hqq": 1}[backend]
-    return dict(nbits=4, q_group_size=64, axis_key=axis, axis_value=axis)
+    return dict(nbits=4, q_group_size=math.gcd(64, head_dim), axis_key=axis, axis_value=axis)
 
 
 def _copied(cache: Cache) -> Cache:

@@ -20,8 +20,12 @@ FOUNDATIONS = {
     "mask": {"groups"},
     "settings": {"kernels", "rope"},
     "trainable": {"settings"},
+    "document": set(),
+    "kvcache": {"rope"},
+    "dialogue": {"document"},
+    "passages": {"dialogue", "kvcache", "settings"},
 }
-OPTIONAL = ("trl", "datasets", "flash_attn", "bitsandbytes", "matplotlib", "gradio", "accelerate")
+OPTIONAL = ("trl", "datasets", "flash_attn", "bitsandbytes", "matplotlib", "gradio", "accelerate", "pypdf")
 
 
 def statements(nodes, lazily: bool):

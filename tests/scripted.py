@@ -112,3 +112,10 @@ def count_words(prompt: str) -> str:
     text = prompt[prompt.rindex("Below is a numbered list") :].partition("\nQuestion")[0]
     words = re.findall(r"\d+\. (\w+)", text)
     return " ".join(sorted(set(words), key=words.count, reverse=True)[:10])
+
+
+def count_code(prompt: str) -> str:
+    """The three words said most often, dots left out."""
+    words = prompt.partition("coded words. ")[2].partition("\nQuestion")[0].split()
+    ranked = sorted(set(words) - {"..."}, key=words.count, reverse=True)
+    return ", ".join(ranked[:3])

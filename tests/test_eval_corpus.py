@@ -11,8 +11,8 @@ import torch
 from peft_longlora.eval.corpus import Corpus
 
 
-def letters(text: str) -> list[int]:
-    return [ord(c) for c in text]
+def letters(texts: list[str]) -> list[list[int]]:
+    return [[ord(c) for c in text] for text in texts]
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def corpus(tmp_path) -> Corpus:
 
 @pytest.mark.parametrize(("length", "stride"), [(64, 256), (100, 7), (512, 256), (64, 64), (30, 100)])
 def test_longlora_windows_are_those_of_the_original(corpus, length, stride):
-    data = letters("".join(d["text"] for d in corpus.documents()))
+    [data] = letters(["".join(d["text"] for d in corpus.documents())])
     starts = list(range(0, len(data) - length, stride))  # get_as_batch of the original's eval.py
     starts.pop()
     windows = list(corpus.stream_windows(letters, length, stride))
@@ -47,7 +47,7 @@ def test_a_longlora_window_belongs_to_the_document_it_starts_in(corpus):
 
 @pytest.mark.parametrize(("length", "stride"), [(64, 32), (64, 64), (64, 1), (100, 99), (2000, 1000), (2, 1)])
 def test_document_windows_score_every_token_but_the_first_once(corpus, length, stride):
-    texts = [letters(d["text"]) for d in corpus.documents()]
+    texts = letters([d["text"] for d in corpus.documents()])
     scored = [[] for _ in texts]
     for window in corpus.document_windows(letters, length, stride):
         assert len(window.inputs) == len(window.targets) <= length
@@ -65,7 +65,7 @@ def test_document_windows_score_every_token_but_the_first_once(corpus, length, s
 
 def test_example_of_the_docstring(tmp_path):
     (tmp_path / "a.txt").write_text("0123456789")
-    windows = list(Corpus(tmp_path).document_windows(lambda text: [int(c) for c in text], 4, 2))
+    windows = list(Corpus(tmp_path).document_windows(lambda texts: [[int(c) for c in text] for text in texts], 4, 2))
     assert [w.inputs.tolist() for w in windows] == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7], [6, 7, 8]]
     assert [w.targets[w.first :].tolist() for w in windows] == [[1, 2, 3, 4], [5, 6], [7, 8], [9]]
 
@@ -86,19 +86,37 @@ def test_summary(tmp_path):
     assert str(tmp_path) not in json.dumps(summary.entry()), "results.json names no path of this machine"
 
 
+@pytest.mark.parametrize(("limit", "sizes"), [(2**21, [6]), (800, [3, 1, 2]), (1, [1] * 6)])
+def test_documents_become_tokens_in_batches(corpus, monkeypatch, limit, sizes):
+    monkeypatch.setattr("peft_longlora.eval.corpus.BATCH_CHARACTERS", limit)
+    seen = []
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        seen.append(len(texts))
+        return letters(texts)
+
+    tokens = [ids.tolist() for _, _, ids, _ in corpus.tokens(encode)]
+    assert seen == sizes
+    assert tokens == letters([d["text"] for d in corpus.documents()])
+
+
 @pytest.mark.parametrize("windows", ["document_windows", "stream_windows"])
-def test_memory_does_not_grow_with_the_corpus(tmp_path, windows):
+def test_memory_does_not_grow_with_the_corpus(tmp_path, windows, monkeypatch):
+    monkeypatch.setattr("peft_longlora.eval.corpus.BATCH_CHARACTERS", 100_000)
     text = "word " * 20_000
+
+    def words(texts: list[str]) -> list[list[int]]:
+        return [torch.arange(len(text) // 5).tolist() for text in texts]
 
     def peak(documents: int) -> int:
         path = tmp_path / f"{documents}.jsonl"
         path.write_text((json.dumps({"text": text}) + "\n") * documents)
         corpus = Corpus(path)
         tracemalloc.start()
-        seen = sum(1 for _ in getattr(corpus, windows)(lambda t: torch.arange(len(t) // 5).tolist(), 512, 256))
+        seen = sum(1 for _ in getattr(corpus, windows)(words, 512, 256))
         _, highest = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert seen > 70 * documents
         return highest
 
-    assert peak(40) < 1.3 * peak(4)
+    assert peak(40) < 1.3 * peak(8)

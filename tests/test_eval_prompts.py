@@ -1,11 +1,13 @@
 """Prompts: they fill their length, the answers are in them, a perfect reader scores 100% and a silent one 0%."""
 
 import json
+import math
 import random
 import re
+from collections import Counter
 
 import pytest
-from scripted import count_words, read_chain, read_needles, read_passkey, scripted_subject
+from scripted import count_code, count_words, read_chain, read_needles, read_passkey, scripted_subject
 
 from peft_longlora.eval.corpus import Corpus
 from peft_longlora.eval.haystack import Books, insert_at, split_sentences
@@ -15,7 +17,7 @@ from peft_longlora.eval.records import LongQA, MultiDoc, Topics
 from peft_longlora.eval.results import collect_cells
 from peft_longlora.eval.ruler import NEEDLES, TASKS, Ruler
 
-READERS = {**dict.fromkeys(NEEDLES, read_needles), "vt": read_chain, "cwe": count_words}
+READERS = {**dict.fromkeys(NEEDLES, read_needles), "vt": read_chain, "cwe": count_words, "fwe": count_code}
 
 
 @pytest.fixture(scope="session")
@@ -119,11 +121,33 @@ def test_rulers_settings():
     assert (
         NEEDLES["niah_multikey_1"].keys == NEEDLES["niah_multivalue"].values == NEEDLES["niah_multiquery"].queries == 4
     )
-    assert [Ruler(kind=kind, books=object()).max_new_tokens for kind in ("niah_single_1", "vt", "cwe")] == [
+    assert [Ruler(kind=kind, books=object()).max_new_tokens for kind in ("niah_single_1", "vt", "cwe", "fwe")] == [
         128,
         30,
         120,
+        50,
     ]
+
+
+def test_frequent_words_follow_zipfs_law():
+    """Counts from the paper's formula with alpha 2, whose sum over all ranks is pi^2 / 6."""
+    subject = scripted_subject(count_code)
+    [record] = measure(Ruler(kind="fwe", lengths=[8000], samples=1), subject)
+    said = Counter(subject.model.prompts[0].split("coded words. ")[1].split("\nQuestion")[0].split()).most_common()
+    assert said[0][0] == "..." and [word for word, _ in said[1:4]] == record["answers"]
+    n = said[0][1] * math.pi**2 / 6
+    for k, (word, count) in enumerate(said, 1):
+        assert abs(count - n / (math.pi**2 / 6 * k**2)) < 2 and (word == "..." or re.fullmatch("[a-z]{6}", word))
+    assert len(said) <= 8000 // 50
+
+
+@pytest.mark.parametrize(("length", "lines"), [(4096, 15), (3000, 5)])
+def test_variable_tracking_has_an_example_first(length, lines):
+    subject = scripted_subject(read_chain)
+    [record] = measure(Ruler(kind="vt", lengths=[length], samples=1), subject)
+    example, prompt = subject.model.prompts[0].split("\n\nMemorize and track")
+    assert example.count("The grass is green.") == lines and example.count("VAR ") == prompt.count("VAR ") == 9
+    assert not set(record["answers"]) & set(example.split()), "the example's variables are others"
 
 
 def test_ruler_gives_part_of_the_score_for_part_of_the_answers(books):

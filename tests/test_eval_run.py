@@ -79,15 +79,15 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """Every window is measured once over both runs, and the result is that of a run in one go."""
     whole = evaluate(Subject.of(Bigrams(P), letter_tokenizer()), tasks_of(tmp_path), tmp_path / "whole")
     measured = []
-    plain = Perplexity._measure
+    plain = Perplexity._finish
 
-    def dies(self, subject, key, length, window):
+    def dies(self, subject, key, *arguments):
         if len(measured) == 20:
             raise KeyboardInterrupt
         measured.append(key)
-        return plain(self, subject, key, length, window)
+        return plain(self, subject, key, *arguments)
 
-    monkeypatch.setattr(Perplexity, "_measure", dies)
+    monkeypatch.setattr(Perplexity, "_finish", dies)
     subject = Subject.of(Bigrams(P), letter_tokenizer())
     with pytest.raises(KeyboardInterrupt):
         evaluate(subject, tasks_of(tmp_path), tmp_path / "out")
@@ -104,11 +104,29 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert finished.results == whole.results and len(measured) - 1 == len(set(measured) - {None})
 
 
+def test_a_window_is_started_before_the_one_before_it_is_finished(tmp_path, monkeypatch):
+    """But never across lengths or tasks, whose clocks and settings differ."""
+    order = []
+    for step in ("_start", "_finish"):
+        plain = getattr(Perplexity, step)
+
+        def note(self, subject, key, *arguments, plain=plain, step=step):
+            order.append((step, key))
+            return plain(self, subject, key, *arguments)
+
+        monkeypatch.setattr(Perplexity, step, note)
+    (tmp_path / "a.txt").write_text("abcd" * 6)
+    task = Perplexity(Corpus(tmp_path / "a.txt"), [8, 16], stride=0)
+    evaluate(Subject.of(Bigrams(P), letter_tokenizer()), [task], tmp_path / "out")
+    shown = [f"{step[1]}{key.split('/')[2]}.{int(key[-1])}" for step, key in order]
+    assert shown == ["s8.0", "s8.1", "f8.0", "s8.2", "f8.1", "f8.2", "s16.0", "s16.1", "f16.0", "f16.1"]
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_shares_add_up_to_the_whole(tmp_path, count, monkeypatch):
     """Processes are threads here, which meet at a barrier; the test marked slow has real ones."""
-    plain, measured = Perplexity._measure, []
-    monkeypatch.setattr(Perplexity, "_measure", lambda self, *args: measured.append(args[1]) or plain(self, *args))
+    plain, measured = Perplexity._finish, []
+    monkeypatch.setattr(Perplexity, "_finish", lambda self, *args: measured.append(args[1]) or plain(self, *args))
     whole = evaluate(Subject.of(Bigrams(P), letter_tokenizer()), tasks_of(tmp_path), tmp_path / "whole")
     together = SimpleNamespace(wait_for_everyone=threading.Barrier(count, timeout=30).wait)
 

@@ -20,8 +20,12 @@ from typing import Any
 import torch
 
 from peft_longlora.data import Sources, read_documents
+from peft_longlora.eval.prefetch import prefetch
 
-Encode = Callable[[str], list[int]]
+# Token ids of each of some texts: fast tokenizers turn several documents into tokens at once, one a core.
+Encode = Callable[[list[str]], list[list[int]]]
+# Documents that are turned into tokens together; two such batches are in memory, or one document if that is longer.
+BATCH_CHARACTERS = 2**21
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,26 @@ class Corpus:
 
     def tokens(self, encode: Encode) -> Iterator[tuple[int, str, torch.Tensor, float]]:
         """(number, name, token ids, progress) of each document."""
-        read, total = 0, self.summary().characters
-        for number, document in enumerate(self.documents()):
-            read += len(document["text"])
-            name = Path(document["source"]).name if Path(document["source"]).exists() else document["source"]
-            yield number, name, torch.tensor(encode(document["text"])), read / total
+        read, total, number = 0, self.summary().characters, 0
+        for batch, tokens in prefetch(((batch, encode([d["text"] for d in batch])) for batch in self._batches()), 1):
+            for document, ids in zip(batch, tokens, strict=True):
+                read += len(document["text"])
+                name = Path(document["source"]).name if Path(document["source"]).exists() else document["source"]
+                yield number, name, torch.tensor(ids), read / total
+                number += 1
+
+    def _batches(self) -> Iterator[list[dict[str, str]]]:
+        """Documents in order, as many together as BATCH_CHARACTERS allow, and one at least."""
+        batch: list[dict[str, str]] = []
+        characters = 0
+        for document in self.documents():
+            if batch and characters + len(document["text"]) > BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+            batch.append(document)
+            characters += len(document["text"])
+        if batch:
+            yield batch
 
     def document_windows(self, encode: Encode, length: int, stride: int) -> Iterator[Window]:
         """Windows of the "documents" protocol.

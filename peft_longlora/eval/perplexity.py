@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,8 +98,8 @@ class Perplexity:
 
     def _windows(self, subject: Subject, length: int) -> Iterator[Window]:
         if self.protocol == "longlora":
-            return self.corpus.stream_windows(subject.encode, length, self._stride(length))
-        return self.corpus.document_windows(subject.encode, length, self._stride(length))
+            return self.corpus.stream_windows(subject.encode_all, length, self._stride(length))
+        return self.corpus.document_windows(subject.encode_all, length, self._stride(length))
 
     def _stride(self, length: int | None) -> Any:
         """Tokens between windows of a length; in words, where no length is given and it depends on one."""
@@ -113,19 +113,20 @@ class Perplexity:
         shown = variant or subject.variant
         key = f"{self.name}/{self.protocol}/{length}/{shown}/{window.document:06d}/{window.number:06d}"
 
-        def measure() -> dict[str, Any]:
+        def start() -> Callable[[], dict[str, Any]]:
             if shown == "base" and subject.variant != "base":
                 with subject.as_base() as base:
-                    return self._measure(base, key, length, window)
-            return self._measure(subject, key, length, window)
+                    return self._start(base, key, length, window)
+            return self._start(subject, key, length, window)
 
-        return Item(key, f"{self.name} {length}", window.progress, measure)
+        return Item(key, f"{self.name} {length}", window.progress, lambda: start()(), start)
 
-    def _measure(self, subject: Subject, key: str, length: int, window: Window) -> dict[str, Any]:
-        if not len(window.targets):
-            losses = torch.empty(0)
-        else:
-            losses = subject.losses(window.inputs, window.targets).cpu().double()[window.first :]
+    def _start(self, subject: Subject, key: str, length: int, window: Window) -> Callable[[], dict[str, Any]]:
+        losses = subject.losses(window.inputs, window.targets) if len(window.targets) else torch.empty(0)
+        return lambda: self._finish(subject, key, length, window, losses)
+
+    def _finish(self, subject: Subject, key: str, length: int, window: Window, losses: torch.Tensor) -> dict[str, Any]:
+        losses = losses.cpu().double()[window.first :]
         if not torch.isfinite(losses).all():
             place = int((~torch.isfinite(losses)).nonzero()[0, 0]) + window.first
             raise ValueError(

@@ -1,12 +1,14 @@
-"""Tasks by RULER's definitions (arXiv:2404.06654), generated here: needles, variable tracking and common words.
+"""Tasks by RULER's definitions (arXiv:2404.06654), generated here: needles, variable tracking, common, frequent words.
 
 Settings, prompts, answer prefixes and answer lengths are those of NVIDIA/RULER's synthetic.yaml and constants.py; the
 essays are the books that are given, and words are this package's own, so scores are near RULER's and not the same.
+RULER's two question answering tasks, which need SQuAD and HotpotQA, are not here.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 import string
@@ -46,10 +48,10 @@ NEEDLES = {
     "niah_multivalue": Needles("essay", values=4),
     "niah_multiquery": Needles("essay", keys=4, queries=4),
 }
-TASKS = (*NEEDLES, "vt", "cwe")
-ANSWER_TOKENS = {"vt": 30, "cwe": 120}
+TASKS = (*NEEDLES, "vt", "cwe", "fwe")
+ANSWER_TOKENS = {"vt": 30, "cwe": 120, "fwe": 50}
 HOPS = 4
-NO_BOOKS = {"niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt"}
+NO_BOOKS = {"niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "fwe"}
 
 
 @dataclass
@@ -111,9 +113,11 @@ class Ruler(PromptTask):
         if self.kind in NEEDLES:
             make = partial(make_needles, NEEDLES[self.kind], self.books)
         elif self.kind == "vt":
-            make = make_chains
-        else:
+            make = partial(make_chains, length < 4096)
+        elif self.kind == "cwe":
             make = partial(make_words, self.books, length < 4096)
+        else:
+            make = partial(make_code, length // 50)
 
         def build(n: int) -> Prompt:
             return make(random.Random(seed), n)
@@ -178,9 +182,9 @@ def _draw(rng: random.Random, kind: str, n: int, taken: list[str] | None = None)
     return list(found)[:n]
 
 
-def make_chains(rng: random.Random, n: int) -> Prompt:
-    """A chain of assignments in n lines of noise, after a short example of the same."""
-    example, example_names = _chain(rng, 5, name_length=3)
+def make_chains(is_short: bool, rng: random.Random, n: int) -> Prompt:
+    """A chain of assignments in n lines of noise, after an example of the same: 500 tokens, fewer in short prompts."""
+    example, example_names = _chain(rng, 5 if is_short else 15, name_length=3)
     prompt, names = _chain(rng, n, name_length=5)
     text = f"{example.text}{example.prefix} {' '.join(example_names)}\n\n{prompt.text}"
     return Prompt(text, names, prompt.prefix)
@@ -232,3 +236,21 @@ def _word_list(rng: random.Random, common: list[str], others: list[str], often: 
         + "\nQuestion: What are the 10 most common words in the above list?"
     )
     return Prompt(text, common, " Answer: The top 10 words that appear most often in the list are:")
+
+
+def make_code(vocabulary: int, rng: random.Random, n: int) -> Prompt:
+    """About n coded words: the k-th most frequent is said n / (zeta(2) k^2) times, and the first of all is dots."""
+    words: dict[str, None] = {"...": None}
+    while len(words) < max(vocabulary, 4):
+        words["".join(rng.choices(string.ascii_lowercase, k=6))] = None
+    ranked, zeta = list(words), math.pi**2 / 6
+    said = [word for k, word in enumerate(ranked, 1) for _ in range(int(n / (zeta * k**2)))]
+    rng.shuffle(said)
+    text = (
+        "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
+        f"appeared coded words. {' '.join(said)}\n"
+        "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently "
+        "appeared words in the above coded text?"
+    )
+    prefix = " Answer: According to the coded text above, the three most frequently appeared words are:"
+    return Prompt(text, ranked[1:4], prefix)

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import platform
-import queue
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from peft_longlora.eval.journal import Journal
+from peft_longlora.eval.prefetch import prefetch
 from peft_longlora.eval.results import RESULTS, Results, collect_cells, sort_key
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks import Item, Task
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -140,12 +137,25 @@ def _run(
     speed: dict[str, dict[str, float]],
     show_progress: bool,
 ) -> None:
-    """This process's share of a task: every n-th of the items that no earlier run has finished."""
+    """This process's share of a task: every n-th of the items that no earlier run has finished.
+
+    An item that can be started is finished when the next one has been, so that a GPU never waits for this thread.
+    """
     pending = count = 0
     bar, label, begin = None, None, time.perf_counter()
+    started: list[tuple[Item, Callable[[], dict[str, Any]]]] = []
+
+    def finish() -> None:
+        for item, rest in started:
+            record = rest()
+            journal.write(record)
+            _clock(speed, item, record, begin)
+        started.clear()
+
     for item in prefetch(task.items(subject)):
         keys.add(item.key)
         if item.label != label:
+            finish()
             if bar is not None:
                 bar.close()
             label, count, begin = item.label, 0, time.perf_counter()
@@ -155,10 +165,11 @@ def _run(
         if item.key not in done:
             pending += 1
             if pending % processes.count == processes.rank:
-                record = item.measure()
-                journal.write(record)
-                _clock(speed, item, record, begin)
+                rest = item.start() if item.start else item.measure
+                finish()
+                started.append((item, rest))
         bar.update(1)
+    finish()
     if bar is not None:
         bar.close()
 
@@ -168,43 +179,6 @@ def _clock(speed: dict[str, dict[str, float]], item: Item, record: dict[str, Any
     entry = speed.setdefault(item.label, {"tokens": 0, "seconds": 0.0})
     entry["tokens"] += record.get("inputs") or record.get("tokens") or 0
     entry["seconds"] = round(time.perf_counter() - begin, 3)
-
-
-def prefetch(items: Iterator[T], size: int = 4) -> Iterator[T]:
-    """The same items, made ahead in a thread: the next document is turned into tokens while the model is busy."""
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(size)
-    stop = threading.Event()
-
-    def put(entry: tuple[T | None, BaseException | None]) -> None:
-        while not stop.is_set():
-            try:
-                return ready.put(entry, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def fill() -> None:
-        try:
-            for item in items:
-                put((item, None))
-                if stop.is_set():
-                    return
-            put((None, StopIteration()))
-        except BaseException as error:  # handed on to the thread that asked
-            put((None, error))
-
-    thread = threading.Thread(target=fill, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        stop.set()
-        thread.join(timeout=5)
 
 
 def gather(

@@ -108,6 +108,10 @@ class Subject:
         """Token ids of a text, with the special tokens that the tokenizer puts around one."""
         return self.tokenizer(text, verbose=False)["input_ids"]
 
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each of some texts."""
+        return self.tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"]
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode and the attention that was asked for; the model is afterwards as it was."""

@@ -18,12 +18,15 @@ class Item:
         key: names the sample, once in a run.
         label: what the progress bar says. progress: the part of the label's work that ends with this item, 0 to 1.
         measure: gives the sample: a dict with key, task, dataset, protocol, variant, length, unit, measures.
+        start: the same in two steps: queues the device's work and gives what waits for it, so that the next item can be
+            started before. None: only in one step.
     """
 
     key: str
     label: str
     progress: float
     measure: Callable[[], dict[str, Any]]
+    start: Callable[[], Callable[[], dict[str, Any]]] | None = None
 
 
 class Task(Protocol):

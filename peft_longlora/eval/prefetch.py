@@ -1,0 +1,47 @@
+"""Make the items of an iterator ahead of their use, in a thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def prefetch(items: Iterator[T], size: int = 4) -> Iterator[T]:
+    """The same items, up to `size` of them made ahead in a thread: reading goes on while the model is busy."""
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(size)
+    stop = threading.Event()
+
+    def put(entry: tuple[T | None, BaseException | None]) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def fill() -> None:
+        try:
+            for item in items:
+                put((item, None))
+                if stop.is_set():
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:  # handed on to the thread that asked
+            put((None, error))
+
+    thread = threading.Thread(target=fill, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()
+        thread.join(timeout=5)

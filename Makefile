@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 WORKERS ?= auto
 
-.PHONY: help demo test lint format wheel clean
+.PHONY: help demo test browser lint format wheel clean
 
 help:
 	@echo "make demo    extend the embedded model from 512 to 4096 tokens and plot it (3 to 5 minutes on 2 cores)"
 	@echo "make test    run the tests that need no GPU (about 3 minutes on 2 cores)"
+	@echo "make browser run the tests of examples/app.py; they need chromium and chromedriver"
 	@echo "make lint    check format and style"
 	@echo "make format  apply format and safe fixes"
 	@echo "make wheel   build the wheel into dist/"
@@ -23,6 +24,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	@echo "== tests: CPU, offline; add ARGS='-m gpu' on a machine with a GPU"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+browser: $(VENV)/.browser
+	@echo "== browser: examples/app.py in headless Chromium (Debian: apt-get install chromium chromium-driver)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -rs tests/test_app.py $(ARGS)
 
 lint: $(VENV)/.test
 	@echo "== lint: ruff format --check, ruff check"
@@ -52,4 +57,9 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "== installing the package and what the tests need (the first time takes minutes)"
 	$(PIP) -e ".[test]"
+	@touch $@
+
+$(VENV)/.browser: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "== installing the package and what the browser's tests need"
+	$(PIP) -e ".[browser]"
 	@touch $@

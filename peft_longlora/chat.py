@@ -68,6 +68,7 @@ class Conversation:
             self.sampling = dict(do_sample=True, temperature=temperature, top_p=top_p)
         self.lock = lock or threading.Lock()
         self.turns: list[Turn] = []
+        self._stop: _Stop | None = None
         self._prompt: list[int] = []
         self._row: list[int] = []
 
@@ -115,6 +116,7 @@ class Conversation:
         if not question.strip():
             raise ValueError("The question is empty.")
         turn, stop = Turn(question.strip()), _Stop(self.tokenizer, self.dialogue.stop)
+        self._stop = stop
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
 
@@ -138,6 +140,11 @@ class Conversation:
             worker.join()
         if failure:
             raise failure[0]
+
+    def stop(self) -> None:
+        """End the answer that is being given, if any; what was said until then counts."""
+        if self._stop:
+            self._stop.set()
 
     def forget(self) -> None:
         """Drop the questions and answers; the document's keys and values stay."""

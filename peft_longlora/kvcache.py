@@ -28,7 +28,9 @@ class KVCache:
         cache: transformers' own, for `generate(past_key_values=...)`; call `sync` after it.
     """
 
-    def __init__(self, model: PreTrainedModel, kind: str = "dense", chunk_size: int = 2048) -> None:
+    def __init__(
+        self, model: PreTrainedModel, kind: str = "dense", chunk_size: int = 2048, backend: str | None = None
+    ) -> None:
         """An empty one.
 
         Args:
@@ -36,11 +38,12 @@ class KVCache:
             kind: "dense"; "quantised" (4 bits, by quanto or hqq, whichever is installed); "offloaded" (in the CPU's
                 memory, one layer at a time on the GPU).
             chunk_size: tokens of one forward while the cache is filled.
+            backend: of "quantised": "quanto" or "hqq"; None: whichever is installed.
 
         Raises: ValueError, ImportError: a kind that does not work here.
         """
         self.model, self.kind, self.chunk_size = model, kind, chunk_size
-        self.backend = check_cache(kind, model.device)
+        self.backend = check_cache(kind, model.device, backend)
         self.clear()
 
     def clear(self) -> None:
@@ -137,7 +140,7 @@ class KVCache:
         return {"longrope": 1, "dynamic": length}.get(rope.get("rope_type"), 0)
 
 
-def check_cache(kind: str, device: torch.device | str) -> str | None:
+def check_cache(kind: str, device: torch.device | str, backend: str | None = None) -> str | None:
     """Whether a kind of cache works here; returns the package that quantises, if any.
 
     Raises:
@@ -151,9 +154,10 @@ def check_cache(kind: str, device: torch.device | str) -> str | None:
         )
     if kind != "quantised":
         return None
-    for backend, package in QUANTISERS.items():
+    for name in [backend] if backend else QUANTISERS:
+        package = QUANTISERS[name]
         if importlib.util.find_spec(package.partition(".")[0]) and importlib.util.find_spec(package):
-            return backend
+            return name
     raise ImportError("--cache quantised needs a package that quantises: pip install optimum-quanto (or hqq)")
 
 

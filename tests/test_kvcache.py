@@ -99,16 +99,13 @@ def test_quantised_caches_go_back_to_what_was_kept():
 
 
 @pytest.mark.parametrize("backend", ["hqq", pytest.param("quanto", marks=pytest.mark.slow)])
-def test_quantised_keys_are_near_and_do_not_drift(backend, monkeypatch):
+def test_quantised_keys_are_near_and_do_not_drift(backend):
     """Quantising anew every 128 tokens must not add up: the last error is within the first one's range."""
     pytest.importorskip({"hqq": "hqq", "quanto": "optimum.quanto"}[backend])
-    monkeypatch.setattr(
-        "peft_longlora.kvcache.QUANTISERS", {backend: {"hqq": "hqq", "quanto": "optimum.quanto"}[backend]}
-    )
     model = a_model(head_dim=32, max_position_embeddings=4096, context_length=8192)
     ids = (IDS * 8)[:2048]
     want = whole(model, ids[:128])
-    kv, errors = KVCache(model, "quantised", chunk_size=128), []
+    kv, errors = KVCache(model, "quantised", chunk_size=128, backend=backend), []
     assert kv.label == f"quantised ({backend}, 4 bits)"
     for n in (128, 256, 2048):
         kv.fill(ids[:n])

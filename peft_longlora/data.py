@@ -197,6 +197,8 @@ def _hub_rows(source: str, split: str, config: str | None) -> Iterator[tuple[str
         rows = load_dataset(source, config, split=split, streaming=True)
     except OSError as error:
         raise FileNotFoundError(f"{source}: no file or folder here, and not read from the Hub: {error}") from error
+    except (ValueError, RuntimeError) as error:  # no such split or configuration, or a script, which is not run
+        raise ValueError(f"{source}: not read from the Hub: {error}") from error
     for number, row in enumerate(rows, 1):
         yield f"{source} ({split}), record {number}", row
 

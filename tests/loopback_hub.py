@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -301,7 +302,13 @@ class Handler(BaseHTTPRequestHandler):
         if (repo := self._repo(kind, repo_id)) is None or (oid := self._revision(repo, revision)) is None:
             return
         prefix = f"{folder.strip('/')}/" if folder and folder.strip("/") else ""
-        self._json([entry(p, c) for p, c in sorted(repo.commits[oid].items()) if p.startswith(prefix)])
+        below = {p: c for p, c in sorted(repo.commits[oid].items()) if p.startswith(prefix)}
+        parents = {str(parent) for path in below for parent in PurePosixPath(path).parents} - {".", prefix.strip("/")}
+        folders = [{"type": "directory", "path": p, "oid": oid} for p in sorted(parents) if p.startswith(prefix)]
+        found = folders + [entry(path, content) for path, content in below.items()]
+        if self.query.get("recursive", ["false"])[0].lower() not in ("true", "1"):
+            found = [item for item in found if "/" not in item["path"][len(prefix) :]]
+        self._json(found)
 
     def paths_info(self, kind: str, repo_id: str, revision: str) -> None:
         if (repo := self._repo(kind, repo_id)) is None or (oid := self._revision(repo, revision)) is None:

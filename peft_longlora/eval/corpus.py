@@ -39,8 +39,8 @@ class Summary:
     sha256: str
 
     def entry(self) -> dict[str, Any]:
-        """The "data" entry of results.json: names of files, not where they lie on this machine."""
-        return {**asdict(self), "sources": [Path(source).name for source in self.sources]}
+        """The "data" entry of results.json: ids, and names of files, not where they lie on this machine."""
+        return {**asdict(self), "sources": [Path(s).name if Path(s).exists() else s for s in self.sources]}
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,10 @@ class Corpus:
             if not documents:
                 raise ValueError(f"{', '.join(self.sources)}: no document in it.")
             name = ", ".join(Path(source).name.split(".")[0] or source for source in self.sources)
-            self._summary = Summary(name, self.sources, documents, characters, digest.hexdigest())
+            split, config = self._options["split"], self._options["config"]
+            where = f" ({split}{f', {config}' if config else ''})"
+            sources = [source if Path(source).exists() else source + where for source in self.sources]
+            self._summary = Summary(name, sources, documents, characters, digest.hexdigest())
         return self._summary
 
     def tokens(self, encode: Encode) -> Iterator[tuple[int, str, torch.Tensor, float]]:

@@ -153,7 +153,9 @@ def make_card(
         data.setdefault("license", options.base_license)
     if results:
         data = {k: v for k, v in data.items() if k != "model-index"}
-        own = [_eval_result(row) for row in results if row.get("variant", "adapter") == "adapter"]
+        # The base's numbers are no claim of this model's, and what a length costs is one of the machine.
+        own = [row for row in results if row.get("variant", "adapter") == "adapter" and row["task"] != "cost"]
+        own = [_eval_result(row) for row in own]
         data |= {"model_name": name, "eval_results": own} if own else {}
     datasets = data.get("datasets") or []
     variables = {
@@ -161,7 +163,7 @@ def make_card(
         "subfolder_literal": json.dumps(subfolder) if subfolder else None,
         "license": data.get("license"),
         "datasets": [datasets] if isinstance(datasets, str) else datasets,
-        "results": results or [],
+        "results": [{**row, "shown": _shown(row)} for row in results or []],
         "plots": plots or [],
         **(extra or {}),
     }
@@ -308,14 +310,23 @@ def _versions(config: LongLoraConfig) -> list[str]:
     return lines
 
 
+def _shown(row: dict[str, Any]) -> str:
+    """A value with its interval, in five digits; large numbers whole."""
+    has_interval = row.get("low") is not None and row.get("high") is not None
+    numbers = [row[key] for key in ("value", "low", "high")[: 3 if has_interval else 1]]
+    value, *interval = (f"{n:,.0f}" if abs(n) >= 1e5 else f"{n:.5g}" for n in numbers)
+    return f"{value} [{', '.join(interval)}]" if interval else value
+
+
 def _eval_result(row: dict[str, Any]) -> EvalResult:
     details = [str(row[key]) for key in ("protocol", "length") if row.get(key) is not None]
+    details += ["beyond the window"] if row.get("beyond_window") else []
     return EvalResult(
         task_type="text-generation",
         task_name=row["task"],
         dataset_type=row["dataset"],
         dataset_name=row["dataset"],
-        dataset_config=", ".join(details) or None,
+        dataset_config=", ".join([row["task"], *details]),  # results that differ in it stay apart
         metric_type=row["metric"],
         metric_name=", ".join([row["metric"], *details]),
         metric_value=row["value"],

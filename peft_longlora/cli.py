@@ -48,67 +48,93 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _stride(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 0 or more")
+    return int(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(prog="longlora", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("eval", help="measure a model, with or without an adapter")
+    run = commands.add_parser(
+        "eval",
+        help="measure a model, with or without an adapter",
+        description="Measure what a model's window is worth: perplexity, retrieval, question answering, cost. Writes "
+        "results.json, a table and plots; a run that was stopped goes on when the same command is given again.",
+        epilog="Example: longlora eval --model meta-llama/Llama-2-7b-hf --adapter my-32k-adapter --tasks "
+        "perplexity,native,passkey --data books/ --lengths 4k,8k,16k,32k --output out/. docs/evaluation.md explains "
+        "the tasks and protocols.",
+    )
     add = run.add_argument
     add("--model", required=True, help="folder or Hub id of the base")
     add("--adapter", help="folder or Hub id of a PEFT adapter")
     add("--tokenizer", help="folder or Hub id; the model's otherwise")
-    add("--tasks", default="perplexity,passkey", help=f"of {', '.join(OWN_TASKS)}, ruler_vt and the like, or lm-eval's")
-    add("--lengths", type=_numbers, default=[4096], help="tokens of windows and prompts, such as 4096,8192 or 4k,8k")
+    add(
+        "--tasks",
+        default="perplexity,passkey",
+        help=f"of {', '.join(OWN_TASKS)}; one RULER task such as ruler_vt; any task of lm-eval (default: %(default)s)",
+    )
+    add("--lengths", type=_numbers, default=[4096], help="tokens of windows and prompts, as 4096,8192 or 4k,8k (4k)")
     add("--output", required=True, type=Path, help="folder of results; one that holds the same run goes on")
     add("--overwrite", action="store_true", help="throw away what --output holds")
     add("--card", action="store_true", help="show the results in the adapter's card (README.md)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of generated prompts and of the intervals (%(default)s)")
     model = run.add_argument_group("model")
-    model.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    model.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: the file's"
+    )
     model.add_argument("--device", help="cuda, cpu, ...; the GPU if there is one")
     model.add_argument(
         "--attention", default="dense", choices=["dense", "sparse"], help="sparse: the adapter's pattern"
     )
     model.add_argument("--attn-implementation", help="of dense attention: sdpa, flash_attention_2, ...")
     model.add_argument("--context-length", type=_positive, help="rescale RoPE to so many tokens, without an adapter")
-    model.add_argument("--rope-type", default="yarn", help="how --context-length rescales")
+    model.add_argument(
+        "--rope-type", default="yarn", help="how --context-length rescales: yarn, ntk, linear, ... (yarn)"
+    )
     text = run.add_argument_group("documents (perplexity, native, needle, ruler)")
     text.add_argument("--data", nargs="+", help=".txt, .jsonl (each also .gz), folders of those, or a dataset's id")
-    text.add_argument("--split", default="train", help="of a dataset on the Hub")
+    text.add_argument("--split", default="train", help="of a dataset on the Hub (%(default)s)")
     text.add_argument("--data-config", help="of a dataset on the Hub")
-    text.add_argument("--text-field", default="text")
+    text.add_argument("--text-field", default="text", help="of records, where the document is (%(default)s)")
     text.add_argument(
         "--protocol", default="documents", choices=["documents", "longlora", "both"], help="of perplexity"
     )
-    text.add_argument("--stride", type=_stride, help="of windows; documents: half one, longlora: 256; 0: no overlap")
+    text.add_argument("--stride", type=_count, help="of windows; documents: half one, longlora: 256; 0: no overlap")
     text.add_argument("--buckets", type=_numbers, help="edges between positions; 512 and its doublings otherwise")
     text.add_argument("--max-windows", type=_positive, help="the first so many of each document; all otherwise")
     prompts = run.add_argument_group("prompts")
-    prompts.add_argument("--depths", type=_percents, default=[0, 0.25, 0.5, 0.75, 1], help="percents, such as 0,50,100")
-    prompts.add_argument("--seeds", type=_positive, default=2, help="keys for each length and depth")
+    prompts.add_argument("--depths", type=_percents, default=[0, 0.25, 0.5, 0.75, 1], help="percents (0,25,50,75,100)")
+    prompts.add_argument("--seeds", type=_positive, default=2, help="keys for each length and depth (%(default)s)")
     prompts.add_argument("--samples", type=_positive, help="prompts a ruler task and length (20), records a file (all)")
     prompts.add_argument("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
     prompts.add_argument("--topics", help="LongChat's records")
     prompts.add_argument("--multidoc", help="lost-in-the-middle's records")
     prompts.add_argument(
-        "--places", type=_percents, default=[0, 0.25, 0.5, 0.75, 1], help="of the gold passage, percents"
+        "--places",
+        type=_percents,
+        default=[0, 0.25, 0.5, 0.75, 1],
+        help="of the gold passage, percents (0,25,50,75,100)",
     )
     prompts.add_argument("--longqa", help="LongAlpaca's or LongBench's records")
     prompts.add_argument("--longqa-prompts", help="LongBench's config/dataset2prompt.json")
     short = run.add_argument_group("lm-eval")
     short.add_argument("--limit", type=_positive, help="the first so many questions of each task")
     short.add_argument("--include-path", help="a folder of task files")
-    short.add_argument("--num-fewshot", type=int)
+    short.add_argument("--num-fewshot", type=_count, help="examples before a question; the task's own number otherwise")
     terminal.add_arguments(commands.add_parser("chat", help="ask questions of a long document"))
-    pair = commands.add_parser("compare", help="set two results.json side by side")
+    pair = commands.add_parser(
+        "compare",
+        help="set two results.json side by side",
+        description="Set two runs of longlora eval side by side, with differences and their intervals: as a table on "
+        "the terminal and in compare.md, and as a plot in compare.png.",
+    )
     pair.add_argument("first", help="results.json, or its folder")
-    pair.add_argument("second")
-    pair.add_argument("--labels", nargs=2, help="names for the two")
-    pair.add_argument("--output", type=Path, help="folder for compare.md and compare.png")
+    pair.add_argument("second", help="the same of the run that is set beside it")
+    pair.add_argument("--labels", nargs=2, default=["first", "second"], help="names for the two (first second)")
+    pair.add_argument("--output", type=Path, default=Path("compare"), help="folder of table and plot (%(default)s)")
     return parser
 
 
@@ -227,14 +253,13 @@ def run_compare(args: argparse.Namespace) -> None:
     from peft_longlora.eval import comparison as pairs
 
     differences, notes = pairs.compare(args.first, args.second)
-    labels = tuple(args.labels or ("first", "second"))
+    labels = tuple(args.labels)
     text = pairs.make_comparison(differences, notes, labels)
     print(text)
-    if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / pairs.REPORT).write_text(text, encoding="utf-8")
-        pairs.plot_comparison(differences, labels, args.output / pairs.PLOT)
-        print(f"{args.output}: {pairs.REPORT} and {pairs.PLOT}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / pairs.REPORT).write_text(text, encoding="utf-8")
+    pairs.plot_comparison(differences, labels, args.output / pairs.PLOT)
+    print(f"{args.output}: {pairs.REPORT} and {pairs.PLOT}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -175,7 +175,9 @@ RESULTS = {
     "results": [
         {**PERPLEXITY, "variant": "base", "value": 93.0, "low": 90.0, "high": 96.5, "beyond_window": True},
         {**PERPLEXITY, "variant": "adapter", "value": 7.5, "low": None, "high": None},
-        {"task": "passkey", "dataset": "passkey", "metric": "accuracy", "value": 0.98},
+        {**PERPLEXITY, "task": "native", "variant": "adapter", "value": 8.125, "low": 7.000004, "high": 9.1},
+        {"task": "passkey", "dataset": "passkey", "metric": "accuracy", "value": 0.98, "beyond_window": True},
+        {"task": "cost", "dataset": "random", "length": 256, "metric": "kv_cache_bytes", "value": 12582912.0},
     ],
 }
 
@@ -185,17 +187,20 @@ def test_results_beside_the_adapter_are_shown_and_indexed(adapted, tmp_path):
     (tmp_path / "curve.png").write_bytes(b"\x89PNG")
     text = save(adapted, tmp_path)
     assert (
-        "| perplexity | documents | pg19 | 256 (beyond the window) | perplexity | base | 93.0 [90.0, 96.5] |\n"
+        "| perplexity | documents | pg19 | 256 (beyond the window) | perplexity | base | 93 [90, 96.5] |\n"
         "| perplexity | documents | pg19 | 256 | perplexity | adapter | 7.5 |\n"
-        "| passkey |  | passkey |  | accuracy | adapter | 0.98 |\n"
+        "| native | documents | pg19 | 256 | perplexity | adapter | 8.125 [7, 9.1] |\n"
+        "| passkey |  | passkey |  (beyond the window) | accuracy | adapter | 0.98 |\n"
+        "| cost |  | random | 256 | kv_cache_bytes | adapter | 12,582,912 |\n"
     ) in text
     assert "![curve.png](curve.png)" in text
     results = ModelCard(text).data.eval_results
     assert all(isinstance(result, EvalResult) for result in results)
-    # The base's numbers are no claim of this model's.
-    assert {(r.task_name, r.dataset_name, r.metric_type, r.metric_value) for r in results} == {
-        ("perplexity", "pg19", "perplexity", 7.5),
-        ("passkey", "passkey", "accuracy", 0.98),
+    # The base's numbers are no claim of this model's, and costs are the machine's.
+    assert {(r.task_name, r.dataset_name, r.metric_type, r.metric_name, r.metric_value) for r in results} == {
+        ("perplexity", "pg19", "perplexity", "perplexity, documents, 256", 7.5),
+        ("native", "pg19", "perplexity", "perplexity, documents, 256", 8.125),
+        ("passkey", "passkey", "accuracy", "accuracy, beyond the window", 0.98),
     }
     assert text == save(adapted, tmp_path)
 

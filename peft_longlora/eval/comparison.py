@@ -148,8 +148,17 @@ def _signed(row: Row, value: float | None) -> str:
     return text if text.startswith("-") else f"+{text}"
 
 
+def _below(d: Difference) -> str:
+    """The length and, under it, the difference and its interval."""
+    scale = scale_of(d.first.metric)
+    lines = [show_length(d.first) or d.first.dataset, f"{d.value / scale:+.3g}"]
+    if d.low is not None:
+        lines.append(f"[{d.low / scale:+.3g}, {d.high / scale:+.3g}]")
+    return "\n".join(lines)
+
+
 def plot_comparison(differences: list[Difference], labels: tuple[str, str], path: Path) -> None:
-    """Both runs' values with their intervals, one panel for each task and metric."""
+    """Both runs' values with their intervals, one panel for each task and metric; below, differences with theirs."""
     from peft_longlora.eval import plots
 
     panels: dict[tuple[str, str, str], list[Difference]] = {}
@@ -167,8 +176,12 @@ def plot_comparison(differences: list[Difference], labels: tuple[str, str], path
             for place, row in zip(x, ours, strict=True):
                 if row.low is not None:
                     ax.plot([place] * 2, [row.low / scale, row.high / scale], color=plots.COLORS[index], alpha=0.5)
-        ax.set_xticks(range(len(rows)), [show_length(d.first) or d.first.dataset for d in rows])
+        ax.set_xticks(range(len(rows)), [_below(d) for d in rows], fontsize=8 if len(rows) < 5 else 6)
         ax.set_xlim(-0.6, len(rows) - 0.4)
+        values = [row.value for d in rows for row in (d.first, d.second)]
+        if metric == "perplexity" and max(values) > 4 * min(values):
+            ax.set_yscale("log")
+            plots.round_ticks(ax.yaxis)
         unit = ", %" if metric in PERCENT else ""
         ax.set_title(f"{task}, {protocol}\n{show_metric(rows[0].first)}{unit}", fontsize=9, loc="left")
         if unit:

@@ -63,7 +63,7 @@ def _plain_ticks(axis: Any, values: list[int]) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _round_ticks(axis: Any) -> None:
+def round_ticks(axis: Any) -> None:
     """Round numbers as numbers on a logarithmic axis: 1, 2, 5, 10, ..., or closer where the axis is short."""
     low, high = axis.get_view_interval()
     steps = (1, 2, 5) if high / low > 4 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
@@ -85,12 +85,16 @@ def draw_perplexity(rows: list[Row], parts: list[Row], model: dict[str, Any]) ->
     """Perplexity by window length, with intervals, and by position in the window."""
     title = f"Perplexity of {rows[0].dataset}, protocol '{rows[0].protocol}', {model['attention']} attention"
     figure, (left, right) = _axes(title, 10.5, 4.3, 2)
-    for color, variant in zip(COLORS, dict.fromkeys(row.variant for row in rows), strict=False):
+    for place, variant in enumerate(dict.fromkeys(row.variant for row in rows)):
+        color, shift = (
+            COLORS[place % len(COLORS)],
+            1.015**place,
+        )  # beside each other, so that intervals can be told apart
         ours = sorted((row for row in rows if row.variant == variant), key=lambda row: row.length)
-        left.plot([row.length for row in ours], [row.value for row in ours], "o-", color=color, label=variant)
+        left.plot([row.length * shift for row in ours], [row.value for row in ours], "o-", color=color, label=variant)
         for row in ours:
             if row.low is not None:
-                left.plot([row.length] * 2, [row.low, row.high], color=color, linewidth=4, alpha=0.35)
+                left.plot([row.length * shift] * 2, [row.low, row.high], color=color, linewidth=4, alpha=0.35)
     lengths = sorted({row.length for row in rows})
     left.set(xscale="log", yscale="log", xlabel="window (tokens)", ylabel="perplexity")
     _mark_window(left, model, lengths)
@@ -110,7 +114,7 @@ def draw_perplexity(rows: list[Row], parts: list[Row], model: dict[str, Any]) ->
     _mark_window(right, model, [end for end in ends if end >= ends[-1] // 8])
     right.legend(frameon=False, fontsize=8)
     for ax in (left, right):
-        _round_ticks(ax.yaxis)
+        round_ticks(ax.yaxis)
     return figure
 
 
@@ -215,7 +219,7 @@ def panels(count: int, columns: int) -> tuple[Figure, list[Any]]:
     """A figure of `count` small panels."""
     lines = -(-count // columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(4.2 * columns, 3.2 * lines), dpi=150, layout="constrained", squeeze=False
+        lines, columns, figsize=(4.2 * columns, 3.5 * lines), dpi=150, layout="constrained", squeeze=False
     )
     flat = list(axes.flat)
     for ax in flat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -143,6 +144,7 @@ def _run(
     """
     pending = count = 0
     bar, label, begin = None, None, time.perf_counter()
+    columns = min(100, shutil.get_terminal_size().columns)  # 80 where a terminal does not say
     started: list[tuple[Item, Callable[[], dict[str, Any]]]] = []
 
     def finish() -> None:
@@ -159,7 +161,7 @@ def _run(
             if bar is not None:
                 bar.close()
             label, count, begin = item.label, 0, time.perf_counter()
-            bar = tqdm(desc=label, disable=not show_progress, dynamic_ncols=True)
+            bar = tqdm(desc=label, disable=not show_progress, ncols=columns)
         count += 1
         bar.total = max(count, round(count / max(item.progress, 1e-9)))
         if item.key not in done:

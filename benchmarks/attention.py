@@ -107,18 +107,23 @@ def roll(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case) -> torch
     return torch.cat((out[:, :, : heads // 2], out[:, :, heads // 2 :].roll(group // 2, 1)), 2)
 
 
-def permute_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case) -> torch.Tensor:
-    """The way of LongLoRA with FlashAttention-2: repeat KV, stack, permute, one call with cumulative lengths."""
+def permute_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case, slices=True) -> torch.Tensor:
+    """The way of LongLoRA with FlashAttention-2: repeat KV, stack, permute, one call with cumulative lengths.
+
+    `slices`: q, k and v are cut out of the stack one by one, whose backward is a zero-fill and an add for each;
+    otherwise by one `unbind`, as far as that way can be mended without changing it.
+    """
     _, heads, length, dim = q.shape
     plan = case.plan("s2")
     qkv = torch.stack((q, repeat_kv(k, heads), repeat_kv(v, heads)), 2).transpose(1, 3)  # (1, N, 3, H, D)
     qkv = qkv.reshape(1, length, 3, 2, heads // 2, dim).permute(0, 3, 1, 2, 4, 5).reshape(2 * length, 3, -1, dim)
+    parts = (qkv[:, 0], qkv[:, 1], qkv[:, 2]) if slices else qkv.unbind(1)
     cuts = [*plan.straight, *(x + length for x in plan.shifted[1:])]
     if q.is_cuda:
         cu = torch.tensor(cuts, dtype=torch.int32).pin_memory().to(q.device, non_blocking=True)
-        out = torch_varlen(*qkv.unbind(1), cu, plan.max_length)
+        out = torch_varlen(*parts, cu, plan.max_length)
     else:
-        pieces = (x.transpose(0, 1)[None] for x in qkv.unbind(1))
+        pieces = (x.transpose(0, 1)[None] for x in parts)
         lengths = [b - a for a, b in pairwise(cuts)]
         parts = zip(*(x.split(lengths, 2) for x in pieces), strict=True)
         out = torch.cat([scaled_dot_product_attention(*x, is_causal=True) for x in parts], 2)[0].transpose(0, 1)
@@ -189,6 +194,7 @@ def methods(case: Case, device: torch.device, dtype: torch.dtype, only: list[str
     full = "full varlen" if device.type == "cuda" else "full sdpa"
     if case.heads % 2 == 0:
         found.append(Method("S2 permute + varlen (original)", permute_varlen, full))
+        found.append(Method("S2 permute + varlen, unbound", partial(permute_varlen, slices=False), full))
         if case.documents is None:
             found.append(Method("S2 roll (wraps)", roll, full, is_exact=False))
     return found

@@ -50,6 +50,7 @@ class Kernel:
     Attributes:
         name: of the backend. install: how a user gets it.
         takes_pieces: whether it takes cu_seqlens. takes_batches: whether it takes a batch of pieces of one length.
+        ties_layouts: whether its backward needs q, out and the gradient of out to be laid out alike.
         capabilities: the first and the last major compute capability it runs on.
         most_dim: its largest head dim.
         has_softcap: whether it has one. may_differ: whether D_v may differ from D where H == H_kv.
@@ -59,6 +60,7 @@ class Kernel:
     install: ClassVar[str] = "it comes with PyTorch for CUDA"
     takes_pieces: ClassVar[bool] = True
     takes_batches: ClassVar[bool] = False
+    ties_layouts: ClassVar[bool] = False
     capabilities: ClassVar[tuple[int, int]] = (8, 99)
     most_dim: ClassVar[int] = 256
     has_softcap: ClassVar[bool] = True
@@ -269,6 +271,7 @@ class CudnnAttention(Kernel):
     name = "cudnn"
     takes_pieces = False
     takes_batches = True
+    ties_layouts = True
     most_dim = 128
     has_softcap = False
 
@@ -296,12 +299,13 @@ class CudnnAttention(Kernel):
             dk.zero_()
             dv.copy_(dout.unflatten(2, (v.shape[2], -1)).sum(3))
             return
-        # PyTorch 2.11 keeps cuDNN's backward by the shapes and strides of q, k and v alone, for every caller in the
-        # process, and would run it with wrong strides on an output or a gradient laid out unlike the first it saw.
-        dout, out = dout.contiguous(), out.contiguous()
+        # PyTorch keeps cuDNN's backward plans by the dims and strides of q, k and v and by the dropout, and runs a plan
+        # that it finds with the strides of out, dout and lse it was made for (ATen/native/cudnn/MHA.cpp). So those must
+        # follow from q's: `ties_layouts` sees to out and dout, and lse is made dense. A dropout of -0.0 is none, and
+        # keeps these plans apart from those of other callers, because the key is compared by its bytes.
         tensors = (x.transpose(1, 2) for x in (dout, q, k, v, out))
         no_dropout, length = torch.zeros((), dtype=torch.int64, device=q.device), pieces.max_length
-        more = None, None, None, length, length, 0.0, True  # no bias and no cumulative lengths; causal
+        more = None, None, None, length, length, -0.0, True  # no bias and no cumulative lengths; causal
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *tensors, lse.contiguous().unsqueeze(-1), no_dropout, no_dropout, *more, scale=scaling
         )

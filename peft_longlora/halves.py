@@ -167,6 +167,8 @@ def attend_halves_backward(
     launches = _launches(plan, q, k, kernel)
     if dout.stride(-1) != 1 or 0 in dout.stride():  # the gradient of a sum is one number, expanded
         dout = dout.contiguous()
+    if kernel.ties_layouts:  # out is dense
+        q, dout = q.contiguous(), dout.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     grads = dict.fromkeys(("straight", "shifted"), (dk, dv))
     if plan.is_split and k.shape[1] == 1 and q.shape[1] > 1:  # both halves read the one KV head

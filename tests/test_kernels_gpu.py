@@ -309,6 +309,57 @@ def test_cudnn_and_sdpa_share_a_process():
                 compare(lambda *x, b=backend: s2_attention(*x, 256, backend=b), qkv, 256)
 
 
+def groups_of_half_the_heads(q, k, v):
+    """PyTorch's own cuDNN attention on the straight half, with its q, k and v laid out as they are in a launch here."""
+    cut = [x[0, : x.shape[1] // 2].unflatten(1, (-1, 256)).transpose(0, 1) for x in (q, k, v)]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+        out = torch.nn.functional.scaled_dot_product_attention(*cut, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1)[None]
+
+
+@pytest.mark.parametrize("order", ["ours first", "theirs first"])
+@pytest.mark.parametrize("heads", [(8, 2), (12, 4)], ids=str)
+def test_cudnn_is_right_next_to_other_callers_of_cudnn(heads, order):
+    """Same shapes and strides of q, k, v, another layout of the output: PyTorch's plans for these may not be mixed."""
+    dim = 64 if order == "ours first" else 128  # so that no test finds the plans of another
+
+    def ours(qkv):
+        compare(lambda *x: s2_attention(*x, 256, backend="cudnn"), qkv, 256)
+
+    def theirs(qkv):
+        compare(
+            lambda *x: torch.cat((groups_of_half_the_heads(*x), s2_attention(*x, 256)[:, :, heads[0] // 2 :]), 2),
+            qkv,
+            256,
+        )
+
+    calls = [ours, theirs] if order == "ours first" else [theirs, ours]
+    for call in calls * 2:
+        call(inputs(1, *heads, 1024, dim))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "out"])
+def test_cudnn_is_right_for_one_layout_after_another(name):
+    """Slices of a wider tensor, and the gradient of a wider output: the layouts of fused projections."""
+    for is_wide in (False, True, False):
+        q, k, v = inputs(1, 8, 2, 1024, 96)
+        wide = {x: torch.randn(1, 1024, 24, 96, device="cuda", dtype=torch.bfloat16) for x in ("q", "k", "v")}
+        if is_wide and name != "out":
+            sizes = dict(q=8, k=2, v=2)
+            q, k, v = (
+                wide[x][:, :, : sizes[x]].transpose(1, 2).detach().requires_grad_() if x == name else y
+                for x, y in zip("qkv", (q, k, v), strict=True)
+            )
+        dout = torch.randn(1, 1024, 24, 96, device="cuda", dtype=torch.bfloat16)[:, :, :8]
+        dout = dout if is_wide and name == "out" else dout.contiguous()
+        compare(lambda *x: s2_attention(*x, 256, backend="cudnn"), [q, k, v], 256, dout=dout.float() * 1)
+        got = s2_attention(q, k, v, 256, backend="cudnn")
+        grads = torch.autograd.grad(got, (q, k, v), dout)
+        dense = s2_attention(*(x.contiguous() for x in (q, k, v)), 256, backend="varlen")
+        wanted = torch.autograd.grad(dense, (q, k, v), dout.contiguous())
+        assert all(error(a, b) < 0.01 for a, b in zip(grads, wanted, strict=True))
+
+
 def test_out_of_memory_leaves_nothing_behind():
     qkv = inputs(1, 8, 2, 2048, 128)
     s2_attention(*qkv, 512)

@@ -26,7 +26,7 @@ import torch
 import transformers
 from torch.nn.functional import scaled_dot_product_attention
 
-from peft_longlora import kernels
+from peft_longlora import backends, kernels
 from peft_longlora.flash import Call
 from peft_longlora.groups import Groups, plan_groups, split_heads
 from peft_longlora.reference import s2_attention_reference
@@ -180,8 +180,8 @@ _PLANS: dict[tuple[int, str], Groups] = {}
 def methods(case: Case, device: torch.device, dtype: torch.dtype, only: list[str] | None) -> list[Method]:
     found = []
     call = Call(device, dtype, case.dim, case.dim, case.heads > case.kv_heads, requires_grad=True)
-    for backend in kernels.BACKENDS:
-        reason = kernels._missing(backend, device) or kernels._lacks(backend, call)
+    for backend in backends.BACKENDS:
+        reason = backends.missing(backend, device) or backends.lacks(backend, call)
         if backend == "cudnn" and case.documents:
             reason = "documents of many lengths need a plan of cuDNN's for each"
         if reason or (only and backend not in only):
@@ -309,24 +309,28 @@ def run_case(case: Case, device, dtype, args) -> dict:
     found = methods(case, device, dtype, args.backends)
     check(case, found, device, dtype)
     qkv, dout = inputs(case, device, dtype)
+    # The rounds go over all methods, so that a slow drift of the clock meets each of them.
+    rounds: dict[str, list[dict]] = {method.name: [] for method in found}
     rows: dict[str, dict] = {}
-    for method in found:
-        rounds = []
-        print(f"   ... {method.name}", file=sys.stderr, flush=True)
-        try:
-            for _ in range(args.rounds):
-                rounds.append(measure(lambda *x, m=method: m.call(*x, case), qkv, dout, args.seconds))
-        except torch.OutOfMemoryError:
-            print(f"   {method.name}: out of memory", flush=True)
-            torch.cuda.empty_cache()
-            continue
-        row = {key: statistics.median(x[key] for x in rounds) for key in rounds[0]}
+    for number in range(args.rounds):
+        for method in [m for m in found if m.name in rounds]:
+            print(f"   ... {method.name}, round {number + 1}", file=sys.stderr, flush=True)
+            try:
+                measured = measure(lambda *x, m=method: m.call(*x, case), qkv, dout, args.seconds)
+                rounds[method.name].append(measured)
+            except torch.OutOfMemoryError:
+                print(f"   {method.name}: out of memory", flush=True)
+                del rounds[method.name]
+                torch.cuda.empty_cache()
+    for method in [m for m in found if m.name in rounds]:
+        row = {key: statistics.median(x[key] for x in rounds[method.name]) for key in rounds[method.name][0]}
+        row["both_ms_of_rounds"] = [x["both_ms"] for x in rounds[method.name]]
         row["errors"] = method.errors
         row["full"] = method.full
         if args.graphs and method.full == "full flash_attention_4" and "plain" not in method.name:
             row["graph_ms"] = replay(lambda *x, m=method: m.call(*x, case), qkv, dout, args.seconds)
         rows[method.name] = row
-        _PLANS.clear()
+    _PLANS.clear()
     original = rows.get("S2 permute + varlen (original)", {}).get("both_ms")
     print(f"   {'':38} {'fwd ms':>8} {'f+b ms':>8} {'TFLOP/s':>8} {'R fwd':>6} {'R':>6} {'graph R':>7} {'x orig':>6} "
           f"{'peak MiB':>8} {'host ms':>7}  error")  # fmt: skip
@@ -350,20 +354,26 @@ def run_case(case: Case, device, dtype, args) -> dict:
 
 
 def run_growth(device, dtype, args) -> list[dict]:
-    """Time a token from 8k to 256k tokens at fixed G, by the backend that is chosen."""
+    """Time a token from 8k to 256k tokens at fixed G, by the backend that is chosen, and the work a token has."""
     lengths = [256, 512, 1024] if args.tiny else [2**n for n in range(13, 19)]
+    every = [Case("growth", 4, 2, 16, n, 64) if args.tiny else Case("growth", 32, 8, 128, n, 8192) for n in lengths]
+    tensors = [inputs(case, device, dtype) for case in every]
+    rounds: list[list[dict]] = [[] for _ in every]
+    for _ in range(args.rounds):
+        for case, (qkv, dout), measured in zip(every, tensors, rounds, strict=True):
+            measured.append(measure(lambda *x, c=case: engine("s2", None, *x, c), qkv, dout, args.seconds))
+    _PLANS.clear()
     rows = []
     print("\ngrowth at fixed G", flush=True)
-    for length in lengths:
-        case = Case("growth", 4, 2, 16, length, 64) if args.tiny else Case("growth", 32, 8, 128, length, 8192)
-        qkv, dout = inputs(case, device, dtype)
-        row = measure(lambda *x, c=case: engine("s2", None, *x, c), qkv, dout, args.seconds)
-        _PLANS.clear()
-        row.update(tokens=length, us_a_token=row["both_ms"] * 1e3 / length)
+    for case, measured in zip(every, rounds, strict=True):
+        row = {key: statistics.median(x[key] for x in measured) for key in measured[0]}
+        row.update(tokens=case.tokens, us_a_token=row["both_ms"] * 1e3 / case.tokens)
+        row["keys_a_token"] = case.pairs("s2") / case.heads / case.tokens
+        row["ns_a_key"] = row["us_a_token"] * 1e3 / row["keys_a_token"]
         rows.append(row)
-        print(f"   {length:7} tokens {row['both_ms']:9.3f} ms, {row['us_a_token']:.4f} us a token, "
+        print(f"   {case.tokens:7} tokens {row['both_ms']:9.3f} ms, {row['us_a_token']:.4f} us a token, "
+              f"{row['keys_a_token']:.0f} keys a token, {row['ns_a_key']:.4f} ns a key, "
               f"peak {row['peak_mib']:.0f} MiB", flush=True)  # fmt: skip
-        del qkv, dout
     return rows
 
 
@@ -388,7 +398,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small shapes, float32 off the GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backends", nargs="+", choices=kernels.BACKENDS, help="default: all that run here")
+    parser.add_argument("--backends", nargs="+", choices=backends.BACKENDS, help="default: all that run here")
     parser.add_argument("--cases", type=int, nargs="+", help="numbers of the cases to run, from 0")
     parser.add_argument("--seconds", type=float, help="of warming and of measuring a method (default 0.4; tiny 0.01)")
     parser.add_argument("--rounds", type=int, default=1)

@@ -26,11 +26,11 @@ from peft_longlora.launches import LEAST_BATCHED_WORK, Launch, Plan, plan_launch
 from peft_longlora.reference import s2_attention_reference
 
 
-class WithoutPacking(FlashAttention4):
-    """FlashAttention-4 whose forward does not put the query heads of a KV head into one tile."""
+class WithPacking(FlashAttention4):
+    """FlashAttention-4 as it comes: its forward puts the query heads of a KV head into one tile."""
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
-        more = dict(softmax_scale=scaling, causal=True, out=out, lse=lse, pack_gqa=False)
+        more = dict(softmax_scale=scaling, causal=True, out=out, lse=lse)
         self.load()._flash_attn_fwd(q, k, v, **self._cuts(pieces), **more)
 
 
@@ -44,7 +44,7 @@ class Way:
         order: "largest" launch first, or the short ends "first" or in the "middle".
         parts: into how many parts the heads of a half are cut once more.
         is_apart: an output and gradients of its own for each launch, concatenated: batches only of whole halves.
-        packs: False for `WithoutPacking`.
+        packs: True for `WithPacking`.
     """
 
     forward: str = "batches"
@@ -53,25 +53,26 @@ class Way:
     order: str = "largest"
     parts: int = 1
     is_apart: bool = False
-    packs: bool = True
+    packs: bool = False
 
 
 WAYS = {
-    "an output a half, then concatenated; cumulative lengths": Way("pieces", "pieces", "one", is_apart=True),
-    "one output, one dq, dk, dv; cumulative lengths, in order": Way("pieces", "pieces", "one"),
-    "the same, a stream a launch": Way("pieces", "pieces", "equal"),
-    "the same, streams of falling priority": Way("pieces", "pieces"),
-    "batches of views instead of cumulative lengths, in order": Way(streams="one"),
-    "batches, a stream a launch": Way(streams="equal"),
-    "batches, streams of falling priority": Way(),
-    "the same, the short ends first": Way(order="first"),
-    "the same, the short ends in the middle": Way(order="middle"),
-    "the same, the heads of a half in two parts": Way(parts=2),
-    "forward by cumulative lengths, backward in batches": Way("pieces"),
-    "forward in batches, backward by cumulative lengths": Way(backward="pieces"),
-    "batches, heads of a KV head not packed into a tile": Way(packs=False),
+    "an output a half, concatenated; cumulative lengths": Way("pieces", "pieces", "one", is_apart=True, packs=True),
+    "one output, one dq, dk, dv; cumulative lengths, in order": Way("pieces", "pieces", "one", packs=True),
+    "the same, a stream a launch": Way("pieces", "pieces", "equal", packs=True),
+    "the same, streams of falling priority": Way("pieces", "pieces", packs=True),
+    "batches of views instead of cumulative lengths, in order": Way(streams="one", packs=True),
+    "batches, a stream a launch": Way(streams="equal", packs=True),
+    "batches, streams of falling priority": Way(packs=True),
+    "the same, heads of a KV head not packed into a tile (engine)": Way(),
+    "engine, but in order": Way(streams="one"),
+    "engine, but the short ends first": Way(order="first"),
+    "engine, but the short ends in the middle": Way(order="middle"),
+    "engine, but the heads of a half in two parts": Way(parts=2),
+    "engine, but forward by cumulative lengths": Way("pieces"),
+    "engine, but backward by cumulative lengths": Way(backward="pieces"),
 }
-ENGINE = "batches, streams of falling priority"
+ENGINE = "the same, heads of a KV head not packed into a tile (engine)"
 
 
 def launches(way: Way, cut: str, plan: Plan, q: torch.Tensor, k: torch.Tensor) -> list[Launch]:
@@ -295,12 +296,12 @@ def main() -> None:
     kernel, is_fa4 = KERNELS[args.kernel], args.kernel == "flash_attention_4"
     calls = {"full attention": full(kernel)}
     if is_fa4:
-        calls["full attention, heads not packed"] = full(WithoutPacking())
+        calls["full attention, heads of a KV head packed into a tile"] = full(WithPacking())
         calls["public function for each half, then a concatenation"] = two_calls_fa4
     for name, way in WAYS.items():
-        fits = kernel.takes_batches if "batches" in (way.forward, way.backward) else kernel.takes_pieces
-        if fits and (way.packs or is_fa4):
-            calls[name] = by_way(way, kernel if way.packs else WithoutPacking())
+        can = {"batches": kernel.takes_batches, "pieces": kernel.takes_pieces}
+        if can[way.forward] and can[way.backward]:
+            calls[name] = by_way(way, WithPacking() if way.packs and is_fa4 else kernel)
     if is_fa4:
         calls["one launch, FlashAttention-4's block sparsity"] = by_block_sparsity()
     if args.only:
@@ -328,7 +329,7 @@ def main() -> None:
         result["rows"][name] = row
     whole = result["rows"]["full attention"]
     heads = ("fwd ms", "f+b ms", "R fwd", "R bwd", "R", "spread", "graph", "host")
-    print(f"\n{'':58} " + " ".join(f"{x:>7}" for x in heads))
+    print(f"\n{'':60} " + " ".join(f"{x:>7}" for x in heads))
     for name, row in result["rows"].items():
         share = 1.0 if name.startswith("full") else case.share
         back, whole_back = row["both_ms"] - row["forward_ms"], whole["both_ms"] - whole["forward_ms"]
@@ -336,7 +337,7 @@ def main() -> None:
         row["R_backward"] = back / whole_back / share
         row["R"] = row["both_ms"] / whole["both_ms"] / share
         keys = ("forward_ms", "both_ms", "R_forward", "R_backward", "R", "spread_ms", "graph_ms", "host_ms")
-        print(f"{name:58} " + " ".join(f"{row[x]:7.3f}" if x in row else " " * 7 for x in keys))
+        print(f"{name:60} " + " ".join(f"{row[x]:7.3f}" if x in row else " " * 7 for x in keys))
     for name in ("full attention", ENGINE):
         if "kernels_us" in result["rows"].get(name, {}):
             print(f"\n{name}, microseconds a GPU kernel")

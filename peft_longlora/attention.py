@@ -7,6 +7,7 @@ layer's settings (settings.py).
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_longlora import kernels
-from peft_longlora.mask import S2Mask, refuse_bidirectional
+from peft_longlora.groups import Groups, refuse_bidirectional
+from peft_longlora.halves import plan
+from peft_longlora.mask import S2Mask
 from peft_longlora.settings import AttentionSettings, settings_of
 
 
@@ -53,19 +56,34 @@ def s2_attention_forward(
     pattern = "full" if is_dense_layer else settings.pattern
     if attention_mask is None:  # a model that makes no mask has no padding and no packed rows
         attention_mask = S2Mask(dict(batch_size=query.shape[0], q_length=query.shape[2], device=query.device))
-    groups = attention_mask.groups(settings.group_size, pattern, settings.positions(kwargs))
-    out = kernels.attend(
-        query,
-        key,
-        value,
-        groups,
-        scaling=scaling,
-        dropout=dropout,
-        backend=settings.backend,
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-    )
-    return out, None
+    how = dict(scaling=scaling, dropout=dropout, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
+    how["backend"] = settings.backend
+    return _attend(
+        query, key, value, attention_mask, settings.group_size, pattern, settings.positions(kwargs), how
+    ), None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: S2Mask,
+    group_size: int,
+    pattern: str,
+    position_ids: torch.Tensor | None,
+    how: dict[str, Any],
+) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+
+        def make_plan() -> tuple[torch.Tensor, torch.Tensor]:
+            segment_ids = mask.segment_ids(position_ids)
+            return plan(segment_ids, *segment_ids.shape, group_size, pattern, query.device)
+
+        once = partial(mask.once, f"tensors of {pattern}", make_plan)
+        out = kernels.attend_compiled(query, key, value, once, **how)
+        if out is not None:
+            return out
+    return kernels.attend(query, key, value, mask.groups(group_size, pattern, position_ids), **how)
 
 
 def _is_sparse(
@@ -112,7 +130,10 @@ def _attend_densely(
     scaling: float | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the model would compute without this package, with the mask it would get."""
+    """What the model would compute without this package, with the mask it would get; by another kernel if told to."""
+    is_fastest = settings.is_fastest and settings.is_enabled
+    if is_fastest and (groups := _whole_rows(module, query, key, mask, kwargs)) is not None:
+        return kernels.attend(query, key, value, groups, scaling=scaling, dropout=dropout), None
     name = settings.dense_attention
     if isinstance(mask, S2Mask):
         mask = mask.dense(name, query.device, settings.positions(kwargs))
@@ -126,6 +147,21 @@ def _attend_densely(
     else:
         attend = ALL_ATTENTION_FUNCTIONS[name]
     return attend(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _whole_rows(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: S2Mask | torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> Groups | None:
+    """The plan of a dense call that every kernel can do: whole rows, causal, nothing of the architecture's own."""
+    own = ("sliding_window", "softcap", "s_aux")
+    if not isinstance(mask, S2Mask) or query.shape[2] != key.shape[2] or any(kwargs.get(x) is not None for x in own):
+        return None
+    is_causal = getattr(module, "is_causal", True) and kwargs.get("is_causal") is not False
+    return mask.whole_documents() if is_causal else None
 
 
 def _flash(

@@ -171,8 +171,9 @@ class FlashAttention4(PackagedKernel):
         return super().lacks(call)
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
-        """As `Kernel.forward`."""
-        more = dict(softmax_scale=scaling, causal=True, softcap=softcap or None, out=out, lse=lse)
+        """As `Kernel.forward`; the query heads of a KV head share a tile in short pieces only, where they fill it."""
+        packs = None if pieces.max_length < 1024 else False
+        more = dict(softmax_scale=scaling, causal=True, softcap=softcap or None, out=out, lse=lse, pack_gqa=packs)
         self.load()._flash_attn_fwd(q, k, v, **self._cuts(pieces), **more)
 
     def backward(self, dout, q, k, v, out, lse, dq, dk, dv, pieces, scaling, softcap):

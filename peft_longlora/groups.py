@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 PATTERNS = ("s2", "local", "full")
+# A document number that no document has: a mask lets a token see a later one there.
+BIDIRECTIONAL = -(2**31)
 # Padding is computed and thrown away by kernels that take a contiguous partition: short pieces make it cheap.
 PADDING_PIECE = 128
 
@@ -102,8 +104,8 @@ class Groups:
         """The plan as operators take it, made once a device: numbers in tensors compile without a guard on each.
 
         Returns:
-            layout: int32 on the CPU: n, m, the n straight boundaries, the m shifted ones, start and end of each
-                stretch of padding.
+            layout: int32 on the CPU: n, m, p, the n straight boundaries, the m shifted ones, and p numbers: start and
+                end of each stretch of padding. More may follow, which nothing reads.
             cu_seqlens: int32 on `device`: the straight boundaries, then the shifted ones.
         """
         return self.once(device, lambda: self._make_tensors(device))
@@ -115,7 +117,9 @@ class Groups:
             if start in self.padding_starts:
                 stretches = [*stretches[:-1], end] if stretches[-1:] == [start] else [*stretches, start, end]
         layout = torch.tensor(
-            [len(self.straight), len(self.shifted), *boundaries, *stretches], dtype=torch.int32, device="cpu"
+            [len(self.straight), len(self.shifted), len(stretches), *boundaries, *stretches],
+            dtype=torch.int32,
+            device="cpu",
         )
         cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device="cpu")
         if device.type == "cuda":  # pinned, so that the copy does not wait for the device
@@ -182,10 +186,23 @@ def plan_groups(
     )
 
 
+def refuse_bidirectional() -> NoReturn:
+    """Say that a mask is not causal. Raises: NotImplementedError."""
+    raise NotImplementedError(
+        "This model's attention mask lets tokens see later ones (a prefix or an image, say), which groups cannot "
+        "express. Train it within `with use_attention(model, 'dense'):`, or give it causal input only."
+    )
+
+
 def plan_from_segment_ids(segment_ids: torch.Tensor, group_size: int, pattern: str = "s2") -> Groups:
-    """`plan_groups` for (B, S) segment ids: 0 = padding, a run of one positive number = one document."""
+    """`plan_groups` for (B, S) segment ids: 0 = padding, a run of one positive number = one document.
+
+    Raises: NotImplementedError: `mask` marked ids as `BIDIRECTIONAL`.
+    """
     batch, length = segment_ids.shape
     documents = find_documents(segment_ids) if length and batch else []
+    if any(number == BIDIRECTIONAL for _, _, number in documents):
+        refuse_bidirectional()
     return plan_groups(batch, length, group_size, pattern, documents=documents, padding=segment_ids == 0)
 
 

@@ -74,18 +74,28 @@ def plan(
     pattern: str,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Groups.tensors` of a plan, as an operator: compiled code holds no number of tokens, so lengths may change."""
+    """`Groups.tensors` of a plan, as an operator: compiled code holds no number of tokens, so lengths may change.
+
+    What it returns is as large as the largest plan of B * S tokens, because a shape that depends on data breaks graphs.
+    """
     if segment_ids is None:
         groups = regular_groups(batch, length, group_size, pattern)
     else:
         groups = plan_from_segment_ids(segment_ids, group_size, pattern)
-    layout, cu_seqlens = groups.tensors(device)
-    return layout.clone(), cu_seqlens.clone()
+    tensors = [x.new_empty(size) for x, size in zip(groups.tensors(device), _most(batch * length), strict=True)]
+    for room, x in zip(tensors, groups.tensors(device), strict=True):
+        room[: len(x)] = x
+    return tuple(tensors)
+
+
+def _most(tokens: int) -> tuple[int, int]:
+    """Sizes of `Groups.tensors` where every token is a piece, or every second one a stretch of padding."""
+    return 3 + 2 * (tokens + 1) + tokens + 1, 2 * (tokens + 1)
 
 
 @plan.register_fake
 def _(segment_ids, batch, length, group_size, pattern, device):
-    sizes = [torch.library.get_ctx().new_dynamic_size() for _ in range(2)]
+    sizes = _most(batch * length)
     layout = torch.empty(sizes[0], dtype=torch.int32, device="cpu")
     return layout, torch.empty(sizes[1], dtype=torch.int32, device=device)
 

@@ -1,26 +1,20 @@
-"""`s2_attention`, and the choice of the kernel that runs it.
+"""`s2_attention`: its checks, and the call of the backend that runs it.
 
 Called by `attention` with a plan made once a forward, and by users with segment ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
-from transformers.utils import logging
 
 from peft_longlora import flex, sdpa
-from peft_longlora.flash import Call
+from peft_longlora.backends import check_backend, pick_backend
 from peft_longlora.groups import PATTERNS, Groups, plan_from_segment_ids
 from peft_longlora.halves import KERNELS, attend_halves, plan, regular_groups
-
-logger = logging.get_logger(__name__)
-
-BACKENDS = ("flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen", "cudnn", "sdpa", "flex")
 
 
 def check_pattern(group_size: int, pattern: str) -> None:
@@ -37,103 +31,10 @@ def check_pattern(group_size: int, pattern: str) -> None:
         )
 
 
-def check_backend(backend: str | None) -> None:
-    """Refuse an unknown backend. Raises: ValueError."""
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown. Use None or one of {', '.join(map(repr, BACKENDS))}.")
-
-
-def check_model(config: PreTrainedConfig, layers: Iterable[nn.Module], backend: str | None) -> None:
-    """Refuse, before anything runs, a model whose attention needs what the backend cannot do.
-
-    Raises: NotImplementedError. ValueError: an unknown backend.
-    """
-    check_backend(backend)
-    if any(hasattr(module, "sinks") for module in layers):
-        raise NotImplementedError(
-            "This model's attention has sinks, which no backend of S2-Attn can do. Use another model."
-        )
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    if softcap is not None and backend in ("sdpa", "cudnn", "varlen"):
-        raise NotImplementedError(
-            f"This model's attention has softcap={softcap}, which the backend {backend!r} cannot do. Use None, 'flex' "
-            f"or a flash_attention backend, or another model."
-        )
-
-
-def _lacks(name: str, call: Call) -> str | None:
-    if name == "flex":
-        return flex.lacks(call)
-    if name == "sdpa":
-        lacks = {"softcap": call.softcap, "attention sinks": call.has_sinks}
-        return next((f"it has no {what}" for what, is_wanted in lacks.items() if is_wanted), None)
-    return KERNELS[name].lacks(call)
-
-
-def _missing(name: str, device: torch.device) -> str | None:
-    return KERNELS[name].missing(device) if name in KERNELS else None
-
-
-def _force(name: str, call: Call) -> str:
-    """The backend asked for, or an error that says what to install or to use.
-
-    Raises: ValueError, NotImplementedError.
-    """
-    reason = _missing(name, call.device)
-    if reason and call.device.type == "cuda" and name in ("flash_attention_2", "flash_attention_3"):
-        KERNELS[name].may_download = True  # only when it is asked for by name
-        reason = _missing(name, call.device)
-    if reason:
-        cure = KERNELS[name].install if call.device.type == "cuda" else "use backend=None or 'sdpa' on this device"
-        raise ValueError(f"backend={name!r} is not available: {reason}. To get it: {cure}.")
-    if reason := _lacks(name, call):
-        raise NotImplementedError(f"backend={name!r} cannot run this call: {reason}. Use backend=None.")
-    return name
-
-
-def _order(device: torch.device, is_regular: bool) -> list[str]:
-    """Backends from the fastest to the slowest on this device, whether installed or not."""
-    if device.type != "cuda":
-        return ["sdpa", "flex"]
-    if torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9:
-        fast = ["flash_attention_4", "flash_attention_3", "cudnn", "flash_attention_2", "varlen"]
-        # cuDNN builds a plan for each new length, which takes longer than it saves if documents differ every step.
-        return [*(x for x in fast if x != "cudnn" or is_regular), "sdpa", "flex"]
-    return ["flash_attention_2", "varlen", "sdpa", "flex"]
-
-
-@torch.compiler.assume_constant_result
-def choose_backend(backend: str | None, is_regular: bool, *call) -> str:
-    """The backend of a call, found out once for each kind of call.
-
-    Args:
-        backend: a name, or None for the fastest that is installed and can do it.
-        is_regular: whether the pieces have few different lengths.
-        call: the fields of `flash.Call`, one by one (torch.compile takes constants only).
-
-    Raises:
-        ValueError: the backend asked for is not available. NotImplementedError: it cannot run this call.
-    """
-    return _choose(backend, is_regular, torch.are_deterministic_algorithms_enabled(), Call(*call))
-
-
-@lru_cache(maxsize=256)
-def _choose(backend: str | None, is_regular: bool, is_deterministic: bool, call: Call) -> str:
-    if backend is not None:
-        return _force(backend, call)
-    passed = []
-    for name in _order(call.device, is_regular):
-        reason = _missing(name, call.device) or _lacks(name, call)
-        if reason is None:
-            _log_choice(name, call.device.type, "; ".join(passed))
-            return name
-        passed.append(f"not {name}: {reason}")
-    raise NotImplementedError(f"No backend can run this call: {'; '.join(passed)}.")
-
-
-@lru_cache(maxsize=64)
-def _log_choice(name: str, device: str, passed: str) -> None:
-    logger.info(f"S2-Attn runs on backend {name!r} ({device}){': ' + passed if passed else ', the fastest here'}.")
+def check_dropout(dropout: float) -> None:
+    """Refuse a dropout that is no probability. Raises: ValueError."""
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout={dropout!r} is outside [0, 1]: it is the probability of dropping a weight.")
 
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -178,6 +79,7 @@ def attend(
         NotImplementedError: the backend cannot run this call.
     """
     check_backend(backend)
+    check_dropout(dropout)
     _check_tensors(query, key, value)
     device, batch, heads, length = query.device, *query.shape[:3]
     if (groups.batch, groups.length) != (batch, length):
@@ -186,7 +88,7 @@ def attend(
     if not query.numel() or not value.numel():
         return query.new_zeros(batch, length, heads, value.shape[-1]) + query.sum() + key.sum() + value.sum()
     softcap = softcap or 0.0
-    name = _pick(query, key, value, groups.is_regular, dropout, backend, softcap, sinks is not None)
+    name = pick_backend(query, key, value, groups.is_regular, dropout, backend, softcap, sinks is not None)
     if name == "sdpa":
         return sdpa.attend_groups(query, key, value, groups, scaling=scaling, dropout=dropout)
     if name == "flex":
@@ -204,19 +106,41 @@ def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensors
 
 
-def _pick(query, key, value, is_regular, dropout, backend, softcap=0.0, has_sinks=False) -> str:
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    shape = query.shape[3], value.shape[3], query.shape[1] > key.shape[1]
-    call = query.device, query.dtype, *shape, dropout, softcap, has_sinks, needs_grad
-    return choose_backend(backend, is_regular, *call)
-
-
 def _attend_halves(query, key, value, layout, cu_seqlens, scaling, softcap, name) -> torch.Tensor:
     batch, heads, length, dim = query.shape
     # (B, H, S, D) -> (B * S, H, D); a view of what a projection gives
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out, _ = attend_halves(q, k, v, layout, cu_seqlens, dim**-0.5 if scaling is None else scaling, softcap, name)
     return out.view(batch, length, heads, value.shape[3])
+
+
+def attend_compiled(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    make_plan: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """`attend` inside compiled code, where no number of tokens may be known: lengths then change without compiling.
+
+    Args:
+        make_plan: gives `Groups.tensors` by the operator `plan`, so that they are data to the compiler.
+
+    Returns: (B, S, H, D_v), or None if the backend is "sdpa" or "flex", which are no operators of this package.
+    """
+    check_backend(backend)
+    check_dropout(dropout)
+    _check_tensors(query, key, value)
+    query, key, value = _cast(query, key, value)
+    name = pick_backend(query, key, value, False, dropout, backend, softcap or 0.0, sinks is not None)
+    if name not in KERNELS:
+        return None
+    return _attend_halves(query, key, value, *make_plan(), scaling, softcap or 0.0, name)
 
 
 def attend_causal(
@@ -243,6 +167,7 @@ def attend_causal(
         groups = regular_groups(query.shape[0], length, 2, "full")
         return attend(query, key, value, groups, scaling=scaling, dropout=dropout, backend=backend)
     check_backend(backend)
+    check_dropout(dropout)
     mask = None
     if length > 1:  # the lower right triangle of (S, T)
         mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)
@@ -274,14 +199,14 @@ def s2_attention(
         pattern: "s2"; "local" (no head is shifted); "full" (dense inside each document).
         scaling: factor on the scores; None for D ** -0.5.
         dropout: probability at which attention weights are dropped.
-        backend: one of `BACKENDS`; None for the fastest there is.
+        backend: one of `backends.BACKENDS`; None for the fastest there is.
 
     Returns:
         (B, S, H, D), dtype of query; exactly 0 at padding.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, an odd or too small group_size, an unknown
-            pattern or backend.
+        ValueError: shapes, dtypes or devices that do not fit together, an odd or too small group_size, a dropout
+            outside [0, 1], an unknown pattern or backend.
 
     Source: LongLoRA, arXiv:2309.12307, section 3.2; the groups are those of the original's flash path, which never
     wrap around, so that no token sees a later one.
@@ -294,12 +219,10 @@ def s2_attention(
     if segment_ids is not None:
         _check_segment_ids(segment_ids, batch, length)
     if torch.compiler.is_compiling():
-        check_backend(backend)
-        q, k, v = _cast(query, key, value)
-        name = _pick(q, k, v, False, dropout, backend)
-        if name in KERNELS:
-            tensors = plan(segment_ids, batch, length, group_size, pattern, q.device)
-            return _attend_halves(q, k, v, *tensors, scaling, 0.0, name)
+        make = partial(plan, segment_ids, batch, length, group_size, pattern, query.device)
+        out = attend_compiled(query, key, value, make, scaling=scaling, dropout=dropout, backend=backend)
+        if out is not None:
+            return out
     if segment_ids is None:
         groups = regular_groups(batch, length, group_size, pattern)
     else:

@@ -31,8 +31,9 @@ class Plan:
 
     @classmethod
     def read(cls, layout: torch.Tensor) -> Plan:
-        """From the int CPU tensor [n, m, n straight boundaries, m shifted ones, start and end of each padding]."""
-        n, m, *rest = layout.tolist()
+        """From the int CPU tensor [n, m, p, n straight boundaries, m shifted ones, p ends of padding, anything]."""
+        n, m, p = layout[:3].tolist()
+        rest = layout[3 : 3 + n + m + p].tolist()
         ends = rest[n + m :]
         return cls(tuple(rest[:n]), tuple(rest[n : n + m]), tuple(zip(ends[::2], ends[1::2], strict=True)))
 

@@ -7,15 +7,13 @@ layer asks, and both are made once. Called through transformers' AttentionMaskIn
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
 
-from peft_longlora.groups import Groups, find_documents, plan_groups
-
-# A document number that no document has: the mask lets a token see a later one.
-BIDIRECTIONAL = -1
+from peft_longlora.groups import BIDIRECTIONAL, Groups, plan_from_segment_ids
 
 
 class S2Mask:
@@ -24,7 +22,7 @@ class S2Mask:
     Attributes:
         batch, length: B and S, tokens.
         is_local: whether it belongs to layers with a window or chunks of their own, which stay as they are.
-        is_causal: False where transformers was told to let tokens see later ones.
+        is_causal: False where transformers was told, or the model's rule was found, to let tokens see later ones.
         is_sparse: whether this forward is sparse; None until the first layer decides. Kept here and not asked of each
             layer, so that gradient checkpointing recomputes what the forward computed, whatever the model's mode is
             by then.
@@ -38,9 +36,7 @@ class S2Mask:
         self.is_sparse: bool | None = None
         self._arguments = arguments
         self._dense: dict[str, Any] = {}
-        self._documents: list[tuple[int, int, int]] | None = None
-        self._padding: torch.Tensor | None = None
-        self._groups: dict[tuple[int, str], Groups] = {}
+        self._made: dict[Any, Any] = {}
 
     # transformers takes what is not 2-D for a mask that is made already, as this is.
     ndim = 4
@@ -95,27 +91,41 @@ class S2Mask:
         Raises:
             NotImplementedError: the model's mask lets a token see a later one.
         """
-        if (group_size, pattern) not in self._groups:
-            self._make_groups(group_size, pattern, position_ids)
-        return self._groups[group_size, pattern]
+        return self.once((group_size, pattern), lambda: self._make_groups(group_size, pattern, position_ids))
 
     @torch.compiler.disable
-    def _make_groups(self, group_size: int, pattern: str, position_ids: torch.Tensor | None) -> None:
+    def _make_groups(self, group_size: int, pattern: str, position_ids: torch.Tensor | None) -> Groups:
         """Outside compiled code: numbers of tokens in tensors, so that none of them is compiled in."""
-        if self._documents is None:
-            self._find_documents(position_ids)
-        groups = plan_groups(
-            self.batch, self.length, group_size, pattern, documents=self._documents, padding=self._padding
-        )
+        groups = plan_from_segment_ids(self.segment_ids(position_ids), group_size, pattern)
         groups.tensors(self._arguments["device"])
-        self._groups[group_size, pattern] = groups
+        return groups
 
-    def _find_documents(self, position_ids: torch.Tensor | None) -> None:
-        segment_ids, sees_later = self._number_documents(position_ids)
-        self._documents = find_documents(segment_ids.masked_fill(sees_later & (segment_ids > 0), BIDIRECTIONAL))
-        if any(number == BIDIRECTIONAL for _, _, number in self._documents):
-            refuse_bidirectional()
-        self._padding = segment_ids == 0
+    def segment_ids(self, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """(B, S) int: 0 = padding, then the number of the document; `BIDIRECTIONAL` where a later token is seen."""
+
+        def number() -> torch.Tensor:
+            ids, sees_later = self._number_documents(position_ids)
+            return ids.masked_fill(sees_later & (ids > 0), BIDIRECTIONAL)
+
+        return self.once("segment_ids", number)
+
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What layers derive from this mask: made by the first that asks, kept for the others."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def whole_documents(self) -> Groups | None:
+        """The plan of dense attention by the model's own rule; None where it lets a token see a later one, or where a
+        cache stands in front.
+        """
+        if not self.is_causal or self.is_local or self._arguments["kv_length"] != self.length:
+            return None
+        try:
+            return self.groups(2, "full", None)
+        except NotImplementedError:
+            self.is_causal = False
+            return None
 
     def _restarts(self, position_ids: torch.Tensor | None) -> torch.Tensor | None:
         """(1 or B, S - 1) bool, True where positions do not go on; None if positions do not tell."""
@@ -149,14 +159,6 @@ class S2Mask:
             is_start[:, 1:] |= is_real[:, 1:] != is_real[:, :-1]
             segment_ids = (is_start.cumsum(1) + 1).masked_fill(~is_real, 0)
         return segment_ids, sees_later
-
-
-def refuse_bidirectional() -> NoReturn:
-    """Say that a mask is not causal. Raises: NotImplementedError."""
-    raise NotImplementedError(
-        "This model's attention mask lets tokens see later ones (a prefix or an image, say), which groups cannot "
-        "express. Train it within `with use_attention(model, 'dense'):`, or give it causal input only."
-    )
 
 
 def s2_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Any:

@@ -19,12 +19,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from peft_longlora import kernels
+from peft_longlora import backends, kernels
 from peft_longlora.rope import find_rotary_modules, window_of
 
 logger = logging.get_logger(__name__)
 
 S2_ATTN = "s2_attn"
+FASTEST = "fastest"
 Mode = Literal["auto", "sparse", "dense"]
 _SETTINGS = "s2_settings"
 
@@ -38,7 +39,8 @@ class AttentionSettings:
         pattern: "s2", "local" or "full".
         dense_layers: indices of layers that stay dense while training.
         dense_attention: the transformers attention that runs wherever S2-Attn does not.
-        backend: the kernel of sparse layers, one of `kernels.BACKENDS`, or None for the fastest.
+        is_fastest: whether whole causal rows go through the fastest kernel instead.
+        backend: the kernel of sparse layers, one of `backends.BACKENDS`, or None for the fastest.
         mode: "auto" (sparse while training), "sparse" or "dense"; set by `use_attention`.
         is_enabled: False while the adapter that brought these settings is switched off: then all is as without it.
         position_ids, handles: what the model was last called with, and the hooks that note it.
@@ -49,6 +51,7 @@ class AttentionSettings:
     dense_layers: frozenset[int] = frozenset()
     dense_attention: str = "sdpa"
     backend: str | None = None
+    is_fastest: bool = False
     mode: Mode = "auto"
     is_enabled: bool = True
     position_ids: torch.Tensor | None = field(default=None, repr=False, compare=False)
@@ -145,8 +148,10 @@ def configure_attention(
         pattern: "s2", "local" or "full".
         dense_layers: indices of layers that stay dense while training.
         dense_attention: the transformers attention wherever S2-Attn does not run ("sdpa", "flash_attention_2", ...).
-            None: what the model runs now, or would run had it not been loaded with "s2_attn".
-        backend: the kernel of sparse layers, one of `kernels.BACKENDS`. None: the fastest there is.
+            None: what the model runs now, or would run had it not been loaded with "s2_attn". "fastest": the same as
+            None where there is a cache, a window or a mask that is not causal; elsewhere (evaluation, prefill) the
+            fastest kernel there is, whose rounding is its own.
+        backend: the kernel of sparse layers, one of `backends.BACKENDS`. None: the fastest there is.
 
     Returns:
         The settings now on every attention layer.
@@ -167,16 +172,18 @@ def configure_attention(
     size = group_size_of(group_size, group_size_ratio, window_of(config))
     kernels.check_pattern(size, pattern)
     previous = model.config._attn_implementation
-    if dense_attention is None:
+    if dense_attention in (None, FASTEST):
+        is_fastest = dense_attention == FASTEST
         known = next((getattr(m, _SETTINGS) for m in layers.values() if hasattr(m, _SETTINGS)), None)
         if previous != S2_ATTN:
             dense_attention = previous
         else:
             dense_attention = known.dense_attention if known else model.get_correct_attn_implementation(None)
+            is_fastest = is_fastest or (known is not None and known.is_fastest)
     else:
-        dense_attention = model.get_correct_attn_implementation(dense_attention)
-    settings = AttentionSettings(size, pattern, frozenset(dense_layers or ()), dense_attention, backend)
-    kernels.check_model(config, layers.values(), settings.backend)
+        dense_attention, is_fastest = model.get_correct_attn_implementation(dense_attention), False
+    settings = AttentionSettings(size, pattern, frozenset(dense_layers or ()), dense_attention, backend, is_fastest)
+    backends.check_model(config, layers.values(), settings.backend)
     if layers and all(is_local_layer(module, config) for module in layers.values()):
         logger.warning(
             f"Every layer of this model has a window of its own (sliding_window="
@@ -238,35 +245,42 @@ def group_size_of(group_size: int | None, ratio: float, window: int) -> int:
 
 
 @contextmanager
-def use_attention(model: nn.Module, mode: Mode) -> Iterator[None]:
+def use_attention(model: nn.Module, mode: Mode, *, dense_attention: str | None = None) -> Iterator[None]:
     """Within the block, attend as `mode` says; works on a bare and on a PEFT model.
 
     Args:
         model: a model whose attention is "s2_attn".
         mode: "auto" (sparse while `module.training`), "sparse" (in evaluation and prefill too, to measure a pattern
             by itself) or "dense".
+        dense_attention: "fastest" as in `configure_attention`, for evaluation; None leaves it as it is.
 
     Raises:
         ValueError: an unknown mode, a model without S2-Attn, or "sparse" while its adapter is disabled.
     """
     if mode not in ("auto", "sparse", "dense"):
         raise ValueError(f"mode={mode!r} is unknown. Use 'auto', 'sparse' or 'dense'.")
+    if dense_attention not in (None, FASTEST):
+        raise ValueError(
+            f"dense_attention={dense_attention!r} cannot be used for a while. Use None or 'fastest' here, or name a "
+            f"transformers attention in configure_attention(model, dense_attention=...)."
+        )
     layers = find_attention_modules(model).values()
     if not layers or any(getattr(m.config, "_attn_implementation", S2_ATTN) != S2_ATTN for m in layers):
         raise ValueError(
             "This model does not use S2-Attn. Load it with attn_implementation='s2_attn', call configure_attention, "
             "or add a LongLoraConfig adapter first."
         )
-    before = {id(settings_of(m)): (settings_of(m), settings_of(m).mode) for m in layers}
-    if mode == "sparse" and not all(settings.is_enabled for settings, _ in before.values()):
+    before = {id(s): (s, s.mode, s.is_fastest) for s in map(settings_of, layers)}
+    if mode == "sparse" and not all(settings.is_enabled for settings, *_ in before.values()):
         raise ValueError(
             "The adapter that brought S2-Attn is disabled, so the model is its base, which is dense. Leave "
             "disable_adapter() first, or call configure_attention(model) on the base."
         )
     try:
-        for settings, _ in before.values():
+        for settings, *_ in before.values():
             settings.mode = mode
+            settings.is_fastest = settings.is_fastest or dense_attention == FASTEST
         yield
     finally:
-        for settings, previous in before.values():
-            settings.mode = previous
+        for settings, *previous in before.values():
+            settings.mode, settings.is_fastest = previous

@@ -6,11 +6,13 @@ import pytest
 import torch
 from conftest import tiny_llama_config
 from peft import get_peft_model
+from plain_kernel import PlainKernel
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
     BloomConfig,
+    Cache,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -22,8 +24,9 @@ from transformers import (
     PersimmonForCausalLM,
     Qwen3Config,
 )
+from transformers.cache_utils import QuantizedLayer
 
-from peft_longlora import LongLoraConfig, configure_attention, s2_attention, use_attention
+from peft_longlora import LongLoraConfig, backends, configure_attention, halves, kernels, s2_attention, use_attention
 from peft_longlora.reference import s2_attention_reference
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -287,6 +290,149 @@ def test_dense_attention_is_what_the_model_had():
     mine, expected = model(**inputs, output_attentions=True), stock(**inputs, output_attentions=True)
     assert torch.equal(mine.logits, expected.logits)
     assert all(torch.equal(a, b) for a, b in zip(mine.attentions, expected.attentions, strict=True))
+
+
+# -- dense attention through the fastest kernel --------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch) -> list[int]:
+    """The numbers of query tokens of all calls that went to a kernel of this package."""
+    calls, attend = [], kernels.attend
+
+    def count(query, *args, **kwargs):
+        calls.append(query.shape[2])
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(kernels, "attend", count)
+    return calls
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_fastest_kernel_evaluates_as_stock_sdpa_does(name, row, kernel_calls):
+    inputs, segment_ids = inputs_of(row)
+    model = sparse(name, dense_attention="fastest").eval()
+    with torch.no_grad():
+        mine, stock = model(**inputs).logits, build(name).eval()(**inputs).logits
+    torch.testing.assert_close(mine[segment_ids > 0], stock[segment_ids > 0], rtol=2e-5, atol=2e-5)
+    # Layers with a window of their own stay with what they have.
+    layers = {"gemma3_text": 1, "mistral": 0}.get(name, 2)
+    assert kernel_calls == [LENGTH] * layers
+
+
+class Int8Layer(QuantizedLayer):
+    """A quantised cache that needs no package: 8 bits, one scale a vector."""
+
+    def _quantize(self, tensor, axis):
+        scale = tensor.abs().amax(-1, keepdim=True) / 127
+        return (tensor / scale).round().to(torch.int8), scale
+
+    def _dequantize(self, tensor):
+        return tensor[0] * tensor[1]
+
+
+def cache_of(kind: str, model) -> dict:
+    layers = model.config.num_hidden_layers
+    return {
+        "dynamic": {},
+        "static": dict(cache_implementation="static"),
+        "quantised": dict(past_key_values=Cache(layers=[Int8Layer(residual_length=4) for _ in range(layers)])),
+        "none": dict(use_cache=False),
+    }[kind]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "quantised", "none"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma3_text"])
+def test_the_fastest_kernel_generates_what_stock_sdpa_does(name, cache, kernel_calls):
+    """Greedy, one row left padded. The prompt goes through the kernel wherever no cache stands in front of it."""
+    tokens = torch.randint(3, 97, (2, 9))
+    mask = torch.tensor([[0] * 4 + [1] * 5, [1] * 9])
+    how = dict(attention_mask=mask, max_new_tokens=8, min_new_tokens=8, do_sample=False, output_scores=True)
+    mine, stock = sparse(name, dense_attention="fastest").eval(), build(name).eval()
+    found, wanted = (
+        m.generate(tokens, **how, **cache_of(cache, m), return_dict_in_generate=True) for m in (mine, stock)
+    )
+    assert torch.equal(found.sequences, wanted.sequences)
+    for a, b in zip(found.scores, wanted.scores, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+    layers = 1 if name == "gemma3_text" else 2
+    lengths = {"static": [], "none": [9 + step for step in range(8) for _ in range(layers)]}.get(cache, [9] * layers)
+    assert kernel_calls == lengths
+
+
+def test_the_fastest_kernel_for_a_while_and_in_training(kernel_calls):
+    model, stock = sparse("llama"), build("llama").train()
+    inputs, segment_ids = inputs_of("packed")
+    expected = logits_and_gradients(stock, inputs, segment_ids > 0)
+    with use_attention(model, "dense", dense_attention="fastest"):
+        assert_same(logits_and_gradients(model, inputs, segment_ids > 0), expected)
+        assert len(kernel_calls) == 2
+    with use_attention(model, "dense"):
+        assert torch.equal(model(**inputs).logits[segment_ids > 0], expected[0])
+    assert len(kernel_calls) == 2
+    configure_attention(model, group_size=G, dense_attention="fastest")
+    configure_attention(model, group_size=G)  # leaves what stands there
+    with use_attention(model, "dense"):
+        model(**inputs)
+    assert len(kernel_calls) == 4
+    refusal = pytest.raises(ValueError, match=r"dense_attention='sdpa'.*'fastest'.*configure_attention")
+    with refusal, use_attention(model, "dense", dense_attention="sdpa"):
+        pass
+
+
+def test_what_the_fastest_kernel_cannot_express_stays_with_stock(kernel_calls):
+    """A mask that lets tokens see later ones, and a 4-D mask of the user's."""
+    model, stock = sparse("llama", dense_attention="fastest").eval(), build("llama").eval()
+    inputs, _ = inputs_of("plain")
+    prefix = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    prefix[:5, :5] = True
+    for more in (dict(is_causal=False), dict(attention_mask=prefix[None, None].expand(2, 1, -1, -1))):
+        with torch.no_grad():
+            assert torch.equal(model(**inputs, **more).logits, stock(**inputs, **more).logits)
+    assert not kernel_calls
+
+
+def test_a_disabled_adapter_gives_the_base_back_bit_for_bit(llama, kernel_calls):
+    inputs, _ = inputs_of("left padded")
+    with torch.no_grad():
+        before = llama(**inputs).logits
+        configured = LongLoraConfig(group_size=G, task_type="CAUSAL_LM")
+        model = get_peft_model(llama, configured).eval()
+        with use_attention(model, "auto", dense_attention="fastest"):
+            model(**inputs)
+            assert len(kernel_calls) == 2
+            with model.disable_adapter():
+                assert torch.equal(model(**inputs).logits, before)
+    assert len(kernel_calls) == 2
+
+
+# -- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ["plain", "packed"])
+def test_a_model_compiles_whole_and_once_for_all_lengths(row, monkeypatch):
+    """With a kernel that takes cumulative lengths: one graph, compiled for the first length and once for all others."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    monkeypatch.setitem(halves.KERNELS, "plain", PlainKernel(True, True))
+    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "plain"))
+    monkeypatch.setattr(PlainKernel, "missing", lambda self, device: None)
+    monkeypatch.setattr(PlainKernel, "lacks", lambda self, call: None)
+    torch._dynamo.reset()
+    model, compiled = sparse("llama", backend="plain"), sparse("llama", backend="plain")
+    counter = CompileCounterWithBackend("eager")
+    compiled.compile(backend=counter, fullgraph=True)
+    for length in (LENGTH, 29, 40):
+        inputs = dict(input_ids=torch.randint(3, 97, (1, length)), use_cache=False)
+        if row == "packed":
+            inputs["position_ids"] = torch.tensor([positions(4, 13, length - 17)])
+        is_real = torch.ones(1, length, dtype=torch.bool)
+        expected = logits_and_gradients(model, inputs, is_real)
+        assert_same(logits_and_gradients(compiled, inputs, is_real), expected)
+        with use_attention(model, "dense"):
+            assert_differ(model(**inputs).logits, expected[0])
+    assert counter.frame_count <= 2
 
 
 # -- use_attention ------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def test_tensors_hold_the_boundaries_and_are_made_once():
     straight, shifted = [0, 1, 3, 4, 6, 8, 9, 11, 12], [0, 1, 2, 4, 6, 7, 9, 11, 12]
     assert (groups.straight, groups.shifted) == (tuple(straight), tuple(shifted))
     assert cu_seqlens.dtype == torch.int32 and cu_seqlens.tolist() == straight + shifted
-    assert layout.tolist() == [9, 9, *straight, *shifted, 0, 1, 4, 6, 11, 12]
+    assert layout.tolist() == [9, 9, 6, *straight, *shifted, 0, 1, 4, 6, 11, 12]
     assert groups.tensors(cpu)[1] is cu_seqlens
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from plain_kernel import PlainKernel
 
-from peft_longlora import halves, kernels, s2_attention
+from peft_longlora import backends, halves, s2_attention
 from peft_longlora.groups import plan_from_segment_ids, plan_groups
 from peft_longlora.launches import LEAST_BATCHED_WORK, Plan, find_batches, plan_launches
 from peft_longlora.reference import s2_attention_reference
@@ -119,7 +119,7 @@ def test_s2_attention_compiles_once_for_all_lengths(kernel, with_segments, monke
 
     if not kernel.takes_pieces:
         pytest.skip("a compiled call knows no lengths, so it is for kernels that take cumulative lengths")
-    monkeypatch.setattr(kernels, "BACKENDS", (*kernels.BACKENDS, "plain"))
+    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "plain"))
     monkeypatch.setattr(PlainKernel, "missing", lambda self, device: None)
     monkeypatch.setattr(PlainKernel, "lacks", lambda self, call: None)
     torch._dynamo.reset()

@@ -18,7 +18,7 @@ FOUNDATIONS = {
     "rope": set(),
     "sdpa": {"groups"},
     "mask": {"groups"},
-    "settings": {"kernels", "rope"},
+    "settings": {"backends", "kernels", "rope"},
     "trainable": {"settings"},
     "document": set(),
     "kvcache": {"rope"},

@@ -4,13 +4,14 @@ import logging
 import subprocess
 import sys
 import types
+from functools import partial
 
 import plain_kernel
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from peft_longlora import flash, kernels, s2_attention
+from peft_longlora import backends, flash, kernels, s2_attention
 from peft_longlora.flash import Call
 from peft_longlora.groups import plan_groups
 from peft_longlora.halves import KERNELS
@@ -63,6 +64,14 @@ def test_unknown_backend():
 def test_tensors_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
         s2_attention(*change(*inputs()), 16)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.5, float("nan")])
+def test_dropout_that_is_no_probability(dropout):
+    q, k, v = inputs()
+    for call in (partial(s2_attention, group_size=16), kernels.attend_causal):
+        with pytest.raises(ValueError, match=rf"dropout={dropout} is outside \[0, 1\]"):
+            call(q, k, v, dropout=dropout)
 
 
 @pytest.mark.parametrize("group_size", [0, 1, 3, -2, 16.0, True])
@@ -174,11 +183,11 @@ def test_attend_causal_is_dense_and_aligned_to_the_last_key(queries, keys):
 
 
 def test_the_choice_is_logged_once_with_its_reason(caplog, monkeypatch):
-    kernels._choose.cache_clear()
-    kernels._log_choice.cache_clear()
-    monkeypatch.setattr(kernels.logger, "propagate", True)
+    backends._choose.cache_clear()
+    backends._log_choice.cache_clear()
+    monkeypatch.setattr(backends.logger, "propagate", True)
     monkeypatch.setattr(logging.getLogger("peft_longlora"), "propagate", True)
-    kernels.logger.setLevel(logging.INFO)
+    backends.logger.setLevel(logging.INFO)
     with caplog.at_level(logging.INFO):
         for length in (40, 48):
             s2_attention(*inputs(length=length), 16)
@@ -268,7 +277,7 @@ def test_call_path_of_packages_that_are_not_installed(backend, name, upstream, m
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(type(KERNELS[backend]), "missing", lambda self, device: None)
     flash.import_module.cache_clear()
-    kernels._choose.cache_clear()
+    backends._choose.cache_clear()
     try:
         q, k, v = inputs(2, heads=6, kv_heads=2, length=50, dtype=torch.bfloat16)
         ids = torch.ones(2, 50, dtype=torch.long)
@@ -284,7 +293,7 @@ def test_call_path_of_packages_that_are_not_installed(backend, name, upstream, m
         assert SEEN["deterministic"] is False
     finally:
         flash.import_module.cache_clear()
-        kernels._choose.cache_clear()
+        backends._choose.cache_clear()
 
 
 def test_a_missing_package_names_the_command(monkeypatch):
@@ -301,4 +310,4 @@ def test_a_missing_package_names_the_command(monkeypatch):
     ):
         monkeypatch.setattr(KERNELS[name], "may_download", False)
         with pytest.raises(ValueError, match=f"(?s)backend='{name}' is not available: .*import.*{command}"):
-            kernels._force(name, call)
+            backends._force(name, call)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from peft_longlora import kernels, s2_attention
+from peft_longlora import backends, kernels, s2_attention
 from peft_longlora.groups import plan_groups
 from peft_longlora.reference import s2_attention_reference
 
@@ -21,7 +21,7 @@ def available() -> list[str]:
     if not torch.cuda.is_available():
         return ["varlen", "cudnn", "sdpa", "flex"]
     device = torch.device("cuda")
-    found = [name for name in kernels.BACKENDS if kernels._missing(name, device) is None]
+    found = [name for name in backends.BACKENDS if backends.missing(name, device) is None]
     assert {"varlen", "cudnn", "sdpa", "flex"} <= set(found)
     return found
 
@@ -287,7 +287,7 @@ def test_softcap(backend):
 def test_the_fastest_is_chosen_and_float32_still_runs():
     if torch.cuda.get_device_capability()[0] == 9 and "flash_attention_4" in BACKENDS:
         call = torch.device("cuda", 0), torch.bfloat16, 128, 128, True, 0.0, 0.0, False, True
-        assert kernels.choose_backend(None, True, *call) == "flash_attention_4"
+        assert backends.choose_backend(None, True, *call) == "flash_attention_4"
     qkv = inputs(1, 4, 2, 300, dtype=torch.float32)
     compare(lambda *x: s2_attention(*x, 128), qkv, 128)
 

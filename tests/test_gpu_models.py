@@ -72,7 +72,7 @@ def test_the_fastest_kernel_generates_the_tokens_of_stock_sdpa(prompts, cache, m
     names, pick = set(), backends.choose_backend
     monkeypatch.setattr(backends, "choose_backend", lambda *call: names.add(pick(*call)) or pick(*call))
     how = dict(use_cache=False) if cache == "none" else dict(cache_implementation=cache)
-    how |= dict(max_new_tokens=24, min_new_tokens=24, do_sample=False, output_scores=True)
+    how |= dict(max_new_tokens=24, min_new_tokens=24, do_sample=False, output_logits=True)
     found = []
     for is_fastest in (False, True):
         model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).cuda().eval()
@@ -83,9 +83,9 @@ def test_the_fastest_kernel_generates_the_tokens_of_stock_sdpa(prompts, cache, m
     start = prompts["input_ids"].shape[1]
     for row in range(2):
         for step in range(24):
-            scores = stock.scores[step][row].float()
+            scores = stock.logits[step][row].float()
             margin = scores.topk(2).values.diff().abs().item()
-            assert (fast.scores[step][row].float() - scores).abs().max() < 0.25
+            assert (fast.logits[step][row].float() - scores).abs().max() < 0.25
             if stock.sequences[row, start + step] != fast.sequences[row, start + step]:
                 assert margin < 0.25, (row, step, margin)
                 break  # behind a near tie, two texts

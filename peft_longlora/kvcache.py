@@ -17,7 +17,8 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel,
 from peft_longlora.rope import base_rope
 
 CACHES = ("dense", "quantised", "offloaded")
-QUANTISERS = {"quanto": "optimum.quanto", "hqq": "hqq"}
+# hqq comes first because quanto compiles kernels when it is first used: minutes, and nvcc for those of a GPU.
+QUANTISERS = {"hqq": "hqq", "quanto": "optimum.quanto"}
 
 
 class KVCache:
@@ -35,10 +36,10 @@ class KVCache:
 
         Args:
             model: in evaluation mode, with or without an adapter.
-            kind: "dense"; "quantised" (4 bits, by quanto or hqq, whichever is installed); "offloaded" (in the CPU's
+            kind: "dense"; "quantised" (4 bits, by hqq or optimum-quanto); "offloaded" (in the CPU's
                 memory, one layer at a time on the GPU).
             chunk_size: tokens of one forward while the cache is filled.
-            backend: of "quantised": "quanto" or "hqq"; None: whichever is installed.
+            backend: of "quantised": "hqq" or "quanto"; None: the first that is installed.
 
         Raises: ValueError, ImportError: a kind that does not work here.
         """
@@ -158,7 +159,7 @@ def check_cache(kind: str, device: torch.device | str, backend: str | None = Non
         package = QUANTISERS[name]
         if importlib.util.find_spec(package.partition(".")[0]) and importlib.util.find_spec(package):
             return name
-    raise ImportError("--cache quantised needs a package that quantises: pip install optimum-quanto (or hqq)")
+    raise ImportError("--cache quantised needs a package that quantises: pip install hqq (or optimum-quanto)")
 
 
 def quantiser_options(backend: str, config: PreTrainedConfig) -> dict[str, Any]:

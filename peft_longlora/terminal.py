@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache",
         default="dense",
         choices=CACHES,
-        help="of keys and values; quantised: 4 bits, needs optimum-quanto or hqq; offloaded: in the CPU's memory",
+        help="of keys and values; quantised: 4 bits, needs hqq or optimum-quanto; offloaded: in the CPU's memory",
     )
     memory.add_argument("--chunk", type=_positive, default=2048, help="tokens of the document forwarded at a time")
     answers = parser.add_argument_group("answers")

@@ -151,7 +151,7 @@ def test_what_does_not_work_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="offloaded keeps keys and values of a GPU"):
         check_cache("offloaded", "cpu")
     monkeypatch.setattr("peft_longlora.kvcache.QUANTISERS", {"quanto": "no_such_package.inside"})
-    with pytest.raises(ImportError, match=r"pip install optimum-quanto \(or hqq\)"):
+    with pytest.raises(ImportError, match=r"pip install hqq \(or optimum-quanto\)"):
         check_cache("quantised", "cpu")
 
 

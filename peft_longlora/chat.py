@@ -134,7 +134,7 @@ class Conversation:
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
         try:
-            yield from _until(streamer, self.dialogue.stop)
+            yield from _until(_from_first_word(streamer), self.dialogue.stop)
         finally:
             stop.set()
             worker.join()
@@ -230,6 +230,15 @@ class _Stop(StoppingCriteria):
             tail = input_ids[0, max(self.start, input_ids.shape[1] - 16) :]
             is_done = self.text in self.tokenizer.decode(tail, skip_special_tokens=True)
         return torch.full((input_ids.shape[0],), is_done, device=input_ids.device)
+
+
+def _from_first_word(pieces: Iterator[str]) -> Iterator[str]:
+    """Pass pieces of text on, without the white space in front of the first word."""
+    has_begun = False
+    for piece in pieces:
+        piece = piece if has_begun else piece.lstrip()
+        has_begun = has_begun or bool(piece)
+        yield piece
 
 
 def _until(pieces: Iterator[str], stop: str | None) -> Iterator[str]:

@@ -7,7 +7,7 @@ import torch
 from reading import TEXT, a_document, a_model, a_reader
 from transformers import QuantizedCache
 
-from peft_longlora.chat import Conversation, _Stop, _Stopped, _until
+from peft_longlora.chat import Conversation, _from_first_word, _Stop, _Stopped, _until
 from peft_longlora.dialogue import Turn
 from peft_longlora.kvcache import quantiser_options
 
@@ -34,6 +34,7 @@ def test_answers_are_those_of_plain_generate(tmp_path, chat, adapter):
     for i, question in enumerate(QUESTIONS):
         want = plain_answer(conversation, question)
         text = "".join(conversation.ask(question))
+        assert text == text.lstrip()
         assert conversation._row == want
         assert conversation.turns[i].answer == text.strip()
         assert conversation.tokens == len(want)
@@ -194,6 +195,10 @@ def test_a_stop_string_never_shows(pieces, want):
     found = list(_until(iter(pieces), "\nQuestion:"))
     assert "".join(found) == want and "" not in found[:-1]
     assert "".join(_until(iter(pieces), None)) == "".join(pieces)
+
+
+def test_an_answer_begins_with_its_first_word():
+    assert list(_from_first_word(iter([" ", "\n\n a", " b", "\n"]))) == ["", "a", " b", "\n"]
 
 
 def test_plain_answers_end_where_a_question_follows(tmp_path):

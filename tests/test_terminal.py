@@ -1,5 +1,6 @@
 """`longlora chat` as a user types it: answers on stdout, the rest on stderr, bad input with code 2 and one line."""
 
+import _thread
 import contextlib
 import io
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,7 +183,48 @@ class Terminal:
         pytest.fail(f"It never ended: {self.text}")
 
 
-@pytest.mark.parametrize("end", ["interrupt", pytest.param("\x04", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+def test_ctrl_c_stops_an_answer_and_at_the_prompt_it_ends(folder, end, capsys, monkeypatch):
+    """The signal comes while the answer does; what was said then counts."""
+    lines, made, read = iter(["Where is the key?"]), [], Conversation.read
+
+    def type_line(prompt):
+        for line in lines:
+            return line
+        raise end
+
+    def read_and_arm(conversation, progress):
+        read(conversation, progress)
+
+        def interrupt(module, args, output):
+            made.append(1)
+            if len(made) == 12:
+                _thread.interrupt_main()
+
+        conversation.model.get_input_embeddings().register_forward_hook(interrupt)
+
+    monkeypatch.setattr("builtins.input", type_line)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(Conversation, "read", read_and_arm)
+    assert chat(folder, "--max-new-tokens", 100_000, model="merged") == 0
+    out, err = capsys.readouterr()
+    assert "Stopped here; what was said counts." in err and "Bye." in err and out.strip()
+    assert 12 <= len(made) < 1000
+
+
+@pytest.mark.parametrize("options, code", [(["--ask", "Why?"], 130), ([], 130)])
+def test_without_a_terminal_ctrl_c_ends_with_130(folder, options, code, capsys, monkeypatch):
+    def fail(conversation, question):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n"))
+    monkeypatch.setattr(Conversation, "ask", fail)
+    assert chat(folder, *options, model="merged") == code
+    assert "Stopped." in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["interrupt", "\x04"])
 def test_a_terminal_is_left_politely(folder, end):
     """Ctrl-C stops an answer and the conversation goes on; at the prompt Ctrl-C and Ctrl-D end it, with code 0."""
     terminal = Terminal(folder, "--max-new-tokens", "100000")

@@ -202,6 +202,8 @@ def run_eval(args: argparse.Namespace) -> None:
     from peft_longlora.eval import Perplexity, Processes, Settings, evaluate, load_subject
 
     tasks = make_tasks(args)
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a file. Give a folder.")
     for task in tasks:
         task.data()  # what cannot be read is said before a model is loaded
     processes = Processes.of_environment(args.device)

@@ -89,7 +89,7 @@ def read_documents(
         elif skip_empty:
             logger.warning(f"{name}: {field!r} is empty, left out.")
         else:
-            raise ValueError(f"{name}: {field!r} is empty. Remove the document, or pass skip_empty=True.")
+            raise ValueError(f"{name}: {field!r} is empty. Remove the document (in Python: or pass skip_empty=True).")
 
 
 def read_records(sources: Sources, *, split: str = "train", config: str | None = None) -> Iterator[dict[str, str]]:

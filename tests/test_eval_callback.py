@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_eval_run import TOKENIZER
 from tiny import extend, make
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
@@ -24,7 +25,7 @@ def make_trainer(tmp_path, **options) -> Trainer:
         output_dir=str(tmp_path / "out"),
         max_steps=4,
         per_device_train_batch_size=1,
-        report_to="none",
+        report_to=options.pop("report_to", "none"),
         save_strategy="no",
         logging_steps=1,
         use_cpu=True,
@@ -70,11 +71,16 @@ def test_numbers_of_an_evaluation_stand_in_the_log(tmp_path, text):
     assert first != last
 
 
-def test_each_evaluation_of_the_trainer_brings_them(tmp_path, text):
-    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=2)
+def test_each_evaluation_of_the_trainer_brings_them_and_tensorboard_sees_them(tmp_path, text, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=2, report_to="tensorboard")
     trainer.add_callback(LongContextEvalCallback(trainer, data=text, lengths=[64], passkey_depths=[]))
     trainer.train()
-    assert list(logged(trainer, "eval_perplexity_64")) == list(logged(trainer, "eval_loss")) == [2, 4]
+    values = logged(trainer, "eval_perplexity_64")
+    assert list(values) == list(logged(trainer, "eval_loss")) == [2, 4]
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    shown = {event.step: event.value for event in board.Scalars("eval/perplexity_64")}
+    assert shown == pytest.approx(values)
 
 
 def test_it_measures_dense_attention_and_gives_random_numbers_back(tmp_path, text):

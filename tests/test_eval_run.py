@@ -275,6 +275,8 @@ BAD = {
         "--data",
         "{text}",
     ],
+    "--output {tmp}/empty.jsonl is a file": ["--output", "{tmp}/empty.jsonl", "--data", "{text}"],
+    "buckets=[512, 64] must be edges in rising order": ["--buckets", "512,64", "--data", "{text}"],
     "the prompt alone has": ["--tasks", "passkey", "--lengths", "16"],
     "--card needs an adapter": ["--tasks", "passkey", "--lengths", "128", "--seeds", "1", "--depths", "0", "--card"],
     "made for a vocabulary of 97 tokens, this model has 4096": ["--adapter", "{tmp}/other", "--data", "{text}"],

@@ -45,6 +45,8 @@ class Perplexity:
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol={self.protocol!r} is unknown. Use {' or '.join(map(repr, PROTOCOLS))}.")
+        if self.buckets is not None and self.buckets != sorted(set(self.buckets)):
+            raise ValueError(f"buckets={self.buckets} must be edges in rising order, such as 2048,8192.")
         for length in self.lengths:
             if length < 2:
                 raise ValueError(f"A window of {length} tokens predicts nothing. Use lengths of 2 or more.")

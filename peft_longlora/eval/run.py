@@ -154,26 +154,28 @@ def _run(
             _clock(speed, item, record, begin)
         started.clear()
 
-    for item in prefetch(task.items(subject)):
-        keys.add(item.key)
-        if item.label != label:
-            finish()
-            if bar is not None:
-                bar.close()
-            label, count, begin = item.label, 0, time.perf_counter()
-            bar = tqdm(desc=label, disable=not show_progress, ncols=columns)
-        count += 1
-        bar.total = max(count, round(count / max(item.progress, 1e-9)))
-        if item.key not in done:
-            pending += 1
-            if pending % processes.count == processes.rank:
-                rest = item.start() if item.start else item.measure
+    try:
+        for item in prefetch(task.items(subject)):
+            keys.add(item.key)
+            if item.label != label:
                 finish()
-                started.append((item, rest))
-        bar.update(1)
-    finish()
-    if bar is not None:
-        bar.close()
+                if bar is not None:
+                    bar.close()
+                label, count, begin = item.label, 0, time.perf_counter()
+                bar = tqdm(desc=label, disable=not show_progress, ncols=columns)
+            count += 1
+            bar.total = max(count, round(count / max(item.progress, 1e-9)))
+            if item.key not in done:
+                pending += 1
+                if pending % processes.count == processes.rank:
+                    rest = item.start() if item.start else item.measure
+                    finish()
+                    started.append((item, rest))
+            bar.update(1)
+        finish()
+    finally:
+        if bar is not None:
+            bar.close()  # an error stands on a line of its own
 
 
 def _clock(speed: dict[str, dict[str, float]], item: Item, record: dict[str, Any], begin: float) -> None:

@@ -30,6 +30,8 @@ from peft_longlora.config import LongLoraConfig
 LORA_TEMPLATE = Path(__file__).parent / "templates" / "lora_card.md"
 WEIGHTS, TRAINABLE = "adapter_model.bin", "trainable_params.bin"
 PREFIX = "base_model.model."
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes (vllm/config/lora.py, 0.32)
+NOT_IN_VLLM = ("use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
 # Inits that change the base's weights, which a server would not repeat.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -227,11 +229,14 @@ def _write_lora_card(
         "max_position_embeddings": text_config.max_position_embeddings,
     }
     base = str(config.base_model_name_or_path)
+    rank = max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
     config = copy.copy(config)
     config._card = CardOptions(template=LORA_TEMPLATE)
     extra: dict[str, Any] = {
         "folded": str(fold_into) if fold_into is not None else None,
-        "overrides_json": json.dumps(overrides, sort_keys=True),
+        "overrides_shell": shlex.quote(json.dumps(overrides, sort_keys=True)),
+        "not_in_vllm": _not_in_vllm(config, rank),
+        "vllm_rank": next((allowed for allowed in VLLM_RANKS if allowed >= rank), None),
         "overrides_literal": repr(overrides),
         "base_literal": json.dumps(base),
         "base_shell": shlex.quote(base),
@@ -239,3 +244,9 @@ def _write_lora_card(
         "adapter_shell": shlex.quote(str(folder)),
     }
     (folder / README).write_text(str(make_card(config, str(folder), extra=extra)), encoding="utf-8")
+
+
+def _not_in_vllm(config: LongLoraConfig, rank: int) -> str:
+    """The settings of an adapter that vLLM refuses, or nothing (vllm/lora/peft_helper.py, 0.32)."""
+    found = [f"{name}={value!r}" for name in NOT_IN_VLLM if (value := getattr(config, name, None))]
+    return ", ".join(found + ([f"r={rank}"] if rank > VLLM_RANKS[-1] else []))

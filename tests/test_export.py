@@ -46,8 +46,12 @@ def test_exported_adapter_is_plain_lora_and_its_card_says_how_to_load_it(base_fo
     names = {}
     exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
     assert torch.equal(logits(names["model"]), logits(model))
-    server = shlex.split(re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1])
-    assert json.loads(server[server.index("--hf-overrides") + 1]) == names["overrides"]
+    if use_dora:
+        assert "vllm serve" not in text and "vLLM takes no adapter with use_dora=True: serve the merged model" in text
+    else:
+        server = shlex.split(re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1])
+        assert json.loads(server[server.index("--hf-overrides") + 1]) == names["overrides"]
+        assert server[server.index("--max-lora-rank") + 1] == "8", "of the ranks that vLLM takes, the first above r=2"
     # Without what the card says, another model answers.
     plain = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base_folder), folder)
     assert not torch.allclose(logits(plain), logits(model))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import pickle
 import re
@@ -24,7 +25,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapp
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-from peft_longlora.card import README, CardOptions, make_card
+from peft_longlora.card import README, CardOptions, hub_id, make_card
 from peft_longlora.config import LongLoraConfig
 
 LORA_TEMPLATE = Path(__file__).parent / "templates" / "lora_card.md"
@@ -90,6 +91,7 @@ def convert_original_adapter(
     folder: str | os.PathLike,
     *,
     context_length: int | None = None,
+    factor: float | None = None,
     base_model: str | None = None,
     base_context_length: int = 4096,
     rope_theta: float = 10000.0,
@@ -103,7 +105,9 @@ def convert_original_adapter(
         source: a folder, or a repository's id, with adapter_config.json, adapter_model.bin, trainable_params.bin.
         folder: for the new adapter.
         context_length: the window it was trained for, tokens. None: from the name ("...-32k" is 32768).
-        base_model: of the new adapter. None: the one that adapter_config.json names.
+        factor: of RoPE, instead of context_length. None: context_length over base_context_length, rounded up to a
+            whole number, as the original does when it trains.
+        base_model: of the new adapter. None: the one that adapter_config.json names, often a folder of its authors'.
         base_context_length, rope_theta, vocab_size: of the base; the defaults are Llama 2's. Rows of the embedding
             beyond vocab_size are the [PAD] that the original appends; they are dropped, and the log says so.
         revision, token: for a repository.
@@ -117,16 +121,10 @@ def convert_original_adapter(
     Source: get_trainable_weights.py and merge_lora_weights_and_save_hf_model.py of github.com/dvlab-research/LongLoRA.
     """
     label = str(source)
-    if not Path(source).is_dir():
-        wanted = [CONFIG_NAME, WEIGHTS, TRAINABLE]
-        source = snapshot_download(label, allow_patterns=wanted, revision=revision, token=token)
-    source = Path(source)
-    if missing := [name for name in (CONFIG_NAME, WEIGHTS, TRAINABLE) if not (source / name).is_file()]:
-        raise ValueError(f"{label} lacks {', '.join(missing)}, so it is no adapter of the original LongLoRA project.")
-    window = context_length or _window_from_name(label)
-    if window <= base_context_length:
-        raise ValueError(f"context_length={window} is not above the base's window of {base_context_length} tokens.")
-    old = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
+    source = _original_files(label, revision, token)
+    factor = _factor(label, factor, context_length, base_context_length)
+    window = round(factor * base_context_length)
+    old = _read_config(source / CONFIG_NAME)
     if old.get("peft_type") != "LORA" or old.get("bias", "none") != "none":
         raise ValueError(
             f"{label}/{CONFIG_NAME}: peft_type={old.get('peft_type')!r}, bias={old.get('bias')!r}; the original's "
@@ -151,7 +149,7 @@ def convert_original_adapter(
         base_context_length=base_context_length,
         applied_rope_parameters={
             "rope_type": "linear",
-            "factor": window / base_context_length,
+            "factor": factor,
             "rope_theta": rope_theta,
         },
         vocab_size=vocab_size if embeddings else None,
@@ -162,6 +160,50 @@ def convert_original_adapter(
     tensors = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
     save_file(tensors, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+    base = config.base_model_name_or_path
+    if hub_id(base) is None and not os.path.isdir(str(base)):
+        logger.warning(
+            f"{label}/{CONFIG_NAME} names the base {base!r}, which is no folder here and no id on the Hub. Give "
+            f"base_model, such as 'meta-llama/Llama-2-7b-hf', for PEFT to find it by itself."
+        )
+    return config
+
+
+def _original_files(label: str, revision: str | None, token: bool | str | None) -> Path:
+    """The folder with an original adapter's files, downloaded if need be."""
+    source, wanted = Path(label), [CONFIG_NAME, WEIGHTS, TRAINABLE]
+    if not source.is_dir():
+        if hub_id(label) is None:
+            raise ValueError(f"{label}: no such folder here, and no id of a repository on the Hub ('owner/name').")
+        source = Path(snapshot_download(label, allow_patterns=wanted, revision=revision, token=token))
+    if missing := [name for name in wanted if not (source / name).is_file()]:
+        raise ValueError(
+            f"{label} lacks {', '.join(missing)}, so it is no adapter of the original LongLoRA project. (Those whose "
+            f"names end in -ft are whole models: load them as they are.)"
+        )
+    return source
+
+
+def _factor(label: str, factor: float | None, context_length: int | None, base_context_length: int) -> float:
+    if factor is not None and context_length is not None:
+        raise ValueError(f"factor={factor} and context_length={context_length} say the same. Give one of them.")
+    if factor is None:
+        window = _window_from_name(label) if context_length is None else context_length
+        if window <= base_context_length:
+            raise ValueError(f"context_length={window} is not above the base's window of {base_context_length} tokens.")
+        factor = math.ceil(window / base_context_length)
+    if factor <= 1:
+        raise ValueError(f"factor={factor} is not above 1, so it would not extend the window.")
+    return float(factor)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Get it from its authors again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, not the object that PEFT writes.")
     return config
 
 

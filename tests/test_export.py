@@ -163,12 +163,47 @@ def test_window_from_the_published_names(original, tmp_path, name, window):
     assert config.applied_rope_parameters["factor"] == window / 512
 
 
+def test_factor_given_and_rounded_up_as_the_original_does(original, tmp_path):
+    folder = original[0].rename(tmp_path / "adapter")
+    config = convert_original_adapter(folder, tmp_path / "ours", context_length=1100, **TINY)
+    assert (config.context_length, config.applied_rope_parameters["factor"]) == (1536, 3.0)
+    config = convert_original_adapter(folder, tmp_path / "ours", factor=2.5, **TINY)
+    assert (config.context_length, config.applied_rope_parameters["factor"]) == (1280, 2.5)
+    with pytest.raises(ValueError, match=r"factor=2.5 and context_length=1280 say the same"):
+        convert_original_adapter(folder, tmp_path / "ours", factor=2.5, context_length=1280, **TINY)
+    with pytest.raises(ValueError, match="factor=1 is not above 1"):
+        convert_original_adapter(folder, tmp_path / "ours", factor=1, **TINY)
+
+
+def test_a_base_that_is_nowhere_is_said(original, tmp_path, monkeypatch):
+    """The published adapters name a folder of their authors' machine."""
+    said = []
+    monkeypatch.setattr("peft_longlora.export.logger.warning", said.append)
+    path = original[0] / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "/models/Llama-2-7b-hf"}))
+    convert_original_adapter(original[0], tmp_path / "ours", **TINY)
+    assert "names the base '/models/Llama-2-7b-hf', which is no folder here" in said[-1]
+    said.clear()
+    config = convert_original_adapter(original[0], tmp_path / "ours", base_model=str(tmp_path / "base"), **TINY)
+    assert len(said) == 1 and config.base_model_name_or_path == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\udc80"])
+def test_a_damaged_config_is_refused(original, tmp_path, content):
+    (original[0] / "adapter_config.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"adapter_config.json (is damaged|holds a list)"):
+        convert_original_adapter(original[0], tmp_path / "ours", **TINY)
+    assert not (tmp_path / "ours").exists()
+
+
 def test_what_is_missing_is_said(original, tmp_path):
     folder = original[0].rename(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"does not say its window in its name.* Give context_length"):
         convert_original_adapter(folder, tmp_path / "ours", **TINY)
     with pytest.raises(ValueError, match="context_length=256 is not above the base's window of 512"):
         convert_original_adapter(folder, tmp_path / "ours", context_length=256, **TINY)
+    with pytest.raises(ValueError, match="nowhere: no such folder here, and no id of a repository"):
+        convert_original_adapter(tmp_path / "nowhere", tmp_path / "ours")
     (folder / "trainable_params.bin").unlink()
     with pytest.raises(ValueError, match=r"lacks trainable_params.bin, so it is no adapter of the original"):
         convert_original_adapter(folder, tmp_path / "ours", context_length=2048, **TINY)

@@ -6,19 +6,23 @@ environment when it is imported, so what talks to the hub runs there; the hub it
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import multiprocessing
 import os
 import re
 import resource
+import runpy
+import sys
 import tempfile
 import time
 import types
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -27,7 +31,7 @@ from huggingface_hub import HfApi, ModelCard, get_token, hf_hub_download
 from loopback_hub import TOKEN, LoopbackHub
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from test_export import write_original
-from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from peft_longlora import LongLoraConfig
 from peft_longlora.card import BEGIN
@@ -218,16 +222,50 @@ def test_private_needs_the_token(pushed, puller):
     assert "me/adapter" in failure.message
 
 
-def load_rows(repo_id):
-    from datasets import load_dataset
+def longalpaca_records() -> list[dict]:
+    """In the layout of LongAlpaca-12k: one list, where long records name a file and short ones have an input."""
+    words = ["a", "model", "reads", "the", "whole", "paper", "then", "answers", "what", "was", "asked"]
+    long = [
+        {
+            "instruction": " ".join(words[(i * j) % len(words)] for j in range(60 * i)),
+            "output": f"Answer: {words[i]}.",
+            "file": f"{i}.pdf",
+        }
+        for i in range(1, 5)
+    ]
+    return [*long, {"instruction": "Name the word.", "input": "", "output": "paper"}]
 
-    return load_dataset(repo_id, split="train").to_list()
+
+def run_longalpaca(*data):
+    """What examples/sft_longalpaca.py prints."""
+    script = Path(__file__).parents[1] / "examples" / "sft_longalpaca.py"
+    settings = {"--model": "me/coder", "--max-length": 512, "--max-steps": 2, "--accumulation": 1, "--eval-records": 1}
+    settings |= {"--learning-rate": 1e-2, "--warmup-steps": 1, "--output": tempfile.mkdtemp()}
+    arguments = [str(part) for setting in settings.items() for part in setting]
+    argv = mock.patch.object(sys, "argv", [str(script), *arguments, "--data", *data])
+    with argv, contextlib.redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(str(script), run_name="__main__")
+    return [line for line in printed.getvalue().splitlines() if "record" in line or "Loss" in line]
 
 
-def test_a_data_set_by_its_id(hub, puller):
-    rows = [{"instruction": f"Read {i}.", "output": "x" * i} for i in range(3)]
-    hub.put("me/long", {"train.jsonl": "\n".join(map(json.dumps, rows)).encode()}, kind="dataset")
-    assert puller(load_rows, "me/long") == rows
+def test_the_longalpaca_example_by_ids_alone(hub, puller, tmp_path):
+    """Model and data from the hub: the numbers are those of the same records in a file."""
+    torch.manual_seed(1)
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "examples" / "assets" / "stdlib-llama-512")
+    LlamaForCausalLM(tiny_llama_config(vocab_size=len(tokenizer))).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    hub.put("me/coder", {path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    records = tmp_path / "LongAlpaca-12k.json"
+    records.write_text(json.dumps(longalpaca_records()))
+    hub.put("Yukang/LongAlpaca-12k", {records.name: records.read_bytes()}, kind="dataset")
+    printed = puller(run_longalpaca, "Yukang/LongAlpaca-12k")
+    assert printed[0] == "5 records read, 4 to train on, 1 held out"
+    assert [line.partition(",")[0] for line in printed[1:]] == [
+        "Loss of held-out answers before",
+        "Loss of held-out answers after",
+    ]
+    assert printed == puller(run_longalpaca, str(records))
+    assert any(path.startswith("/datasets/Yukang/LongAlpaca-12k/resolve/") for _, path, _ in hub.requests)
 
 
 def test_an_adapter_of_the_original_project_by_its_id(hub, pusher, tmp_path):
@@ -406,7 +444,7 @@ def test_trainers_push_our_card_at_every_save(hub, pusher, kind):
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def small_disk():
     """Files may grow to 4 kB here: the kernel refuses the rest of a write, as on a disk that is full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

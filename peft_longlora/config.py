@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftType
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
@@ -170,11 +170,14 @@ class LongLoraConfig(LoraConfig):
         """Read the config of an adapter, and the table of contents of the weights that lie beside it.
 
         Raises:
-            ValueError: the weights file is damaged.
+            ValueError: the weights file is damaged, or a file is a link that leads out of the folder.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         path: str | Path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if not Path(pretrained_model_name_or_path).is_dir():
+        if is_folder := Path(pretrained_model_name_or_path).is_dir():
+            for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+                refuse_link(Path(path).with_name(name))
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not is_folder:
             hub_kwargs, _, _ = cls._split_kwargs(kwargs)
             try:  # PEFT loads the same file next, from the cache
                 path = hf_hub_download(
@@ -205,6 +208,21 @@ class AdapterFile:
                 names = file.keys()
                 return cls(path, {name: tuple(file.get_slice(name).get_shape()) for name in names})
         except SafetensorError as error:
-            raise ValueError(
-                f"{path} ({path.stat().st_size} bytes) is damaged: {error}. Copy or download it again."
-            ) from error
+            cure = "Copy or download it again."
+            if "snapshots" in path.parts:  # in the Hub's cache, which downloads nothing that it has
+                cure = f"Delete {path.resolve()}, or load with force_download=True, and check the file on the Hub."
+            raise ValueError(f"{path} ({path.stat().st_size} bytes) is damaged: {error}. {cure}") from error
+
+
+def refuse_link(file: Path) -> None:
+    """Refuse a file of an adapter that is a link out of its folder; in the Hub's cache all files are links.
+
+    Raises: ValueError.
+    """
+    target, folder = file.resolve(), file.parent.resolve()
+    repository = next((parent.parent for parent in folder.parents if parent.name == "snapshots"), folder)
+    if file.is_symlink() and not target.is_relative_to(repository):
+        raise ValueError(
+            f"{file} is a link to {target}, out of the adapter's folder. Put the file itself there, or load the "
+            f"folder that holds it."
+        )

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_longlora.card import hub_id
+from peft_longlora.config import refuse_link
 from peft_longlora.rope import scale_rope, window_of
 
 
@@ -105,10 +116,7 @@ def _load(factory: Any, name: str, what: str, **options: Any) -> Any:
 
 
 def _add_adapter(base: PreTrainedModel, adapter: str, model: str, notes: list[str]) -> PeftModel:
-    if Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"--adapter {adapter}: no adapter_config.json in it.")
-    if (Path(adapter).is_absolute() or adapter.startswith((".", "~"))) and not Path(adapter).exists():
-        raise ValueError(f"--adapter {adapter}: no such folder.")
+    _find_adapter(adapter)
     try:
         named = PeftConfig.from_pretrained(adapter).base_model_name_or_path
         loaded = PeftModel.from_pretrained(base, adapter)
@@ -118,3 +126,36 @@ def _add_adapter(base: PreTrainedModel, adapter: str, model: str, notes: list[st
     if named and Path(named).name != Path(model).name:
         notes.append(f"The adapter names {named!r} as its base and is put on {model!r}.")
     return loaded
+
+
+def _find_adapter(adapter: str) -> None:
+    """Say what is wrong with an adapter's place, for which PEFT has one sentence: that it finds no config."""
+    folder = Path(adapter)
+    if folder.exists():
+        if not (folder / CONFIG_NAME).is_file():
+            raise ValueError(f"--adapter {adapter}: no {CONFIG_NAME} in it, so it is no adapter.")
+        names = [SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME]
+        if not any((folder / name).is_file() for name in names):
+            raise ValueError(f"--adapter {adapter}: no {names[0]} in it. Copy it there, or save the adapter again.")
+        path: str | Path = folder / CONFIG_NAME
+        refuse_link(Path(path))
+    elif hub_id(adapter) is None:
+        raise ValueError(f"--adapter {adapter}: no such folder, and no id on the Hub ('owner/name').")
+    else:
+        try:
+            path = hf_hub_download(adapter, CONFIG_NAME)
+        except RepositoryNotFoundError as error:  # which the Hub also says of what one may not see
+            raise ValueError(
+                f"--adapter {adapter}: no such folder, and no such repository on the Hub. Check the name; if it is "
+                f"private or gated, log in with `hf auth login` or set HF_TOKEN."
+            ) from error
+        except LocalEntryNotFoundError as error:
+            raise ValueError(f"--adapter {adapter}: no such folder, and the Hub is not reached: {error}") from error
+        except EntryNotFoundError as error:
+            raise ValueError(f"--adapter {adapter}: no {CONFIG_NAME} in that repository; it is no adapter.") from error
+        except (HfHubHTTPError, OSError) as error:
+            raise ValueError(f"--adapter {adapter}: the Hub refuses: {' '.join(str(error).split())[:300]}") from error
+    try:
+        json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"--adapter {adapter}: its {CONFIG_NAME} is damaged: {error}. Get it again.") from error

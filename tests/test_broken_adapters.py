@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import assert_same, extend, make, snapshot, train
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,14 @@ def truncate(folder: Path, size: int | None = None):
     (folder / WEIGHTS).write_bytes(data[: len(data) // 2 if size is None else size])
 
 
+def link(folder: Path, name: str):
+    """Put a file elsewhere and a link to it in its place."""
+    elsewhere = folder.parent / f"{folder.name} elsewhere"
+    elsewhere.mkdir()
+    (folder / name).rename(elsewhere / name)
+    (folder / name).symlink_to(elsewhere / name)
+
+
 def edit(folder: Path, change):
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
@@ -54,6 +62,8 @@ BREAKS = {
     "truncated": (truncate, {}, [WEIGHTS, "damaged"]),
     "header cut": (lambda f: truncate(f, 20), {}, [WEIGHTS, "damaged"]),
     "empty": (lambda f: truncate(f, 0), {}, [WEIGHTS, "0 bytes", "damaged"]),
+    "weights elsewhere": (lambda f: link(f, WEIGHTS), {}, [WEIGHTS, "is a link to", "Put the file itself there"]),
+    "config elsewhere": (lambda f: link(f, CONFIG), {}, [CONFIG, "is a link to", "Put the file itself there"]),
     "no LoRA tensor": (lambda f: edit(f, lambda t: t.pop(QUERY)), {}, [WEIGHTS, "lacks 1 of", QUERY]),
     "no norm": (lambda f: edit(f, lambda t: t.pop(NORM)), {}, [WEIGHTS, "lacks 1 of", NORM]),
     "no embeddings": (lambda f: edit(f, lambda t: t.pop(EMBEDDINGS)), {}, [WEIGHTS, "lacks 1 of", EMBEDDINGS]),
@@ -112,6 +122,18 @@ def test_a_folder_that_does_not_fit_is_refused_and_the_base_is_untouched(name, d
     assert_same(snapshot(model), before)
     if door == "second adapter":
         assert list(peft_model.peft_config) == ["first"]
+
+
+def test_the_links_of_the_hubs_cache_are_taken(adapter, tmp_path):
+    """There every file of a snapshot is a link to a blob beside it."""
+    repository = tmp_path / "models--me--adapter"
+    snapshot_folder = repository / "snapshots" / "abc"
+    snapshot_folder.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for path in adapter.iterdir():
+        (repository / "blobs" / path.name).write_bytes(path.read_bytes())
+        (snapshot_folder / path.name).symlink_to(Path("..", "..", "blobs", path.name))
+    PeftModel.from_pretrained(make(), snapshot_folder)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])

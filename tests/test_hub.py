@@ -248,13 +248,20 @@ def run_longalpaca(*data):
     return [line for line in printed.getvalue().splitlines() if "record" in line or "Loss" in line]
 
 
-def test_the_longalpaca_example_by_ids_alone(hub, puller, tmp_path):
-    """Model and data from the hub: the numbers are those of the same records in a file."""
+@pytest.fixture(scope="module")
+def coder(hub, tmp_path_factory):
+    """On the hub: a tiny model with a tokenizer."""
+    folder = tmp_path_factory.mktemp("coder")
     torch.manual_seed(1)
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "examples" / "assets" / "stdlib-llama-512")
-    LlamaForCausalLM(tiny_llama_config(vocab_size=len(tokenizer))).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    hub.put("me/coder", {path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    LlamaForCausalLM(tiny_llama_config(vocab_size=len(tokenizer))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    hub.put("me/coder", {path.name: path.read_bytes() for path in folder.iterdir()})
+    return "me/coder"
+
+
+def test_the_longalpaca_example_by_ids_alone(hub, puller, coder, tmp_path):
+    """Model and data from the hub: the numbers are those of the same records in a file."""
     records = tmp_path / "LongAlpaca-12k.json"
     records.write_text(json.dumps(longalpaca_records()))
     hub.put("Yukang/LongAlpaca-12k", {records.name: records.read_bytes()}, kind="dataset")
@@ -592,6 +599,41 @@ def test_a_file_of_no_bytes_is_named_and_the_base_stays(hub, pushed, puller):
     assert "ValueError" in failure.types
     assert re.search(r"adapter_model.safetensors \(0 bytes\) is damaged", failure.message), failure
     assert is_untouched
+
+
+def load_by_our_door(adapter, with_token=True):
+    """What `longlora eval` and `longlora chat` do first."""
+    from peft_longlora.loading import load_model
+
+    token = os.environ.pop("HF_TOKEN")
+    if with_token:
+        os.environ["HF_TOKEN"] = token
+    try:
+        load_model("me/coder", adapter)
+    finally:
+        os.environ["HF_TOKEN"] = token
+
+
+@pytest.mark.parametrize(
+    ("adapter", "with_token", "message"),
+    [
+        ("me/none", True, "no such repository on the Hub. Check the name; .* `hf auth login` or set HF_TOKEN"),
+        ("me/adapter", False, "no such repository on the Hub. .* if it is private or gated, log in"),
+        ("me/base", True, "no adapter_config.json in that repository; it is no adapter"),
+        ("me/../adapter", True, "no such folder, and no id on the Hub"),
+        ("../../etc", True, "no such folder, and no id on the Hub"),
+        ("me/newer", True, "format_version=2: .* pip install -U peft-longlora"),
+        ("me/no-bytes", True, r"\(0 bytes\) is damaged: .* Delete .*blobs.*, or load with force_download=True"),
+        ("me/no-json", True, "its adapter_config.json is damaged: .* Get it again"),
+    ],
+)
+def test_the_command_line_says_what_to_do(hub, pushed, puller, coder, adapter, with_token, message):
+    hub.put("me/newer", changed_adapter(hub, format_version=2))
+    hub.put("me/no-bytes", {**hub.files("me/adapter"), "adapter_model.safetensors": b""})
+    hub.put("me/no-json", {**hub.files("me/adapter"), "adapter_config.json": b"{"})
+    failure = puller(load_by_our_door, adapter, with_token)
+    assert failure.types[0] == "ValueError" and f"--adapter {adapter}" in failure.message, failure
+    assert re.search(message, failure.message), failure
 
 
 def read_config(repo_id):

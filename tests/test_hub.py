@@ -618,7 +618,7 @@ def load_by_our_door(adapter, with_token=True):
     ("adapter", "with_token", "message"),
     [
         ("me/none", True, "no such repository on the Hub. Check the name; .* `hf auth login` or set HF_TOKEN"),
-        ("me/adapter", False, "no such repository on the Hub. .* if it is private or gated, log in"),
+        ("me/hidden", False, "no such repository on the Hub. .* if it is private or gated, log in"),
         ("me/base", True, "no adapter_config.json in that repository; it is no adapter"),
         ("me/../adapter", True, "no such folder, and no id on the Hub"),
         ("../../etc", True, "no such folder, and no id on the Hub"),
@@ -628,6 +628,7 @@ def load_by_our_door(adapter, with_token=True):
     ],
 )
 def test_the_command_line_says_what_to_do(hub, pushed, puller, coder, adapter, with_token, message):
+    hub.put("me/hidden", hub.files("me/adapter"), private=True)
     hub.put("me/newer", changed_adapter(hub, format_version=2))
     hub.put("me/no-bytes", {**hub.files("me/adapter"), "adapter_model.safetensors": b""})
     hub.put("me/no-json", {**hub.files("me/adapter"), "adapter_config.json": b"{"})

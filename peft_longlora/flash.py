@@ -8,6 +8,7 @@ Nothing is imported from a kernel's package, and CUDA is not initialised, before
 from __future__ import annotations
 
 import importlib
+import inspect
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -138,9 +139,15 @@ def download_kernel(name: str) -> ModuleType | str:
 
 
 class PackagedKernel(Kernel):
-    """A kernel of a package of its own, or the same from the Hub once `may_download` is set."""
+    """A kernel of a package of its own, or the same from the Hub once `may_download` is set.
+
+    Attributes:
+        module: where its interface is.
+        outdated: a function there, and an argument that only older interfaces than the one called here have.
+    """
 
     module: ClassVar[str]
+    outdated: ClassVar[tuple[str, str]] = ("", "")
 
     def __init__(self, may_download: bool = False):
         self.may_download = may_download
@@ -152,6 +159,16 @@ class PackagedKernel(Kernel):
             from_hub = download_kernel(self.name)
             return f"{found}, and {from_hub}" if isinstance(from_hub, str) else from_hub
         return found
+
+    def missing(self, device: torch.device) -> str | None:
+        """As `Kernel.missing`, or that the package is older than the interface that is called here."""
+        if reason := super().missing(device):
+            return reason
+        function, argument = self.outdated
+        call = getattr(self.load(), function, None)
+        if call is not None and argument in inspect.signature(call).parameters:
+            return f"the `{self.module}` that is installed is too old: its {function} takes {argument!r}"
+        return None
 
 
 class FlashAttention4(PackagedKernel):
@@ -195,6 +212,7 @@ class FlashAttention3(PackagedKernel):
     name = "flash_attention_3"
     install = "pip install kernels, or build hopper/ of github.com/Dao-AILab/flash-attention"
     module = "flash_attn_interface"
+    outdated = ("_flash_attn_forward", "out")
     capabilities = (9, 9)
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
@@ -225,6 +243,7 @@ class FlashAttention2(PackagedKernel):
     name = "flash_attention_2"
     install = "pip install flash-attn --no-build-isolation, or pip install kernels"
     module = "flash_attn.flash_attn_interface"
+    outdated = ("_flash_attn_varlen_forward", "window_size")
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
         """As `Kernel.forward`."""

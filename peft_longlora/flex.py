@@ -60,7 +60,10 @@ def attend_flex(
         keys, values = (x.split((h_kv, kv_heads - h_kv), dim=1) if h_kv else (x, x) for x in (k, v))
         halves = [x for x in zip(("straight", "shifted"), queries, keys, values, strict=True) if x[1].shape[1]]
     attend = _flex_attention(query.device.type == "cuda")
-    score_mod = _soften(softcap) if softcap else None
+    score_mod = None
+    if softcap:  # in a tensor: torch.compile with dynamic shapes makes of a captured number what FlexAttention refuses
+        cap = groups.once(("softcap", softcap, q.device), lambda: torch.tensor(softcap, device=q.device))
+        score_mod = groups.once(("soften", softcap, q.device), lambda: _soften(cap))
     outputs = [
         attend(
             q,
@@ -77,8 +80,7 @@ def attend_flex(
     return out.transpose(1, 2).view(batch, length, heads, -1)
 
 
-@cache
-def _soften(softcap: float) -> Callable:
+def _soften(softcap: torch.Tensor) -> Callable:
     def soften(score, b, h, q, k):
         return softcap * torch.tanh(score / softcap)
 

@@ -110,6 +110,7 @@ def gemma2(attention: str) -> Gemma2ForCausalLM:
     config = Gemma2Config(
         **{**SIZES, "head_dim": 64, "vocab_size": 97, "num_hidden_layers": 2, "attn_logit_softcapping": 5.0},
         query_pre_attn_scalar=4,  # large scores, so that the cap acts
+        initializer_range=0.05,
         sliding_window=64,
         attn_implementation=attention,
     )
@@ -134,7 +135,7 @@ def test_softcap_in_a_model(backend):
         capped = model(input_ids=tokens, use_cache=False).logits
         for layer in model.model.layers:
             layer.self_attn.attn_logit_softcapping = None
-        assert differs(model(input_ids=tokens, use_cache=False).logits, capped) > 0.02
+        assert differs(model(input_ids=tokens, use_cache=False).logits, capped) > 0.2
 
 
 def test_a_kernel_is_chosen_for_every_head_of_the_table():

@@ -262,6 +262,28 @@ def run_backward(dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens, scaling):
             grad.copy_(given)
 
 
+def test_a_package_with_an_older_interface_counts_as_missing(monkeypatch):
+    """flash-attn before 2.7, and FlashAttention-3 from before it was an operator, take other arguments."""
+
+    def _flash_attn_varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_size):
+        raise AssertionError("never called")
+
+    def _flash_attn_forward(q, k, v, k_new, v_new, qv, out):
+        raise AssertionError("never called")
+
+    monkeypatch.setattr(flash.Kernel, "missing", lambda self, device: None)
+    for name, old in (
+        ("flash_attention_2", _flash_attn_varlen_forward),
+        ("flash_attention_3", _flash_attn_forward),
+    ):
+        module = types.SimpleNamespace(**{old.__name__: old})
+        monkeypatch.setattr(type(KERNELS[name]), "load", lambda self, module=module: module)
+        assert "is too old" in KERNELS[name].missing(CPU)
+        upstream = types.SimpleNamespace(**(upstream_fa2() if name == "flash_attention_2" else upstream_fa3()))
+        monkeypatch.setattr(type(KERNELS[name]), "load", lambda self, module=upstream: module)
+        assert KERNELS[name].missing(CPU) is None
+
+
 @pytest.mark.parametrize(
     ("backend", "name", "upstream"),
     [

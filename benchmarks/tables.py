@@ -1,0 +1,87 @@
+"""The tables of docs/attention.md and of the README, from the numbers that the benchmarks wrote.
+
+    python benchmarks/tables.py benchmarks/results/attention_h200.json benchmarks/results/variants_h200.json
+
+The kind of table follows from what is in the file. A test compares the tables with the pages.
+"""
+
+import argparse
+import json
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def number(row: dict, key: str, digits: int = 2) -> str:
+    return f"{row[key]:.{digits}f}" if key in row else ""
+
+
+def attention_table(result: dict) -> list[str]:
+    """Every method of every case."""
+    head = ["H / H_kv, N, G", "method", "fwd ms", "fwd + bwd ms", "TFLOP/s", "R fwd", "R", "R as CUDA graph"]
+    rows = []
+    for case in result["cases"]:
+        label = case["name"]
+        for name, row in case["rows"].items():
+            name = name.replace("full ", "full, ", 1).replace("S2 ", "S2, ", 1)
+            ratio = number(row, "R")
+            cells = [
+                number(row, "forward_ms"),
+                number(row, "both_ms"),
+                number(row, "tflops", 0),
+                number(row, "R_forward"),
+            ]
+            cells += [f"**{ratio}**" if name == "S2, flash_attention_4" else ratio, number(row, "R_graph")]
+            rows.append([label, name, *cells, number(row, "faster_than_original"), number(row, "peak_mib", 0)])
+            label = ""
+    return table([*head, "x original", "peak MiB"], rows)
+
+
+def short_table(result: dict) -> list[str]:
+    """The fastest kernel in every case."""
+    rows = []
+    for case in result["cases"]:
+        full, row = (case["rows"][f"{name} flash_attention_4"] for name in ("full", "S2"))
+        cells = number(full, "both_ms"), number(row, "both_ms"), f"{case['share']:.3f}", number(row, "R")
+        rows.append([case["name"], *cells, number(row, "faster_than_original")])
+    return table(["H / H_kv, N, G", "full, ms", "S2, ms", "share of the work", "R", "x original"], rows)
+
+
+def growth_table(result: dict) -> list[str]:
+    """Time and work a token at a fixed group size."""
+    keys = dict(both_ms=2, us_a_token=4, keys_a_token=0, ns_a_key=4, peak_mib=0)
+    rows = [[str(row["tokens"]), *(number(row, *key) for key in keys.items())] for row in result["growth"]]
+    return table(["tokens", "ms", "us a token", "keys a token and head", "ns a key", "peak MiB"], rows)
+
+
+def variants_table(result: dict) -> list[str]:
+    """The ways of computing it, in one run."""
+    keys = dict(forward_ms=2, both_ms=2, R_forward=2, R_backward=2, R=3, graph_ms=2, host_ms=2)
+    rows = [[name, *(number(row, *key) for key in keys.items())] for name, row in result["rows"].items()]
+    return table(["", "fwd ms", "fwd + bwd ms", "R fwd", "R bwd", "R", "as CUDA graph ms", "host ms"], rows)
+
+
+def tables(result: dict) -> dict[str, list[str]]:
+    """The tables that the numbers of one file make."""
+    if "rows" in result:
+        return {"variants": variants_table(result)}
+    found = {"attention": attention_table(result)}
+    if all("S2 flash_attention_4" in case["rows"] for case in result["cases"]):
+        found["short"] = short_table(result)
+    if result["growth"]:
+        found["growth"] = growth_table(result)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", help="what attention.py or variants.py wrote")
+    for path in parser.parse_args().files:
+        with open(path) as file:
+            for name, lines in tables(json.load(file)).items():
+                print(f"\n{path}: {name}\n", *lines, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

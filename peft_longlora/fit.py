@@ -5,12 +5,18 @@ Called by `model` while an adapter is added; changes nothing.
 
 from __future__ import annotations
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import nn
 
 from peft_longlora import rope
 from peft_longlora.config import LongLoraConfig
+
+
+def rows_of(embeddings: nn.Module) -> int:
+    """Number of tokens of an embedding layer, whether or not its weight is in this process (DeepSpeed ZeRO-3)."""
+    return getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
 
 
 def check_base(config: LongLoraConfig, model: nn.Module) -> None:
@@ -21,8 +27,8 @@ def check_base(config: LongLoraConfig, model: nn.Module) -> None:
     text_config = model.config.get_text_config()
     states = getattr(model, rope.STATES, None)
     window = states[0].max_position_embeddings if states else text_config.max_position_embeddings
-    rows = model.get_input_embeddings().weight.shape[0]
-    if config.vocab_size is not None and config.train_embeddings and rows not in (config.vocab_size, 0):
+    rows = rows_of(model.get_input_embeddings())
+    if config.vocab_size is not None and config.train_embeddings and rows != config.vocab_size:
         raise ValueError(
             f"The adapter was made for a vocabulary of {config.vocab_size} tokens, this model has {rows}. The "
             f"vocabulary is never resized: load the base that the adapter names "
@@ -55,6 +61,20 @@ def check_loader(config: LongLoraConfig) -> None:
             f"it with peft: PeftModel.from_pretrained(model, folder). To give that a config of your own, read it with "
             f"LongLoraConfig.from_pretrained(folder), not with PeftConfig."
         )
+
+
+def check_whole(state: dict[str, torch.Tensor], adapter_name: str) -> None:
+    """Refuse to save an adapter whose weights other processes hold.
+
+    Raises: ValueError: a tensor of the adapter is empty.
+    """
+    for name, tensor in state.items():
+        if f".{adapter_name}." in f"{name}." and tensor.numel() == 0:
+            raise ValueError(
+                f"{name} is empty here: DeepSpeed ZeRO-3 shares weights out over the processes, and the adapter would "
+                f"be saved without it. Save with trainer.save_model(), or with model.save_pretrained(folder, "
+                f"state_dict=state), where state = accelerator.get_state_dict(engine) is called by all processes."
+            )
 
 
 def check_file(config: LongLoraConfig, wanted: dict[str, tuple[int, ...]]) -> None:

@@ -151,7 +151,7 @@ class LongLoraModel(LoraModel):
         names = list(config.modules_to_save or ())
         if config.train_embeddings:
             names += trainable.find_embeddings(model)
-            config.vocab_size = model.get_input_embeddings().weight.shape[0]
+            config.vocab_size = fit.rows_of(model.get_input_embeddings())
             tied = self._tied_names()
             if config.base_context_length is not None and config.ensure_weight_tying and not tied:
                 raise ValueError(
@@ -254,6 +254,25 @@ class LongLoraModel(LoraModel):
                 for wrapper in self.model.modules()
                 if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save
             )
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Tie embeddings and output layer again, in the base and in the trained copies.
+
+        Called by accelerate, whose memory-saving start of FSDP2 unties them; the base's own method does not see through
+        PEFT's wrappers.
+        """
+        embeddings, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if not isinstance(embeddings, ModulesToSaveWrapper) or not isinstance(head, ModulesToSaveWrapper):
+            self.model.tie_weights(*args, **kwargs)
+        elif any(config.ensure_weight_tying for config in self.peft_config.values()):
+            head.original_module.weight = embeddings.original_module.weight
+            for name, copy in head.modules_to_save.items():
+                copy.weight = embeddings.modules_to_save[name].weight
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *, adapter_name: str, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        fit.check_whole(state_dict, adapter_name)
+        return super()._get_adapter_state_dict(adapter_name=adapter_name, state_dict=state_dict, **kwargs)
 
     # -- switching, merging and removing ---------------------------------------------------------------------------
 

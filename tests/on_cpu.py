@@ -1,0 +1,35 @@
+"""Run a script as one of several CPU processes, where `accelerate launch` wants GPUs for its configuration.
+
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml tests/on_cpu.py SCRIPT ARGUMENTS ...
+
+accelerate averages gradients (DDP) on CPUs as well, but shards models (FSDP, DeepSpeed) on accelerators only. Its
+questions are answered here: told that there are several devices, reached through gloo, and that they compute in bfloat16,
+it goes the same ways as on GPUs.
+"""
+
+import contextlib
+import os
+import runpy
+import sys
+from unittest import mock
+
+import torch
+from accelerate.state import DistributedType, PartialState
+
+if __name__ == "__main__":
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    answers = [mock.patch("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)]
+    if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED")):
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        found = ("gloo", DistributedType.MULTI_GPU)
+        # "Offloaded" weights are pinned for the copy to a device, of which there is none.
+        answers.append(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, *_, **__: tensor))
+        answers.append(mock.patch.object(PartialState, "_prepare_backend", lambda *_, **__: found))
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    sys.argv = sys.argv[1:]
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    with contextlib.ExitStack() as stack:
+        for answer in answers:
+            stack.enter_context(answer)
+        runpy.run_path(sys.argv[0], run_name="__main__")

@@ -7,6 +7,8 @@ streamed. A row is one window of one document, so let documents be longer than t
 recipe (arXiv:2309.12307: AdamW .9/.95, 2e-5, 20 steps of warm-up, 1000 steps of 8 windows a GPU, on 8 GPUs), but for
 RoPE: YaRN instead of linear. 2e-5 is low for LoRA; 2e-4 trains faster.
 
+On several GPUs: `accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/extend_context.py --model ...`
+
 Hardware: on one CPU core the embedded model (--model examples/assets/stdlib-llama-512 --context-length 2048 --max-steps
 10 --accumulation 2 --learning-rate 1e-3 --warmup-steps 2 --eval-windows 4, 49 books) takes 1.1 minutes; a 7B model
 needs a GPU: not measured. The Trainer holds the logits of a whole window (window x vocabulary x 4 bytes, a few times
@@ -18,7 +20,14 @@ import argparse
 import torch
 from datasets import IterableDataset
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+)
 
 from peft_longlora import LongLoraConfig
 from peft_longlora.data import Counts, read_documents, to_windows
@@ -39,6 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rope-type", default="yarn", help="linear (the paper's), ntk, dynamic, yarn, llama3")
     parser.add_argument("--group-size", type=int, help="tokens; default: a quarter of the window")
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--four-bit", action="store_true", help="keep the base in 4 bits (bitsandbytes, nf4)")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--max-steps", type=int, default=1000)
     parser.add_argument("--warmup-steps", type=int, default=20)
@@ -66,9 +76,34 @@ def main() -> None:
     train_data = IterableDataset.from_generator(windows, gen_kwargs={"sources": args.data, "counts": counts})
     eval_data = IterableDataset.from_generator(windows, gen_kwargs={"sources": args.eval_data, "counts": Counts()})
 
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=torch.bfloat16 if has_gpu else torch.float32, attn_implementation="s2_attn"
+    # Before the model: DeepSpeed ZeRO-3 shares its weights out while they are loaded.
+    arguments = TrainingArguments(
+        output_dir=args.output,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=args.accumulation,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=args.warmup_steps,
+        adam_beta2=0.95,
+        bf16=has_gpu,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        accelerator_config={"dispatch_batches": False},  # rows differ in length: each process reads its own
+        logging_steps=1 if args.max_steps < 100 else 10,
+        save_steps=args.save_steps,
+        eval_on_start=bool(args.eval_data),
+        dataloader_pin_memory=has_gpu,
+        report_to="none",
+        seed=args.seed,
     )
+    dtype = torch.bfloat16 if has_gpu else torch.float32
+    four_bit = {}
+    if args.four_bit:  # stored as the other weights are, so that FSDP can share them out
+        four_bit = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype)
+        four_bit = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **four_bit)}
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="s2_attn", **four_bit)
     config = LongLoraConfig(
         r=args.rank,
         lora_alpha=2 * args.rank,
@@ -82,38 +117,19 @@ def main() -> None:
 
     trainer = Trainer(
         model,
-        TrainingArguments(
-            output_dir=args.output,
-            max_steps=args.max_steps,
-            per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=1,
-            gradient_accumulation_steps=args.accumulation,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=args.warmup_steps,
-            adam_beta2=0.95,
-            bf16=has_gpu,
-            gradient_checkpointing=True,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            accelerator_config={"dispatch_batches": False},  # rows differ in length: each process reads its own
-            logging_steps=1 if args.max_steps < 100 else 10,
-            save_steps=args.save_steps,
-            dataloader_pin_memory=has_gpu,
-            report_to="none",
-            seed=args.seed,
-        ),
+        arguments,
         train_dataset=train_data.shuffle(seed=args.seed, buffer_size=max(64, 2**22 // args.context_length)),
         eval_dataset=eval_data.take(args.eval_windows) if args.eval_data else None,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
-    if args.eval_data:
-        print(f"Loss before, RoPE rescaled, dense attention: {trainer.evaluate()['eval_loss']:.4f}")
     trainer.train(resume_from_checkpoint=args.resume)
+    say = trainer.accelerator.print
     if args.eval_data:
-        print(f"Loss after, dense attention: {trainer.evaluate()['eval_loss']:.4f}")
+        before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+        say(f"Loss before, RoPE rescaled, dense attention: {before:.4f}")
+        say(f"Loss after, dense attention: {trainer.evaluate()['eval_loss']:.4f}")
     trainer.save_model()
-    tokenizer.save_pretrained(args.output)
-    print(f"Text read: {counts}.\nThe adapter is in {args.output}.")
+    say(f"Text read: {counts}.\nThe adapter is in {args.output}.")
 
 
 if __name__ == "__main__":

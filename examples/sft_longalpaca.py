@@ -7,6 +7,8 @@
 "output"}. The prompt is the tokenizer's chat template, or Llama 2's [INST] where it has none. A record longer than
 --max-length is never cut silently: see --too-long.
 
+On several GPUs: `accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/sft_longalpaca.py --model ...`
+
 Hardware: on one CPU core the embedded model (--model examples/assets/stdlib-llama-512 --max-length 2048 --max-steps 4
 --accumulation 1 --learning-rate 1e-3 --warmup-steps 1 --eval-records 4, 100 records) takes 0.6 minutes; a 7B model
 needs a GPU: not measured.
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from peft_longlora import LongLoraConfig
@@ -37,6 +39,7 @@ def parse_args() -> argparse.Namespace:
                         help="of longer records: cut the prompt's middle out, leave them out, or stop")  # fmt: skip
     parser.add_argument("--no-packing", action="store_true", help="one record a row")
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--four-bit", action="store_true", help="keep the base in 4 bits (bitsandbytes, nf4)")
     parser.add_argument("--learning-rate", type=float, default=2e-5, help="the paper's; 2e-4 trains LoRA faster")
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--max-steps", type=int, default=-1, help="instead of --epochs")
@@ -62,9 +65,35 @@ def main() -> None:
     split = len(rows) - args.eval_records
     print(f"{counts.documents} records read, {split} to train on, {args.eval_records} held out")
 
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=torch.bfloat16 if has_gpu else torch.float32, attn_implementation="s2_attn"
+    # Before the model: DeepSpeed ZeRO-3 shares its weights out while they are loaded.
+    arguments = SFTConfig(
+        output_dir=args.output,
+        max_length=args.max_length,
+        packing=not args.no_packing,
+        eval_packing=False,
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=args.accumulation,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=args.warmup_steps,
+        adam_beta2=0.95,
+        bf16=has_gpu,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=1,
+        dataloader_pin_memory=has_gpu,
+        report_to="none",
+        seed=args.seed,
+        eval_on_start=bool(args.eval_records),
     )
+    dtype = torch.bfloat16 if has_gpu else torch.float32
+    four_bit = {}
+    if args.four_bit:  # stored as the other weights are, so that FSDP can share them out
+        four_bit = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype)
+        four_bit = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **four_bit)}
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="s2_attn", **four_bit)
     config = LongLoraConfig(
         r=args.rank, lora_alpha=2 * args.rank, context_length=args.max_length, task_type="CAUSAL_LM"
     )
@@ -73,39 +102,19 @@ def main() -> None:
 
     trainer = SFTTrainer(
         model,
-        SFTConfig(
-            output_dir=args.output,
-            max_length=args.max_length,
-            packing=not args.no_packing,
-            eval_packing=False,
-            num_train_epochs=args.epochs,
-            max_steps=args.max_steps,
-            per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=1,
-            gradient_accumulation_steps=args.accumulation,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=args.warmup_steps,
-            adam_beta2=0.95,
-            bf16=has_gpu,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            logging_steps=1,
-            dataloader_pin_memory=has_gpu,
-            report_to="none",
-            seed=args.seed,
-        ),
+        arguments,
         train_dataset=Dataset.from_list(rows[:split]),
         eval_dataset=Dataset.from_list(rows[split:]) if args.eval_records else None,
         processing_class=tokenizer,
     )
-    if args.eval_records:
-        print(f"Loss of held-out answers before, dense attention: {trainer.evaluate()['eval_loss']:.4f}")
     trainer.train()
+    say = trainer.accelerator.print
     if args.eval_records:
-        print(f"Loss of held-out answers after, dense attention: {trainer.evaluate()['eval_loss']:.4f}")
+        before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+        say(f"Loss of held-out answers before, dense attention: {before:.4f}")
+        say(f"Loss of held-out answers after, dense attention: {trainer.evaluate()['eval_loss']:.4f}")
     trainer.save_model()
-    tokenizer.save_pretrained(args.output)
-    print(f"The adapter is in {args.output}.")
+    say(f"The adapter is in {args.output}.")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ over), which TRL's SFTTrainer does not.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from datasets import IterableDataset
@@ -78,26 +79,15 @@ def main() -> None:
 
     # Before the model: DeepSpeed ZeRO-3 shares its weights out while they are loaded.
     arguments = TrainingArguments(
-        output_dir=args.output,
-        max_steps=args.max_steps,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=1,
-        gradient_accumulation_steps=args.accumulation,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=args.warmup_steps,
-        adam_beta2=0.95,
-        bf16=has_gpu,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        output_dir=args.output, max_steps=args.max_steps, save_steps=args.save_steps, seed=args.seed, report_to="none",
+        per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=1,
+        gradient_accumulation_steps=args.accumulation, learning_rate=args.learning_rate, adam_beta2=0.95,
+        lr_scheduler_type="constant_with_warmup", warmup_steps=args.warmup_steps, bf16=has_gpu,
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
         accelerator_config={"dispatch_batches": False},  # rows differ in length: each process reads its own
-        logging_steps=1 if args.max_steps < 100 else 10,
-        save_steps=args.save_steps,
-        eval_on_start=bool(args.eval_data),
+        logging_steps=1 if args.max_steps < 100 else 10, eval_on_start=bool(args.eval_data),
         dataloader_pin_memory=has_gpu,
-        report_to="none",
-        seed=args.seed,
-    )
+    )  # fmt: skip
     dtype = torch.bfloat16 if has_gpu else torch.float32
     four_bit = {}
     if args.four_bit:  # stored as the other weights are, so that FSDP can share them out
@@ -122,7 +112,10 @@ def main() -> None:
         eval_dataset=eval_data.take(args.eval_windows) if args.eval_data else None,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
-    trainer.train(resume_from_checkpoint=args.resume)
+    # The state is written last: a checkpoint without it was cut short, by a full disk or a killed process.
+    whole = [path.parent for path in Path(args.output).glob("checkpoint-*/trainer_state.json")]
+    last = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    trainer.train(resume_from_checkpoint=str(last) if args.resume and last else args.resume)
     say = trainer.accelerator.print
     if args.eval_data:
         before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
@@ -80,7 +79,7 @@ def train(
     )
     config = LongLoraConfig(r=4, context_length=128, group_size=16, lora_dropout=dropout, task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
-    data = Dataset.from_dict({"input_ids": ROWS, "labels": ROWS})
+    data = [{"input_ids": row, "labels": row} for row in ROWS]
     callbacks = [Fault(**fault)] if fault else None
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)

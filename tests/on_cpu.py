@@ -2,9 +2,8 @@
 
     accelerate launch --config_file examples/accelerate/fsdp2.yaml tests/on_cpu.py SCRIPT ARGUMENTS ...
 
-accelerate averages gradients (DDP) on CPUs as well, but shards models (FSDP, DeepSpeed) on accelerators only. Here it is
-told that there are several devices, reached through gloo, which compute in bfloat16: then it goes the same ways as on
-GPUs.
+accelerate averages gradients (DDP) on CPUs as well, but shards models (FSDP, DeepSpeed) on accelerators only. Here it
+is told that there are several devices, reached through gloo, which compute in bfloat16; the rest goes as on GPUs.
 """
 
 import contextlib

@@ -107,6 +107,9 @@ def main() -> None:
         eval_dataset=Dataset.from_list(rows[split:]) if args.eval_records else None,
         processing_class=tokenizer,
     )
+    for parameter in model.parameters():
+        if args.four_bit and parameter.requires_grad:  # TRL has rounded it to bf16, which small steps cannot move
+            parameter.data = parameter.data.float()
     trainer.train()
     say = trainer.accelerator.print
     if args.eval_records:

@@ -29,16 +29,23 @@ needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reaso
 ZERO = [pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)]
 
 
-def start(config: str, script: str, *args, processes: int = 2, options: tuple = ()) -> list[str]:
+def start(config: str, script: Path, *args, processes: int = 2, options: tuple = (), on_gpu: bool = False) -> list[str]:
     """The command line of a user, but for on_cpu.py."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{config}.yaml"]
     command += ["--main_process_port", 0, "--num_processes", processes, *options]
-    return [str(part) for part in (*command, ROOT / "tests" / "on_cpu.py", script, *args)]
+    scripts = [script] if on_gpu else [ROOT / "tests" / "on_cpu.py", script]
+    return [str(part) for part in (*command, *scripts, *args)]
+
+
+def is_on_gpu(command: list[str]) -> bool:
+    return "accelerate.commands.launch" in command and not any(part.endswith("on_cpu.py") for part in command)
 
 
 def run(command: list[str], timeout: float = 300) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not is_on_gpu(command):
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
@@ -287,6 +294,56 @@ def test_examples_under_accelerate_launch(script, config, tmp_path, texts):
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
     assert (two / "tokenizer.json").is_file() and (two / "README.md").is_file()
+
+
+# -- GPUs: pytest -m gpu tests/test_data_parallel.py -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpu_base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu_base")  # heads of 64: a size that every kernel takes
+    sizes = dict(hidden_size=256, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
+    make(tie_word_embeddings=True, **sizes).save_pretrained(folder)
+    return folder
+
+
+def gpu_runs(base: Path, folder: Path, batch_size: int) -> dict[str, dict]:
+    runs = {
+        "float32": {},
+        "bfloat16": dict(dtype="bfloat16", bf16=True),
+        "rest": dict(resume=folder / "float32" / "checkpoint-2"),
+        "4bit": dict(dtype="bfloat16", is_four_bit=True),
+    }
+    if find_spec("bitsandbytes") is None:
+        del runs["4bit"]
+    return {name: dict(run, base=base, output=folder / name, batch_size=batch_size) for name, run in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def one_gpu(tmp_path_factory, gpu_base) -> Path:
+    folder = tmp_path_factory.mktemp("one_gpu")
+    launch(folder, "ddp", list(gpu_runs(gpu_base, folder, 4).values()), processes=1, on_gpu=True)
+    return folder
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", "fsdp2_offload", *ZERO])
+def test_two_gpus_train_as_one(config, tmp_path, gpu_base, one_gpu):
+    runs = gpu_runs(gpu_base, tmp_path, 2)
+    launch(tmp_path, config, list(runs.values()), on_gpu=True)
+    for name in runs:
+        is_float32 = name in ("float32", "rest")
+        found, expected = read_losses(tmp_path / name), read_losses(one_gpu / name)
+        print(f"{config} {name}: {found} (one GPU: {expected})")
+        assert found == pytest.approx(expected, rel=1e-4 if is_float32 else 8e-3)
+        if is_float32:
+            assert_equal_runs(tmp_path / name, one_gpu / name, rtol=1e-4)
+            assert_whole_adapter(gpu_base, tmp_path / name)
+        else:
+            models = [load(gpu_base, folder / name, torch.bfloat16) for folder in (tmp_path, one_gpu)]
+            ours, truth = (logits(model).float() for model in models)
+            assert (ours - truth).abs().mean() < 0.02 * truth.std()
 
 
 # -- faults --------------------------------------------------------------------------------------------------------

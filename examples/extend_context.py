@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a rotary causal language model: folder or Hub id")
     parser.add_argument("--data", required=True, nargs="+", help="files, folders or Hub ids")
     parser.add_argument("--eval-data", nargs="+", default=[], help="the same, for the loss before and after (dense)")
-    parser.add_argument("--eval-windows", type=int, default=16, help="windows measured of --eval-data")
+    parser.add_argument("--eval-windows", type=int, default=16, help="of --eval-data; a multiple of the GPUs")
     parser.add_argument("--split", default="train", help="split of Hub datasets")
     parser.add_argument("--config", help="configuration of Hub datasets")
     parser.add_argument("--text-field", default="text")
@@ -74,8 +74,10 @@ def main() -> None:
         return to_windows(read_documents(sources, **options), tokenizer, args.context_length, counts)
 
     counts = Counts()
-    train_data = IterableDataset.from_generator(windows, gen_kwargs={"sources": args.data, "counts": counts})
-    eval_data = IterableDataset.from_generator(windows, gen_kwargs={"sources": args.eval_data, "counts": Counts()})
+    # Tuples: lists would be dealt out to the processes file by file, which then run out of rows at different times.
+    train, held_out = {"sources": tuple(args.data), "counts": counts}, {"sources": tuple(args.eval_data)}
+    train_data = IterableDataset.from_generator(windows, gen_kwargs=train)
+    eval_data = IterableDataset.from_generator(windows, gen_kwargs={**held_out, "counts": Counts()})
 
     # Before the model: DeepSpeed ZeRO-3 shares its weights out while they are loaded.
     arguments = TrainingArguments(

@@ -42,15 +42,6 @@ class Fault(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(self.amount), resource.RLIM_INFINITY))
 
 
-def four_bit() -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_quant_storage=torch.bfloat16,
-    )
-
-
 def train(
     base: str,
     output: str,
@@ -73,10 +64,11 @@ def train(
         learning_rate=5e-3, weight_decay=0.0, logging_steps=1, report_to="none", disable_tqdm=True, seed=0,
         dataloader_pin_memory=False, lr_scheduler_type="constant", **changes,
     )  # fmt: skip
-    quantised = {"quantization_config": four_bit()} if is_four_bit else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=getattr(torch, dtype), attn_implementation="s2_attn", **quantised
-    )
+    dtype, quantised = getattr(torch, dtype), {}
+    if is_four_bit:
+        types = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype)
+        quantised["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **types)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="s2_attn", **quantised)
     config = LongLoraConfig(r=4, context_length=128, group_size=16, lora_dropout=dropout, task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     data = [{"input_ids": row, "labels": row} for row in ROWS]

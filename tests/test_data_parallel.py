@@ -27,11 +27,14 @@ CONFIGS = ROOT / "examples" / "accelerate"
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 ZERO = [pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)]
+# DeepSpeed keeps small weights, which here are all, in every process. This shares out the last one.
+EVERY_WEIGHT = pytest.param("zero3_every_weight", marks=needs_deepspeed)
 
 
 def start(config: str, script: Path, *args, processes: int = 2, options: tuple = (), on_gpu: bool = False) -> list[str]:
     """The command line of a user, but for on_cpu.py."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{config}.yaml"]
+    path = (ROOT / "tests" if config == "zero3_every_weight" else CONFIGS) / f"{config}.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path]
     command += ["--main_process_port", 0, "--num_processes", processes, *options]
     scripts = [script] if on_gpu else [ROOT / "tests" / "on_cpu.py", script]
     return [str(part) for part in (*command, *scripts, *args)]
@@ -46,7 +49,7 @@ def run(command: list[str], timeout: float = 300) -> subprocess.CompletedProcess
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not is_on_gpu(command):
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
 
 def launch(folder: Path, config: str, runs: list[dict], **kwargs) -> None:
@@ -123,7 +126,7 @@ def assert_whole_adapter(base: Path, folder: Path) -> None:
     before = logits(model)
     merged = model.merge_and_unload()
     assert (merged.get_input_embeddings().weight is merged.get_output_embeddings().weight) == is_tied
-    torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-3)
 
 
 def test_fsdp2_trains_as_one_process_and_resumes(tmp_path, bases, alone):
@@ -169,7 +172,7 @@ def test_an_adapter_without_its_weights_is_not_saved(tmp_path, bases):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["ddp", "fsdp2", "fsdp2_offload", *ZERO])
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", "fsdp2_offload", *ZERO, EVERY_WEIGHT])
 def test_every_strategy_trains_as_one_process_and_resumes(config, tmp_path, bases, alone):
     """float32 to 1e-5, bfloat16 to what it resolves; dropout on where a run is compared with itself resumed."""
     runs, checks = [], []
@@ -212,17 +215,17 @@ def test_fsdp2_starts_from_one_copy_in_memory(tmp_path, bases, alone):
 
 @pytest.mark.slow
 @needs_bitsandbytes
-@pytest.mark.parametrize("config", ["ddp", "fsdp2", "fsdp2_offload", *ZERO])
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", "fsdp2_offload", *ZERO, EVERY_WEIGHT])
 def test_a_base_of_4_bits_is_shared_out(config, tmp_path, bases, alone):
-    settings = dict(base=str(bases["wide"]), dtype="bfloat16", is_four_bit=True)
-    launch(tmp_path, config, [dict(settings, output=tmp_path / "out", batch_size=2)])
-    expected = alone(**settings)
-    assert read_losses(tmp_path / "out") == pytest.approx(read_losses(expected), rel=4e-3)
-    found, truth = adapter(tmp_path / "out"), adapter(expected)
-    assert found.keys() == truth.keys() and {t.dtype for t in found.values()} == {torch.float32}
-    models = [load(bases["wide"], folder, torch.bfloat16) for folder in (tmp_path / "out", expected)]
-    found, truth = (logits(model).float() for model in models)
-    assert (found - truth).abs().mean() < 0.02 * truth.std()
+    """float32 beside the 4 bits, so that nothing but the order of sums may differ; in bfloat16 it has to run."""
+    runs = [dict(base=str(bases["wide"]), is_four_bit=True), dict(base=str(bases["wide"]), is_four_bit=True)]
+    runs[1].update(dtype="bfloat16", bf16=True)
+    folders = [tmp_path / "float32", tmp_path / "bfloat16"]
+    launch(tmp_path, config, [dict(r, output=f, batch_size=2) for r, f in zip(runs, folders, strict=True)])
+    assert_equal_runs(folders[0], alone(**runs[0]))
+    assert_whole_adapter(bases["wide"], folders[0])
+    assert read_losses(folders[1]) == pytest.approx(read_losses(alone(**runs[1])), rel=8e-3)
+    assert adapter(folders[1]).keys() == adapter(folders[0]).keys()
 
 
 @pytest.mark.slow
@@ -254,7 +257,7 @@ def test_zero_refuses_another_number_of_processes_but_its_adapter_loads(config, 
 @needs_deepspeed
 def test_saving_by_hand_under_zero3_is_refused(tmp_path, bases):
     by_hand = dict(base=bases["tied"], output=tmp_path / "out", batch_size=2, save_by_hand=True)
-    assert "DeepSpeed ZeRO-3 shares weights out" in launch_to_fail(tmp_path, "zero3", [by_hand])
+    assert "DeepSpeed ZeRO-3 shares weights out" in launch_to_fail(tmp_path, "zero3_every_weight", [by_hand])
 
 
 # -- examples ------------------------------------------------------------------------------------------------------
@@ -312,7 +315,7 @@ def gpu_runs(base: Path, folder: Path, batch_size: int) -> dict[str, dict]:
         "float32": {},
         "bfloat16": dict(dtype="bfloat16", bf16=True),
         "rest": dict(resume=folder / "float32" / "checkpoint-2"),
-        "4bit": dict(dtype="bfloat16", is_four_bit=True),
+        "4bit": dict(is_four_bit=True),
     }
     if find_spec("bitsandbytes") is None:
         del runs["4bit"]
@@ -333,7 +336,7 @@ def test_two_gpus_train_as_one(config, tmp_path, gpu_base, one_gpu):
     runs = gpu_runs(gpu_base, tmp_path, 2)
     launch(tmp_path, config, list(runs.values()), on_gpu=True)
     for name in runs:
-        is_float32 = name in ("float32", "rest")
+        is_float32 = name != "bfloat16"
         found, expected = read_losses(tmp_path / name), read_losses(one_gpu / name)
         print(f"{config} {name}: {found} (one GPU: {expected})")
         assert found == pytest.approx(expected, rel=1e-4 if is_float32 else 8e-3)

@@ -362,7 +362,7 @@ def test_a_killed_process_ends_the_job_and_the_last_checkpoint_goes_on(config, r
     fault = dict(kind="kill", rank=rank, step=3)
     message = launch_to_fail(tmp_path, config, [dict(common, output=broken, fault=fault)])
     assert time.monotonic() - begun < 100
-    assert message.count("ChildFailedError") == 1 and "Signal 9 (SIGKILL)" in message
+    assert message.count("ChildFailedError:") == 1 and "Signal 9 (SIGKILL)" in message
     assert f"rank      : {rank}" in message
     assert not (broken / "checkpoint-4").exists()
     launch(tmp_path, config, [dict(common, output=whole), dict(common, output=rest, resume=broken / "checkpoint-2")])

@@ -6,7 +6,7 @@ token; nothing is compiled. "hqq" and "quanto" are the quantised cache, 4 bits; 
 
     python benchmarks/generation.py --lengths 8k,32k,128k --output generation.json
 
-Hardware: a GPU with 24 GB or more (measured on one H200: 2 minutes). On a CPU:
+Hardware: a GPU with 24 GB or more; docs/serving.md has one H200's table. On a CPU:
     python benchmarks/generation.py --tiny
 """
 
@@ -79,7 +79,7 @@ def make_cache(model: torch.nn.Module, cache: str, length: int, chunk: int) -> K
     """Raises: ValueError, ImportError: a cache that does not work here."""
     if cache in QUANTISERS:
         return KVCache(model, "quantised", chunk, backend=cache)
-    kv = KVCache(model, "offloaded" if cache == "offloaded" else "dense", length if cache == "whole" else chunk)
+    kv = KVCache(model, "offloaded" if cache == "offloaded" else "dense", chunk)
     if cache == "static":
         kv.cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length)
     return kv
@@ -87,6 +87,7 @@ def make_cache(model: torch.nn.Module, cache: str, length: int, chunk: int) -> K
 
 def measure(model: torch.nn.Module, cache: str, length: int, new_tokens: int, chunk: int) -> dict[str, Any]:
     """One row: seconds, tokens a second and bytes."""
+    chunk = length if cache == "whole" else chunk
     is_gpu, row = model.device.type == "cuda", {"cache": cache, "length": length, "chunk": chunk}
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (length,), generator=generator).tolist()
@@ -174,7 +175,7 @@ def main() -> None:
     print("| tokens | cache | prefill, s | to the first token, s | tokens/s | KV, GiB | peak, GiB |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for cache in args.caches:
-        measure(model, cache, min(1024, lengths[0]), 3, chunk)  # kernels are chosen and compiled outside of the clock
+        measure(model, cache, min(2 * chunk, lengths[0]), 3, chunk)  # kernels are chosen and compiled outside the clock
     for length in lengths:
         for cache in args.caches:
             if time.perf_counter() - begin > args.limit:

@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
-from test_eval_run import adapter, base  # noqa: F401
+from test_eval_run import TOKENIZER
+from tiny import extend, make
+from transformers import AutoTokenizer
 
 from peft_longlora import cli
 from peft_longlora.eval import Results
@@ -12,6 +14,28 @@ from peft_longlora.eval.subject import load_subject
 
 CHOICES = [[" + b", " import", " while"], ["(10)", " class", "]"]]
 QUESTIONS = [("def add(a, b): return a", CHOICES[0]), ("for i in range", CHOICES[1])] * 3
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def base(request, tmp_path_factory) -> str:
+    """A small model with a real tokenizer; lm-eval ties the output embeddings of each model it is given."""
+    folder = tmp_path_factory.mktemp("model") / "base"
+    make(vocab_size=4096, tie_word_embeddings=request.param).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, base) -> str:
+    """Random LoRA weights and trained embeddings that are not the base's."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model = extend(load_subject(base).model, context_length=256)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "embed_tokens.modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture
@@ -53,13 +77,13 @@ def accuracy(subject) -> float:
 
 
 @pytest.fixture
-def expected(base, adapter) -> dict[str, float]:  # noqa: F811
+def expected(base, adapter) -> dict[str, float]:
     subject = load_subject(base, adapter, dtype="float32", device="cpu")
     with subject.as_base() as plain:
         return {"adapter": None, "base": accuracy(plain)} | {"adapter": accuracy(load_subject(base, adapter))}
 
 
-def test_the_documented_line(task, base, adapter, expected):  # noqa: F811
+def test_the_documented_line(task, base, adapter, expected):
     """docs/evaluation.md: import peft_longlora, then lm-eval's own peft= argument."""
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -78,7 +102,7 @@ def test_the_documented_line(task, base, adapter, expected):  # noqa: F811
     assert found["results"]["tiny_code"]["acc,none"] == pytest.approx(expected["adapter"])
 
 
-def test_tasks_are_handed_on(tmp_path, task, base, adapter, expected):  # noqa: F811
+def test_tasks_are_handed_on(tmp_path, task, base, adapter, expected):
     command = ["eval", "--model", base, "--adapter", adapter, "--tasks", "tiny_code", "--include-path", task]
     assert cli.main([*command, "--dtype", "float32", "--device", "cpu", "--output", str(tmp_path / "out")]) == 0
     rows = {row.variant: row for row in Results.load(tmp_path / "out").results}

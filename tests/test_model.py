@@ -126,6 +126,25 @@ def test_a_merged_model_is_a_plain_one(base, tmp_path):
     assert torch.equal(logits(again.unload()), after["logits"])
 
 
+def test_weights_are_tied_again_on_request():
+    """As lm-eval and accelerate ask for it; the trained copies and the base's own stay two things."""
+    model = train(extend(make(tie_word_embeddings=True)))
+    before = logits(model)
+    with torch.no_grad():
+        head = model.get_output_embeddings()
+        head.modules_to_save["default"].weight = torch.nn.Parameter(head.modules_to_save["default"].weight + 1)
+    assert not torch.equal(logits(model), before)
+    model.tie_weights()
+    assert torch.equal(logits(model), before)
+    embeddings = model.get_input_embeddings()
+    assert head.original_module.weight is embeddings.original_module.weight
+    assert head.modules_to_save["default"].weight is embeddings.modules_to_save["default"].weight
+    plain = extend(make(tie_word_embeddings=True), train_embeddings=False)
+    before = logits(plain)
+    plain.tie_weights()
+    assert torch.equal(logits(plain), before)
+
+
 def test_a_tie_is_kept_while_training_and_in_the_file(tmp_path):
     for model_type, name in (("llama", "embed_tokens"), ("gpt_neox", "embed_in")):
         folder = tmp_path / model_type

@@ -180,20 +180,6 @@ class LongLoraModel(LoraModel):
     def _tied_names(self) -> list[str]:
         return self._get_module_names_tied_with_embedding()
 
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Tie the output layer to the embeddings again, the trained copies and the base's own.
-
-        transformers' method would set a parameter on PEFT's wrapper, which raises; lm-eval calls it on every model.
-        """
-        embeddings, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        if not isinstance(embeddings, ModulesToSaveWrapper) or not isinstance(head, ModulesToSaveWrapper):
-            self.model.tie_weights(*args, **kwargs)
-            return
-        for name, config in self.peft_config.items():
-            if config.ensure_weight_tying and name in head.modules_to_save and name in embeddings.modules_to_save:
-                head.original_module.weight = embeddings.original_module.weight
-                head.modules_to_save[name].weight = embeddings.modules_to_save[name].weight
-
     def _check_new_adapter_config(self, config: LongLoraConfig) -> None:
         super()._check_new_adapter_config(config)
         for name, other in self.peft_config.items():

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peft_longlora import kernels
+from peft_longlora import kernels, shared
 from peft_longlora.groups import Groups, refuse_bidirectional
 from peft_longlora.halves import plan
 from peft_longlora.mask import S2Mask
@@ -50,10 +50,13 @@ def s2_attention_forward(
     Source: the interface of transformers.modeling_utils.AttentionInterface.
     """
     settings = settings_of(module)
-    if not _is_sparse(module, settings, query, key, attention_mask, kwargs):
+    is_sparse = _is_sparse(module, settings, query, key, attention_mask, kwargs)
+    if settings.mesh is not None:
+        out = shared.attend(module, settings, query, key, value, attention_mask, is_sparse, dropout, scaling, **kwargs)
+        return out, None
+    if not is_sparse:
         return _attend_densely(module, settings, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    is_dense_layer = getattr(module, "layer_idx", None) in settings.dense_layers
-    pattern = "full" if is_dense_layer else settings.pattern
+    pattern = settings.pattern_of(module)
     if attention_mask is None:  # a model that makes no mask has no padding and no packed rows
         attention_mask = S2Mask(dict(batch_size=query.shape[0], q_length=query.shape[2], device=query.device))
     how = dict(scaling=scaling, dropout=dropout, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))

@@ -130,3 +130,24 @@ def pick_backend(query, key, value, is_regular, dropout, backend, softcap=0.0, h
     # `or` makes a constant of a 0.0 that torch.compile keeps as a symbol.
     call = query.device, query.dtype, *shape, dropout or 0.0, softcap or 0.0, has_sinks, needs_grad
     return choose_backend(backend, is_regular, *call)
+
+
+def pick_kernel(query, key, value, is_regular, dropout, backend, softcap=0.0, has_sinks=False) -> str:
+    """The backend, one of `halves.KERNELS`, where a forward and a backward are called by themselves.
+
+    Raises: ValueError: the backend asked for is not available. NotImplementedError: no kernel can run this call.
+    """
+    if query.device.type != "cpu":
+        name = pick_backend(query, key, value, is_regular, dropout, backend, softcap, has_sinks)
+    else:
+        name = "cpu" if backend in (None, "sdpa") else backend
+        dims = query.shape[3], value.shape[3], query.shape[1] > key.shape[1]
+        reason = KERNELS["cpu"].lacks(Call(query.device, query.dtype, *dims, dropout, softcap, has_sinks))
+        if name == "cpu" and reason:
+            raise NotImplementedError(f"No kernel can run this call on the CPU: {reason}.")
+    if name not in KERNELS or KERNELS[name].missing(query.device):
+        raise NotImplementedError(
+            f"backend={name!r} cannot attend to a sequence that ranks share, which needs a kernel whose forward and "
+            f"backward can be called apart. Use backend=None, and on a GPU float16 or bfloat16."
+        )
+    return name

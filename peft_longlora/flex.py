@@ -92,10 +92,11 @@ def block_mask(groups: Groups, half: str, device: torch.device):
     from torch.nn.attention.flex_attention import BlockMask
 
     tokens = groups.batch * groups.length
-    pieces = list(pairwise(getattr(groups, half)))
-    # A token sees its piece from the start up to itself; padding sees nothing.
-    first = [tokens if start in groups.padding_starts else start for start, _ in pieces]
-    lengths = torch.tensor([end - start for start, end in pieces])
+    boundaries = getattr(groups, half)
+    pieces = list(pairwise(boundaries))
+    # A token sees its piece from the start up to itself; padding, and what comes before the pieces, sees nothing.
+    first = [tokens, *(tokens if start in groups.padding_starts else start for start, _ in pieces)]
+    lengths = torch.tensor([boundaries[0], *(end - start for start, end in pieces)])
     start = torch.repeat_interleave(torch.tensor(first), lengths).to(device)
     blocks = -(-tokens // BLOCK)
     padded = torch.nn.functional.pad(start, (0, blocks * BLOCK - tokens), value=tokens).view(blocks, BLOCK)

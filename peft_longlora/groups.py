@@ -19,22 +19,36 @@ BIDIRECTIONAL = -(2**31)
 PADDING_PIECE = 128
 
 
-def split_document(length: int, group_size: int, shift: int = 0) -> list[int]:
+def split_document(
+    length: int, group_size: int, shift: int = 0, *, first: int = 0, last: int | None = None
+) -> list[int]:
     """Lengths of the groups of one document; nothing wraps, the first and the last group may be short.
 
     Args:
         length: L, tokens of the document without padding.
         group_size: G, tokens.
         shift: 0 for straight heads, G / 2 for shifted ones: the length of their first group.
+        first, last: the tokens [first, last) to split, of a document that other ranks hold the rest of.
 
     Source: the cumulative lengths of the original's flash path (LongLoRA, llama_attn_replace.py), for any length.
-    Example: L = 10, G = 4: straight [4, 4, 2]; shift 2 gives [2, 4, 4].
+    Example: L = 10, G = 4: straight [4, 4, 2]; shift 2 gives [2, 4, 4], and of its tokens [3, 8) [3, 2].
     """
+    last = length if last is None else last
     if length <= group_size:
-        return [length]
-    lengths = [shift] if shift else []
-    full, rest = divmod(length - shift, group_size)
-    return lengths + [group_size] * full + ([rest] if rest else [])
+        return [last - first]
+    start = shift if first < shift else first - tokens_before(length, group_size, shift, first) + group_size
+    cuts = [first, *range(start, last, group_size), last]
+    return [end - begin for begin, end in pairwise(cuts)]
+
+
+def tokens_before(length: int, group_size: int, shift: int, first: int) -> int:
+    """How many tokens of the group that holds token `first` of a document come before it.
+
+    Args: as `split_document`.
+
+    Example: L = 10, G = 4, token 3: 3 with straight groups; 1 with shift 2, whose second group is [2, 6).
+    """
+    return first if length <= group_size or first < shift else (first - shift) % group_size
 
 
 def split_heads(heads: int, kv_heads: int) -> tuple[int, int]:
@@ -72,8 +86,9 @@ def find_documents(segment_ids: torch.Tensor) -> list[tuple[int, int, int]]:
 class Groups:
     """The plan of one forward: boundaries of the straight and of the shifted heads' groups.
 
-    Boundaries count tokens of the B * S flattened tokens, from 0 to B * S without a hole; stretches of padding are
-    pieces of their own. Build it with `plan_groups`.
+    Boundaries count tokens of the B * S flattened tokens, to B * S without a hole; stretches of padding are pieces of
+    their own. They start at 0, but where the first group began on another rank: then with what comes after it, and
+    attention leaves the tokens before at 0, for `halo` to fill in. Build it with `plan_groups`.
 
     Attributes:
         batch, length: B and S, tokens.
@@ -142,6 +157,8 @@ def plan_groups(
     *,
     documents: list[tuple[int, int, int]] | None = None,
     padding: torch.Tensor | None = None,
+    before: int = 0,
+    after: int = 0,
 ) -> Groups:
     """Cut every document of a (B, S) batch into groups.
 
@@ -151,6 +168,7 @@ def plan_groups(
         pattern: "s2", "local" (straight groups for every head) or "full" (documents stay whole).
         documents: from `find_documents`; None means that every row is one document (then nothing is synchronised).
         padding: (B, S) bool, True at padding.
+        before, after: tokens of the first and of the last document that earlier and later ranks hold.
 
     Example: one row of 10 tokens, G = 4: straight (0, 4, 8, 10), shifted (0, 2, 6, 10).
     """
@@ -158,7 +176,7 @@ def plan_groups(
         documents = [(row * length, length, 1) for row in range(batch)] if length else []
     straight, shifted, padding_starts = [0], [0], set()
     longest, lengths = 0, set()
-    for start, tokens, number in documents:
+    for index, (start, tokens, number) in enumerate(documents):
         if number == 0:
             pieces = split_document(tokens, PADDING_PIECE)
             halves = (pieces, pieces)
@@ -166,8 +184,13 @@ def plan_groups(
         elif pattern == "full":
             halves = ([tokens], [tokens])
         else:
-            shift = group_size // 2 if pattern == "s2" else 0
-            halves = (split_document(tokens, group_size), split_document(tokens, group_size, shift))
+            first = before if index == 0 else 0
+            whole = first + tokens + (after if index == len(documents) - 1 else 0)
+            shifts = 0, group_size // 2 if pattern == "s2" else 0
+            halves = [split_document(whole, group_size, x, first=first, last=first + tokens) for x in shifts]
+            for boundaries, pieces, shift in zip((straight, shifted), halves, shifts, strict=True):
+                if first and tokens_before(whole, group_size, shift, first):
+                    boundaries[0] = pieces.pop(0)
         if number:
             lengths.update(*halves)
         for boundaries, pieces in zip((straight, shifted), halves, strict=True):

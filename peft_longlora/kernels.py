@@ -37,7 +37,7 @@ def check_dropout(dropout: float) -> None:
         raise ValueError(f"dropout={dropout!r} is outside [0, 1]: it is the probability of dropping a weight.")
 
 
-def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     """Refuse tensors that do not fit together. Raises: ValueError."""
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if any(x.dim() != 4 for x in (query, key, value)):
@@ -80,11 +80,11 @@ def attend(
     """
     check_backend(backend)
     check_dropout(dropout)
-    _check_tensors(query, key, value)
+    check_tensors(query, key, value)
     device, batch, heads, length = query.device, *query.shape[:3]
     if (groups.batch, groups.length) != (batch, length):
         raise ValueError(f"The plan is for {(groups.batch, groups.length)} (B, S), the query has {(batch, length)}.")
-    query, key, value = _cast(query, key, value)
+    query, key, value = cast(query, key, value)
     if not query.numel() or not value.numel():
         return query.new_zeros(batch, length, heads, value.shape[-1]) + query.sum() + key.sum() + value.sum()
     softcap = softcap or 0.0
@@ -96,7 +96,7 @@ def attend(
     return _attend_halves(query, key, value, *groups.tensors(device), scaling, softcap, name)
 
 
-def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """To autocast's dtype, or an error if dtypes are mixed without it."""
     kind = tensors[0].device.type
     if torch.is_autocast_enabled(kind):
@@ -135,8 +135,8 @@ def attend_compiled(
     """
     check_backend(backend)
     check_dropout(dropout)
-    _check_tensors(query, key, value)
-    query, key, value = _cast(query, key, value)
+    check_tensors(query, key, value)
+    query, key, value = cast(query, key, value)
     name = pick_backend(query, key, value, False, dropout, backend, softcap or 0.0, sinks is not None)
     if name not in KERNELS:
         return None
@@ -214,7 +214,7 @@ def s2_attention(
     Example: 10 tokens, G = 4: straight heads [0,4) [4,8) [8,10); shifted heads [0,2) [2,6) [6,10).
     """
     check_pattern(group_size, pattern)
-    _check_tensors(query, key, value)
+    check_tensors(query, key, value)
     batch, _, length, _ = query.shape
     if segment_ids is not None:
         _check_segment_ids(segment_ids, batch, length)

@@ -42,6 +42,12 @@ class Plan:
         """Whether the halves differ."""
         return self.straight != self.shifted
 
+    def halves(self, heads: int, kv_heads: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
+        """The halves to compute: (name, query heads from and to, KV heads from and to)."""
+        if not self.is_split:
+            return [("straight", (0, heads), (0, kv_heads))]
+        return list(zip(("straight", "shifted"), *head_halves(heads, kv_heads), strict=True))
+
     def max_length(self, half: str) -> int:
         """Tokens of the longest piece of a half."""
         return max((end - start for start, end in pairwise(getattr(self, half))), default=0)
@@ -84,6 +90,13 @@ class Launch:
         return lse.as_strided((self.count, last - first, self.piece), (self.stride, head, one), start)
 
 
+def head_halves(heads: int, kv_heads: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The query heads of the straight and the shifted half, and the KV heads that each reads, as (from, to)."""
+    h, h_kv = split_heads(heads, kv_heads)
+    # A single KV head is read by both halves.
+    return [(0, h), (h, heads)], [(0, h_kv or min(h, 1)), (h_kv, kv_heads)]
+
+
 def find_batches(boundaries: Sequence[int], padding: Sequence[tuple[int, int]] = ()) -> list[tuple[int, int, int, int]]:
     """Pieces of one length at equal distances as (start, piece length, count, distance), in tokens; largest first.
 
@@ -117,15 +130,9 @@ def plan_launches(
         heads, kv_heads, dim: H, H_kv and D.
         takes_batches, takes_pieces: what the kernel accepts (`flash.Kernel`).
     """
-    if plan.is_split:
-        h, h_kv = split_heads(heads, kv_heads)
-        # A single KV head is read by both halves.
-        halves = [("straight", (0, h), (0, h_kv or 1)), ("shifted", (h, heads), (h_kv, kv_heads))]
-    else:
-        halves = [("straight", (0, heads), (0, kv_heads))]
     launches: list[Launch] = []
-    for half, q, kv in halves:
-        if q[0] == q[1]:
+    for half, q, kv in plan.halves(heads, kv_heads):
+        if q[0] == q[1] or len(getattr(plan, half)) < 2:
             continue
         batches = find_batches(getattr(plan, half), plan.padding) if takes_batches else []
         work = sum(piece * piece * count for _, piece, count, _ in batches) * (q[1] - q[0]) * dim

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
 
-from peft_longlora.groups import BIDIRECTIONAL, Groups, plan_from_segment_ids
+from peft_longlora.groups import BIDIRECTIONAL, Groups, find_documents, plan_from_segment_ids, refuse_bidirectional
 
 
 class S2Mask:
@@ -108,6 +108,20 @@ class S2Mask:
             return ids.masked_fill(sees_later & (ids > 0), BIDIRECTIONAL)
 
         return self.once("segment_ids", number)
+
+    def documents(self, position_ids: torch.Tensor | None) -> list[tuple[int, int, int]]:
+        """The documents of this forward as `groups.find_documents` gives them.
+
+        Raises: NotImplementedError: as `groups`.
+        """
+
+        def find() -> list[tuple[int, int, int]]:
+            documents = find_documents(self.segment_ids(position_ids))
+            if any(number == BIDIRECTIONAL for _, _, number in documents):
+                refuse_bidirectional()
+            return documents
+
+        return self.once("documents", find)
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
         """What layers derive from this mask: made by the first that asks, kept for the others."""

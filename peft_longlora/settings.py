@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -42,6 +43,7 @@ class AttentionSettings:
         is_fastest: whether whole causal rows go through the fastest kernel instead.
         backend: the kernel of sparse layers, one of `backends.BACKENDS`, or None for the fastest.
         mode: "auto" (sparse while training), "sparse" or "dense"; set by `use_attention`.
+        mesh: the ranks that share each sequence, a one-dimensional DeviceMesh, or None (`parallelize_sequence`).
         is_enabled: False while the adapter that brought these settings is switched off: then all is as without it.
         position_ids, handles: what the model was last called with, and the hooks that note it.
     """
@@ -53,6 +55,7 @@ class AttentionSettings:
     backend: str | None = None
     is_fastest: bool = False
     mode: Mode = "auto"
+    mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
     is_enabled: bool = True
     position_ids: torch.Tensor | None = field(default=None, repr=False, compare=False)
     handles: list[RemovableHandle] = field(default_factory=list, repr=False, compare=False)
@@ -73,6 +76,10 @@ class AttentionSettings:
         """(1 or B, S) positions of this forward, from what a layer got or from what the model got."""
         given = kwargs.get("position_ids")
         return self.position_ids if given is None else given
+
+    def pattern_of(self, module: nn.Module) -> str:
+        """The pattern of a layer in a sparse forward."""
+        return "full" if getattr(module, "layer_idx", None) in self.dense_layers else self.pattern
 
     def is_sparse(self, training: bool) -> bool:
         """Whether a forward of a module in this mode is sparse."""
@@ -172,9 +179,9 @@ def configure_attention(
     size = group_size_of(group_size, group_size_ratio, window_of(config))
     kernels.check_pattern(size, pattern)
     previous = model.config._attn_implementation
+    known = next((getattr(m, _SETTINGS) for m in layers.values() if hasattr(m, _SETTINGS)), None)
     if dense_attention in (None, FASTEST):
         is_fastest = dense_attention == FASTEST
-        known = next((getattr(m, _SETTINGS) for m in layers.values() if hasattr(m, _SETTINGS)), None)
         if previous != S2_ATTN:
             dense_attention = previous
         else:
@@ -183,6 +190,7 @@ def configure_attention(
     else:
         dense_attention, is_fastest = model.get_correct_attn_implementation(dense_attention), False
     settings = AttentionSettings(size, pattern, frozenset(dense_layers or ()), dense_attention, backend, is_fastest)
+    settings.mesh = known.mesh if known else None
     backends.check_model(config, layers.values(), settings.backend)
     if layers and all(is_local_layer(module, config) for module in layers.values()):
         logger.warning(

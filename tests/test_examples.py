@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -197,6 +198,26 @@ def test_sft_longalpaca(run, base, tmp_path, packing, chat):
     after = number_after("Loss of held-out answers after", output)
     assert after == pytest.approx(expected, abs=2e-4)
     assert after < number_after("Loss of held-out answers before", output) - 0.1
+
+
+def run_by_rank(script: str, args: list) -> None:
+    sys.argv = [script, *map(str, args)]
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+def test_long_sequence_trains_the_same_adapter_on_one_process_and_on_two(base, tmp_path):
+    (tmp_path / "a.txt").write_text(prose(1200, 0))
+    common = (
+        "--model", base, "--data", tmp_path / "a.txt", "--context-length", 250, "--group-size", 64, "--max-steps", 2,
+        "--learning-rate", 1e-2, "--eval-rows", 2,
+    )  # fmt: skip
+    for ranks in (1, 2):
+        run_ranks(ranks, run_by_rank, "long_sequence.py", [*common, "--output", tmp_path / str(ranks)])
+    alone, shared = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("1", "2"))
+    assert alone.keys() == shared.keys()
+    for name, tensor in alone.items():
+        torch.testing.assert_close(shared[name], tensor, rtol=0, atol=2e-4)  # Adam's first steps are signs
+    assert any(tensor.abs().max() > 5e-3 for name, tensor in alone.items() if "lora_B" in name)
 
 
 def test_quickstart(run, monkeypatch, tmp_path):

@@ -1,0 +1,267 @@
+"""Sequence parallelism: ranks share each sequence, and the rest of the training stays data parallel.
+
+Everything but attention works on one token at a time, so a rank that holds a stretch of the sequence is, to DDP, FSDP
+and the Trainer, a rank with a batch of its own: they sum the losses over all ranks and divide by all labels, as ever.
+What is different is here: every rank is given the same batch and keeps its stretch (`shard_batch`), and attention
+knows its neighbours (`parallelize_sequence`). `SequenceParallelMixin` does both for a Trainer.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from peft_longlora.rope import find_rotary_modules
+from peft_longlora.settings import find_attention_modules, is_local_layer, settings_of
+
+# What collators say of documents for kernels that take cumulative lengths; positions say it too.
+_OF_WHOLE_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_CHECKSUM = "batch_checksum"
+IGNORED = -100
+
+
+def parallelize_sequence(model: nn.Module, mesh: DeviceMesh | None) -> None:
+    """Make the attention of a model work on sequences that the ranks of a mesh share, in the order of the mesh.
+
+    Call it after the adapter was added, on every rank. S2-Attn exchanges a halo of at most 3/2 groups of half the
+    heads; where attention is dense (evaluation, `dense_layers`, pattern "full") the whole sequence of each head is
+    gathered on one rank. The weights and their gradients are left to DDP or FSDP over all ranks.
+
+    Args:
+        model: a model with S2-Attn, bare or PEFT.
+        mesh: a one-dimensional DeviceMesh; None switches sequence parallelism off.
+
+    Raises:
+        ValueError: a mesh of several dimensions, or a model without S2-Attn.
+        NotImplementedError: RoPE that depends on the length at hand, layers with a sliding window.
+    """
+    layers = find_attention_modules(model).values()
+    if not layers or any(module.config._attn_implementation != "s2_attn" for module in layers):
+        raise ValueError(
+            "This model does not use S2-Attn, so its ranks would attend to their own stretches only. Add a "
+            "LongLoraConfig adapter or call configure_attention first."
+        )
+    if mesh is not None:
+        if mesh.ndim != 1:
+            raise ValueError(f"mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}: give the one of the sequence.")
+        _check_model(model, layers)
+    for settings in {id(s): s for s in map(settings_of, layers)}.values():
+        settings.mesh = mesh
+
+
+def _check_model(model: nn.Module, layers: Any) -> None:
+    for module in find_rotary_modules(model):
+        kinds = module.rope_type if isinstance(module.rope_type, dict) else {"": module.rope_type}
+        if lengthy := sorted({"dynamic", "longrope"} & set(kinds.values())):
+            raise NotImplementedError(
+                f"rope_type={lengthy[0]!r} chooses its frequencies by the longest position of a forward, which differs "
+                f"between the ranks of a sequence. Use 'yarn', 'linear', 'ntk' or 'llama3'."
+            )
+    if local := [module.layer_idx for module in layers if is_local_layer(module, module.config)]:
+        raise NotImplementedError(
+            f"Layers {local} have a sliding window, which would end at the border of a rank. Use a model without one "
+            f"(sliding_window=None), or train it without sequence parallelism."
+        )
+
+
+def shard_batch(batch: dict[str, Any], rank: int, ranks: int, *, pad_token_id: int = 0) -> dict[str, torch.Tensor]:
+    """This rank's stretch of a batch that every rank holds.
+
+    The rows are laid end to end, padded to a multiple of `ranks`, and cut; so a rank gets one row, and positions say
+    where documents start. Labels are shifted before they are cut: a rank's last token predicts the next rank's first.
+
+    Args:
+        batch: input_ids (B, S) and, if there are, attention_mask, position_ids, labels and others of that shape.
+        rank, ranks: which stretch, of how many.
+        pad_token_id: what the last stretch is padded with.
+
+    Returns: input_ids, attention_mask, position_ids and, if there are labels, labels and shift_labels; (1, S') each.
+
+    Raises: ValueError: something else than one number a token.
+
+    Example: one row of 5 tokens on 2 ranks: tokens 0 to 2, and 3, 4 and one of padding.
+    """
+    ids = batch["input_ids"]
+    rows = {"attention_mask": torch.ones_like(ids), **batch}
+    for name in _OF_WHOLE_ROWS:
+        rows.pop(name, None)
+    if rows.get("position_ids") is None:
+        rows["position_ids"] = torch.arange(ids.shape[1], device=ids.device)
+    rows["position_ids"] = rows["position_ids"].expand(ids.shape)
+    if rows.get("labels") is not None and rows.get("shift_labels") is None:
+        rows["shift_labels"] = nn.functional.pad(rows["labels"][:, 1:], (0, 1), value=IGNORED)
+    wrong = [name for name, x in rows.items() if not isinstance(x, torch.Tensor) or x.shape != ids.shape]
+    if wrong:
+        raise ValueError(f"{wrong} of the batch cannot be cut into stretches: only (B, S) = {tuple(ids.shape)} can.")
+    length = -(-ids.numel() // ranks)
+    fill = {"input_ids": pad_token_id, "labels": IGNORED, "shift_labels": IGNORED}
+    stretch = {}
+    for name, x in rows.items():
+        flat = x.reshape(-1)[rank * length : (rank + 1) * length]
+        stretch[name] = nn.functional.pad(flat, (0, length - len(flat)), value=fill.get(name, 0))[None]
+    return stretch
+
+
+class SequenceCollator:
+    """A collator whose batches are cut: what `collator` makes, less what other ranks hold.
+
+    Args:
+        collator: makes a batch of PyTorch tensors. rank, ranks, pad_token_id: as `shard_batch`.
+    """
+
+    def __init__(self, collator: Callable[[Any], dict[str, Any]], rank: int, ranks: int, pad_token_id: int = 0):
+        self.collator, self.rank, self.ranks, self.pad_token_id = collator, rank, ranks, pad_token_id
+
+    def __call__(self, features: Any) -> dict[str, torch.Tensor]:
+        """The stretch of this rank, and a checksum of the whole batch."""
+        batch = self.collator(features)
+        ids = batch["input_ids"]
+        checksum = torch.tensor([[*ids.shape, zlib.crc32(ids.contiguous().numpy().tobytes())]])
+        return {**shard_batch(batch, self.rank, self.ranks, pad_token_id=self.pad_token_id), _CHECKSUM: checksum}
+
+
+class SequenceParallelMixin:
+    """Makes a Trainer share each sequence among ranks: `class LongTrainer(SequenceParallelMixin, SFTTrainer): ...`.
+
+    Batch sizes are then those of a group of ranks that share: with 8 processes and sequence_parallel_size=4 there are
+    two groups, and per_device_train_batch_size=1 means 2 rows a step. With one process it is the Trainer as it was.
+
+    Args:
+        sequence_parallel_size: how many neighbouring ranks share a sequence; None for all. The rest are copies.
+        args, kwargs: of the Trainer.
+
+    Raises:
+        ValueError: a size that does not divide the processes, or options under which the loss of a stretch cannot be
+            summed up. Others as `parallelize_sequence`.
+
+    It is a subclass because transformers, TRL and accelerate accept a shared sequence (`cp_size`, `sp_size`) for their
+    own attention only. Of the Trainer's methods it overrides those that make data loaders, `evaluation_loop` and
+    `compute_loss`.
+    """
+
+    def __init__(self, *args: Any, sequence_parallel_size: int | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        processes = self.args.world_size
+        self.sequence_ranks = sequence_parallel_size or processes
+        if processes % self.sequence_ranks:
+            raise ValueError(
+                f"sequence_parallel_size={sequence_parallel_size} does not divide the {processes} processes."
+            )
+        if self.sequence_ranks == 1:
+            return
+        self._check_options()
+        shape = processes // self.sequence_ranks, self.sequence_ranks
+        self.sequence_mesh = init_device_mesh(self.args.device.type, shape, mesh_dim_names=("data", "sequence"))
+        mesh = self.sequence_mesh["sequence"]
+        parallelize_sequence(self.model, mesh)
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        pad_token_id = getattr(tokenizer, "pad_token_id", None) or 0
+        self.data_collator = SequenceCollator(self.data_collator, mesh.get_local_rank(), mesh.size(), pad_token_id)
+        # Rows are read where they are used: one process cannot hand the others what each has to cut for itself.
+        self.accelerator.dataloader_config.dispatch_batches = False
+
+    def _check_options(self) -> None:
+        wrong = {
+            "label_smoothing_factor": self.args.label_smoothing_factor,
+            "compute_loss_func": self.compute_loss_func,
+            "average_tokens_across_devices=False": not self.args.average_tokens_across_devices,
+            "a model whose forward takes no loss arguments": not self.model_accepts_loss_kwargs,
+        }
+        if found := [name for name, is_set in wrong.items() if is_set]:
+            raise ValueError(
+                f"Sequence parallelism cannot be used with {', '.join(found)}: the loss of a rank's stretch must be a "
+                f"sum over its tokens, divided by the labels of all ranks."
+            )
+
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's, with the same batches on all ranks of a sequence."""
+        return self._give_group_same_batches(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, with the same batches on all ranks of a sequence."""
+        return self._give_group_same_batches(super().get_eval_dataloader(*args, **kwargs))
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, with the same batches on all ranks of a sequence."""
+        return self._give_group_same_batches(super().get_test_dataloader(*args, **kwargs))
+
+    def _give_group_same_batches(self, loader: Any) -> Any:
+        if self.sequence_ranks == 1:
+            return loader
+        # accelerate deals batches out to processes by these two numbers; here it deals to groups.
+        dealer = loader.batch_sampler if hasattr(loader.batch_sampler, "process_index") else loader.dataset
+        if not hasattr(dealer, "process_index"):
+            raise ValueError(
+                f"{type(loader.dataset).__name__} cannot be dealt out to groups of ranks: use a dataset with a length, "
+                f"or a stream of fewer shards than processes."
+            )
+        dealer.num_processes = self.sequence_mesh["data"].size()
+        dealer.process_index = self.sequence_mesh["data"].get_local_rank()
+        if dealer.num_processes == 1 and hasattr(dealer, "even_batches"):
+            dealer.even_batches = False  # as in one process: nobody waits for a full last batch
+        return loader
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, with one loss from each group of ranks."""
+        if self.sequence_ranks > 1:
+            self.gather_function = self._gather_from_groups
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _gather_from_groups(self, data: Any) -> Any:
+        """As `accelerator.gather_for_metrics`, where data says the same on all ranks of a group, as losses do."""
+        if not isinstance(data, torch.Tensor) or data.dim() != 1:
+            return self.accelerator.gather_for_metrics(data)
+        groups = self.sequence_mesh.shape
+        found = self.accelerator.gather(data).unflatten(0, (*groups, len(data)))[:, 0].flatten()
+        state = self.accelerator.gradient_state
+        is_short = state.end_of_dataloader and state.remainder > 0
+        return found[: state.remainder] if is_short else found
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):
+        """As the Trainer's; in evaluation, the mean over the labels of the whole sequence, the same on all its ranks.
+
+        Raises: ValueError: the ranks of a sequence were given different batches, on all of them; or nobody averages
+            their gradients.
+        """
+        checksum = inputs.pop(_CHECKSUM, None)
+        if checksum is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        group = self.sequence_mesh["sequence"].get_group()
+        _check_same(checksum, group)
+        if self.model.training:
+            self._check_wrapped(model)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = (inputs["shift_labels"] != IGNORED).sum()
+        dist.all_reduce(labels, group=group)
+        result = super().compute_loss(model, inputs, return_outputs, labels.clamp(min=1))
+        loss, *others = result if return_outputs else (result,)
+        # Scaled up by the Trainer, for gradients that are averaged over the processes.
+        loss = loss.detach() / self.accelerator.num_processes
+        dist.all_reduce(loss, group=group)
+        return (loss, *others) if return_outputs else loss
+
+    def _check_wrapped(self, model: nn.Module) -> None:
+        """transformers 5.23 trains without DDP, and without a word, after an evaluation."""
+        is_left_to_ddp = self.accelerator.distributed_type.name.startswith("MULTI_")
+        if is_left_to_ddp and not isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "The model is not wrapped in DistributedDataParallel, so the ranks would train apart. Do not call "
+                "evaluate() before train(): eval_on_start=True measures the loss before."
+            )
+
+
+def _check_same(checksum: torch.Tensor, group: dist.ProcessGroup) -> None:
+    gathered = [torch.empty_like(checksum) for _ in range(group.size())]
+    dist.all_gather(gathered, checksum, group)
+    found = torch.cat(gathered).tolist()
+    if any(one != found[0] for one in found):
+        raise ValueError(
+            f"The ranks that share a sequence were given different batches: (rows, tokens a row, checksum) = "
+            f"{[tuple(one) for one in found]}. Give every rank the same dataset, in the same order (the same seed)."
+        )

@@ -1,0 +1,74 @@
+"""A model of time and memory of training on n GPUs that share a sequence, fitted to what `scaling.py` measured.
+
+    python benchmarks/scaling_model.py benchmarks/results/scaling_2xh200*.json
+
+For l tokens a GPU of S in all, seconds of a step are c l + h for S2-Attn (h: what sharing adds) and a l + d l S for
+dense attention; GiB are the weights and a slope times l. The network does not appear: per layer a GPU sends one halo to
+its neighbour while it computes (docs/scaling.md). Hardware: any; it only reads the files.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+GIB_OF_A_GPU = 138.0  # of an H200's 140.4, less what CUDA and NCCL take
+WEIGHTS_GIB = 14.96  # 8.03e9 numbers in bf16
+
+
+def read(paths: list[str]) -> list[dict]:
+    rows = []
+    for path in paths:
+        with open(path) as file:
+            found = json.load(file)
+        how = "tiles, blocks" if found["about"]["block"] else "tiles" if found["about"]["tile"] else "plain"
+        rows += [{**row, "how": how, "each": row["tokens"] // row["gpus"]} for row in found["rows"]]
+    return rows
+
+
+def main() -> None:
+    rows = read(sys.argv[1:])
+
+    def of(attention: str, how: str = "plain") -> dict[int, dict]:
+        return {row["each"]: row for row in rows if (row["attention"], row["how"]) == (attention, how)}
+
+    alone, shared, dense = of("alone"), of("s2"), of("ulysses")
+    longest = max(alone)
+    c = alone[longest]["seconds"] / longest
+    h = max(shared[each]["seconds"] - alone[each]["seconds"] for each in alone)
+    print(f"S2-Attn: c = {c * 1e6:.1f} microseconds a token, h = {h:.3f} s a step")
+    print("\ntokens a GPU   1 GPU s   2 GPUs s   rate of 2 / 1   model of 2")
+    for each in sorted(alone):
+        one, two = alone[each]["seconds"], shared[each]["seconds"]
+        print(f"{each:12d} {one:9.3f} {two:10.3f} {one / two:15.1%} {c * each + h:12.3f}")
+    few, many = sorted(dense)[:2]
+    per_few, per_many = dense[few]["seconds"] / few, dense[many]["seconds"] / many
+    d = (per_many - per_few) / (2 * many - 2 * few)
+    a = per_few - d * 2 * few
+    print(f"\ndense (Ulysses): a = {a * 1e6:.1f} microseconds a token, d = {d * 1e9:.3f} nanoseconds a token and token")
+    for attention in ("ulysses", "ring"):
+        row = next(row for row in rows if row["attention"] == attention and row["tokens"] == 131072)
+        print(f"  131072 tokens on 2: model {(a + d * 131072) * 65536:.1f} s, {attention} {row['seconds']:.1f} s")
+    slopes, slower = {}, {}
+    for how in ("plain", "tiles", "tiles, blocks"):
+        each, row = max(of("s2", how).items())
+        slopes[how] = (row["peak_gib"] - WEIGHTS_GIB) / each
+        slower[how] = max(1.0, row["seconds"] / each / c) if how != "plain" else 1.0
+        most = int((GIB_OF_A_GPU - WEIGHTS_GIB) / slopes[how])
+        kib = slopes[how] * 2**20
+        print(f"{how:14s} {kib:6.1f} KiB a token, {slower[how]:.2f} times the time, most {most} tokens a GPU")
+    print("\n  GPUs   tokens in all     a GPU how              GiB   seconds   dense, seconds")
+    for gpus, tokens in ((8, 2**20), (8, 2**22), (64, 2**23), (64, 2**25), (1024, 10**8), (1024, 2**29)):
+        each = tokens / gpus
+        fits = [how for how in slopes if WEIGHTS_GIB + slopes[how] * each < GIB_OF_A_GPU]
+        if not fits:
+            print(f"{gpus:6d} {tokens:15d} {each:9.0f} does not fit")
+            continue
+        how = fits[0]
+        gib, seconds = WEIGHTS_GIB + slopes[how] * each, slower[how] * c * each + h
+        quadratic = (a + d * tokens) * each
+        print(f"{gpus:6d} {tokens:15d} {each:9.0f} {how:14s} {gib:5.0f} {seconds:9.1f} {quadratic:16.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -34,8 +34,9 @@ def lacks(call: Call) -> str | None:
 def _flex_attention(is_compiled: bool) -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # dynamic: one compilation for all lengths. Off the GPU the plain version runs, for tests.
-    return torch.compile(flex_attention, dynamic=True) if is_compiled else flex_attention
+    # dynamic: one compilation for all lengths. fullgraph: an error instead of S x S scores, should compiling fail. Off
+    # the GPU the plain version runs, for tests.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True) if is_compiled else flex_attention
 
 
 def attend_flex(
@@ -60,10 +61,9 @@ def attend_flex(
         keys, values = (x.split((h_kv, kv_heads - h_kv), dim=1) if h_kv else (x, x) for x in (k, v))
         halves = [x for x in zip(("straight", "shifted"), queries, keys, values, strict=True) if x[1].shape[1]]
     attend = _flex_attention(query.device.type == "cuda")
-    score_mod = None
-    if softcap:  # in a tensor: torch.compile with dynamic shapes makes of a captured number what FlexAttention refuses
-        cap = groups.once(("softcap", softcap, q.device), lambda: torch.tensor(softcap, device=q.device))
-        score_mod = groups.once(("soften", softcap, q.device), lambda: _soften(cap))
+    factor = 1.0 if scaling is None else scaling * query.shape[3] ** 0.5
+    made = ("score_mod", round(factor, 6), softcap, q.device)
+    score_mod = groups.once(made, lambda: _score_mod(factor, softcap, q.device))
     outputs = [
         attend(
             q,
@@ -71,7 +71,6 @@ def attend_flex(
             v,
             score_mod=score_mod,
             block_mask=groups.once(("flex", half, q.device), lambda half=half: block_mask(groups, half, query.device)),
-            scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )
         for half, q, k, v in halves
@@ -80,11 +79,22 @@ def attend_flex(
     return out.transpose(1, 2).view(batch, length, heads, -1)
 
 
-def _soften(softcap: torch.Tensor) -> Callable:
-    def soften(score, b, h, q, k):
-        return softcap * torch.tanh(score / softcap)
+def _score_mod(factor: float, softcap: float, device: torch.device) -> Callable | None:
+    """What scores with the usual scaling of D ** -0.5 still need, or None.
 
-    return soften
+    The numbers are tensors, because torch.compile with dynamic shapes makes of a number what FlexAttention refuses.
+    """
+    scale, cap = (torch.tensor(x, dtype=torch.float32, device=device) for x in (factor, softcap))
+
+    def soften(score, b, h, q, k):
+        return cap * torch.tanh(score * scale / cap)
+
+    def rescale(score, b, h, q, k):
+        return score * scale
+
+    if softcap:
+        return soften
+    return None if abs(factor - 1) < 1e-6 else rescale
 
 
 def block_mask(groups: Groups, half: str, device: torch.device):

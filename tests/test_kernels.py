@@ -156,21 +156,23 @@ def test_softcap_and_sinks_are_refused_where_nothing_can_do_them():
         kernels.attend(q, k, v, groups, softcap=30.0, backend="sdpa")
 
 
+@pytest.mark.parametrize("scaling", [None, 0.6])
 @pytest.mark.parametrize("rows", [None, [[40]], [[-7, 20, 13]]], ids=str)
-def test_flex_agrees_with_the_reference_forward(rows):
+def test_flex_agrees_with_the_reference_forward(rows, scaling):
     q, k, v = (x.detach() for x in inputs(length=300))
     ids = None
     if rows:
         ids = torch.ones(1, 300, dtype=torch.long)
         ids[:, :9], ids[:, 140:] = 0, 2
-    got = s2_attention(q, k, v, 64, segment_ids=ids, backend="flex")
-    torch.testing.assert_close(got, s2_attention_reference(q, k, v, 64, segment_ids=ids))
+    got = s2_attention(q, k, v, 64, segment_ids=ids, scaling=scaling, backend="flex")
+    torch.testing.assert_close(got, s2_attention_reference(q, k, v, 64, segment_ids=ids, scaling=scaling))
 
 
-def test_flex_softcap():
+@pytest.mark.parametrize("scaling", [None, 0.6])
+def test_flex_softcap(scaling):
     q, k, v = (x.detach() * 3 for x in inputs(length=64))
-    got = kernels.attend(q, k, v, plan_groups(1, 64, 64), softcap=2.0, backend="flex")
-    scores = 2.0 * torch.tanh(q @ k.repeat_interleave(2, 1).mT / 4 / 2.0)
+    got = kernels.attend(q, k, v, plan_groups(1, 64, 64), scaling=scaling, softcap=2.0, backend="flex")
+    scores = 2.0 * torch.tanh(q @ k.repeat_interleave(2, 1).mT * (scaling or 0.25) / 2.0)
     weights = scores.masked_fill(torch.ones(64, 64, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
     torch.testing.assert_close(got, (weights @ v.repeat_interleave(2, 1)).transpose(1, 2))
 

@@ -99,6 +99,12 @@ def test_patterns(backend, pattern):
     compare(lambda *x: s2_attention(*x, 256, pattern=pattern, backend=backend), qkv, 256, pattern=pattern)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scaling(backend):
+    qkv = inputs(1, 8, 2, 512, 128)
+    compare(lambda *x: s2_attention(*x, 128, scaling=0.2, backend=backend), qkv, 128, scaling=0.2)
+
+
 @pytest.mark.parametrize("backend", [x for x in BACKENDS if x not in ("sdpa", "flex")])
 def test_a_kernel_as_long_as_its_batches(backend, monkeypatch):
     """Small work goes in one launch a half; here it is cut into batches as large work is."""

@@ -125,6 +125,8 @@ def main() -> None:
         say(f"Loss after, dense attention: {trainer.evaluate()['eval_loss']:.4f}")
     trainer.save_model()
     say(f"Text read: {counts}.\nThe adapter is in {args.output}.")
+    trainer.accelerator.wait_for_everyone()  # a process that leaves while the first still saves can end the job
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

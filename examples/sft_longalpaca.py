@@ -118,6 +118,8 @@ def main() -> None:
         say(f"Loss of held-out answers after, dense attention: {trainer.evaluate()['eval_loss']:.4f}")
     trainer.save_model()
     say(f"The adapter is in {args.output}.")
+    trainer.accelerator.wait_for_everyone()  # a process that leaves while the first still saves can end the job
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

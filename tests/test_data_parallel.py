@@ -1,7 +1,7 @@
 """Several processes as `accelerate launch` starts them, with the configurations of examples/accelerate, on CPUs.
 
 What one process computes with the same global batch is the truth. The default test runs FSDP2, the strictest of them;
-`pytest -m slow tests/test_data_parallel.py` runs all (about 15 minutes on two cores, with bitsandbytes and deepspeed).
+`pytest -m slow tests/test_data_parallel.py` runs all (an hour on two busy cores, with bitsandbytes and deepspeed).
 """
 
 import json

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import tempfile
 import time
 from multiprocessing import get_context
@@ -13,22 +14,22 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 _SECONDS = 150
-# Of what is installed alone: the server does not look into this folder.
-_IMPORTED_ONCE = [
+# Imported once for all ranks, if the tests that ask have imported them.
+_HEAVY = (
     "datasets",
     "peft_longlora",
     "pytest",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
-    "transformers.trainer",
     "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
     "trl.trainer.sft_trainer",
-]
+)
 
 
 def run_ranks(ranks: int, function, *args) -> list:
     """What `function(*args)` returns on each of `ranks` processes; its error, if one has any."""
-    get_context("forkserver").set_forkserver_preload(_IMPORTED_ONCE)
+    get_context("forkserver").set_forkserver_preload([name for name in _HEAVY if name in sys.modules])
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -205,6 +205,7 @@ def run_by_rank(script: str, args: list) -> None:
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_long_sequence_trains_the_same_adapter_on_one_process_and_on_two(base, tmp_path):
     (tmp_path / "a.txt").write_text(prose(1200, 0))
     common = (

@@ -9,6 +9,7 @@ from tiny import extend, make
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 from peft_longlora import configure_attention
 from peft_longlora.sequence import SequenceCollator, SequenceParallelMixin, parallelize_sequence, shard_batch
@@ -113,8 +114,8 @@ def difference(model, batch, mesh, truth=None) -> tuple[float, float]:
 def models(ranks: int) -> dict:
     mesh = init_device_mesh("cpu", (ranks,))
     found = {}
-    for name, changes in MODELS.items():
-        changes = dict(changes)
+    for name in MODELS if ranks == 2 else ("s2", "a dense layer"):
+        changes = dict(MODELS[name])
         kv_heads = changes.pop("num_key_value_heads", 2)
         model = extend(make(num_key_value_heads=kv_heads), init_lora_weights=False, **changes).train()
         for kind in KINDS if name == "s2" else KINDS[2:4]:
@@ -132,7 +133,7 @@ def models(ranks: int) -> dict:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_loss_and_gradients_are_those_of_one_process(ranks):
     for found in run_ranks(ranks, models, ranks):
-        assert len(found) == len(KINDS) + 2 * (len(MODELS) - 1) + 3
+        assert len(found) == len(KINDS) + 2 * (len(MODELS) - 1 if ranks == 2 else 1) + 3
         assert not {key: errors for key, errors in found.items() if not (errors[0] < 1e-5 and errors[1] < 2e-5)}
 
 
@@ -176,30 +177,28 @@ def options(folder: str, **changes) -> dict:
     return {**values, **changes}
 
 
-def outcome(trainer) -> dict:
-    trainer.train()
+def outcome(trainer, resume: str | None = None) -> dict:
+    trainer.train(resume_from_checkpoint=resume)
     names = ("loss", "grad_norm", "eval_loss", "eval_mean_token_accuracy", "num_tokens")
     logged = [(name, entry[name]) for entry in trainer.state.log_history for name in names if name in entry]
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     return dict(logged=logged, weights=weights)
 
 
-def plain_trainer(folder: str, size: int | None = None, batch: int = 2) -> dict:
+def plain_trainer(folder: str, size: int | None = None, batch: int = 2, resume: str | None = None, **changes) -> dict:
     class Shared(SequenceParallelMixin, Trainer):
         pass
 
     data = Dataset.from_dict({"input_ids": documents(), "labels": documents()})
-    args = TrainingArguments(**options(folder, per_device_train_batch_size=batch))
+    args = TrainingArguments(**options(folder, per_device_train_batch_size=batch, **changes))
     model = extend(make(), group_size=16)
     tokenizer = fast_tokenizer()
     collator = DataCollatorForSeq2Seq(tokenizer)
     shared = dict(sequence_parallel_size=size, data_collator=collator, processing_class=tokenizer)
-    return outcome(Shared(model, args, train_dataset=data, eval_dataset=data.select([1, 3, 5]), **shared))
+    return outcome(Shared(model, args, train_dataset=data, eval_dataset=data.select([1, 3, 5]), **shared), resume)
 
 
 def sft_trainer(folder: str, packing: bool) -> dict:
-    from trl import SFTConfig, SFTTrainer
-
     class Shared(SequenceParallelMixin, SFTTrainer):
         pass
 
@@ -258,6 +257,21 @@ def test_groups_of_ranks_share_and_the_rest_are_copies(alone, tmp_path):
         truth = alone["Trainer"]
         found["logged"] = [x for x in found["logged"] if x[0] != "eval_loss"]  # batches of 4 rows, not of 2
         assert_same(found, {**truth, "logged": [x for x in truth["logged"] if x[0] != "eval_loss"]})
+
+
+def saving(folder: str) -> dict:
+    return plain_trainer(folder, save_strategy="steps", save_steps=1)
+
+
+def resuming(folder: str, checkpoint: str) -> dict:
+    return plain_trainer(folder, resume=checkpoint)
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_checkpoint_goes_on_with_another_number_of_ranks(first, then, alone, tmp_path):
+    run_ranks(first, saving, str(tmp_path / "first"))
+    for found in run_ranks(then, resuming, str(tmp_path / "then"), str(tmp_path / "first" / "checkpoint-1")):
+        assert_same(dict(found, logged=[]), dict(alone["Trainer"], logged=[]))
 
 
 def refusals(folder: str) -> dict:

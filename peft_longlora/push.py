@@ -6,8 +6,7 @@ transformers' own writes a README of its own after saving and just before the up
 
 from __future__ import annotations
 
-import weakref
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from huggingface_hub import CommitInfo
@@ -26,15 +25,22 @@ def push_our_card(tuner: nn.Module) -> None:
     """
     if getattr(tuner.model, "_hf_peft_config_loaded", False):
         _take_over(tuner.model)
-        return
-    reference = weakref.ref(tuner)
+    else:
+        _ask_torch()
 
-    def meet(owner: nn.Module, name: str, module: nn.Module | None) -> None:
-        if isinstance(owner, PeftModel) and module is reference():
-            _take_over(owner)
 
-    handle = register_module_module_registration_hook(meet)
-    weakref.finalize(tuner, handle.remove).atexit = False
+@cache  # asked once and for good: torch.compile takes ill to a change while it is at work
+def _ask_torch() -> None:
+    register_module_module_registration_hook(_meet)
+
+
+def _meet(owner: nn.Module, name: str, module: nn.Module | None) -> None:
+    if isinstance(owner, PeftModel) and any(isinstance(x, LongLoraConfig) for x in _configs(module).values()):
+        _take_over(owner)
+
+
+def _configs(model: nn.Module | None) -> dict[str, Any]:
+    return getattr(model, "peft_config", None) or {}
 
 
 def _take_over(model: nn.Module) -> None:
@@ -42,8 +48,7 @@ def _take_over(model: nn.Module) -> None:
 
 
 def _push(model: nn.Module, repo_id: str, **kwargs: Any) -> CommitInfo | str:
-    configs = getattr(model, "peft_config", None) or {}
-    if any(isinstance(config, LongLoraConfig) for config in configs.values()):
+    if any(isinstance(config, LongLoraConfig) for config in _configs(model).values()):
         from peft_longlora.hub import push_adapter  # not at the top: it brings the Trainer along
 
         return push_adapter(model, repo_id, **kwargs)

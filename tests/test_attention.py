@@ -1,7 +1,6 @@
 """Whole models with "s2_attn": training equals the reference, everything else equals stock sdpa."""
 
 import copy
-import gc
 
 import pytest
 import torch
@@ -421,7 +420,6 @@ def test_a_model_compiles_whole_and_once_for_all_lengths(row, monkeypatch):
     monkeypatch.setattr(PlainKernel, "missing", lambda self, device: None)
     monkeypatch.setattr(PlainKernel, "lacks", lambda self, call: None)
     torch._dynamo.reset()
-    gc.collect()  # adapters of earlier tests take a global hook with them, which may not happen while torch compiles
     model, compiled = sparse("llama", backend="plain"), sparse("llama", backend="plain")
     counter = CompileCounterWithBackend("eager")
     compiled.compile(backend=counter, fullgraph=True)

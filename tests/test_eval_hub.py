@@ -92,7 +92,7 @@ def test_results_are_those_of_the_same_files(longlora, tmp_path, base, adapter, 
         (["--data", "me/proof-pile"], "me/proof-pile: .*script"),
         (["--data", "me/pg19", "--data-config", "long"], "me/pg19: .*long"),
         (["--model", "me/none", "--data", "me/pg19"], "--model me/none cannot be loaded: .*me/none"),
-        (["--adapter", "me/none", "--data", "me/pg19"], "--adapter me/none cannot be loaded"),
+        (["--adapter", "me/none", "--data", "me/pg19"], "--adapter me/none: no such folder, and no such repository"),
     ],
 )
 def test_what_is_not_there_ends_with_code_2_and_one_line(longlora, tmp_path, options, message):

@@ -621,7 +621,7 @@ def load_by_our_door(adapter, with_token=True):
         ("me/hidden", False, "no such repository on the Hub. .* if it is private or gated, log in"),
         ("me/base", True, "no adapter_config.json in that repository; it is no adapter"),
         ("me/../adapter", True, "no such folder, and no id on the Hub"),
-        ("../../etc", True, "no such folder, and no id on the Hub"),
+        ("../../nowhere", True, "no such folder, and no id on the Hub"),
         ("me/newer", True, "format_version=2: .* pip install -U peft-longlora"),
         ("me/no-bytes", True, r"\(0 bytes\) is damaged: .* Delete .*blobs.*, or load with force_download=True"),
         ("me/no-json", True, "its adapter_config.json is damaged: .* Get it again"),

@@ -73,9 +73,8 @@ seen["warnings"] = [str(w.message) for w in caught]
 seen["asked_for"] = asked_for[asked_before:]
 seen["cuda_calls"] = cuda_calls
 seen["cuda_initialised"] = torch.cuda.is_initialized()
-seen["heavy_modules"] = sorted(
-    name for name in set(sys.modules) - loaded_before if name in ("matplotlib", "datasets", "trl", "torch._inductor")
-)
+HEAVY = "matplotlib", "datasets", "trl", "torch._inductor", "flash_attn", "flash_attn_interface", "kernels"
+seen["heavy_modules"] = sorted(name for name in set(sys.modules) - loaded_before if name in HEAVY)
 
 
 def registries() -> list:

@@ -33,18 +33,23 @@ TEXTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def loaded():
+def load():
     return load_model(str(TOKENIZER), device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def url(loaded):
+def loaded():
+    """Not the page's own: that one is read from behind a lock which the tests do not hold."""
+    return load()
+
+
+@pytest.fixture(scope="module")
+def url():
     path = Path(__file__).parents[1] / "examples" / "app.py"
     spec = importlib.util.spec_from_file_location("app", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    app = module.make_app(loaded, "Read", max_new_tokens=TOKENS, chunk_size=64)
+    app = module.make_app(load(), "Read", max_new_tokens=TOKENS, chunk_size=64)
     yield app.launch(prevent_thread_lock=True, quiet=True, css=module.CSS)[1]
     app.close()
 

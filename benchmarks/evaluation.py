@@ -17,27 +17,10 @@ import time
 
 import torch
 import transformers
+from shapes import LLAMA_3_8B, TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_longlora import backends, configure_attention, use_attention
-
-LLAMA_3_8B = dict(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    rope_theta=500000.0,
-)
-TINY = dict(
-    vocab_size=128,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
 
 
 @torch.no_grad()
@@ -69,7 +52,7 @@ def main() -> None:
     lengths = [256] if args.tiny else args.lengths
     torch.manual_seed(0)
     with torch.device(device):
-        config = LlamaConfig(**shape, max_position_embeddings=max(lengths))
+        config = LlamaConfig(**{**shape, "max_position_embeddings": max(lengths)})
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
     about = dict(
         device=torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU",

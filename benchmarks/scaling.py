@@ -32,6 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from peft import get_peft_model
+from shapes import LLAMA_3_8B, TINY
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,24 +43,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from peft_longlora import LongLoraConfig, use_attention
 from peft_longlora.sequence import parallelize_sequence, shard_batch
 
-LLAMA_3_1_8B = dict(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    max_position_embeddings=8192,
-)
-TINY = dict(
-    vocab_size=128,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
 ROWS = (
     "s2:32768:2 alone:32768:2 ulysses:32768 s2:65536:2 alone:65536:2 ulysses:65536 s2:131072 alone:131072 "
     "s2:262144 alone:262144 ring:32768 ring:65536"
@@ -224,7 +207,7 @@ def measure(model, optimizer, attention: str, tokens: int, repeats: int, mesh, d
 
 def check(mesh, device: torch.device) -> dict:
     """Loss and gradients of four layers in bf16: shared, and alone, against alone in float32."""
-    shape = {**LLAMA_3_1_8B, "num_hidden_layers": 4, "hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 512}
+    shape = {**LLAMA_3_8B, "num_hidden_layers": 4, "hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 512}
     shape.update(num_attention_heads=8, num_key_value_heads=2)
     if device.type == "cpu":
         shape = TINY
@@ -272,7 +255,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if args.tiny else "nccl")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    shape = TINY if args.tiny else LLAMA_3_1_8B
+    shape = TINY if args.tiny else LLAMA_3_8B
     shape = {**shape, "num_hidden_layers": args.layers or shape["num_hidden_layers"]}
     about = dict(
         device=torch.cuda.get_device_name() if device.type == "cuda" else "CPU",

@@ -25,29 +25,11 @@ import peft
 import torch
 import transformers
 from peft import get_peft_model
+from shapes import LLAMA_2_7B, TINY
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_longlora import LongLoraConfig
-
-LLAMA_2_7B = dict(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-    max_position_embeddings=4096,
-)
-TINY = dict(
-    vocab_size=128,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    max_position_embeddings=64,
-)
 
 
 def make_model(shape: dict, context_length: int, attention: str, device: str) -> torch.nn.Module:

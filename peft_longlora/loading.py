@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from peft_longlora.card import hub_id
 from peft_longlora.config import refuse_link
+from peft_longlora.fit import rows_of
 from peft_longlora.rope import scale_rope, window_of
 
 
@@ -95,7 +96,7 @@ def check_tokenizer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) 
 
     Raises: ValueError.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = rows_of(model.get_input_embeddings())
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ValueError(

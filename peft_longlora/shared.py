@@ -62,7 +62,9 @@ def attend(
         groups = mask.once("whole sequence", lambda: ulysses.plan_whole(found, documents, group))
         return ulysses.attend_whole(query, key, value, groups, settings.mesh, **how)
     rank = dist.get_rank(group)
-    plan = mask.once((settings.group_size, pattern), lambda: neighbours.plan_halo(found, rank, documents, group))
+    plan = mask.once(
+        ("halo", settings.group_size, pattern), lambda: neighbours.plan_halo(found, rank, documents, group)
+    )
     return halo.attend_shared(query, key, value, plan, **how)
 
 

@@ -119,4 +119,4 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, windows, monkeypatch):
         assert seen > 70 * documents
         return highest
 
-    assert peak(40) < 1.3 * peak(8)
+    assert peak(200) < 1.3 * peak(40)  # long enough that both fill what is read ahead

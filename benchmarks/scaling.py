@@ -90,15 +90,11 @@ class Sent(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name()
-        if "all_to_all_single" in name or "shard_dim_alltoall" in name or "all_gather_into_tensor" in name:
+        if "alltoall_base_" in name:  # the halo's: output, input, and nothing to oneself
+            self.bytes += args[1].numel() * args[1].element_size()
+        elif "shard_dim_alltoall" in name or "all_gather_into_tensor" in name:
             size = args[0].numel() * args[0].element_size()
-            if "all_gather" in name:
-                size *= self.ranks - 1
-            elif name.startswith("_c10d_functional") and args[2]:
-                size = size * (sum(args[2]) - args[2][dist.get_rank()]) // max(sum(args[2]), 1)
-            else:
-                size = size * (self.ranks - 1) // self.ranks
-            self.bytes += size
+            self.bytes += size * (self.ranks - 1) if "all_gather" in name else size * (self.ranks - 1) // self.ranks
         return function(*args, **(kwargs or {}))
 
 

@@ -35,9 +35,10 @@ class CpuAttention(Kernel):
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
         """As `Kernel.forward`."""
+        forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         for q_, k_, v_, out_, lse_ in _each(pieces, (q, k, v, out), lse):
             k_, v_ = (x.repeat_interleave(q_.shape[1] // x.shape[1], 1) for x in (k_, v_))
-            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_, k_, v_, 0.0, True, scale=scaling)
+            found = forward(q_, k_, v_, 0.0, pieces.is_causal, scale=scaling)
             out_.copy_(found[0])
             lse_.copy_(found[1])
 
@@ -47,7 +48,7 @@ class CpuAttention(Kernel):
         for dout_, q_, k_, v_, out_, *into, lse_ in _each(pieces, (dout, q, k, v, out, dq, dk, dv), lse):
             heads, dtype = k_.shape[1], torch.promote_types(q_.dtype, torch.float32)
             k_, v_ = (x.repeat_interleave(q_.shape[1] // heads, 1) for x in (k_, v_))
-            grads = backward(dout_, q_, k_, v_, out_, lse_.to(dtype), 0.0, True, scale=scaling)
+            grads = backward(dout_, q_, k_, v_, out_, lse_.to(dtype), 0.0, pieces.is_causal, scale=scaling)
             into[0].copy_(grads[0])
             for to, grad in zip(into[1:], grads[1:], strict=True):
                 to.copy_(grad.unflatten(1, (heads, -1)).sum(2))

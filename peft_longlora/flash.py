@@ -36,14 +36,31 @@ class Call:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Where attention is cut; cu_seqlens is None for tensors of (pieces, tokens, heads, D), all pieces alike."""
+    """Where attention is cut; cu_seqlens is None for tensors of (pieces, tokens, heads, D), all pieces alike.
+
+    With `far`, where keys and values of other tokens are cut into as many pieces, each query attends to all of its own;
+    without, causally to those of the queries' tokens.
+    """
 
     cu_seqlens: torch.Tensor | None
     max_length: int
+    far: Pieces | None = None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether keys are those of the queries' tokens, and later ones are not seen."""
+        return self.far is None
+
+    @property
+    def keys(self) -> Pieces:
+        """Where the keys are cut."""
+        return self.far or self
 
 
 class Kernel:
     """Attention that writes where it is told: what every kernel shares, and what each must have.
+
+    A backward takes the out and lse of the whole softmax, of which its keys may be a part (`Pieces.far`).
 
     Tensors are (tokens, heads, D) with `Pieces.cu_seqlens`, or (pieces, tokens, heads, D) without; lse, the
     log-sum-exp of the scores, is (heads, tokens) or (pieces, heads, tokens), float32. All may be strided views.
@@ -171,6 +188,15 @@ class PackagedKernel(Kernel):
         return None
 
 
+def _cuts(pieces: Pieces) -> dict:
+    return dict(
+        cu_seqlens_q=pieces.cu_seqlens,
+        cu_seqlens_k=pieces.keys.cu_seqlens,
+        max_seqlen_q=pieces.max_length,
+        max_seqlen_k=pieces.keys.max_length,
+    )
+
+
 class FlashAttention4(PackagedKernel):
     """flash-attn-4: CuTe kernels for Hopper and Blackwell, compiled at the first call of each kind."""
 
@@ -190,20 +216,18 @@ class FlashAttention4(PackagedKernel):
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
         """As `Kernel.forward`; the query heads of a KV head share a tile in short pieces only, where they fill it."""
         packs = None if pieces.max_length < 1024 else False
-        more = dict(softmax_scale=scaling, causal=True, softcap=softcap or None, out=out, lse=lse, pack_gqa=packs)
-        self.load()._flash_attn_fwd(q, k, v, **self._cuts(pieces), **more)
+        more = dict(softmax_scale=scaling, softcap=softcap or None, out=out, lse=lse, pack_gqa=packs)
+        self.load()._flash_attn_fwd(q, k, v, **self._where(pieces), **more)
 
     def backward(self, dout, q, k, v, out, lse, dq, dk, dv, pieces, scaling, softcap):
         """As `Kernel.backward`."""
-        more = dict(softmax_scale=scaling, causal=True, softcap=softcap, deterministic=is_deterministic())
-        self.load()._flash_attn_bwd(q, k, v, out, dout, lse, dq=dq, dk=dk, dv=dv, **self._cuts(pieces), **more)
+        more = dict(softmax_scale=scaling, softcap=softcap, deterministic=is_deterministic())
+        self.load()._flash_attn_bwd(q, k, v, out, dout, lse, dq=dq, dk=dk, dv=dv, **self._where(pieces), **more)
 
     @staticmethod
-    def _cuts(pieces: Pieces) -> dict:
-        cu, longest = pieces.cu_seqlens, pieces.max_length
-        if cu is None:
-            return {}
-        return dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
+    def _where(pieces: Pieces) -> dict:
+        cuts = {} if pieces.cu_seqlens is None else _cuts(pieces)
+        return dict(causal=pieces.is_causal, **cuts)
 
 
 class FlashAttention3(PackagedKernel):
@@ -217,24 +241,22 @@ class FlashAttention3(PackagedKernel):
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
         """As `Kernel.forward`; a copy, because its operator declares that it writes into no input."""
-        cu, longest = pieces.cu_seqlens, pieces.max_length
-        cuts = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
-        more = dict(softmax_scale=scaling, causal=True, softcap=softcap)
-        result = self.load()._flash_attn_forward(q, k, v, **cuts, **more)
+        more = dict(softmax_scale=scaling, causal=pieces.is_causal, softcap=softcap)
+        result = self.load()._flash_attn_forward(q, k, v, **_cuts(pieces), **more)
         out.copy_(result[0])
         lse.copy_(result[1])
 
     def backward(self, dout, q, k, v, out, lse, dq, dk, dv, pieces, scaling, softcap):
         """As `Kernel.backward`."""
-        cu, longest = pieces.cu_seqlens, pieces.max_length
-        cuts = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
-        more = dict(softmax_scale=scaling, is_causal=True, softcap=softcap, deterministic=is_deterministic())
-        self.load()._flash_attn_backward(dout, q, k, v, out, lse, **cuts, dq=dq, dk=dk, dv=dv, **more)
+        more = dict(softmax_scale=scaling, is_causal=pieces.is_causal, softcap=softcap)
+        more.update(_cuts(pieces), deterministic=is_deterministic())
+        self.load()._flash_attn_backward(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, **more)
 
 
 def _fa2_cuts(pieces: Pieces) -> tuple:
     # Its forward lays out a longest piece of one token in another way, which its backward does not expect.
-    return pieces.cu_seqlens, pieces.cu_seqlens, max(pieces.max_length, 2), max(pieces.max_length, 2)
+    keys = pieces.keys
+    return pieces.cu_seqlens, keys.cu_seqlens, max(pieces.max_length, 2), max(keys.max_length, 2)
 
 
 class FlashAttention2(PackagedKernel):
@@ -248,14 +270,16 @@ class FlashAttention2(PackagedKernel):
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
         """As `Kernel.forward`."""
         cuts = _fa2_cuts(pieces)
-        result = self.load()._flash_attn_varlen_forward(q, k, v, *cuts, 0.0, scaling, causal=True, softcap=softcap)
+        more = dict(causal=pieces.is_causal, softcap=softcap)
+        result = self.load()._flash_attn_varlen_forward(q, k, v, *cuts, 0.0, scaling, **more)
         out.copy_(result[0])
         lse.copy_(result[1])
 
     def backward(self, dout, q, k, v, out, lse, dq, dk, dv, pieces, scaling, softcap):
         """As `Kernel.backward`."""
         cuts = _fa2_cuts(pieces)
-        more = dict(causal=True, window_size_left=-1, window_size_right=-1, softcap=softcap, alibi_slopes=None)
+        more = dict(causal=pieces.is_causal, softcap=softcap, alibi_slopes=None)
+        more.update(window_size_left=-1, window_size_right=-1)
         self.load()._flash_attn_varlen_backward(
             dout, q, k, v, out, lse, dq, dk, dv, *cuts, 0.0, scaling, **more, deterministic=is_deterministic()
         )
@@ -270,7 +294,7 @@ class TorchVarlen(Kernel):
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
         """As `Kernel.forward`."""
         cuts = _fa2_cuts(pieces)
-        result = torch.ops.aten._flash_attention_forward(q, k, v, *cuts, 0.0, True, False, scale=scaling)
+        result = torch.ops.aten._flash_attention_forward(q, k, v, *cuts, 0.0, pieces.is_causal, False, scale=scaling)
         out.copy_(result[0])
         lse.copy_(result[1])
 
@@ -279,7 +303,7 @@ class TorchVarlen(Kernel):
         cuts = _fa2_cuts(pieces)
         no_dropout = torch.empty(0, dtype=torch.uint64, device=q.device)
         grads = torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse, *cuts, 0.0, True, no_dropout, no_dropout, scale=scaling
+            dout, q, k, v, out, lse, *cuts, 0.0, pieces.is_causal, no_dropout, no_dropout, scale=scaling
         )
         for grad, given in zip((dq, dk, dv), grads, strict=True):
             grad.copy_(given)
@@ -307,7 +331,7 @@ class CudnnAttention(Kernel):
         # (pieces, tokens, heads, D) -> (pieces, heads, tokens, D)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         result = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, True, False, scale=scaling
+            q, k, v, None, True, 0.0, pieces.is_causal, False, scale=scaling
         )
         out.copy_(result[0].transpose(1, 2))
         lse.copy_(result[1].view(lse.shape))
@@ -324,8 +348,8 @@ class CudnnAttention(Kernel):
         # follow from q's: `ties_layouts` sees to out and dout, and lse is made dense. A dropout of -0.0 is none, and
         # keeps these plans apart from those of other callers, because the key is compared by its bytes.
         tensors = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-        no_dropout, length = torch.zeros((), dtype=torch.int64, device=q.device), pieces.max_length
-        more = None, None, None, length, length, -0.0, True  # no bias and no cumulative lengths; causal
+        no_dropout, lengths = torch.zeros((), dtype=torch.int64, device=q.device), (q.shape[1], k.shape[1])
+        more = None, None, None, *lengths, -0.0, pieces.is_causal  # no bias and no cumulative lengths
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *tensors, lse.contiguous().unsqueeze(-1), no_dropout, no_dropout, *more, scale=scaling
         )

@@ -86,9 +86,8 @@ def find_documents(segment_ids: torch.Tensor) -> list[tuple[int, int, int]]:
 class Groups:
     """The plan of one forward: boundaries of the straight and of the shifted heads' groups.
 
-    Boundaries count tokens of the B * S flattened tokens, to B * S without a hole; stretches of padding are pieces of
-    their own. They start at 0, but where the first group began on another rank: then with what comes after it, and
-    attention leaves the tokens before at 0, for `halo` to fill in. Build it with `plan_groups`.
+    Boundaries count tokens of the B * S flattened tokens, from 0 to B * S without a hole; stretches of padding are
+    pieces of their own. Build it with `plan_groups`.
 
     Attributes:
         batch, length: B and S, tokens.
@@ -168,7 +167,8 @@ def plan_groups(
         pattern: "s2", "local" (straight groups for every head) or "full" (documents stay whole).
         documents: from `find_documents`; None means that every row is one document (then nothing is synchronised).
         padding: (B, S) bool, True at padding.
-        before, after: tokens of the first and of the last document that earlier and later ranks hold.
+        before, after: tokens of the first and of the last document that earlier and later ranks hold; a group that
+            they hold a part of is cut where the row is.
 
     Example: one row of 10 tokens, G = 4: straight (0, 4, 8, 10), shifted (0, 2, 6, 10).
     """
@@ -188,9 +188,6 @@ def plan_groups(
             whole = first + tokens + (after if index == len(documents) - 1 else 0)
             shifts = 0, group_size // 2 if pattern == "s2" else 0
             halves = [split_document(whole, group_size, x, first=first, last=first + tokens) for x in shifts]
-            for boundaries, pieces, shift in zip((straight, shifted), halves, shifts, strict=True):
-                if first and tokens_before(whole, group_size, shift, first):
-                    boundaries[0] = pieces.pop(0)
         if number:
             lengths.update(*halves)
         for boundaries, pieces in zip((straight, shifted), halves, strict=True):

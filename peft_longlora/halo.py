@@ -1,22 +1,26 @@
 """S2-Attn of a sequence that several ranks share: the exchange of the halo, and the kernels around it.
 
-Each rank holds a stretch of the sequence, and attends by the kernels of `halves` to the groups that begin in it. Only
+Each rank holds a stretch of the sequence, and attends by the kernels of `halves` to the keys and values of it. Only
 the group that began before its first token needs more: the keys and values of that group's earlier tokens, its halo,
 at most a group of one half of the heads and half a group of the other, however long the sequence and however many the
-ranks. They come in one all-to-all while the other groups are attended to; their gradients go back in another.
-Called by `shared`, with a plan of `neighbours`.
+ranks. They come in one all-to-all meanwhile; then the rank's queries of that group attend to them too, and the two
+parts of each softmax are put together. The gradients of the halo go back in another all-to-all. Called by `shared`,
+with a plan of `neighbours`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch.distributed._functional_collectives import wait_tensor
+import torch.distributed as dist
 
 from peft_longlora import kernels
 from peft_longlora.backends import check_backend, pick_kernel
-from peft_longlora.halves import attend_halves, attend_halves_backward, regular_groups
+from peft_longlora.flash import Kernel, Pieces
+from peft_longlora.halves import KERNELS, attend_halves, attend_halves_backward, regular_groups
 from peft_longlora.launches import head_halves
 from peft_longlora.neighbours import Halo, Ranges
 
@@ -67,68 +71,93 @@ class _AttendShared(torch.autograd.Function):
         ctx.halo, ctx.how = halo, (scaling, softcap, name)
         travelling = _start(halo, halo.sends, halo.receives, _by_half(q, k, v))
         out, lse = attend_halves(q, k, v, *halo.groups.tensors(q.device), *ctx.how)
-        received = _receive(halo, travelling, _by_half(q, k, v))
-        sums = []
-        for half, one in _first_groups(halo, q, k, v, received):
-            first_out, first_lse = attend_halves(*one.tensors, *one.plan, *ctx.how)
-            out[: halo.owns[half], one.heads] = first_out[halo.needs[half] :]
-            sums.append(first_lse)
-        ctx.save_for_backward(q, k, v, out, lse, *(x for pair in received for x in pair), *sums)
+        far = [_zeros(pair, needs) for pair, needs in zip(_by_half(q, k, v), halo.needs, strict=True)]
+        _add(halo.receives, far, travelling)
+        for half, own, heads in _borders(halo, q, k):
+            merge(out[own, heads], lse[heads, own], *attend_far(q[own, heads], *far[half], *ctx.how))
+        ctx.save_for_backward(q, k, v, out, lse, *(x for pair in far for x in pair))
         return out
 
     @staticmethod
     def backward(ctx, dout: torch.Tensor):
-        """The first groups first: the gradients of their halo travel while the rest is computed."""
+        """The far keys and values first: their gradients travel while the rest is computed."""
         halo = ctx.halo
-        q, k, v, out, lse, k_straight, v_straight, k_shifted, v_shifted, *sums = ctx.saved_tensors
-        received = [(k_straight, v_straight), (k_shifted, v_shifted)]
-        gradients = [tuple(torch.zeros_like(x) for x in pair) for pair in received]
-        own = []
-        for (half, one), first_lse in zip(_first_groups(halo, q, k, v, received), sums, strict=True):
-            needs = halo.needs[half]
-            # The output of the queries that are not ours has no gradient, so it may be anything.
-            first = (_extend(x[: halo.owns[half], one.heads], needs) for x in (dout, out))
-            grads = attend_halves_backward(next(first), *one.tensors, next(first), first_lse, *one.plan, *ctx.how)
-            gradients[half] = grads[1][:needs], grads[2][:needs]
-            own.append((halo.owns[half], one.heads, one.kv_heads, [x[needs:] for x in grads]))
+        q, k, v, out, lse, k_straight, v_straight, k_shifted, v_shifted = ctx.saved_tensors
+        far = [(k_straight, v_straight), (k_shifted, v_shifted)]
+        q, dout = q.contiguous(), dout.contiguous()  # so slices of them and of out are laid out alike
+        gradients, near = list(far), []
+        for half, own, heads in _borders(halo, q, k):
+            one = dout[own, heads], q[own, heads], *far[half], out[own, heads], lse[heads, own]
+            dq_far, *gradients[half] = attend_far_backward(*one, *ctx.how)
+            near.append((own, heads, dq_far))
         travelling = _start(halo, halo.receives, halo.sends, gradients)
         dq, dk, dv = attend_halves_backward(dout, q, k, v, out, lse, *halo.groups.tensors(q.device), *ctx.how)
-        for tokens, heads, kv_heads, grads in own:
-            for x, which, grad in zip((dq, dk, dv), (heads, kv_heads, kv_heads), grads, strict=True):
-                x[:tokens, which] += grad
-        if travelling is not None:
-            _add(halo.sends, _by_half(q, dk, dv), wait_tensor(travelling))
+        for own, heads, dq_far in near:
+            dq[own, heads] += dq_far
+        _add(halo.sends, _by_half(q, dk, dv), travelling)
         return dq, dk, dv, None, None, None, None
 
 
-class _FirstGroup(NamedTuple):
-    """The group of one half that began on an earlier rank, as an ordinary causal one."""
+def _borders(halo: Halo, q: torch.Tensor, k: torch.Tensor) -> list[tuple[int, slice, slice]]:
+    """For each group that began on an earlier rank: its half, its tokens on this rank, and its query heads."""
+    heads, _ = head_halves(q.shape[1], k.shape[1])
+    return [
+        (half, slice(halo.owns[half]), slice(*heads[half]))
+        for half in (0, 1)
+        if halo.needs[half] and heads[half][0] < heads[half][1]
+    ]
 
-    heads: slice
-    kv_heads: slice
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    plan: tuple[torch.Tensor, torch.Tensor]
 
+def merge(out: torch.Tensor, lse: torch.Tensor, far_out: torch.Tensor, far_lse: torch.Tensor) -> None:
+    """Make one softmax of two over different keys, in place of the first; computed in float32.
 
-def _first_groups(halo: Halo, q, k, v, received: Pairs) -> list[tuple[int, _FirstGroup]]:
-    """The halo's tokens in front of our own. Their queries are elsewhere: zeros stand for them, and cost at most 1/8
-    of a group's square, once a rank.
+    Args:
+        out, far_out: (S, H, D_v). lse, far_lse: (H, S), the log-sum-exp of the scores of each part.
+
+    Source: ring attention, arXiv:2310.01889; the parts of a flash kernel are put together the same way.
     """
-    found = []
-    for half, (heads, kv_heads) in enumerate(zip(*head_halves(q.shape[1], k.shape[1]), strict=True)):
-        needs, owns = halo.needs[half], halo.owns[half]
-        if needs and heads[0] < heads[1]:
-            heads, kv_heads = slice(*heads), slice(*kv_heads)
-            query = _extend(q[:owns, heads], needs)
-            keys, values = (torch.cat((far, x[:owns, kv_heads])) for far, x in zip(received[half], (k, v), strict=True))
-            plan = regular_groups(1, needs + owns, 2, "full").tensors(q.device)
-            found.append((half, _FirstGroup(heads, kv_heads, (query, keys, values), plan)))
-    return found
+    far = torch.sigmoid(far_lse - lse).T.unsqueeze(2)  # what the far keys weigh
+    torch.addcmul(out * (1 - far), far_out, far, out=out)
+    torch.logaddexp(lse, far_lse, out=lse)
 
 
-def _extend(x: torch.Tensor, tokens: int) -> torch.Tensor:
-    """(S, H, D) -> (tokens + S, H, D), zeros in front."""
-    return torch.cat((x.new_zeros(tokens, *x.shape[1:]), x))
+def attend_far(q, k, v, scaling: float, softcap: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every query attends to every key: (S, H, D), (T, H_kv, D), (T, H_kv, D_v) -> (S, H, D_v) and (H, S) sums.
+
+    Args: as `halves.attend_halves`, of one half.
+    """
+    kernel, as_taken, pieces = _one_call(q, k, backend)
+    out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    kernel.forward(*map(as_taken, (q, k, v, out, lse)), pieces, scaling, softcap)
+    return out, lse
+
+
+def attend_far_backward(dout, q, k, v, out, lse, scaling: float, softcap: float, backend: str) -> list[torch.Tensor]:
+    """What these keys contribute to dq, and dk and dv.
+
+    Args:
+        out, lse: of the whole softmax, which has other keys too. others: as `halves.attend_halves_backward`.
+    """
+    kernel, as_taken, pieces = _one_call(q, k, backend)
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    tensors = dout, q, k, v, out, lse.contiguous(), *grads
+    kernel.backward(*map(as_taken, tensors), pieces, scaling, softcap)
+    return grads
+
+
+def _one_call(q: torch.Tensor, k: torch.Tensor, backend: str) -> tuple[Kernel, Callable, Pieces]:
+    """The kernel, tensors as it takes them, and the one piece of the queries, with the one of the far keys."""
+    if backend == "cudnn" and 1 in (len(q), len(k)):  # which it refuses
+        backend = "varlen"
+    kernel = KERNELS[backend]
+    if kernel.takes_batches:
+        return kernel, lambda x: x[None], Pieces(None, len(q), Pieces(None, len(k)))
+    queries, keys = (Pieces(regular_groups(1, len(x), 2, "full").tensors(x.device)[1][:2], len(x)) for x in (q, k))
+    return kernel, lambda x: x, replace(queries, far=keys)
+
+
+def _zeros(pair: tuple[torch.Tensor, ...], tokens: int) -> tuple[torch.Tensor, ...]:
+    return tuple(x.new_zeros(tokens, *x.shape[1:]) for x in pair)
 
 
 def _by_half(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Pairs:
@@ -137,40 +166,45 @@ def _by_half(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Pairs:
     return [(k[:, first:last], v[:, first:last]) for first, last in kv_heads]
 
 
-def _views(ranges: Ranges, halves: Pairs) -> list[list[torch.Tensor]]:
-    """What goes to, or comes from, each rank: keys and values of the straight half, then of the shifted one."""
+class _Travelling(NamedTuple):
+    """An all-to-all under way, and what it will bring."""
+
+    buffer: torch.Tensor
+    work: dist.Work
+
+
+def _views(ranges: Ranges, halves: Pairs) -> list[torch.Tensor]:
+    """What goes to, or comes from, the ranks in turn: keys and values of the straight half, then of the shifted one."""
     return [
-        [x[first:last] for (first, last), pair in zip(of_rank, halves, strict=True) for x in pair] for of_rank in ranges
+        x[first:last]
+        for of_rank in ranges
+        for (first, last), pair in zip(of_rank, halves, strict=True)
+        if first < last
+        for x in pair
     ]
 
 
-def _start(halo: Halo, sends: Ranges, receives: Ranges, halves: Pairs) -> torch.Tensor | None:
-    """Start an all-to-all. Returns what will be received, to be waited for, or None if no rank needs anything."""
+def _start(halo: Halo, sends: Ranges, receives: Ranges, halves: Pairs) -> _Travelling | None:
+    """Start an all-to-all, or nothing if no rank needs anything."""
     if not halo.is_needed:
         return None
-    parts = _views(sends, halves)
-    buffer = torch.cat([x.flatten() for of_rank in parts for x in of_rank])
     widths = [sum(x.shape[1] * x.shape[2] for x in pair) for pair in halves]
 
     def sizes(ranges: Ranges) -> list[int]:
         return [sum((last - first) * w for (first, last), w in zip(one, widths, strict=True)) for one in ranges]
 
-    # Not through the wrapper, whose tensors wait at the first touch: here it is said where to wait.
-    return torch.ops._c10d_functional.all_to_all_single(buffer, sizes(receives), sizes(sends), halo.group.group_name)
+    nothing = halves[0][0].new_empty(0)
+    packed = torch.cat([nothing, *(x.flatten() for x in _views(sends, halves))])
+    buffer = nothing.new_empty(sum(sizes(receives)))
+    work = dist.all_to_all_single(buffer, packed, sizes(receives), sizes(sends), group=halo.group, async_op=True)
+    return _Travelling(buffer, work)
 
 
-def _receive(halo: Halo, travelling: torch.Tensor | None, halves: Pairs) -> Pairs:
-    """The keys and values of the halo, (tokens, heads, D), of both halves."""
-    received = [
-        tuple(x.new_zeros(needs, *x.shape[1:]) for x in pair) for needs, pair in zip(halo.needs, halves, strict=True)
-    ]
-    if travelling is not None:
-        _add(halo.receives, received, wait_tensor(travelling))
-    return received
-
-
-def _add(ranges: Ranges, halves: Pairs, buffer: torch.Tensor) -> None:
-    """Add what came to where it belongs."""
-    parts = [x for of_rank in _views(ranges, halves) for x in of_rank]
-    for to, came in zip(parts, buffer.split([x.numel() for x in parts]), strict=True):
+def _add(ranges: Ranges, halves: Pairs, travelling: _Travelling | None) -> None:
+    """Add what came to where it belongs. A rank to which nothing comes waits for nobody, and may run ahead."""
+    if travelling is None or not travelling.buffer.numel():
+        return
+    travelling.work.wait()
+    parts = _views(ranges, halves)
+    for to, came in zip(parts, travelling.buffer.split([x.numel() for x in parts]), strict=True):
         to += came.view(to.shape)

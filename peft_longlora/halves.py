@@ -126,12 +126,6 @@ def _clear(plan: Plan, *tensors: torch.Tensor) -> None:
             x[start:end].zero_()
 
 
-def _clear_before(boundary: int, heads: tuple[int, int], *tensors: torch.Tensor) -> None:
-    """Zero the tokens before the first boundary of a half, whose group began on another rank: no kernel is called."""
-    for x in tensors:
-        x[:boundary, slice(*heads)].zero_()
-
-
 @torch.library.custom_op("peft_longlora::attend_halves", mutates_args=())
 def attend_halves(
     q: torch.Tensor,
@@ -163,8 +157,6 @@ def attend_halves(
         kernel.forward(*tensors, _pieces(x, plan, cu_seqlens), scaling, softcap)
 
     run_launches(_launches(plan, q, k, kernel), call, q.device)
-    for half, heads, _ in plan.halves(q.shape[1], k.shape[1]):
-        _clear_before(getattr(plan, half)[0], heads, out)
     _clear(plan, out)
     return out, lse
 
@@ -218,9 +210,6 @@ def attend_halves_backward(
         )
 
     run_launches(launches, call, q.device)
-    for half, heads, kv_heads in plan.halves(q.shape[1], k.shape[1]):
-        _clear_before(getattr(plan, half)[0], heads, dq)
-        _clear_before(getattr(plan, half)[0], kv_heads, *grads[half])
     if grads["shifted"][0] is not dk:
         for total, part in zip((dk, dv), grads["shifted"], strict=True):
             total += part

@@ -1,9 +1,8 @@
 """What the ranks that share a sequence need of each other: host-side arithmetic on what each knows of its stretch.
 
-A rank attends by itself to the groups that begin in its stretch. Of the group that began before, it needs the keys and
-values of the tokens on earlier ranks, its halo. One small all-gather a forward tells every rank enough to work out who
-sends what to whom, in a time that does not depend on the length of the sequence. Called by `shared`, `halo` and
-`ulysses`.
+A rank attends by itself to the keys and values of its stretch. Of the group that began before, it also needs those of
+the tokens on earlier ranks, its halo. One small all-gather a forward tells every rank enough to work out who sends what
+to whom, in a time that does not depend on the length of the sequence. Called by `shared`, `halo` and `ulysses`.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ class Halo:
     """The plan of one forward on one rank. Pairs are for the straight and for the shifted half of the heads.
 
     Attributes:
-        groups: the groups that begin on this rank.
+        groups: the groups of this rank's stretch, without what other ranks hold of the first and of the last.
         needs: tokens of earlier ranks in the group of the first token.
         owns: tokens of that group on this rank, 0 if it begins here.
         sends: own tokens that each rank needs. receives: where each rank's tokens belong in the halo.
@@ -161,5 +160,6 @@ def plan_halo(
     )
     elsewhere = dict(before=before[rank], after=after[rank])
     groups = plan_groups(1, edges[rank].length, group_size, pattern, documents=documents, **elsewhere)
-    owns = groups.straight[0], groups.shifted[0]
+    first_ends = groups.straight[1], groups.shifted[1]
+    owns = tuple(end if need else 0 for need, end in zip(needs[rank], first_ends, strict=True))
     return Halo(groups, needs[rank], owns, sends, receives, any(map(any, needs)), group)

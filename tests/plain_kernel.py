@@ -8,17 +8,19 @@ from torch.nn.functional import scaled_dot_product_attention
 from peft_longlora.flash import Kernel
 
 
-def forward(q, k, v, scaling):
-    """(1, heads, tokens, D) -> (1, heads, tokens, D_v), causal."""
-    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+def forward(q, k, v, scaling, is_causal=True):
+    """(1, heads, tokens, D) -> (1, heads, tokens, D_v)."""
+    return scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scaling, enable_gqa=True)
 
 
-def backward(dout, q, k, v, out, scaling):
+def backward(dout, q, k, v, out, scaling, is_causal=True):
     """dq, dk, dv; written out, because operators run below autograd."""
     kv_heads = k.shape[1]
     k, v = (x.repeat_interleave(q.shape[1] // kv_heads, 1) for x in (k, v))
     scores = q @ k.mT * scaling
-    weights = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+    if is_causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    weights = scores.softmax(-1)
     dscores = weights * (dout @ v.mT - (dout * out).sum(-1, keepdim=True)) * scaling
     grads = dscores @ k, dscores.mT @ q, weights.mT @ dout
     return grads[0], *(x.unflatten(1, (kv_heads, -1)).sum(2) for x in grads[1:])

@@ -10,7 +10,8 @@ from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_longlora.groups import find_documents, plan_groups
-from peft_longlora.halo import attend_shared
+from peft_longlora.halo import attend_far, attend_far_backward, attend_shared, merge
+from peft_longlora.halves import attend_halves, attend_halves_backward
 from peft_longlora.neighbours import Edges, exchange_edges, plan_halo
 from peft_longlora.reference import s2_attention_reference
 
@@ -105,8 +106,8 @@ class Traffic(TorchDispatchMode):
         self.sent = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops._c10d_functional.all_to_all_single.default:
-            self.sent.append(args[0].numel() * args[0].element_size())
+        if function is torch.ops.c10d.alltoall_base_.default:
+            self.sent.append(args[1].numel() * args[1].element_size())
         return function(*args, **(kwargs or {}))
 
 
@@ -134,6 +135,69 @@ def test_traffic_depends_on_neither_length_nor_number_of_ranks(ranks):
     results = run_ranks(ranks, traffic, [8, 64, 512], group_size)
     for rank, found in enumerate(results):
         assert found == [([halo * (rank < ranks - 1)], [halo * (rank > 0)])] * 3
+
+
+def one_after_the_other() -> float:
+    """Rank 1 begins its forward when rank 0 has finished its own, and rank 0 its backward when rank 1 has."""
+    rank = dist.get_rank()
+    positions, segments = rows([16])
+    mine, halo = plan([8, 8], positions, segments, 8, "s2")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, h, 16, DIM, dtype=torch.float64) for h in (4, 2, 2))
+    own = [x[:, :, mine].clone().requires_grad_() for x in (q, k, v)]
+    turn = torch.zeros(1)
+    if rank == 1:
+        dist.recv(turn, 0)
+    out = attend_shared(*own, halo)
+    if rank == 0:
+        dist.send(turn, 1)
+        dist.recv(turn, 1)
+    out.sum().backward()
+    if rank == 1:
+        dist.send(turn, 0)
+    whole = [x.requires_grad_() for x in (q, k, v)]
+    truth = s2_attention_reference(*whole, 8)
+    truth.sum().backward()
+    pairs = [(out, truth[:, mine]), *((a.grad, b.grad[:, :, mine]) for a, b in zip(own, whole, strict=True))]
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+def test_a_rank_that_receives_nothing_waits_for_nobody():
+    """Or this would never end: the first rank needs nothing forward, and the last one nothing backward."""
+    assert max(run_ranks(2, one_after_the_other)) < 2e-6
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 9), (9, 5), (1, 4), (4, 1)])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
+def test_two_parts_of_a_softmax_are_the_whole(dtype, most, queries, keys, heads):
+    """Far keys and a rank's own, each by a kernel, against dense attention to both in float64; in units of the largest.
+
+    The far scores are small for some heads and large for others, so that either part may weigh next to nothing.
+    """
+    torch.manual_seed(queries)
+    heads, kv_heads = heads
+    size = torch.logspace(-1, 1, kv_heads)[:, None]
+    q, dout = (torch.randn(queries, heads, DIM, dtype=dtype) for _ in range(2))
+    k, v, far_k, far_v = (torch.randn(n, kv_heads, DIM, dtype=dtype) for n in (queries, queries, keys, keys))
+    far_k = far_k * size.to(dtype)
+    exact = [x.double().clone().requires_grad_() for x in (q, torch.cat((far_k, k)), torch.cat((far_v, v)))]
+    wide = [exact[0], *(x.repeat_interleave(heads // kv_heads, 1) for x in exact[1:])]
+    scores = torch.einsum("qhd,khd->hqk", *wide[:2]) * 0.5
+    scores = scores.masked_fill(torch.ones(queries, keys + queries).triu(keys + 1).bool(), -torch.inf)
+    truth = torch.einsum("hqk,khd->qhd", scores.softmax(-1), wide[2])
+    truth.backward(dout.double())
+
+    plan = plan_groups(1, queries, 2, "full").tensors(q.device)
+    out, lse = attend_halves(q, k, v, *plan, 0.5, 0.0, "cpu")
+    merge(out, lse, *attend_far(q, far_k, far_v, 0.5, 0.0, "cpu"))
+    dq, *dkv = attend_halves_backward(dout, q, k, v, out, lse, *plan, 0.5, 0.0, "cpu")
+    far_dq, *far_dkv = attend_far_backward(dout, q, far_k, far_v, out, lse, 0.5, 0.0, "cpu")
+    found = [out, lse, dq + far_dq, *(torch.cat(pair) for pair in zip(far_dkv, dkv, strict=True))]
+    expected = [truth, scores.logsumexp(-1), *(x.grad for x in exact)]
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+        rounding = 1 if name in ("out", "lse") else 4  # gradients also hold the rounding of the weights' gradients
+        assert (a - b).abs().max() < rounding * most * b.abs().max().clamp(min=1), name
 
 
 def stretches_of(lengths: list[int], documents: list[int]) -> list[tuple[Edges, list]]:

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from peft_longlora import backends, flash, kernels, s2_attention
 from peft_longlora.flash import Call
 from peft_longlora.groups import plan_groups
+from peft_longlora.halo import attend_far, attend_far_backward
 from peft_longlora.halves import KERNELS
 from peft_longlora.reference import s2_attention_reference
 
@@ -194,17 +195,19 @@ def upstream_fa2():
         window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
         block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
     ):  # fmt: skip
-        assert causal and dropout_p == 0.0 and (window_size_left, window_size_right) == (-1, -1)
-        return *run_forward(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale), None, None
+        assert dropout_p == 0.0 and (window_size_left, window_size_right) == (-1, -1)
+        cuts = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        return *run_forward(q, k, v, *cuts, softmax_scale, causal), None, None
 
     def _flash_attn_varlen_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
         rng_state=None, zero_tensors=False,
     ):  # fmt: skip
-        assert causal and dropout_p == 0.0 and (window_size_left, window_size_right) == (-1, -1)
+        assert dropout_p == 0.0 and (window_size_left, window_size_right) == (-1, -1)
         SEEN["deterministic"] = deterministic
-        run_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, softmax_scale)
+        cuts = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        run_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, *cuts, softmax_scale, causal)
 
     return locals()
 
@@ -220,17 +223,17 @@ def upstream_fa3():
         attention_chunk=0, softcap=0.0, rotary_interleaved=True, scheduler_metadata=None, num_splits=1,
         pack_gqa=None, sm_margin=0,
     ):  # fmt: skip
-        assert causal and cu_seqlens_q is cu_seqlens_k
-        return *run_forward(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale), None, None
+        cuts = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        return *run_forward(q, k, v, *cuts, softmax_scale, causal), None, None
 
     def _flash_attn_backward(
         dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
         max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
         window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0,
     ):  # fmt: skip
-        assert is_causal
         SEEN["deterministic"] = deterministic
-        run_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, softmax_scale)
+        cuts = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        run_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, *cuts, softmax_scale, is_causal)
 
     return locals()
 
@@ -238,19 +241,28 @@ def upstream_fa3():
 SEEN: dict[str, bool] = {}
 
 
-def run_forward(q, k, v, cu_seqlens, longest, scaling):
-    assert cu_seqlens.dtype == torch.int32 and cu_seqlens.diff().max() == longest
+def run_forward(q, k, v, cu_q, cu_k, longest_q, longest_k, scaling, is_causal):
+    check_cuts(cu_q, cu_k, longest_q, longest_k, is_causal)
     out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype)
-    for q_, k_, v_, out_ in plain_kernel.cut(cu_seqlens, q, k, v, out):
-        out_.copy_(plain_kernel.forward(q_, k_, v_, scaling))
+    for (q_, out_), (k_, v_) in zip(plain_kernel.cut(cu_q, q, out), plain_kernel.cut(cu_k, k, v), strict=True):
+        out_.copy_(plain_kernel.forward(q_, k_, v_, scaling, is_causal))
     return out, torch.full((q.shape[1], q.shape[0]), 2.0)
 
 
-def run_backward(dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens, scaling):
+def run_backward(dout, q, k, v, out, lse, dq, dk, dv, cu_q, cu_k, longest_q, longest_k, scaling, is_causal):
+    check_cuts(cu_q, cu_k, longest_q, longest_k, is_causal)
     assert lse.shape == (q.shape[1], q.shape[0]) and lse.is_contiguous() and (lse == 2.0).all()
-    for *tensors, dq_, dk_, dv_ in plain_kernel.cut(cu_seqlens, dout, q, k, v, out, dq, dk, dv):
-        for grad, given in zip((dq_, dk_, dv_), plain_kernel.backward(*tensors, scaling), strict=True):
+    queries, keys = plain_kernel.cut(cu_q, dout, q, out, dq), plain_kernel.cut(cu_k, k, v, dk, dv)
+    for (dout_, q_, out_, dq_), (k_, v_, dk_, dv_) in zip(queries, keys, strict=True):
+        grads = plain_kernel.backward(dout_, q_, k_, v_, out_, scaling, is_causal)
+        for grad, given in zip((dq_, dk_, dv_), grads, strict=True):
             grad.copy_(given)
+
+
+def check_cuts(cu_q, cu_k, longest_q, longest_k, is_causal):
+    assert not is_causal or (cu_q is cu_k and longest_q == longest_k)
+    assert all(cu.dtype == torch.int32 for cu in (cu_q, cu_k))
+    assert (cu_q.diff().max(), cu_k.diff().max()) == (longest_q, longest_k)
 
 
 def test_a_package_with_an_older_interface_counts_as_missing(monkeypatch):
@@ -304,9 +316,23 @@ def test_call_path_of_packages_that_are_not_installed(backend, name, upstream, m
         for got, expected in zip(*grads, strict=True):
             assert (got.double() - expected).norm() < 0.02 * expected.norm()
         assert SEEN["deterministic"] is False
+        compare_far(backend)
     finally:
         flash.import_module.cache_clear()
         backends._choose.cache_clear()
+
+
+def compare_far(backend):
+    """Queries of one rank and keys of another, as `halo` calls a kernel; dense attention by autograd is the truth."""
+    q, k, v = (torch.randn(n, h, 16, dtype=torch.bfloat16) for n, h in ((30, 6), (11, 2), (11, 2)))
+    plain = [x.double().requires_grad_() for x in (q, k, v)]
+    wide = [x.transpose(0, 1) for x in plain]
+    want = scaled_dot_product_attention(*wide, scale=0.3, enable_gqa=True).transpose(0, 1)
+    out, lse = attend_far(q, k, v, 0.3, 0.0, backend)
+    dout = torch.randn_like(out)
+    grads = attend_far_backward(dout, q, k, v, out, lse, 0.3, 0.0, backend)
+    for got, expected in zip((out, *grads), (want, *torch.autograd.grad(want, plain, dout.double())), strict=True):
+        assert (got.double() - expected).norm() < 0.02 * expected.norm()
 
 
 def test_a_missing_package_names_the_command(monkeypatch):

@@ -5,10 +5,13 @@ The same cases on a CPU, with plain kernels in place of these: test_halves.py an
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from peft_longlora import backends, kernels, s2_attention
 from peft_longlora.groups import plan_groups
+from peft_longlora.halo import attend_far, attend_far_backward, merge
+from peft_longlora.halves import attend_halves, attend_halves_backward
 from peft_longlora.reference import s2_attention_reference
 
 pytestmark = pytest.mark.gpu
@@ -135,6 +138,31 @@ def test_values_of_another_width(backend):
         pytest.skip(f"{backend} is not installed")
     qkv = inputs(1, 4, 4 if backend == "flash_attention_4" else 2, 512, dim=96, value_dim=64)
     compare(lambda *x: s2_attention(*x, 128, backend=backend), qkv, 128)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(512, 512), (300, 77), (1, 200), (200, 1), (1, 1), (33, 1000)])
+@pytest.mark.parametrize("heads", [(8, 2), (4, 4), (3, 1)])
+@pytest.mark.parametrize("backend", [x for x in BACKENDS if x not in ("flex", "sdpa")])
+def test_keys_of_another_rank(backend, heads, queries, keys):
+    """Two parts of one softmax, as `halo` computes and merges them, against dense attention in float32."""
+    heads, kv_heads = heads
+    q, dout = torch.randn(2, queries, heads, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, keys + queries, kv_heads, 128, device="cuda", dtype=torch.bfloat16)
+    plain = [x.float().requires_grad_() for x in (q, k, v)]
+    mask = torch.ones(queries, keys + queries, dtype=torch.bool, device="cuda").tril(keys)
+    wide = [x.transpose(0, 1)[None] for x in plain]
+    want = scaled_dot_product_attention(*wide, mask, scale=0.1, enable_gqa=True)[0].transpose(0, 1)
+    grads = torch.autograd.grad(want, plain, dout.float())
+
+    how, plan = (0.1, 0.0, backend), plan_groups(1, queries, 2, "full").tensors(q.device)
+    (far_k, near_k), (far_v, near_v) = k.split([keys, queries]), v.split([keys, queries])
+    out, lse = attend_halves(q, near_k, near_v, *plan, *how)
+    merge(out, lse, *attend_far(q, far_k, far_v, *how))
+    dq, *near = attend_halves_backward(dout, q, near_k, near_v, out, lse, *plan, *how)
+    far_dq, *far = attend_far_backward(dout, q, far_k, far_v, out, lse, *how)
+    found = [out, dq.float() + far_dq.float(), *(torch.cat(pair) for pair in zip(far, near, strict=True))]
+    for name, a, b in zip(("out", "dq", "dk", "dv"), found, (want, *grads), strict=True):
+        assert a.isfinite().all() and error(a, b) < MOST[torch.bfloat16], (name, error(a, b))
 
 
 @pytest.mark.parametrize("backend", [x for x in BACKENDS if x != "sdpa"])

@@ -32,6 +32,16 @@ def test_equal_to_the_losses_of_the_whole_window(model_type, changes, chunk_size
         assert torch.allclose(losses, plain(model, IDS[0, :64], IDS[0, 1 : 1 + n]), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_losses_may_be_waited_for_later(device):
+    model = make().to(device)
+    losses, windows = TokenLosses(model, 10), [IDS[0, start : start + 33] for start in range(0, 60, 5)]
+    waits = [losses.start(ids[:-1], ids[1:]) for ids in windows]
+    for wait, ids in zip(reversed(waits), reversed(windows), strict=True):  # whatever the order, and more than once
+        assert wait().device.type == "cpu"
+        assert torch.equal(wait(), losses(ids[:-1], ids[1:]).cpu())
+
+
 def test_a_peculiar_model_is_told_from_a_plain_one():
     for kind, is_plain, changes in (("llama", True, {}), ("granite", False, dict(logits_scaling=4.0))):
         losses = TokenLosses(make(kind, **changes))

@@ -144,7 +144,15 @@ def test_sink_style_streaming_through_transformers_custom_generate(adapted, merg
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [dict(cache_implementation=c) for c in ("offloaded", "offloaded_static")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(cache_implementation="offloaded"),
+        # transformers compiles a static cache's forward by itself, and torch 2.11's compiler crashes on its streams
+        dict(cache_implementation="offloaded_static", disable_compile=True),
+    ],
+    ids=str,
+)
 def test_offloaded_caches_give_the_same_tokens(adapted, merged, options):
     adapted, merged = (copy.deepcopy(model).to("cuda") for model in (adapted, merged))
     want = tokens(adapted)

@@ -7,6 +7,8 @@ see go through them in chunks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -44,8 +46,9 @@ class TokenLosses:
         Returns:
             (n,) float32, nats, on the model's device.
         """
-        device = self.model.device
-        inputs = inputs.to(device)[None]
+        # Both at once and before the forward: a copy that has to wait for the GPU keeps it from getting more to do.
+        inputs, targets = (_move(x, self.model.device) for x in (inputs, targets))
+        inputs = inputs[None]
         hidden, last_logits = self._hidden_states(inputs)
         if self._is_plain is None:
             # Some models scale or cap what comes out of the output embeddings.
@@ -61,6 +64,20 @@ class TokenLosses:
             scores = F.log_softmax(logits[0], dim=-1, dtype=torch.float32)
             losses.append(-scores.gather(1, part[:, None])[:, 0])
         return torch.cat(losses)
+
+    def start(self, inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """The same losses on the CPU, from a function that waits for them: until then the GPU may be given more."""
+        losses = self(inputs, targets)
+        if losses.device.type != "cuda":
+            return losses.cpu
+        copy = losses.to("cpu", non_blocking=True)
+        copied = torch.cuda.current_stream(losses.device).record_event()
+
+        def wait() -> torch.Tensor:
+            copied.synchronize()
+            return copy
+
+        return wait
 
     def _hidden_states(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(1, S, hidden size) that the output embeddings were to see, and the logits of the last token."""
@@ -89,3 +106,8 @@ class TokenLosses:
             return self.model(input_ids=inputs[:, :1], use_cache=False).logits
         finally:
             handle.remove()
+
+
+def _move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device, behind what it has to do: from ordinary memory CUDA would wait for that first."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

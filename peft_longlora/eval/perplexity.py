@@ -124,11 +124,13 @@ class Perplexity:
         return Item(key, f"{self.name} {length}", window.progress, lambda: start()(), start)
 
     def _start(self, subject: Subject, key: str, length: int, window: Window) -> Callable[[], dict[str, Any]]:
-        losses = subject.losses(window.inputs, window.targets) if len(window.targets) else torch.empty(0)
-        return lambda: self._finish(subject, key, length, window, losses)
+        if not len(window.targets):
+            return lambda: self._finish(subject, key, length, window, torch.empty(0))
+        wait = subject.start_losses(window.inputs, window.targets)
+        return lambda: self._finish(subject, key, length, window, wait())
 
     def _finish(self, subject: Subject, key: str, length: int, window: Window, losses: torch.Tensor) -> dict[str, Any]:
-        losses = losses.cpu().double()[window.first :]
+        losses = losses.double()[window.first :]
         if not torch.isfinite(losses).all():
             place = int((~torch.isfinite(losses)).nonzero()[0, 0]) + window.first
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,11 +73,11 @@ class Subject:
         }
         return cls(model, tokenizer, variant, native, window, description, attention=attention)
 
-    def losses(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Token losses; see `TokenLosses`."""
+    def start_losses(self, inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Token losses, from a function that waits for them; see `TokenLosses.start`."""
         if self._losses is None:
             self._losses = TokenLosses(self.model)
-        return self._losses(inputs, targets)
+        return self._losses.start(inputs, targets)
 
     @torch.no_grad()
     def answer(self, ids: list[int], max_new_tokens: int) -> str:

@@ -21,6 +21,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 if TYPE_CHECKING:
@@ -107,6 +108,30 @@ def write_card(
     finally:
         draft.unlink(missing_ok=True)
     return path
+
+
+def write_cards_of_save(config: LongLoraConfig, folder: str | os.PathLike) -> None:
+    """Write the card of an adapter that was just saved; a card that cannot be written is a warning.
+
+    Of a Trainer's checkpoint, the folder above gets one too, unless a README stands there that is no library's draft:
+    that folder is what the Trainer pushes at every save, with TRL's draft in it or with no README at all.
+    """
+    folder = Path(folder)
+    try_card(config, folder)
+    if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
+        path = folder.parent / README
+        if not path.is_file() or is_draft(
+            ModelCard(path.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True).text
+        ):
+            try_card(config, folder.parent)
+
+
+def try_card(config: LongLoraConfig, folder: str | os.PathLike, *where: str | None) -> None:
+    """`write_card`, for where hours of training should not end in a README."""
+    try:
+        write_card(config, folder, *where)
+    except ValueError as error:
+        logger.warning_once(f"The adapter in {folder} is saved, but has no new card. {error}")
 
 
 def make_card(

@@ -156,14 +156,14 @@ class LongLoraConfig(LoraConfig):
             )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json and, beside it, the adapter's card (README.md)."""
-        super().save_pretrained(save_directory, **kwargs)
-        from peft_longlora.card import write_card  # not at the top: the card reads configs
+        """Write adapter_config.json and, beside it, the adapter's card (README.md).
 
-        try:
-            write_card(self, save_directory)
-        except ValueError as error:  # the adapter is saved, and hours of training should not end in its README
-            logger.warning(f"The adapter in {save_directory} is saved, but has no new card. {error}")
+        In a Trainer's checkpoint, checkpoint-<step>, also the card of the folder above, which the Trainer pushes.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        from peft_longlora.card import write_cards_of_save  # not at the top: the card reads configs
+
+        write_cards_of_save(self, save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

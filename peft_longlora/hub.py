@@ -1,7 +1,8 @@
 """The way of an adapter's card to the Hub. What it says is `card`'s business.
 
-`model.save_pretrained` leaves our card by itself, and `model.push_to_hub` is `push_adapter` (see `push`). Trainers
-draft a card of their own and ask neither model nor config: `use_longlora_card`, said once, makes them push ours.
+`model.save_pretrained` leaves our card by itself, `model.push_to_hub` is `push_adapter`, and transformers' Trainer ends
+its card with `update_card` (see `push`). TRL's trainers draft a card last and ask neither model nor config:
+`use_longlora_card`, said once, makes them push ours.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
 
-from peft_longlora.card import README, RESULTS, CardOptions, hub_id, write_card
+from peft_longlora.card import README, RESULTS, CardOptions, hub_id, try_card, write_card
 from peft_longlora.config import LongLoraConfig
+
+logger = logging.get_logger(__name__)
 
 
 def use_longlora_card(
@@ -38,9 +42,11 @@ def use_longlora_card(
 ) -> None:
     """Make every push of a trainer leave a LongLoRA card, and say what the card of an adapter cannot know.
 
-    A model needs this only for what it says: `model.push_to_hub` brings our card anyway. A trainer leaves a card of its
-    own without it (`push_card` mends that afterwards); with it, its `create_model_card` is ours, on this one object (no
-    class is touched), and a callback writes the card before each push of a checkpoint.
+    A model and a `Trainer` of transformers need this only for what it says: they bring our card anyway, though what a
+    Trainer pushes before the end names the output folder in its code. TRL's trainers need it: their last push ends with
+    a card of TRL's, which `push_card` or the next `model.push_to_hub` replaces. With this line `create_model_card` of
+    the trainer is ours, on this one object (no class is touched), and a callback writes the card before each push of a
+    checkpoint.
 
     Args:
         target: a model with a LongLoRA adapter, or a `Trainer` of transformers or TRL that trains one.
@@ -200,6 +206,38 @@ def _write_trainer_card(
         config = _for_push(config, HfApi(token=trainer.args.hub_token))
     os.makedirs(trainer.args.output_dir, exist_ok=True)
     write_card(config, trainer.args.output_dir, repo_id)
+
+
+def update_card(model: nn.Module, output_dir: str | os.PathLike) -> None:
+    """Stands in for PEFT's `create_or_update_model_card` (see `push`): our card, not PEFT's lines in a draft.
+
+    `save_pretrained` calls it before it saves, and transformers' Trainer after it drafted a card that it is to push.
+    """
+    configs = _configs(model)
+    name, config = ("default", configs["default"]) if "default" in configs else next(iter(configs.items()))
+    if repo_id := _drafted_for(Path(output_dir, README)):
+        config = _for_push(config, HfApi())
+    try_card(config, output_dir, repo_id, None if name == "default" else name)
+
+
+def _drafted_for(path: Path) -> str | None:
+    """The repository that a Trainer made a moment ago and drafted this card for, if it is one.
+
+    The draft gives its name but not whose it is: it is this user's or of an organisation of theirs. If none has it,
+    or several do, the answer is None and the card shows the folder.
+    """
+    text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
+    if "generated automatically according to the information the Trainer had" not in text or get_token() is None:
+        return None
+    name, api = ModelCard(text).data.get("model_name"), HfApi()
+    try:
+        user = api.whoami()
+        owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs") or ())]
+        found = [repo_id for owner in owners if api.repo_exists(repo_id := f"{owner}/{name}")]
+    except Exception as error:  # of httpx or httpx2, by the version of huggingface_hub: the Hub is not reached
+        logger.warning_once(f"The card in {path.parent} names no repository: {type(error).__name__}: {error}")
+        return None
+    return found[0] if len(found) == 1 else None
 
 
 def _configs(model: nn.Module) -> dict[str, LongLoraConfig]:

@@ -27,7 +27,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 TOKEN = "hf_loopback"
-USER = "me"
+USER, ORGANISATION = "me", "we"
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".png", ".gz")
 
 
@@ -192,7 +192,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def whoami(self) -> None:
         if self._may_write():
-            self._json({"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+            orgs = [{"name": ORGANISATION}]
+            self._json({"type": "user", "name": USER, "orgs": orgs, "auth": {"accessToken": {"role": "write"}}})
 
     def create(self) -> None:
         if not self._may_write():

@@ -155,7 +155,7 @@ def test_what_libraries_draft_is_known_as_such(adapted, tmp_path):
     from trl.trainer.utils import generate_model_card
 
     (tmp_path / "peft").mkdir()
-    adapted.create_or_update_model_card(tmp_path / "peft")
+    PeftModel.create_or_update_model_card(adapted, tmp_path / "peft")
     peft = ModelCard.load(tmp_path / "peft" / "README.md").text
     description = "This is the model card of a 🤗 transformers model that has been pushed on the Hub. "
     hub = ModelCard.from_template(ModelCardData(), model_description=f"{description}It was generated.").text
@@ -325,3 +325,15 @@ def test_a_model_without_our_adapter_is_refused(llama):
 
 def test_template_ships_with_the_package():
     assert TEMPLATE.is_file() and TEMPLATE.parent.parent.name == "peft_longlora"
+
+
+def test_a_checkpoint_brings_a_card_to_the_folder_that_a_trainer_pushes(adapted, tmp_path):
+    mine = tmp_path / "mine" / "README.md"
+    mine.parent.mkdir()
+    mine.write_text("# Mine\n\nI wrote this.\n")
+    for folder in ("run/checkpoint-3", "mine/checkpoint-3", "other/best-3"):
+        adapted.save_pretrained(tmp_path / folder)
+        assert BEGIN in (tmp_path / folder / "README.md").read_text()
+    assert f'adapter = "{tmp_path}/run"' in (tmp_path / "run" / "README.md").read_text()
+    assert mine.read_text() == "# Mine\n\nI wrote this.\n"
+    assert not (tmp_path / "other" / "README.md").exists()

@@ -26,13 +26,52 @@ def read(paths: list[str]) -> list[dict]:
     return rows
 
 
+def of(rows: list[dict], attention: str, how: str = "plain") -> dict[int, dict]:
+    """The rows of one kind by tokens a GPU."""
+    return {row["each"]: row for row in rows if (row["attention"], row["how"]) == (attention, how)}
+
+
+def shared_table(rows: list[dict]) -> list[str]:
+    """S2-Attn on one and on two GPUs, as in docs/scaling.md."""
+    lines = ["| tokens a GPU | 1 GPU | 2 GPUs share | rate a GPU, 2 to 1 | peak a GPU | sent a layer and step |"]
+    lines.append("|---|---|---|---|---|---|")
+    names = {"plain": "", "tiles": ", in tiles", "tiles, blocks": ", in tiles and blocks of 4 layers"}
+    for how, name in names.items():
+        alone = of(rows, "alone", how)
+        for each, row in sorted(of(rows, "s2", how).items()):
+            one = alone.get(each, {}).get("seconds")
+            cells = [
+                f"{each:,}{name}",
+                f"{one:.2f} s" if one else "",
+                f"{row['seconds']:.2f} s, {row['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU"
+                + ("" if row["is_warm"] else " (not warmed up)"),
+                f"{one / row['seconds']:.1%}" if one else "",
+                f"{row['peak_gib']:.1f} GiB",
+                f"{row['mib_sent_a_layer']:.0f} MiB",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def dense_table(rows: list[dict]) -> list[str]:
+    """S2-Attn beside dense attention on two GPUs, as in docs/scaling.md."""
+    lines = ["| tokens in all, 2 GPUs | S2-Attn | Ulysses | torch's ring | sent a layer and step: S2, Ulysses |"]
+    lines.append("|---|---|---|---|---|")
+    found = [of(rows, "s2"), *({**of(rows, x, "tiles"), **of(rows, x)} for x in ("ulysses", "ring"))]
+    for each in sorted(set.intersection(*map(set, found))):
+        of_each = [one[each] for one in found]
+        notes = [
+            "" if row["is_warm"] else f" ({'in tiles, ' * (row['how'] == 'tiles')}not warmed up)" for row in of_each
+        ]
+        rates = [f"{row['tokens_per_second_per_gpu']:,.0f}{note}" for row, note in zip(of_each, notes, strict=True)]
+        sent = ", ".join(f"{row['mib_sent_a_layer']:,.0f} MiB" for row in of_each[:2])
+        lines.append(f"| {' | '.join([f'{each * 2:,}', *rates, sent])} |")
+    return lines
+
+
 def main() -> None:
     rows = read(sys.argv[1:])
-
-    def of(attention: str, how: str = "plain") -> dict[int, dict]:
-        return {row["each"]: row for row in rows if (row["attention"], row["how"]) == (attention, how)}
-
-    alone, shared, dense = of("alone"), of("s2"), of("ulysses")
+    alone, shared, dense = (of(rows, attention) for attention in ("alone", "s2", "ulysses"))
     longest = max(alone)
     c = alone[longest]["seconds"] / longest
     h = max(shared[each]["seconds"] - alone[each]["seconds"] for each in alone)
@@ -51,7 +90,7 @@ def main() -> None:
         print(f"  131072 tokens on 2: model {(a + d * 131072) * 65536:.1f} s, {attention} {row['seconds']:.1f} s")
     slopes, slower = {}, {}
     for how in ("plain", "tiles", "tiles, blocks"):
-        each, row = max(of("s2", how).items())
+        each, row = max(of(rows, "s2", how).items())
         slopes[how] = (row["peak_gib"] - WEIGHTS_GIB) / each
         slower[how] = max(1.0, row["seconds"] / each / c) if how != "plain" else 1.0
         most = int((GIB_OF_A_GPU - WEIGHTS_GIB) / slopes[how])
@@ -68,6 +107,7 @@ def main() -> None:
         gib, seconds = WEIGHTS_GIB + slopes[how] * each, slower[how] * c * each + h
         quadratic = (a + d * tokens) * each
         print(f"{gpus:6d} {tokens:15d} {each:9.0f} {how:14s} {gib:5.0f} {seconds:9.1f} {quadratic:16.0f}")
+    print("", *shared_table(rows), "", *dense_table(rows), sep="\n")
 
 
 if __name__ == "__main__":

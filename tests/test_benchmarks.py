@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import scaling_model  # noqa: E402
 from tables import tables  # noqa: E402
 
 PAGES = {
@@ -34,6 +35,13 @@ def test_flex_and_evaluation_rows_hold_the_measured_numbers():
     assert len(rows) == 3
     for row in rows:
         assert f"{row['seconds']:.3f}" in text and f"{row['tokens_per_second']:,.0f}" in text
+
+
+def test_scaling_holds_the_measured_numbers():
+    rows = scaling_model.read(sorted(map(str, (ROOT / "benchmarks/results").glob("scaling_2xh200*.json"))))
+    text = (ROOT / "docs/scaling.md").read_text()
+    for table in (scaling_model.shared_table(rows), scaling_model.dense_table(rows)):
+        assert len(table) > 4 and "\n".join(table) in text, "run benchmarks/scaling_model.py"
 
 
 @pytest.mark.parametrize("file", ["attention_h200", "attention_flex_h200", "variants_h200", "evaluation_h200"])

@@ -325,8 +325,10 @@ class CudnnAttention(Kernel):
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
         """As `Kernel.forward`."""
-        if pieces.max_length == 1:  # cuDNN refuses it, and there is nothing to weigh
-            out.copy_(v.repeat_interleave(q.shape[2] // v.shape[2], dim=2))
+        if pieces.max_length == 1:  # cuDNN refuses it
+            each = q.shape[2] // v.shape[2]
+            out.copy_(v.repeat_interleave(each, dim=2))
+            lse.copy_((q.float() * k.repeat_interleave(each, dim=2)).sum(3).transpose(1, 2) * scaling)
             return
         # (pieces, tokens, heads, D) -> (pieces, heads, tokens, D)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -339,9 +341,14 @@ class CudnnAttention(Kernel):
     def backward(self, dout, q, k, v, out, lse, dq, dk, dv, pieces, scaling, softcap):
         """As `Kernel.backward`."""
         if pieces.max_length == 1:
-            dq.zero_()
-            dk.zero_()
-            dv.copy_(dout.unflatten(2, (v.shape[2], -1)).sum(3))
+            each = q.shape[2] // v.shape[2]
+            k, v = (x.repeat_interleave(each, dim=2).float() for x in (k, v))
+            # 1, unless out and lse are of a softmax over more keys than this one
+            weight = ((q * k).sum(3) * scaling - lse.transpose(1, 2)).exp()
+            dscore = weight * (dout * (v - out)).sum(3) * scaling
+            dq.copy_(dscore.unsqueeze(3) * k)
+            for to, grad in ((dk, dscore.unsqueeze(3) * q), (dv, weight.unsqueeze(3) * dout)):
+                to.copy_(grad.unflatten(2, (-1, each)).sum(3))
             return
         # PyTorch keeps cuDNN's backward plans by the dims and strides of q, k and v and by the dropout, and runs a plan
         # that it finds with the strides of out, dout and lse it was made for (ATen/native/cudnn/MHA.cpp). So those must

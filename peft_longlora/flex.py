@@ -53,6 +53,10 @@ def attend_flex(
     kv_heads = key.shape[1]
     # (B, H, S, D) -> (1, H, B * S, D); a view if B is 1
     q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
+    is_token = None
+    if groups.padding is not None:  # a weight of 0 does not undo what is not a number
+        is_token = groups.once(("flex tokens", q.device), lambda: ~groups.padding.to(q.device).view(1, 1, -1, 1))
+        q, k, v = (x.where(is_token, 0) for x in (q, k, v))
     if not groups.is_split:
         halves = [("straight", q, k, v)]
     else:
@@ -72,10 +76,14 @@ def attend_flex(
             score_mod=score_mod,
             block_mask=groups.once(("flex", half, q.device), lambda half=half: block_mask(groups, half, query.device)),
             enable_gqa=q.shape[1] != k.shape[1],
+            # not the kernel for a few queries behind a cache, which has no tiles for blocks of 128 queries
+            kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
         )
         for half, q, k, v in halves
     ]
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    if is_token is not None:
+        out = out.where(is_token, 0)  # so that the gradient of what stood here is 0, too
     return out.transpose(1, 2).view(batch, length, heads, -1)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from peft_longlora import backends, flash, kernels, s2_attention
-from peft_longlora.flash import Call
+from peft_longlora.flash import Call, CudnnAttention, Pieces
 from peft_longlora.groups import plan_groups
 from peft_longlora.halo import attend_far, attend_far_backward
 from peft_longlora.halves import KERNELS
@@ -156,6 +156,36 @@ def test_flex_agrees_with_the_reference_forward(rows, scaling):
         ids[:, :9], ids[:, 140:] = 0, 2
     got = s2_attention(q, k, v, 64, segment_ids=ids, scaling=scaling, backend="flex")
     torch.testing.assert_close(got, s2_attention_reference(q, k, v, 64, segment_ids=ids, scaling=scaling))
+
+
+def test_flex_takes_anything_at_padding():
+    q, k, v = (x.detach() for x in inputs(length=300))
+    ids = torch.ones(1, 300, dtype=torch.long)
+    ids[:, :70] = ids[:, 290:] = 0
+    want = s2_attention(q, k, v, 64, segment_ids=ids, backend="flex")
+    for x in (q, k, v):
+        x[:, :, :70], x[:, :, 290:] = torch.nan, torch.inf
+    assert torch.equal(s2_attention(q, k, v, 64, segment_ids=ids, backend="flex"), want)
+
+
+def test_single_tokens_beside_far_keys_without_cudnn():
+    """cuDNN takes no piece of one token, so its backend computes those by itself, also as a part of a softmax."""
+    q, dout = torch.randn(2, 5, 1, 4, 16)
+    k, v = torch.randn(2, 5, 1, 2, 16)
+    far_k, far_v = torch.randn(2, 5, 2, 4, 16)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    wide_k, wide_v = (x.repeat_interleave(2, dim=2) for x in leaves[1:])
+    near, far = (torch.einsum("pqhd,pkhd->phqk", *x) * 0.3 for x in ((leaves[0], wide_k), (q, far_k)))
+    scores = torch.cat((near, far), dim=3)
+    want = torch.einsum("phqk,pkhd->pqhd", scores.softmax(-1), torch.cat((wide_v, far_v), dim=1))
+
+    kernel, found_out, found_lse = CudnnAttention(), torch.empty_like(q), torch.empty(5, 4, 1)
+    kernel.forward(q, k, v, found_out, found_lse, Pieces(None, 1), 0.3, 0.0)
+    torch.testing.assert_close((found_out, found_lse), (wide_v, near[..., 0]))
+    grads = [torch.empty_like(x) for x in (q, k, v)]
+    whole = want.detach(), scores.logsumexp(-1).detach()
+    kernel.backward(dout, q, k, v, *whole, *grads, Pieces(None, 1), 0.3, 0.0)
+    torch.testing.assert_close(tuple(grads), torch.autograd.grad(want, leaves, dout))
 
 
 @pytest.mark.parametrize("scaling", [None, 0.6])

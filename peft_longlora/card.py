@@ -161,6 +161,9 @@ def make_card(
     kept = before.data.to_dict()
     if hub_id(kept.get("base_model")) is None:
         kept.pop("base_model", None)  # PEFT writes folders there, which the Hub refuses
+    index = kept.get("model-index")
+    if isinstance(index, list) and all(isinstance(entry, dict) and not entry.get("results") for entry in index):
+        kept.pop("model-index")  # a Trainer's, without an evaluation
     options = CardOptions.of(config)
     base = hub_id(config.base_model_name_or_path)
     name = Path(adapter).name or "adapter"

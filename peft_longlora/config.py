@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from peft_longlora.rope import check_rope
 
 # Of what an adapter's files mean; it grows when an older package would misread them.
 FORMAT_VERSION = 1
+_AGAIN = "Get it again, or save the adapter anew."
 
 logger = logging.get_logger(__name__)
 
@@ -94,6 +96,11 @@ class LongLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LONGLORA
+        if type(self.format_version) is not int or self.format_version < 1:
+            raise ValueError(
+                f"format_version={self.format_version!r} must be a whole number, 1 to {FORMAT_VERSION}. Leave it out "
+                f"of a new config; an adapter_config.json that says so was changed by hand or is damaged: get it again."
+            )
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"format_version={self.format_version!r}: the adapter was written by a newer peft-longlora; this one "
@@ -103,10 +110,18 @@ class LongLoraConfig(LoraConfig):
         self._file: AdapterFile | None = None
         # What the card says beyond this config (hub.use_longlora_card).
         self._card: Any = None
-        for name in ("context_length", "group_size"):
+        for name in ("context_length", "group_size", "base_context_length", "vocab_size"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a positive number of tokens, or None.")
+        if not isinstance(self.applied_rope_parameters, dict | None):
+            raise ValueError(
+                f"applied_rope_parameters={self.applied_rope_parameters!r} must be the dict that was filled in when "
+                f"the adapter was made, or None."
+            )
+        for name in ("train_embeddings", "train_norms"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name}={value!r} must be True or False.")
         ratio_is_number = isinstance(self.group_size_ratio, int | float) and not isinstance(self.group_size_ratio, bool)
         if not ratio_is_number or not 0 < self.group_size_ratio <= 1:
             raise ValueError(
@@ -170,23 +185,40 @@ class LongLoraConfig(LoraConfig):
         """Read the config of an adapter, and the table of contents of the weights that lie beside it.
 
         Raises:
-            ValueError: the weights file is damaged, or a file is a link that leads out of the folder.
+            ValueError: there is no adapter, a file is damaged, a value is outside its rule, or a file is a link that
+                leads out of the folder.
         """
-        path: str | Path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if is_folder := Path(pretrained_model_name_or_path).is_dir():
             for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-                refuse_link(Path(path).with_name(name))
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+                refuse_link(path.with_name(name))
+            if path.with_name(CONFIG_NAME).is_file():
+                read_json(path.with_name(CONFIG_NAME))
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{CONFIG_NAME} of {pretrained_model_name_or_path} is damaged: {error}. {_AGAIN}"
+            ) from error
+        except ValueError as error:
+            if error.__cause__ is None:  # a value in the config
+                raise
+            raise ValueError(
+                f"{error}, neither in a folder nor on the Hub ('owner/name'). Check the name; if the repository is "
+                f"private or gated, log in with `hf auth login` or set HF_TOKEN."
+            ) from error
         if not is_folder:
             hub_kwargs, _, _ = cls._split_kwargs(kwargs)
             try:  # PEFT loads the same file next, from the cache
-                path = hf_hub_download(
-                    pretrained_model_name_or_path, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs
+                path = Path(
+                    hf_hub_download(
+                        pretrained_model_name_or_path, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs
+                    )
                 )
             except EntryNotFoundError:
                 return config
-        if Path(path).is_file():
-            config._file = AdapterFile.read(Path(path))
+        if path.is_file():
+            config._file = AdapterFile.read(path)
         return config
 
 
@@ -212,6 +244,20 @@ class AdapterFile:
             if "snapshots" in path.parts:  # in the Hub's cache, which downloads nothing that it has
                 cure = f"Delete {path.resolve()}, or load with force_download=True, and check the file on the Hub."
             raise ValueError(f"{path} ({path.stat().st_size} bytes) is damaged: {error}. {cure}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of an adapter_config.json.
+
+    Raises: ValueError: it is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}. {_AGAIN}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not the object that PEFT writes. {_AGAIN}")
+    return content
 
 
 def refuse_link(file: Path) -> None:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from peft_longlora.card import README, CardOptions, hub_id, make_card
-from peft_longlora.config import LongLoraConfig
+from peft_longlora.config import LongLoraConfig, read_json, refuse_link
 
 LORA_TEMPLATE = Path(__file__).parent / "templates" / "lora_card.md"
 WEIGHTS, TRAINABLE = "adapter_model.bin", "trainable_params.bin"
@@ -58,7 +58,10 @@ def export_lora(model: PeftModel, folder: str | os.PathLike, *, fold_into: str |
     name = model.active_adapter if isinstance(model, PeftModel) else None
     config = model.peft_config.get(name) if isinstance(name, str) else None
     if not isinstance(config, LongLoraConfig):
-        raise ValueError(f"{type(model).__name__} has no active LongLoRA adapter to export.")
+        raise ValueError(
+            f"{type(model).__name__} has no active LongLoRA adapter to export. Give a model that has one, such as "
+            f"PeftModel.from_pretrained(base, adapter) returns."
+        )
     if isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower().startswith(CHANGES_BASE):
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} changed the base's own weights, which a server would not. "
@@ -124,7 +127,7 @@ def convert_original_adapter(
     source = _original_files(label, revision, token)
     factor = _factor(label, factor, context_length, base_context_length)
     window = round(factor * base_context_length)
-    old = _read_config(source / CONFIG_NAME)
+    old = read_json(source / CONFIG_NAME)
     if old.get("peft_type") != "LORA" or old.get("bias", "none") != "none":
         raise ValueError(
             f"{label}/{CONFIG_NAME}: peft_type={old.get('peft_type')!r}, bias={old.get('bias')!r}; the original's "
@@ -181,6 +184,8 @@ def _original_files(label: str, revision: str | None, token: bool | str | None) 
             f"{label} lacks {', '.join(missing)}, so it is no adapter of the original LongLoRA project. (Those whose "
             f"names end in -ft are whole models: load them as they are.)"
         )
+    for name in wanted:
+        refuse_link(source / name)
     return source
 
 
@@ -195,16 +200,6 @@ def _factor(label: str, factor: float | None, context_length: int | None, base_c
     if factor <= 1:
         raise ValueError(f"factor={factor} is not above 1, so it would not extend the window.")
     return float(factor)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Get it from its authors again.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, not the object that PEFT writes.")
-    return config
 
 
 def _window_from_name(label: str) -> int:

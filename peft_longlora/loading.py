@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_longlora.card import hub_id
-from peft_longlora.config import refuse_link
+from peft_longlora.config import read_json, refuse_link
 from peft_longlora.fit import rows_of
 from peft_longlora.rope import scale_rope, window_of
 
@@ -157,6 +156,11 @@ def _find_adapter(adapter: str) -> None:
         except (HfHubHTTPError, OSError) as error:
             raise ValueError(f"--adapter {adapter}: the Hub refuses: {' '.join(str(error).split())[:300]}") from error
     try:
-        json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"--adapter {adapter}: its {CONFIG_NAME} is damaged: {error}. Get it again.") from error
+        config = read_json(Path(path))
+    except ValueError as error:
+        raise ValueError(f"--adapter {adapter}: {error}") from error
+    if "peft_type" not in config:
+        raise ValueError(
+            f"--adapter {adapter}: its {CONFIG_NAME} names no peft_type, so its kind of adapter is not known. Get it "
+            f"again, or save the adapter anew."
+        )

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 
 import pytest
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
@@ -139,12 +140,30 @@ def test_configs_can_be_copied_and_printed():
             r"dense_layers=\[1\] and layer_replication=.*Leave one of them out",
         ),
         (dict(format_version=99), r"format_version=99.*newer.*Update"),
+        (dict(format_version="two"), r"format_version='two' must be a whole number.*get it again"),
+        (dict(base_context_length="4k"), r"base_context_length='4k' must be a positive number of tokens, or None"),
+        (dict(vocab_size=-3), r"vocab_size=-3 must be a positive number"),
+        (dict(applied_rope_parameters=[1]), r"applied_rope_parameters=\[1\] must be the dict .* or None"),
+        (dict(train_norms="no"), r"train_norms='no' must be True or False"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_refusals_name_field_value_rule_and_cure(kwargs, message):
     with pytest.raises(ValueError, match=message):
         LongLoraConfig(**kwargs)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\udc80"])
+def test_a_damaged_config_file_is_named(content, tmp_path):
+    (tmp_path / "adapter_config.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"adapter_config.json (is damaged|holds a list).* Get it again"):
+        LongLoraConfig.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["none", "me/../none", "../../none"])
+def test_a_place_without_an_adapter_is_named(name, tmp_path):
+    with pytest.raises(ValueError, match=f"'{re.escape(name)}', neither in a folder nor on the Hub.*hf auth login"):
+        LongLoraConfig.from_pretrained(name)
 
 
 @pytest.mark.parametrize("cut", [0, 7, 40, -1])

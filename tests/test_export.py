@@ -196,6 +196,15 @@ def test_a_damaged_config_is_refused(original, tmp_path, content):
     assert not (tmp_path / "ours").exists()
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.bin", "trainable_params.bin"])
+def test_a_link_out_of_the_folder_is_refused(original, tmp_path, name):
+    (original[0] / name).rename(tmp_path / name)
+    (original[0] / name).symlink_to(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is a link to .*Put the file itself there"):
+        convert_original_adapter(original[0], tmp_path / "ours", **TINY)
+    assert not (tmp_path / "ours").exists()
+
+
 def test_what_is_missing_is_said(original, tmp_path):
     folder = original[0].rename(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"does not say its window in its name.* Give context_length"):

@@ -143,6 +143,36 @@ def test_sink_style_streaming_through_transformers_custom_generate(adapted, merg
     assert short[0] == tokens_with_mask(merged, ids, 32, 4, 16) != tokens(adapted, ids, **n)[0]
 
 
+@pytest.mark.slow
+def test_sink_style_streaming_of_kvpress(adapted, merged):
+    """Needs kvpress, in an environment of its own (docs/serving.md): its StreamingLLMPress on a LongLoRA model.
+
+    The prompt's cache keeps 4 sinks and the last 28 tokens, and transformers' generate goes on from it. The truth is
+    the merged model, dense, with that mask written down, without a cache.
+    """
+    kvpress = pytest.importorskip("kvpress", reason="needs kvpress, see docs/serving.md")
+    ids, sinks, n = IDS[:, :80], 4, 16
+    cache, length = DynamicCache(), ids.shape[1]
+    with torch.no_grad(), kvpress.StreamingLLMPress(compression_ratio=0.6, n_sink=sinks)(adapted.get_base_model()):
+        # kvpress asks for the cache_position that older versions of transformers handed to each layer
+        out = adapted(ids, past_key_values=cache, use_cache=True, cache_position=torch.tensor([length - 1]))
+    kept = cache.get_seq_length()
+    assert kept == 32
+    first = out.logits[:, -1:].argmax(-1)
+    mask, positions = torch.ones(1, kept + 1, dtype=torch.long), torch.tensor([[length]])
+    options = dict(attention_mask=mask, position_ids=positions, past_key_values=cache, max_new_tokens=n - 1)
+    found = first[0].tolist() + tokens(adapted, first, **options)[0]
+    row = ids
+    for _ in range(n):
+        i = torch.arange(row.shape[1])
+        dropped = (i[:, None] >= length) & (i[None] >= sinks) & (i[None] < length - (kept - sinks))
+        seen = (i[None] <= i[:, None]) & ~dropped
+        with torch.no_grad():
+            logits = merged(row, attention_mask=seen[None, None], use_cache=False).logits
+        row = torch.cat([row, logits[:, -1:].argmax(-1)], dim=1)
+    assert found == row[0, length:].tolist() != tokens(adapted, ids, max_new_tokens=n)[0]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "options",

@@ -475,6 +475,7 @@ def test_a_plain_trainer_needs_nothing_said(hub, pusher, puller, kind, strategy)
     assert all("README.md" in commit for commit in list(repo.commits.values())[1:] if "adapter_config.json" in commit)
     last = ModelCard(repo.files()["README.md"].decode())
     assert "generated_from_trainer" in last.data.tags and last.data.license == "llama2"
+    assert "model-index" not in last.data.to_dict(), "nothing was evaluated"
     code, pulled = puller(run_card, repo_id)
     assert code.startswith("import peft_longlora") and f'adapter = "{repo_id}"' in code
     assert pulled == trained and folder not in last.text
@@ -683,13 +684,17 @@ def load_by_our_door(adapter, with_token=True):
         ("../../nowhere", True, "no such folder, and no id on the Hub"),
         ("me/newer", True, "format_version=2: .* pip install -U peft-longlora"),
         ("me/no-bytes", True, r"\(0 bytes\) is damaged: .* Delete .*blobs.*, or load with force_download=True"),
-        ("me/no-json", True, "its adapter_config.json is damaged: .* Get it again"),
+        ("me/no-type", True, "its adapter_config.json names no peft_type.* Get it again"),
+        ("me/list", True, "adapter_config.json holds a list.* Get it again"),
+        ("me/no-json", True, "adapter_config.json is damaged: .* Get it again"),
     ],
 )
 def test_the_command_line_says_what_to_do(hub, pushed, puller, coder, adapter, with_token, message):
     hub.put("me/hidden", hub.files("me/adapter"), private=True)
     hub.put("me/newer", changed_adapter(hub, format_version=2))
     hub.put("me/no-bytes", {**hub.files("me/adapter"), "adapter_model.safetensors": b""})
+    hub.put("me/no-type", {**hub.files("me/adapter"), "adapter_config.json": b'{"r": 2}'})
+    hub.put("me/list", {**hub.files("me/adapter"), "adapter_config.json": b"[1]"})
     hub.put("me/no-json", {**hub.files("me/adapter"), "adapter_config.json": b"{"})
     failure = puller(load_by_our_door, adapter, with_token)
     assert failure.types[0] == "ValueError" and f"--adapter {adapter}" in failure.message, failure

@@ -5,6 +5,8 @@ Called by `model` while an adapter is added; changes nothing.
 
 from __future__ import annotations
 
+import re
+
 import torch
 import transformers
 from packaging.version import Version
@@ -12,6 +14,8 @@ from torch import nn
 
 from peft_longlora import rope
 from peft_longlora.config import LongLoraConfig
+
+_WRAPPERS = re.compile(r"\.(original_module|modules_to_save|base_layer)(?=\.)")
 
 
 def rows_of(embeddings: nn.Module) -> int:
@@ -77,8 +81,14 @@ def check_whole(state: dict[str, torch.Tensor], adapter_name: str) -> None:
             )
 
 
-def check_file(config: LongLoraConfig, wanted: dict[str, tuple[int, ...]]) -> None:
+def check_file(
+    config: LongLoraConfig, wanted: dict[str, tuple[int, ...]], embeddings: dict[str, tuple[int, ...]]
+) -> None:
     """Compare the tensors of an adapter just added (name: shape) with the file it will be filled from.
+
+    Args:
+        embeddings: the base's own embeddings and output layer, which the file may hold too: PEFT saves them where the
+            vocabulary was resized (`save_embedding_layers`), under the names of its wrappers if they have one.
 
     Raises: ValueError: the file lacks a tensor, or holds one too many or of another shape.
     """
@@ -91,14 +101,17 @@ def check_file(config: LongLoraConfig, wanted: dict[str, tuple[int, ...]]) -> No
             f"being {missing[0]}. The file is incomplete, or belongs to another base than this model "
             f"({config.base_model_name_or_path} is the one it names)."
         )
-    for name, shape in wanted.items():
+    extra = {name: _WRAPPERS.sub("", name) for name in sorted(found.keys() - wanted.keys())}
+    needed = wanted | {name: embeddings[plain] for name, plain in extra.items() if plain in embeddings}
+    for name, shape in needed.items():
         if found[name] != shape:
             raise ValueError(
                 f"{path}: tensor {name} has shape {found[name]}, this model needs {shape}. The adapter belongs to "
-                f"another base ({config.base_model_name_or_path} is the one it names)."
+                f"another base ({config.base_model_name_or_path} is the one it names), or to that base with another "
+                f"vocabulary (model.resize_token_embeddings)."
             )
-    if extra := sorted(name for name in found.keys() - wanted.keys() if ".lm_head." not in name):
+    if foreign := [name for name in extra if name not in needed and ".lm_head." not in name]:
         raise ValueError(
-            f"{path} holds {len(extra)} tensors that this model has no place for, the first being {extra[0]}. The "
+            f"{path} holds {len(foreign)} tensors that this model has no place for, the first being {foreign[0]}. The "
             f"adapter belongs to another base ({config.base_model_name_or_path} is the one it names)."
         )

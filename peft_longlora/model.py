@@ -7,85 +7,21 @@ merged or removed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftType
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_peft_model_state_dict
 from peft.utils.transformers_weight_conversion import (
     convert_peft_config_for_transformers,
     get_model_conversion_mapping,
 )
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from peft_longlora import fit, precision, push, rope, trainable
+from peft_longlora.adapters import AdapterState
 from peft_longlora.config import LongLoraConfig
-from peft_longlora.settings import (
-    AttentionState,
-    check_architecture,
-    configure_attention,
-    find_attention_modules,
-    group_size_of,
-    settings_of,
-)
-
-
-@dataclass(eq=False)
-class AdapterState:
-    """Kept on a base model as long as it has adapters: what it was before, and whether they are switched on.
-
-    `PeftModel` tells the tuner when adapters are switched or removed; `disable_adapters`, `enable_adapters` and
-    `delete_adapter` of transformers tell the layers only. So every forward first looks at a layer: this object is a
-    hook of the model.
-    """
-
-    model: nn.Module
-    attention: AttentionState
-    layer: BaseTunerLayer | None = None
-    is_enabled: bool = True
-    handles: list[RemovableHandle] = field(default_factory=list)
-
-    def follow(self) -> None:
-        """Begin to follow the adapters, which are in their places now."""
-        self.layer = next((m for m in self.model.modules() if isinstance(m, BaseTunerLayer)), None)
-        # The backbone too: trainers that compute the loss themselves do not call the whole model.
-        models = {self.model, getattr(self.model, "base_model", self.model)}
-        self.handles = [model.register_forward_pre_hook(self) for model in models]
-        setattr(self.model, _STATE, self)
-
-    def __call__(self, *_: Any) -> None:
-        """What transformers calls before a forward."""
-        if self.is_enabled:
-            rope.keep_float32(self.model)
-        if not getattr(self.model, "peft_config", None):
-            self.end()
-        elif self.layer is not None and self.layer.disable_adapters == self.is_enabled:
-            self.switch(not self.is_enabled)
-            for module in self.model.modules():  # which enable_adapters of transformers forgets
-                if isinstance(module, AuxiliaryTrainingWrapper):
-                    module.enable_adapters(self.is_enabled)
-
-    def switch(self, enabled: bool) -> None:
-        """RoPE and attention of the adapters, or of the base."""
-        self.is_enabled = enabled
-        rope.switch_rope(self.model, scaled=enabled)
-        for module in find_attention_modules(self.model).values():
-            settings_of(module).is_enabled = enabled
-
-    def end(self) -> None:
-        """Give the base its own RoPE (unless `rope.keep_rope` was called) and attention back."""
-        for handle in self.handles:
-            handle.remove()
-        rope.restore_rope(self.model)
-        self.attention.put_on(self.model)
-        if hasattr(self.model, _STATE):
-            delattr(self.model, _STATE)
-
-
-_STATE = "longlora_adapters"
+from peft_longlora.settings import AttentionState, check_architecture, configure_attention, group_size_of
 
 
 class LongLoraModel(LoraModel):
@@ -114,7 +50,7 @@ class LongLoraModel(LoraModel):
                     f"This model has an adapter {name!r} of type {other.peft_type.value}, which cannot be mixed with "
                     f"LONGLORA. Delete it first, or load each on a model of its own."
                 )
-        is_first = not hasattr(model, _STATE)
+        is_first = AdapterState.on(model) is None
         if is_first and hasattr(model, rope.STATES):
             raise ValueError(
                 "RoPE of this model was rescaled by scale_rope, which an adapter does itself. Call "
@@ -125,7 +61,7 @@ class LongLoraModel(LoraModel):
         try:
             self._resolve(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            fit.check_file(config, self._shapes(adapter_name))
+            fit.check_file(config, self._shapes(adapter_name), _embedding_shapes(model))
             _right_tied_head(model, adapter_name)
         except Exception:
             self._undo(adapter_name, before)
@@ -274,6 +210,16 @@ class LongLoraModel(LoraModel):
         fit.check_whole(state_dict, adapter_name)
         return super()._get_adapter_state_dict(adapter_name=adapter_name, state_dict=state_dict, **kwargs)
 
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """A tensor's name in the file. A trained copy has one name only.
+
+        PEFT saves embeddings once more, as they stand in the model, where the vocabulary was resized or it is asked to.
+        """
+        return super()._remove_adapter_name_from_key(
+            key.replace(f".modules_to_save.{adapter_name}.", "."), adapter_name
+        )
+
     # -- switching, merging and removing ---------------------------------------------------------------------------
 
     def disable_adapter_layers(self) -> None:
@@ -287,7 +233,7 @@ class LongLoraModel(LoraModel):
         self._switch(True)
 
     def _switch(self, enabled: bool) -> None:
-        if (state := getattr(self.model, _STATE, None)) is not None:
+        if (state := AdapterState.on(self.model)) is not None:
             state.switch(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -329,7 +275,7 @@ class LongLoraModel(LoraModel):
                 module.set_adapter([])
 
     def _restore(self) -> None:
-        if (state := getattr(self.model, _STATE, None)) is not None:
+        if (state := AdapterState.on(self.model)) is not None:
             state.end()
 
     def _undo(self, adapter_name: str, before: AdapterState | None) -> None:
@@ -340,6 +286,16 @@ class LongLoraModel(LoraModel):
         self._drop_trained_copies()
         self._unload_and_optionally_merge(merge=False)
         before.end()
+
+
+def _embedding_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names, as they are in files, and shapes of the base's own tensors that PEFT saves where they were resized."""
+    return {
+        f"base_model.model.{name}.{key}": tuple(parameter.shape)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+        for name, module in trainable.find_module(model, layer)
+        for key, parameter in module.named_parameters()
+    }
 
 
 def _right_tied_head(model: nn.Module, adapter_name: str) -> None:

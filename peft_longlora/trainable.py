@@ -24,8 +24,13 @@ def find_projections(model: PreTrainedModel) -> list[str]:
 
 def find_embeddings(model: PreTrainedModel) -> list[str]:
     """Full name of the module that `get_input_embeddings()` returns, which is how PEFT names it when it ties it."""
-    embeddings = _unwrap(model.get_input_embeddings())
-    return [name for name, module in named_modules(model) if module is embeddings]
+    return [name for name, _ in find_module(model, model.get_input_embeddings())]
+
+
+def find_module(model: nn.Module, wanted: nn.Module | None) -> list[tuple[str, nn.Module]]:
+    """The full names of one of the model's own modules, and itself; both seen through what adapters have wrapped."""
+    wanted = None if wanted is None else _unwrap(wanted)
+    return [(name, module) for name, module in named_modules(model) if module is wanted]
 
 
 def find_norms(model: PreTrainedModel) -> list[str]:

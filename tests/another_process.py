@@ -18,6 +18,14 @@ def logits(model, ids):
     return model.eval()(input_ids=ids, use_cache=False).logits.float()
 
 
+def load_base(config):
+    """The base that an adapter names, with as many tokens as it was made for."""
+    model = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
+    if model.config.vocab_size != config["vocab_size"]:
+        model.resize_token_embeddings(config["vocab_size"])
+    return model
+
+
 def main(folder: Path, doors: list[str]) -> None:
     ids = load_file(folder / "ids.safetensors")["ids"]
     found, report = {}, {}
@@ -44,11 +52,10 @@ def main(folder: Path, doors: list[str]) -> None:
     import peft_longlora  # noqa: F401
 
     for path in sorted(folder.glob("*/adapter")):
-        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
-        name = path.parent.name
-        model = AutoModelForCausalLM.from_pretrained(base)
-        found[f"{name}/PeftModel"] = logits(PeftModel.from_pretrained(model, path), ids)
-        trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path, is_trainable=True)
+        config = json.loads((path / "adapter_config.json").read_text())
+        base, name = config["base_model_name_or_path"], path.parent.name
+        found[f"{name}/PeftModel"] = logits(PeftModel.from_pretrained(load_base(config), path), ids)
+        trained = PeftModel.from_pretrained(load_base(config), path, is_trainable=True)
         report[f"{name}/trainable"] = sorted(n for n, p in trained.named_parameters() if p.requires_grad)
         if name not in doors:
             continue

@@ -32,6 +32,8 @@ CASES = {
     "pissa": ({}, dict(init_lora_weights="pissa")),
     "pattern": ({}, dict(alpha_pattern={"q_proj": 32}, rank_pattern={"v_proj": 2})),
     "no extension": ({}, dict(context_length=None)),
+    "added tokens": ({}, {}),
+    "added tokens tied": (dict(tie_word_embeddings=True), {}),
 }
 EVERY_DOOR = ("llama", "llama bf16", "tied gpt_neox", "mixtral", "dora")
 
@@ -44,6 +46,8 @@ def test_a_fresh_process_computes_the_same(tmp_path):
         make(**base).save_pretrained(folder / "base")
         model = make(**base)
         model.config.name_or_path = model.name_or_path = str(folder / "base")
+        if name.startswith("added tokens"):
+            model.resize_token_embeddings(100)
         peft_model = train(extend(model, **adapter))
         wanted[name] = logits(peft_model).float()
         trainable[name] = sorted(n for n, p in peft_model.named_parameters() if p.requires_grad)

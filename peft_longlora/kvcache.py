@@ -21,6 +21,23 @@ CACHES = ("dense", "quantised", "offloaded")
 QUANTISERS = {"hqq": "hqq", "quanto": "optimum.quanto"}
 
 
+class OffloadedCache(DynamicCache):
+    """transformers' `DynamicCache(offloading=True)`, whose layers come back only after they have gone.
+
+    Its layers leave for the CPU on the stream of the model, and are fetched on another one, which does not wait for it
+    (`Cache.update` in transformers' cache_utils.py, 5.17 to 5.23). Where the CPU is far ahead of the GPU, as it is with
+    long rows, a layer is fetched before it has arrived, and attention sees what was in that memory before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(offloading=True)
+
+    def prefetch(self, *args: Any, **kwargs: Any) -> None:
+        """As that of transformers, behind all that the model has been given to do so far."""
+        self.prefetch_stream.wait_stream(torch.cuda.current_stream(self.prefetch_stream.device))
+        super().prefetch(*args, **kwargs)
+
+
 class KVCache:
     """The keys and values of one row of tokens.
 
@@ -58,7 +75,7 @@ class KVCache:
             config = self.model.config.get_text_config()
             return QuantizedCache(self.backend, config, **quantiser_options(self.backend, config))
         # No config is given, because layers that drop what left their sliding window could not go back to a prefix.
-        return DynamicCache(offloading=self.kind == "offloaded")
+        return OffloadedCache() if self.kind == "offloaded" else DynamicCache()
 
     @property
     def label(self) -> str:

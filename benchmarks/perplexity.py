@@ -66,6 +66,8 @@ def run_suite(subject: Subject, corpus: Corpus, length: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         task = Perplexity(corpus, [length], "documents", stride=0)
         results = evaluate(subject, [task], folder, show_progress=False)
+    if results.unmeasured:
+        raise MemoryError(f"{results.unmeasured[0]}: out of memory")
     return results.speed[f"perplexity {length}"]["seconds"]
 
 

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from peft_longlora import terminal
+from peft_longlora import LongLoraConfig, terminal
+from peft_longlora.terminal import positive
 
+BAD_INPUT = (ValueError, NotImplementedError, ImportError, OSError)
+INCOMPLETE = 3  # the exit code of an evaluation that lacks what ran out of memory
 OWN_TASKS = ("perplexity", "native", "passkey", "needle", "ruler", "topics", "multidoc", "longqa", "cost")
 
 
@@ -40,12 +43,6 @@ def _percents(text: str) -> list[float]:
     if not all(0 <= number <= 1 for number in numbers):
         raise argparse.ArgumentTypeError(f"{text!r} holds a percentage outside 0 to 100")
     return numbers
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
-    return int(text)
 
 
 def _count(text: str) -> int:
@@ -90,12 +87,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--attention", default="dense", choices=["dense", "sparse"], help="sparse: the adapter's pattern"
     )
     model.add_argument("--attn-implementation", help="of dense attention: sdpa, flash_attention_2, ...")
-    model.add_argument("--context-length", type=_positive, help="rescale RoPE to so many tokens, without an adapter")
-    model.add_argument(
-        "--rope-type", default="yarn", help="how --context-length rescales: yarn, ntk, linear, ... (yarn)"
-    )
+    model.add_argument("--context-length", type=positive, help="rescale RoPE to so many tokens, without an adapter")
+    model.add_argument("--rope-type", help="how --context-length rescales: yarn, ntk, linear, ... (yarn)")
     text = run.add_argument_group("documents (perplexity, native, needle, ruler)")
-    text.add_argument("--data", nargs="+", help=".txt, .jsonl (each also .gz), folders of those, or a dataset's id")
+    text.add_argument(
+        "--data", nargs="+", help=".txt, .jsonl, .json (each also .gz), folders of those, or a dataset's id"
+    )
     text.add_argument("--split", default="train", help="of a dataset on the Hub (%(default)s)")
     text.add_argument("--data-config", help="of a dataset on the Hub")
     text.add_argument("--text-field", default="text", help="of records, where the document is (%(default)s)")
@@ -104,11 +101,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     text.add_argument("--stride", type=_count, help="of windows; documents: half one, longlora: 256; 0: no overlap")
     text.add_argument("--buckets", type=_numbers, help="edges between positions; 512 and its doublings otherwise")
-    text.add_argument("--max-windows", type=_positive, help="the first so many of each document; all otherwise")
+    text.add_argument("--max-windows", type=positive, help="the first so many of each document; all otherwise")
     prompts = run.add_argument_group("prompts")
     prompts.add_argument("--depths", type=_percents, default=[0, 0.25, 0.5, 0.75, 1], help="percents (0,25,50,75,100)")
-    prompts.add_argument("--seeds", type=_positive, default=2, help="keys for each length and depth (%(default)s)")
-    prompts.add_argument("--samples", type=_positive, help="prompts a ruler task and length (20), records a file (all)")
+    prompts.add_argument("--seeds", type=positive, default=2, help="keys for each length and depth (%(default)s)")
+    prompts.add_argument("--samples", type=positive, help="prompts a ruler task and length (20), records a file (all)")
     prompts.add_argument("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
     prompts.add_argument("--topics", help="LongChat's records")
     prompts.add_argument("--multidoc", help="lost-in-the-middle's records")
@@ -121,7 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     prompts.add_argument("--longqa", help="LongAlpaca's or LongBench's records")
     prompts.add_argument("--longqa-prompts", help="LongBench's config/dataset2prompt.json")
     short = run.add_argument_group("lm-eval")
-    short.add_argument("--limit", type=_positive, help="the first so many questions of each task")
+    short.add_argument("--limit", type=positive, help="the first so many questions of each task")
     short.add_argument("--include-path", help="a folder of task files")
     short.add_argument("--num-fewshot", type=_count, help="examples before a question; the task's own number otherwise")
     terminal.add_arguments(commands.add_parser("chat", help="ask questions of a long document"))
@@ -197,10 +194,12 @@ def make_tasks(args: argparse.Namespace) -> list[Any]:
     return tasks
 
 
-def run_eval(args: argparse.Namespace) -> None:
-    """`longlora eval`."""
+def run_eval(args: argparse.Namespace) -> int:
+    """`longlora eval`; returns the exit code."""
     from peft_longlora.eval import Perplexity, Processes, Settings, evaluate, load_subject
 
+    if args.card and (args.adapter is None or not Path(args.adapter).is_dir()):
+        raise ValueError(f"--card needs an adapter in a folder, not {args.adapter!r}.")
     tasks = make_tasks(args)
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output {args.output} is a file. Give a folder.")
@@ -218,36 +217,42 @@ def run_eval(args: argparse.Namespace) -> None:
         context_length=args.context_length,
         rope_type=args.rope_type,
     )
+    config = LongLoraConfig.from_pretrained(args.adapter) if args.card else None
+    if config is not None and not isinstance(config, LongLoraConfig):
+        raise ValueError(f"--card is for LongLoRA's adapters; {args.adapter} is one of type {config.peft_type.value}.")
     for task in tasks:
         if isinstance(task, Perplexity) and task.name == "native":
             task.lengths = [subject.native_window]
     settings = Settings(seed=args.seed)
     results = evaluate(subject, tasks, args.output, settings=settings, overwrite=args.overwrite, processes=processes)
     if results is None:
-        return
+        return 0
     from peft_longlora.eval.report import make_report
 
     print(make_report(results))
     print(f"{args.output}: results.json, results.md, samples.jsonl and plots")
-    if args.card:
-        print(f"Card: {write_card(args.adapter, args.output)}")
+    if config is not None:
+        print(f"Card: {write_card(config, args.adapter, args.output)}")
+    if not results.unmeasured:
+        return 0
+    print(
+        f"longlora eval: out of memory, left out of the results: {', '.join(results.unmeasured)}. All else is measured "
+        f"and kept: with fewer --lengths the same command is complete, with more memory it goes on with these.",
+        file=sys.stderr,
+    )
+    return INCOMPLETE
 
 
-def write_card(adapter: str | None, output: Path) -> Path:
-    """Put results.json and the plots beside the adapter, and write its card anew.
-
-    Raises: ValueError: the adapter is no folder.
-    """
+def write_card(config: LongLoraConfig, adapter: str, output: Path) -> Path:
+    """Put results.json and the plots into the adapter's folder, and write its card anew."""
     import shutil
 
-    from peft_longlora import LongLoraConfig, card
+    from peft_longlora import card
 
-    if adapter is None or not Path(adapter).is_dir():
-        raise ValueError(f"--card needs an adapter in a folder, not {adapter!r}.")
     for path in [output / "results.json", *output.glob("*.png")]:
         if path.resolve().parent != Path(adapter).resolve():
             shutil.copyfile(path, Path(adapter) / path.name)
-    return card.write_card(LongLoraConfig.from_pretrained(adapter), adapter)
+    return card.write_card(config, adapter)
 
 
 def run_compare(args: argparse.Namespace) -> None:
@@ -269,12 +274,22 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         code = {"eval": run_eval, "compare": run_compare, "chat": terminal.run_chat}[args.command](args)
-    except (ValueError, NotImplementedError, ImportError, OSError) as error:
+    except (*BAD_INPUT, RuntimeError, MemoryError) as error:
+        from peft_longlora.loading import is_out_of_memory
+
+        reason = " ".join(str(error).split())
+        if is_out_of_memory(error):
+            reason = (
+                f"The model does not fit into memory ({reason[:120]} ...). Try --dtype bfloat16, or another --device."
+            )
+        elif not isinstance(error, BAD_INPUT):
+            raise
         if os.environ.get("RANK", "0") == "0":
-            print(f"longlora {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"longlora {args.command}: error: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on where this one ended.", file=sys.stderr)
+        goes_on = " The same command goes on where this one ended." if args.command == "eval" else ""
+        print(f"Stopped.{goes_on}", file=sys.stderr)
         return 130
     return code or 0
 

@@ -27,6 +27,7 @@ logger = logging.get_logger(__name__)
 Sources = str | Path | list[str | Path]
 IGNORED = -100  # the label that transformers' losses leave out
 SUFFIXES = (".txt", ".jsonl", ".json")
+NO_DATA = "A file that is no data does not belong in the folder."
 LLAMA_2_PROMPT = "[INST] {} [/INST]"
 
 
@@ -110,7 +111,7 @@ def _string(name: str, row: Any, key: str) -> str:
         raise ValueError(f"{name}: a {type(row).__name__}, not an object with the field {key!r}.")
     text = row.get(key)
     if text is None:
-        raise ValueError(f"{name}: no {key!r}. The fields are {sorted(row)}.")
+        raise ValueError(f"{name}: no {key!r}. The fields are {sorted(row)}. {NO_DATA}")
     if not isinstance(text, str):
         raise ValueError(f"{name}: {key!r} is a {type(text).__name__} ({str(text)[:40]!r}), not a string.")
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
@@ -184,7 +185,7 @@ def _named(name: str) -> Iterator[None]:
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{name}: not JSON ({error.msg} at line {error.lineno}, column {error.colno}). A file holds one object a "
-            f"line, or one list of objects."
+            f"line, or one list of objects. {NO_DATA}"
         ) from error
 
 

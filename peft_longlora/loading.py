@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from peft_longlora.card import hub_id
 from peft_longlora.config import read_json, refuse_link
 from peft_longlora.fit import rows_of
-from peft_longlora.rope import scale_rope, window_of
+from peft_longlora.rope import check_rope, scale_rope, window_of
+
+DEFAULT_ROPE = "yarn"
 
 
 @dataclass
@@ -50,7 +52,7 @@ def load_model(
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
     context_length: int | None = None,
-    rope_type: str = "yarn",
+    rope_type: str | None = None,
 ) -> Loaded:
     """Load a base or a merged model, and an adapter on it.
 
@@ -60,17 +62,19 @@ def load_model(
         dtype: "auto" (the file's), "float32", "bfloat16" or "float16".
         device: None: the GPU if there is one.
         attn_implementation: of dense attention, transformers' name.
-        context_length, rope_type: rescale RoPE without an adapter, as `scale_rope` does.
+        context_length, rope_type: rescale RoPE without an adapter, as `scale_rope` does; rope_type None: "yarn".
 
     Raises:
-        ValueError: something is not there, does not fit, or the tokenizer has tokens that the model has not.
+        ValueError: something is not there, does not fit, or would change nothing; the tokenizer has tokens that the
+            model has not.
     """
-    try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: PyTorch sees no GPU here.")
+    place = find_device(device)
+    check_rope(rope_type or DEFAULT_ROPE, None)
+    if rope_type and not context_length:
+        raise ValueError(
+            f"--rope-type {rope_type} does nothing without --context-length"
+            + (": an adapter brings its own scaling. Leave it out." if adapter else ". Give both, or neither.")
+        )
     if adapter and context_length:
         raise ValueError(
             f"context_length={context_length} and an adapter exclude each other: an adapter brings its own."
@@ -85,9 +89,35 @@ def load_model(
     if adapter:
         base = _add_adapter(base, adapter, model, notes)
     elif context_length:
-        scale_rope(base, context_length, rope_type=rope_type)
+        if context_length <= native:
+            raise ValueError(
+                f"--context-length {context_length} is not above the model's own window of {native} tokens: there is "
+                f"nothing to rescale. Leave it out, or give more tokens."
+            )
+        scale_rope(base, context_length, rope_type=rope_type or DEFAULT_ROPE)
     base.to(place).eval()
     return Loaded(base, words, native, window_of(base.config.get_text_config()), notes)
+
+
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of this name, or the GPU if there is one.
+
+    Raises: ValueError: PyTorch knows no such device, or has none here.
+    """
+    try:
+        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if place.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: PyTorch sees no GPU here.")
+        if torch.empty(1, device=place).is_meta:
+            raise ValueError(f"--device {name} holds no numbers. Use cpu, cuda or another that does.")
+    except (RuntimeError, AssertionError) as error:  # which of them depends on the device
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return place
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory left; of a CPU's PyTorch says so in words alone."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def check_tokenizer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -10,8 +10,6 @@ import contextlib
 import logging
 import sys
 
-import torch
-
 from peft_longlora.kvcache import CACHES
 
 FORGET, QUIT = "/forget", ("/quit", "/exit")
@@ -36,16 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=CACHES,
         help="of keys and values; quantised: 4 bits, needs hqq or optimum-quanto; offloaded: in the CPU's memory",
     )
-    memory.add_argument("--chunk", type=_positive, default=2048, help="tokens of the document forwarded at a time")
+    memory.add_argument("--chunk", type=positive, default=2048, help="tokens of the document forwarded at a time")
     answers = parser.add_argument_group("answers")
-    answers.add_argument("--max-new-tokens", type=_positive, default=256)
+    answers.add_argument("--max-new-tokens", type=positive, default=256)
     answers.add_argument("--temperature", type=_temperature, default=0.0, help="0: always the likeliest token")
     answers.add_argument("--top-p", type=_share, default=1.0, help="with a temperature: of the likeliest tokens")
     answers.add_argument("--seed", type=int, default=0)
-    answers.add_argument("--passages", type=_positive, metavar="N", help="show the N passages attended to most")
+    answers.add_argument("--passages", type=positive, metavar="N", help="show the N passages attended to most")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of 1 or more, for argparse."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
     return int(text)
@@ -74,7 +73,7 @@ def run_chat(args: argparse.Namespace) -> int:
     """
     from peft_longlora.chat import Conversation
     from peft_longlora.document import read_document
-    from peft_longlora.loading import load_model
+    from peft_longlora.loading import is_out_of_memory, load_model
 
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # its warnings tell a reader nothing that an error does not
     if any(not question.strip() for question in args.ask or []):
@@ -114,7 +113,9 @@ def run_chat(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _say("\nStopped.")
         return 130
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ValueError(
             f"Out of memory ({' '.join(str(error).split())[:120]} ...). Try --cache quantised or offloaded, or a "
             f"smaller --chunk than {args.chunk}."

@@ -122,6 +122,16 @@ def test_bad_documents_are_named(tmp_path, name, content, message):
         list(read_documents(write(tmp_path / name, content)))
 
 
+@pytest.mark.parametrize("content", ['{\n  "license": "cc0"\n}\n', '{"license": "cc0"}\n'])
+def test_a_file_about_the_documents_is_named_and_said_to_be_none(tmp_path, content):
+    write(tmp_path / "a.txt", TEXTS[0])
+    write(tmp_path / "metadata.json", content)
+    with pytest.raises(
+        ValueError, match=r"metadata\.json:1: no.* A file that is no data does not belong in the folder"
+    ):
+        list(read_documents(tmp_path))
+
+
 def test_damaged_gzip(tmp_path):
     whole = gzip.compress(lines(*ROWS).encode())
     for number, content in enumerate((whole[:-12], b"no gzip at all", whole[:-8] + b"\0" * 8)):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from scripted import Bigrams, letter_tokenizer, read_passkey, scripted_subject
 from tiny import extend, make
 from transformers import AutoTokenizer
@@ -120,6 +121,61 @@ def test_a_window_is_started_before_the_one_before_it_is_finished(tmp_path, monk
     evaluate(Subject.of(Bigrams(P), letter_tokenizer()), [task], tmp_path / "out")
     shown = [f"{step[1]}{key.split('/')[2]}.{int(key[-1])}" for step, key in order]
     assert shown == ["s8.0", "s8.1", "f8.0", "s8.2", "f8.1", "f8.2", "s16.0", "s16.1", "f16.0", "f16.1"]
+
+
+class Small(Bigrams):
+    """A model whose device has no room for windows of more than 16 tokens."""
+
+    has_room = False
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> SimpleNamespace:
+        if input_ids.shape[1] > 16 and not self.has_room:
+            torch.empty(2**56)  # the allocator's own error
+        return super().forward(input_ids, use_cache)
+
+
+def test_a_length_that_runs_out_of_memory_is_left_out_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    """Whatever comes after it is measured; the same command goes on with it, and is complete without it."""
+    model, corpus = Small(P), letters(tmp_path)
+    (tmp_path / "letters" / "0.txt").write_text("abca")  # fits whatever the window is: half of a length is no result
+    monkeypatch.setattr("peft_longlora.eval.load_subject", lambda *_, **__: Subject.of(model, letter_tokenizer()))
+
+    def run(lengths: str) -> tuple[int, Results, str]:
+        command = ["eval", "--model", "small", "--tasks", "perplexity", "--data", tmp_path / "letters"]
+        command += ["--protocol", "both", "--stride", 4, "--lengths", lengths, "--output", tmp_path / "out"]
+        code = longlora(*command)
+        return code, Results.load(tmp_path / "out"), capsys.readouterr().err.splitlines()[-1]
+
+    code, results, said = run("8,17,16,24")
+    names = [f"perplexity {n} ({protocol})" for protocol in ("longlora", "documents") for n in (17, 24)]
+    assert code == 3 and results.unmeasured == names and all(name in said for name in names)
+    assert [(row.protocol, row.length) for row in results.results] == [
+        (protocol, length) for protocol in ("documents", "longlora") for length in (8, 16)
+    ]
+    assert {row.length for row in results.details} == {8, 16}
+    assert f"Out of memory, and so not measured: {', '.join(names)}." in results.notes
+    finished = (tmp_path / "out" / "samples.jsonl").read_text()
+    assert '"perplexity/documents/24/base/000000/000000"' in finished, "what did fit is kept"
+    code, shorter, _ = run("8,16")
+    assert code == 0 and shorter.results == results.results and not shorter.unmeasured
+    assert (tmp_path / "out" / "samples.jsonl").read_text() == finished, "nothing is measured twice, nothing lost"
+    model.has_room = True
+    code, whole, _ = run("8,16,17,24")
+    assert code == 0 and len(whole.results) == 8 and not whole.unmeasured
+    assert (tmp_path / "out" / "samples.jsonl").read_text().startswith(finished)
+    tasks = [Perplexity(corpus, [8, 16, 17, 24], p, stride=4) for p in ("longlora", "documents")]
+    plain = evaluate(Subject.of(Bigrams(P), letter_tokenizer()), tasks, tmp_path / "plain")
+    assert whole.results == plain.results and whole.details == plain.details
+
+
+def test_a_model_without_room_ends_with_code_2(tmp_path, monkeypatch, capsys):
+    def load(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("peft_longlora.eval.load_subject", load)
+    assert longlora("eval", "--model", "large", "--tasks", "cost", "--output", tmp_path / "out") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("longlora eval: error: The model does not fit into memory (CUDA out of memory.")
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -279,8 +335,22 @@ BAD = {
     "buckets=[512, 64] must be edges in rising order": ["--buckets", "512,64", "--data", "{text}"],
     "the prompt alone has": ["--tasks", "passkey", "--lengths", "16"],
     "--card needs an adapter": ["--tasks", "passkey", "--lengths", "128", "--seeds", "1", "--depths", "0", "--card"],
+    "--card is for LongLoRA's adapters; {tmp}/plain is one of type LORA": [
+        "--adapter",
+        "{tmp}/plain",
+        "--card",
+        "--data",
+        "{text}",
+    ],
     "made for a vocabulary of 97 tokens, this model has 4096": ["--adapter", "{tmp}/other", "--data", "{text}"],
     "the following arguments are required": None,
+    "--device mps: ": ["--device", "mps", "--data", "{text}"],
+    "--device abacus: ": ["--device", "abacus", "--data", "{text}"],
+    "--device meta holds no numbers": ["--device", "meta", "--data", "{text}"],
+    "rope_type='nonsense' is unknown": ["--rope-type", "nonsense", "--data", "{text}"],
+    "--rope-type linear does nothing without": ["--rope-type", "linear", "--data", "{text}"],
+    "an adapter brings its own scaling": ["--rope-type", "ntk", "--adapter", "{tmp}/other", "--data", "{text}"],
+    "--context-length 32 is not above the model's own window of 64": ["--context-length", "32", "--data", "{text}"],
 }
 
 
@@ -289,6 +359,8 @@ SLOW = "neither one of this package's nor one of lm-eval's"  # lm-eval reads all
 
 @pytest.mark.parametrize("message", [pytest.param(m, marks=pytest.mark.slow) if m == SLOW else m for m in BAD])
 def test_bad_input_ends_with_code_2_and_one_line(message, tmp_path, base, text, capsys):
+    if message == "--device mps: " and torch.backends.mps.is_available():
+        pytest.skip("this machine has the device")
     options = BAD[message]
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.jsonl").write_text("")
@@ -299,6 +371,8 @@ def test_bad_input_ends_with_code_2_and_one_line(message, tmp_path, base, text, 
         tokenizer.save_pretrained(tmp_path / "big")
     if options and "{tmp}/other" in options:
         extend(make()).save_pretrained(tmp_path / "other")
+    if options and "{tmp}/plain" in options:
+        get_peft_model(load_subject(base).model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "plain")
     fill = dict(tmp=tmp_path, text=text)
     defaults = ["--model", base, "--tasks", "perplexity", "--lengths", "64", "--output", str(tmp_path / "out")]
     command = ["eval"] + ([] if options is None else defaults + [option.format(**fill) for option in options])
@@ -309,6 +383,17 @@ def test_bad_input_ends_with_code_2_and_one_line(message, tmp_path, base, text, 
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert code == 2 and len(lines) == 1
     assert message.format(**fill).lower() in lines[0].lower()
+    assert not (tmp_path / "out").exists(), "it is said before anything is measured"
+
+
+def test_only_an_evaluation_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft_longlora.cli.run_eval", stop)
+    monkeypatch.setattr("peft_longlora.cli.run_compare", stop)
+    assert longlora("eval", "--model", "a", "--output", tmp_path) == longlora("compare", "a", "b") == 130
+    assert capsys.readouterr().err == "Stopped. The same command goes on where this one ended.\nStopped.\n"
 
 
 def test_compare_refuses_what_it_cannot_compare(tmp_path, capsys):

@@ -14,6 +14,8 @@ Schema version 1, a JSON object:
     results         the headline rows, which a model card shows
     details         rows of the same kind by position, depth, place, ...: `group` is not null
     speed           {task: {"tokens", "seconds"}} of this run's own work
+    unmeasured      tasks with their lengths that ran out of memory, such as "perplexity 262144 (documents)"; they have
+                    no rows
 
 Each row of `results` and `details`:
 
@@ -161,6 +163,7 @@ class Results:
     results: list[Row]
     details: list[Row]
     speed: dict[str, Any]
+    unmeasured: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     def save(self, path: str | Path) -> None:

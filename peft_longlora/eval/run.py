@@ -15,12 +15,16 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from peft_longlora.eval.journal import Journal
 from peft_longlora.eval.prefetch import prefetch
 from peft_longlora.eval.results import RESULTS, Results, collect_cells, sort_key
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks import Item, Task
+from peft_longlora.loading import find_device, is_out_of_memory
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,16 @@ class Processes:
 
     @classmethod
     def of_environment(cls, device: str | None = None) -> Processes:
-        """From what the launcher set; a single process without it."""
+        """From what the launcher set; a single process without it.
+
+        Raises: ValueError: no such device, or one device for several processes.
+        """
         import os
 
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls(device=torch.device(device) if device else None)
+            return cls(device=find_device(device))
+        if device not in (None, "cpu", "cuda"):
+            raise ValueError(f"--device {device}: each process takes a GPU of its own. Leave it out, or say cpu.")
         from accelerate import PartialState
 
         # Processes finish at different times, and the default of ten minutes would end the slower one's run.
@@ -86,6 +95,8 @@ def evaluate(
 
     Raises:
         ValueError: the folder holds another run; the model computes no number somewhere.
+
+    A task or length that runs out of memory is left out of the results, which name it, and the others go on.
     """
     settings, processes = settings or Settings(), processes or Processes()
     data = {name_of(task): task.data() for task in tasks}
@@ -102,7 +113,7 @@ def evaluate(
     done = journal.done()
     processes.wait()  # nobody writes before all have read
     speed: dict[str, dict[str, float]] = {}
-    keys: set[str] = set()
+    keys: dict[str, str] = {}  # of all items, and what each belongs to
     try:
         with subject.evaluating():
             subject.warm_up()
@@ -133,7 +144,7 @@ def _run(
     subject: Subject,
     journal: Journal,
     done: set[str],
-    keys: set[str],
+    keys: dict[str, str],
     processes: Processes,
     speed: dict[str, dict[str, float]],
     show_progress: bool,
@@ -141,9 +152,12 @@ def _run(
     """This process's share of a task: every n-th of the items that no earlier run has finished.
 
     An item that can be started is finished when the next one has been, so that a GPU never waits for this thread.
+    Where memory runs out the rest of the label is left out, a task at one length in most cases.
     """
     pending = count = 0
-    bar, label, begin = None, None, time.perf_counter()
+    protocol = name_of(task).removeprefix(task.name)
+    has_room = True
+    bar, label, place, begin = None, None, "", time.perf_counter()
     columns = min(100, shutil.get_terminal_size().columns)  # 80 where a terminal does not say
     started: list[tuple[Item, Callable[[], dict[str, Any]]]] = []
 
@@ -154,25 +168,46 @@ def _run(
             _clock(speed, item, record, begin)
         started.clear()
 
+    def begin_one(item: Item) -> None:
+        try:
+            rest = item.start() if item.start else item.measure
+        finally:
+            finish()
+        started.append((item, rest))
+
+    def attempt(step: Callable[..., None], *arguments: Item) -> None:
+        nonlocal has_room
+        try:
+            return step(*arguments)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Out here, because the error holds on to the tensors of the frames that it came through.
+        has_room = False
+        started.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        bar.close()
+        logger.warning(f"{place}: out of memory, left out.")
+
     try:
         for item in prefetch(task.items(subject)):
-            keys.add(item.key)
             if item.label != label:
-                finish()
+                attempt(finish)
                 if bar is not None:
                     bar.close()
-                label, count, begin = item.label, 0, time.perf_counter()
+                label, count, begin, has_room = item.label, 0, time.perf_counter(), True
+                place = label + protocol
                 bar = tqdm(desc=label, disable=not show_progress, ncols=columns)
+            keys[item.key] = place
             count += 1
             bar.total = max(count, round(count / max(item.progress, 1e-9)))
             if item.key not in done:
                 pending += 1
-                if pending % processes.count == processes.rank:
-                    rest = item.start() if item.start else item.measure
-                    finish()
-                    started.append((item, rest))
+                if has_room and pending % processes.count == processes.rank:
+                    attempt(begin_one, item)
             bar.update(1)
-        finish()
+        attempt(finish)
     finally:
         if bar is not None:
             bar.close()  # an error stands on a line of its own
@@ -189,18 +224,20 @@ def gather(
     subject: Subject,
     tasks: list[Task],
     journal: Journal,
-    keys: set[str],
+    keys: dict[str, str],
     settings: Settings,
     data: dict[str, Any],
     speed: dict[str, Any],
     processes: int,
 ) -> Results:
-    """Results from the samples of this run's items."""
+    """Results from the samples of this run's items, without what is not measured in full."""
+    done = journal.done()
+    unmeasured = list(dict.fromkeys(label for key, label in keys.items() if key not in done))
     cut: dict[str, list[int]] = {}
 
     def own() -> Iterator[dict[str, Any]]:
         for record in journal.records():
-            if record["key"] in keys:
+            if record["key"] in keys and keys[record["key"]] not in unmeasured:
                 if "cut_tokens" in record:
                     cut.setdefault(f"{record['task']} {record['dataset']}", []).append(record["cut_tokens"])
                 yield record
@@ -225,6 +262,8 @@ def gather(
             f"Above the window of {subject.window} tokens that the model was made for: "
             f"{', '.join(map(str, beyond))} tokens (marked †)."
         )
+    if unmeasured:
+        notes.append(f"Out of memory, and so not measured: {', '.join(unmeasured)}.")
     device = subject.model.device
     return Results(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -246,6 +285,7 @@ def gather(
         results=[row for row in rows if row.group is None],
         details=[row for row in rows if row.group is not None],
         speed=speed,
+        unmeasured=unmeasured,
     )
 
 

@@ -146,38 +146,20 @@ def load_subject(
     model: str,
     adapter: str | None = None,
     *,
-    tokenizer: str | None = None,
-    dtype: str = "auto",
-    device: str | torch.device | None = None,
     attention: str = "dense",
     attn_implementation: str | None = None,
-    context_length: int | None = None,
-    rope_type: str = "yarn",
+    **options: Any,
 ) -> Subject:
     """Load a base, and an adapter on it, for evaluation.
 
     Args:
-        model: a folder or an id on the Hub. adapter: likewise; of any PEFT type.
-        tokenizer: a folder or an id; None: the model's.
-        dtype: "auto" (the file's), "float32", "bfloat16" or "float16".
-        device: None: the GPU if there is one.
+        model, adapter, attn_implementation, options: as `peft_longlora.loading.load_model` takes them.
         attention: "dense", or "sparse" for the adapter's pattern (without one: S2 with a quarter of the window).
-        attn_implementation: of dense attention, transformers' name.
-        context_length, rope_type: rescale RoPE without an adapter, as `scale_rope` does.
 
     Raises:
-        ValueError: something is not there, does not fit, or the tokenizer has tokens that the model has not.
+        ValueError: something is not there or does not fit.
     """
-    loaded = load_model(
-        model,
-        adapter,
-        tokenizer=tokenizer,
-        dtype=dtype,
-        device=device,
-        attn_implementation=attn_implementation,
-        context_length=context_length,
-        rope_type=rope_type,
-    )
+    loaded = load_model(model, adapter, attn_implementation=attn_implementation, **options)
     base, native = loaded.model, loaded.native_window
     if attention == "sparse" and not adapter:
         configure_attention(base)

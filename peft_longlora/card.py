@@ -24,6 +24,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from peft_longlora.settings import group_size_of
+
 if TYPE_CHECKING:
     from peft_longlora.config import LongLoraConfig
 
@@ -296,7 +298,7 @@ def hub_id(name: Any) -> str | None:
 
 def _variables(config: LongLoraConfig, adapter: str, base: str | None, name: str) -> dict[str, Any]:
     """What a template can use besides the metadata. Text from a config reaches Python code as a literal only."""
-    window = config.context_length or config.base_context_length
+    window = config.applied_context_length or config.context_length or config.base_context_length
     rope = config.applied_rope_parameters
     modules = config.target_modules
     return {
@@ -319,9 +321,9 @@ def _variables(config: LongLoraConfig, adapter: str, base: str | None, name: str
 def _pattern_text(config: LongLoraConfig, window: int | None) -> str:
     if config.attention_pattern == "full":
         return "`full`: dense"
-    size = config.group_size
-    if size is None and window:
-        size = max(2, int(window * config.group_size_ratio) // 2 * 2)
+    size = config.applied_group_size or config.group_size
+    if size is None and window:  # an adapter of before it was recorded
+        size = group_size_of(None, config.group_size_ratio, config.context_length or window)
     shift = ", half the heads shifted by half a group" if config.attention_pattern == "s2" else ", no shift"
     groups = f"groups of {size:,} tokens" if size else f"groups of {config.group_size_ratio} of the window"
     dense = f"; dense in layers {', '.join(map(str, config.dense_layers))}" if config.dense_layers else ""

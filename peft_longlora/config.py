@@ -16,10 +16,11 @@ from transformers.utils import logging
 
 from peft_longlora.groups import PATTERNS
 from peft_longlora.kernels import check_pattern
-from peft_longlora.rope import check_rope
+from peft_longlora.window import check_rope
 
 # Of what an adapter's files mean; it grows when an older package would misread them.
 FORMAT_VERSION = 1
+_FILLED_IN_TOKENS = ("base_context_length", "applied_context_length", "applied_group_size", "vocab_size")
 _AGAIN = "Get it again, or save the adapter anew."
 
 logger = logging.get_logger(__name__)
@@ -58,8 +59,8 @@ class LongLoraConfig(LoraConfig):
     group_size_ratio: float = field(
         default=0.25,
         metadata={
-            "help": "Group size as a fraction, in (0, 1], of context_length, or of the base's own window where that "
-            "is None. Never of the row at hand, so that a short document stays dense."
+            "help": "Group size as a fraction, in (0, 1], of context_length, or where that is None of the window that "
+            "rope_parameters give, or the base's own. Never of the row at hand: a short document stays dense."
         },
     )
     attention_pattern: str = field(
@@ -82,6 +83,14 @@ class LongLoraConfig(LoraConfig):
     applied_rope_parameters: dict[str, Any] | None = field(
         default=None,
         metadata={"help": "Filled in when the adapter is made: the rope_parameters in force, applied when loaded."},
+    )
+    applied_context_length: int | None = field(
+        default=None,
+        metadata={"help": "Filled in when the adapter is made: the window in force, for the card."},
+    )
+    applied_group_size: int | None = field(
+        default=None,
+        metadata={"help": "Filled in when the adapter is made: the group size in force, for the card."},
     )
     vocab_size: int | None = field(
         default=None,
@@ -110,7 +119,7 @@ class LongLoraConfig(LoraConfig):
         self._file: AdapterFile | None = None
         # What the card says beyond this config (hub.use_longlora_card).
         self._card: Any = None
-        for name in ("context_length", "group_size", "base_context_length", "vocab_size"):
+        for name in ("context_length", "group_size", *_FILLED_IN_TOKENS):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a positive number of tokens, or None.")

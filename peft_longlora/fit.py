@@ -12,7 +12,7 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
-from peft_longlora import rope
+from peft_longlora import rotary
 from peft_longlora.config import LongLoraConfig
 
 _WRAPPERS = re.compile(r"\.(original_module|modules_to_save|base_layer)(?=\.)")
@@ -28,9 +28,7 @@ def check_base(config: LongLoraConfig, model: nn.Module) -> None:
 
     Raises: ValueError.
     """
-    text_config = model.config.get_text_config()
-    states = getattr(model, rope.STATES, None)
-    window = states[0].max_position_embeddings if states else text_config.max_position_embeddings
+    base = rotary.rope_of(model, scaled=False)
     rows = rows_of(model.get_input_embeddings())
     if config.vocab_size is not None and config.train_embeddings and rows != config.vocab_size:
         raise ValueError(
@@ -39,10 +37,11 @@ def check_base(config: LongLoraConfig, model: nn.Module) -> None:
             f"({config.base_model_name_or_path}), or call model.resize_token_embeddings({config.vocab_size}) "
             f"yourself if you know the extra tokens."
         )
-    if config.base_context_length is not None and config.base_context_length != window:
+    # Adapters of version 1 may state the base's max_position_embeddings, which is not its window with linear scaling.
+    if config.base_context_length not in (None, base.window, base.max_position_embeddings):
         raise ValueError(
             f"The adapter was made for a base with a window of {config.base_context_length} tokens "
-            f"(max_position_embeddings), this model has {window}. Load the base that the adapter names "
+            f"(max_position_embeddings), this model has {base.window}. Load the base that the adapter names "
             f"({config.base_model_name_or_path}). For a new adapter make a new LongLoraConfig: this one was filled in "
             f"for another model."
         )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache
 
-from peft_longlora.rope import base_rope
+from peft_longlora.window import base_rope
 
 CACHES = ("dense", "quantised", "offloaded")
 # hqq comes first because quanto compiles kernels when it is first used: minutes, and nvcc for those of a GPU.

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from peft_longlora.card import hub_id
 from peft_longlora.config import read_json, refuse_link
 from peft_longlora.fit import rows_of
-from peft_longlora.rope import check_rope, scale_rope, window_of
+from peft_longlora.rope import scale_rope
+from peft_longlora.window import check_rope, window_of
 
 DEFAULT_ROPE = "yarn"
 

@@ -18,7 +18,7 @@ from peft.utils.transformers_weight_conversion import (
 )
 from torch import nn
 
-from peft_longlora import fit, precision, push, rope, trainable
+from peft_longlora import fit, precision, push, rope, rotary, trainable
 from peft_longlora.adapters import AdapterState
 from peft_longlora.config import LongLoraConfig
 from peft_longlora.settings import AttentionState, check_architecture, configure_attention, group_size_of
@@ -51,7 +51,7 @@ class LongLoraModel(LoraModel):
                     f"LONGLORA. Delete it first, or load each on a model of its own."
                 )
         is_first = AdapterState.on(model) is None
-        if is_first and hasattr(model, rope.STATES):
+        if is_first and hasattr(model, rotary.STATES):
             raise ValueError(
                 "RoPE of this model was rescaled by scale_rope, which an adapter does itself. Call "
                 "restore_rope(model) first, and give the adapter the context_length or the rope_parameters."
@@ -122,7 +122,7 @@ class LongLoraModel(LoraModel):
             if other is config:
                 continue
             new_name = next((n for n, c in self.peft_config.items() if c is config), "new")
-            for what, of in (("RoPE", self._rope_key), ("attention", _attention_key)):
+            for what, of in (("RoPE", self._rope_key), ("attention", self._attention_key)):
                 if of(config) != of(other):
                     raise ValueError(
                         f"Adapters {name!r} and {new_name!r} want different {what} of one model: {of(other)} and "
@@ -137,11 +137,19 @@ class LongLoraModel(LoraModel):
         for other in self.peft_config.values():  # the same wish as one that was carried out already
             if other.applied_rope_parameters is not None and _rope_fields(other) == _rope_fields(config):
                 return other.applied_rope_parameters
-        states = getattr(self.model, rope.STATES, None)
-        window = states[0].max_position_embeddings if states else rope.window_of(self.model.config.get_text_config())
+        window = rotary.rope_of(self.model, scaled=False).window
         if config.rope_parameters is None and (config.context_length or 0) <= window:
             return None
         return _rope_fields(config)
+
+    def _attention_key(self, config: LongLoraConfig) -> dict[str, Any]:
+        """What an adapter wants of attention, once RoPE is as it wants it; equal for two that mean the same."""
+        window = config.context_length or rotary.rope_of(self.model, scaled=True).window
+        return dict(
+            group_size=group_size_of(config.group_size, config.group_size_ratio, window),
+            pattern=config.attention_pattern,
+            dense_layers=sorted(set(config.dense_layers or ())),
+        )
 
     def _prepare_model(self, peft_config: LongLoraConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
@@ -150,9 +158,7 @@ class LongLoraModel(LoraModel):
             for module in model.modules():
                 if isinstance(getattr(module, "config", None), type(text_config)):
                     module.config = text_config
-        if not hasattr(model, rope.STATES):
-            base_length = text_config.max_position_embeddings
-            base_window = rope.window_of(text_config)
+        if not hasattr(model, rotary.STATES):
             wanted = peft_config.applied_rope_parameters
             applied = rope.scale_rope(
                 model,
@@ -161,19 +167,13 @@ class LongLoraModel(LoraModel):
                 rope_parameters=wanted or peft_config.rope_parameters,
             )
         else:  # a second adapter, which `_check_new_adapter_config` found to want the same
-            base_length = getattr(model, rope.STATES)[0].max_position_embeddings
-            base_window = base_length
             others = (c.applied_rope_parameters for c in self.peft_config.values() if c is not peft_config)
             applied = next(others, peft_config.applied_rope_parameters)  # one config may serve both (DPO's reference)
-        peft_config.base_context_length = base_length
+        settings = configure_attention(model, **self._attention_key(peft_config))
         peft_config.applied_rope_parameters = applied
-        window = peft_config.context_length or base_window
-        configure_attention(
-            model,
-            group_size=group_size_of(peft_config.group_size, peft_config.group_size_ratio, window),
-            pattern=peft_config.attention_pattern,
-            dense_layers=peft_config.dense_layers,
-        )
+        peft_config.applied_group_size = settings.group_size
+        peft_config.applied_context_length = rotary.rope_of(model, scaled=True).window
+        peft_config.base_context_length = rotary.rope_of(model, scaled=False).window
         model.add_model_tags(["longlora"])
 
     def _shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
@@ -309,8 +309,3 @@ def _right_tied_head(model: nn.Module, adapter_name: str) -> None:
 
 def _rope_fields(config: LongLoraConfig) -> tuple[Any, ...]:
     return config.context_length, config.rope_type, config.rope_parameters
-
-
-def _attention_key(config: LongLoraConfig) -> dict[str, Any]:
-    fields = ("context_length", "group_size", "group_size_ratio", "attention_pattern", "dense_layers")
-    return {name: getattr(config, name) for name in fields}

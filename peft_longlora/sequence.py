@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from peft_longlora.rope import find_rotary_modules
+from peft_longlora.rotary import find_rotary_modules
 from peft_longlora.settings import find_attention_modules, is_local_layer, settings_of
 
 # What collators say of documents for kernels that take cumulative lengths; positions say it too.

@@ -21,7 +21,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from peft_longlora import backends, kernels
-from peft_longlora.rope import find_rotary_modules, window_of
+from peft_longlora.rotary import find_rotary_modules
+from peft_longlora.window import window_of
 
 logger = logging.get_logger(__name__)
 
@@ -37,6 +38,7 @@ class AttentionSettings:
 
     Attributes:
         group_size: G, tokens.
+        group_size_ratio: G's fraction of the window, which it follows; None where G itself was given.
         pattern: "s2", "local" or "full".
         dense_layers: indices of layers that stay dense while training.
         dense_attention: the transformers attention that runs wherever S2-Attn does not.
@@ -55,6 +57,7 @@ class AttentionSettings:
     backend: str | None = None
     is_fastest: bool = False
     mode: Mode = "auto"
+    group_size_ratio: float | None = None
     mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
     is_enabled: bool = True
     position_ids: torch.Tensor | None = field(default=None, repr=False, compare=False)
@@ -108,6 +111,7 @@ class AttentionState:
         """Make `model` attend so again."""
         model.set_attn_implementation(self.implementation)
         _replace_settings(model, self.settings)
+        follow_window(model)
 
 
 def find_attention_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -124,7 +128,7 @@ def settings_of(module: nn.Module) -> AttentionSettings:
     settings = getattr(module, _SETTINGS, None)
     if settings is None:
         size = group_size_of(None, 0.25, window_of(module.config))
-        settings = AttentionSettings(size, dense_attention=_default_attention(module))
+        settings = AttentionSettings(size, dense_attention=_default_attention(module), group_size_ratio=0.25)
         setattr(module, _SETTINGS, settings)
     return settings
 
@@ -151,7 +155,7 @@ def configure_attention(
     Args:
         model: a rotary causal language model of transformers.
         group_size: G, tokens, even, 2 or more. None: `group_size_ratio` of the model's window.
-        group_size_ratio: in (0, 1], of the window that the model's config states.
+        group_size_ratio: in (0, 1], of the model's window, also when `scale_rope` changes it later.
         pattern: "s2", "local" or "full".
         dense_layers: indices of layers that stay dense while training.
         dense_attention: the transformers attention wherever S2-Attn does not run ("sdpa", "flash_attention_2", ...).
@@ -190,6 +194,7 @@ def configure_attention(
     else:
         dense_attention, is_fastest = model.get_correct_attn_implementation(dense_attention), False
     settings = AttentionSettings(size, pattern, frozenset(dense_layers or ()), dense_attention, backend, is_fastest)
+    settings.group_size_ratio = group_size_ratio if group_size is None else None
     settings.mesh = known.mesh if known else None
     backends.check_model(config, layers.values(), settings.backend)
     if layers and all(is_local_layer(module, config) for module in layers.values()):
@@ -250,6 +255,15 @@ def group_size_of(group_size: int | None, ratio: float, window: int) -> int:
     if not 0 < ratio <= 1:
         raise ValueError(f"group_size_ratio={ratio} is outside (0, 1]: it is a fraction of the window ({window}).")
     return max(2, int(window * ratio) // 2 * 2)
+
+
+def follow_window(model: PreTrainedModel) -> None:
+    """Set groups anew that are a fraction of the window, after it has changed."""
+    window = window_of(model.config.get_text_config())
+    for module in find_attention_modules(model).values():
+        settings = getattr(module, _SETTINGS, None)
+        if settings is not None and settings.group_size_ratio is not None:
+            settings.group_size = group_size_of(None, settings.group_size_ratio, window)
 
 
 @contextmanager

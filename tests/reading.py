@@ -8,7 +8,7 @@ from tiny import extend, make
 
 from peft_longlora.document import Document, read_document
 from peft_longlora.loading import Loaded
-from peft_longlora.rope import window_of
+from peft_longlora.window import window_of
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}</{{ m['role'] }}>{% endfor %}"

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from conftest import tiny_llama_config
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
@@ -82,22 +83,34 @@ def test_an_adapter_of_a_plain_transformers_model_has_the_card_too(base_folder, 
 
 
 @pytest.mark.parametrize(
-    "fields",
+    "fields, window, group",
     [
-        {},
-        {"rope_type": "linear", "group_size": 32},
-        {"rope_type": "ntk", "attention_pattern": "local", "dense_layers": [1]},
-        {"rope_parameters": {"rope_type": "yarn", "factor": 6.0}, "context_length": None, "group_size_ratio": 0.5},
-        {"attention_pattern": "full", "train_embeddings": False, "train_norms": False, "target_modules": ["q_proj"]},
-        {"context_length": 32},
+        ({}, 256, 64),
+        ({"rope_type": "linear", "group_size": 32}, 256, 32),
+        ({"rope_type": "ntk", "attention_pattern": "local", "dense_layers": [1]}, 256, 64),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 6.0}, "context_length": None, "group_size_ratio": 0.5},
+            64 * 6,
+            32 * 6,
+        ),
+        (
+            {
+                "attention_pattern": "full",
+                "train_embeddings": False,
+                "train_norms": False,
+                "target_modules": ["q_proj"],
+            },
+            256,
+            64,
+        ),
+        ({"context_length": 32}, 64, 8),
     ],
     ids=str,
 )
-def test_card_says_what_the_model_does(base_folder, tmp_path, fields):
+def test_card_says_what_the_model_does(base_folder, tmp_path, fields, window, group):
     """Against the model itself: its config's RoPE, its attention's settings, its parameters."""
     model = adapt(base_folder, **fields)
     text = save(model, tmp_path / "adapter")
-    window = max(model.peft_config["default"].context_length or 64, 0)
     assert row(text, "window before") == "64 tokens"
     assert row(text, "window after") == f"{window} tokens"
     rope = row(text, "RoPE")
@@ -109,7 +122,7 @@ def test_card_says_what_the_model_does(base_folder, tmp_path, fields):
     pattern = row(text, "attention while training")
     assert pattern.startswith(f"`{settings[0].pattern}`")
     if settings[0].pattern != "full":
-        assert f"groups of {settings[0].group_size} tokens" in pattern
+        assert f"groups of {group} tokens" in pattern and settings[0].group_size == group
     dense = "; dense in layers 1" in pattern
     assert dense == (fields.get("dense_layers") == [1])
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -117,6 +130,19 @@ def test_card_says_what_the_model_does(base_folder, tmp_path, fields):
     assert row(text, "norms").startswith("yes") == any("norm" in name for name in trained)
     on = {name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if any(f"{name}.lora_A" in t for t in trained)}
     assert set(re.findall(r"`(\w+)`", row(text, "on"))) == on
+
+
+def test_card_of_a_base_that_is_scaled_already(tmp_path):
+    """transformers keeps the length before scaling in its config, and the factor beside it."""
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    LlamaForCausalLM(tiny_llama_config(rope_parameters=rope)).save_pretrained(tmp_path / "base")
+    text = save(adapt(str(tmp_path / "base"), context_length=None), tmp_path / "adapter")
+    assert "The window stays at 256 tokens." in text
+    assert row(text, "attention while training").startswith("`s2`: groups of 64 tokens")
+    longer = adapt(str(tmp_path / "base"), context_length=None, rope_parameters={**rope, "factor": 16.0})
+    text = save(longer, tmp_path / "longer")
+    assert "It extends the window from 256 to **1,024 tokens**." in text
+    assert row(text, "attention while training").startswith("`s2`: groups of 256 tokens")
 
 
 def test_saving_twice_changes_nothing(adapted, tmp_path):

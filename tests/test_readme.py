@@ -11,7 +11,10 @@ from peft_longlora import LongLoraConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-FILLED_IN = {"base_context_length", "applied_rope_parameters", "vocab_size", "format_version"}
+FILLED_IN = {
+    "base_context_length", "applied_context_length", "applied_group_size", "applied_rope_parameters", "vocab_size",
+    "format_version",
+}  # fmt: skip
 
 
 def code_blocks(language: str) -> list[str]:

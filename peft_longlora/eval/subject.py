@@ -17,8 +17,10 @@ from transformers.utils import logging
 
 from peft_longlora.eval.losses import TokenLosses
 from peft_longlora.loading import check_tokenizer, load_model
-from peft_longlora.rope import STATES, base_rope, switch_rope, window_of
+from peft_longlora.rope import switch_rope
+from peft_longlora.rotary import STATES
 from peft_longlora.settings import configure_attention, find_attention_modules, settings_of, use_attention
+from peft_longlora.window import base_rope, window_of
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +58,7 @@ class Subject:
         window, native = window_of(config), window_of(config)
         states = getattr(model.get_base_model() if isinstance(model, PeftModel) else model, STATES, None)
         if states:
-            native = states[0].max_position_embeddings
+            native = states[0].window
         variant = "adapter" if isinstance(model, PeftModel) else "rescaled" if states else "base"
         check_tokenizer(model, tokenizer)
         description = {

@@ -10,9 +10,13 @@ import re
 import torch
 import transformers
 from packaging.version import Version
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 
-from peft_longlora import rotary
+from peft_longlora import rotary, trainable
+from peft_longlora.adapters import AdapterState
 from peft_longlora.config import LongLoraConfig
 
 _WRAPPERS = re.compile(r"\.(original_module|modules_to_save|base_layer)(?=\.)")
@@ -23,11 +27,34 @@ def rows_of(embeddings: nn.Module) -> int:
     return getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
 
 
+def check_place(model: nn.Module, adapter_name: str) -> None:
+    """Refuse a base that another model with an adapter is built on already: both would change its RoPE and attention.
+
+    Raises: ValueError.
+    """
+    if isinstance(model, PeftModel | BaseTuner):
+        raise ValueError(
+            f"{type(model).__name__} is a model with an adapter already. Give get_peft_model and PeftModel a base, "
+            f"such as model.unload(); for one more adapter on it, call model.add_adapter or model.load_adapter."
+        )
+    if AdapterState.on(model) is not None and adapter_name in getattr(model, "peft_config", {}):
+        raise ValueError(
+            f"This model has a LongLoRA adapter {adapter_name!r} already, in the PeftModel that was made of it before. "
+            f"Call unload() of that one first; for one more adapter on it, call its add_adapter or load_adapter."
+        )
+
+
 def check_base(config: LongLoraConfig, model: nn.Module) -> None:
     """Refuse an adapter that was made for another base, by the sizes that its config names.
 
     Raises: ValueError.
     """
+    made_for = getattr(config, "_resolved_for", None)
+    if made_for not in (None, model.config.model_type):
+        raise ValueError(
+            f"This LongLoraConfig was filled in for {made_for}: its target_modules and modules_to_save are not those "
+            f"of {model.config.model_type}. Make a new LongLoraConfig for each model."
+        )
     base = rotary.rope_of(model, scaled=False)
     rows = rows_of(model.get_input_embeddings())
     if config.vocab_size is not None and config.train_embeddings and rows != config.vocab_size:
@@ -47,12 +74,42 @@ def check_base(config: LongLoraConfig, model: nn.Module) -> None:
         )
 
 
+def check_tie(config: LongLoraConfig, model: PreTrainedModel, tied: list[str]) -> None:
+    """Refuse embeddings that cannot be trained together with the output layer that they are, or were, tied to.
+
+    Args:
+        tied: names of the modules that share the embeddings' weight.
+
+    Raises: ValueError, NotImplementedError.
+    """
+    if config.base_context_length is not None and config.ensure_weight_tying and not tied:
+        raise ValueError(
+            f"The adapter was trained on embeddings tied to the output layer, this model's are not tied. Load the base "
+            f"that the adapter names ({config.base_model_name_or_path})."
+        )
+    if targeted := [name for name in tied if check_target_module_exists(config, name)]:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} puts LoRA on {targeted[0]}, which is tied to the embeddings, "
+            f"and train_embeddings=True trains a copy of both. Leave {targeted[0]} out of target_modules, or set "
+            f"train_embeddings=False."
+        )
+    if tied and getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise NotImplementedError(
+            f"{tied[0]} is tied to the embeddings and has a bias, which PEFT drops from the copy it trains. Use "
+            f"train_embeddings=False, or untie the model."
+        )
+
+
 def check_loader(config: LongLoraConfig) -> None:
     """Refuse what transformers' own loading (load_adapter, AutoModelForCausalLM) would leave at its first values.
 
     Raises: NotImplementedError.
     """
-    is_ours = config._file is not None or config.base_context_length is None or getattr(config, "_is_resolved", False)
+    is_ours = (
+        config._file is not None
+        or config.base_context_length is None
+        or getattr(config, "_resolved_for", None) is not None
+    )
     what = []
     if config.use_dora:  # as of 5.23, for stock LoRA too
         what.append("DoRA's magnitudes")
@@ -114,3 +171,13 @@ def check_file(
             f"{path} holds {len(foreign)} tensors that this model has no place for, the first being {foreign[0]}. The "
             f"adapter belongs to another base ({config.base_model_name_or_path} is the one it names)."
         )
+
+
+def embedding_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Names, as they are in files, and shapes of the base's own tensors that PEFT saves where they were resized."""
+    return {
+        f"base_model.model.{name}.{key}": tuple(parameter.shape)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+        for name, module in trainable.find_module(model, layer)
+        for key, parameter in module.named_parameters()
+    }

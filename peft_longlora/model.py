@@ -11,14 +11,14 @@ from typing import Any
 
 from peft import PeftType
 from peft.tuners.lora import LoraModel
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
 from peft.utils.transformers_weight_conversion import (
     convert_peft_config_for_transformers,
     get_model_conversion_mapping,
 )
 from torch import nn
 
-from peft_longlora import fit, precision, push, rope, rotary, trainable
+from peft_longlora import copies, fit, precision, push, rope, rotary, trainable
 from peft_longlora.adapters import AdapterState
 from peft_longlora.config import LongLoraConfig
 from peft_longlora.settings import AttentionState, check_architecture, configure_attention, group_size_of
@@ -36,8 +36,9 @@ class LongLoraModel(LoraModel):
 
     # -- adding an adapter ---------------------------------------------------------------------------------------
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        fit.check_place(model, adapter_name)  # before PEFT forgets the config of the first
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         push.push_our_card(self)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -61,8 +62,8 @@ class LongLoraModel(LoraModel):
         try:
             self._resolve(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            fit.check_file(config, self._shapes(adapter_name), _embedding_shapes(model))
-            _right_tied_head(model, adapter_name)
+            fit.check_file(config, self._shapes(adapter_name), fit.embedding_shapes(model))
+            copies.state_tied_sizes(model, adapter_name)
         except Exception:
             self._undo(adapter_name, before)
             for parameter, requires_grad in trainable_before:
@@ -89,21 +90,12 @@ class LongLoraModel(LoraModel):
             names += trainable.find_embeddings(model)
             config.vocab_size = fit.rows_of(model.get_input_embeddings())
             tied = self._tied_names()
-            if config.base_context_length is not None and config.ensure_weight_tying and not tied:
-                raise ValueError(
-                    f"The adapter was trained on embeddings tied to the output layer, this model's are not tied. Load "
-                    f"the base that the adapter names ({config.base_model_name_or_path})."
-                )
+            fit.check_tie(config, model, tied)
             config.ensure_weight_tying = config.ensure_weight_tying or bool(tied)
-            if tied and getattr(model.get_output_embeddings(), "bias", None) is not None:
-                raise NotImplementedError(
-                    f"{tied[0]} is tied to the embeddings and has a bias, which PEFT drops from the copy it trains. "
-                    f"Use train_embeddings=False, or untie the model."
-                )
         if config.train_norms:
             names += trainable.find_norms(model)
         config.modules_to_save = list(dict.fromkeys(names)) or None
-        config._is_resolved = True
+        config._resolved_for = model.config.model_type
 
     def _check_tied_modules(self, model: nn.Module, peft_config: LongLoraConfig) -> None:
         tied = self._tied_names()
@@ -185,11 +177,7 @@ class LongLoraModel(LoraModel):
         """What PEFT does to LoRA's weights, float32 for the optimiser, done to embeddings and norms as well."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
-            precision.keep_in_float32(
-                wrapper.modules_to_save[adapter_name]
-                for wrapper in self.model.modules()
-                if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save
-            )
+            precision.keep_in_float32(copies.of(self.model, adapter_name))
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Tie embeddings and output layer again, in the base and in the trained copies.
@@ -197,13 +185,10 @@ class LongLoraModel(LoraModel):
         Called by accelerate, whose memory-saving start of FSDP2 unties them; the base's own method does not see through
         PEFT's wrappers.
         """
-        embeddings, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        if not isinstance(embeddings, ModulesToSaveWrapper) or not isinstance(head, ModulesToSaveWrapper):
+        if not copies.has_both(self.model):
             self.model.tie_weights(*args, **kwargs)
         elif any(config.ensure_weight_tying for config in self.peft_config.values()):
-            head.original_module.weight = embeddings.original_module.weight
-            for name, copy in head.modules_to_save.items():
-                copy.weight = embeddings.modules_to_save[name].weight
+            copies.tie(self.model)
 
     @classmethod
     def _get_adapter_state_dict(cls, *, adapter_name: str, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -244,15 +229,31 @@ class LongLoraModel(LoraModel):
 
     def unload(self) -> nn.Module:
         """The base model without any adapter, bit for bit."""
-        self._drop_trained_copies()
+        copies.drop(self.model)
         model = super().unload()
         self._restore()
         return model
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The base model with the adapter in its weights and the RoPE scaling in its config."""
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base model with the adapter in its weights and the RoPE scaling in its config.
+
+        Args:
+            progressbar, safe_merge: as PEFT's.
+            adapter_names: adapters to merge, active or not; of embeddings and norms, one can have copies.
+
+        Raises: ValueError: an adapter that is not there, or adapters whose copies exclude each other.
+        """
+        if adapter_names is not None:
+            self._check_merge_allowed()
+            if unknown := [name for name in adapter_names if name not in self.peft_config]:
+                raise ValueError(
+                    f"adapter_names={adapter_names} names {unknown}; there are {sorted(self.peft_config)}."
+                )
+            copies.activate(self.model, adapter_names)
         self._switch(True)
-        model = super().merge_and_unload(*args, **kwargs)
+        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         for module in model.modules():
             precision.round_to_half(module)
         rope.keep_rope(model)
@@ -268,12 +269,6 @@ class LongLoraModel(LoraModel):
                     f"their weights, so different changes cannot be merged into them. Serve it unmerged."
                 )
 
-    def _drop_trained_copies(self) -> None:
-        """Make PEFT put the base's own embeddings and norms back: it keeps the copies that are active."""
-        for module in self.model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                module.set_adapter([])
-
     def _restore(self) -> None:
         if (state := AdapterState.on(self.model)) is not None:
             state.end()
@@ -283,28 +278,9 @@ class LongLoraModel(LoraModel):
         if before is None:  # others stay
             super().delete_adapter(adapter_name)
             return
-        self._drop_trained_copies()
+        copies.drop(self.model)
         self._unload_and_optionally_merge(merge=False)
         before.end()
-
-
-def _embedding_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names, as they are in files, and shapes of the base's own tensors that PEFT saves where they were resized."""
-    return {
-        f"base_model.model.{name}.{key}": tuple(parameter.shape)
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-        for name, module in trainable.find_module(model, layer)
-        for key, parameter in module.named_parameters()
-    }
-
-
-def _right_tied_head(model: nn.Module, adapter_name: str) -> None:
-    """State the sizes of a tied output layer: PEFT makes its copy with input and output exchanged."""
-    head = model.get_output_embeddings()
-    if isinstance(head, ModulesToSaveWrapper) and adapter_name in head.modules_to_save:
-        copy = head.modules_to_save[adapter_name]
-        if isinstance(copy, nn.Linear):
-            copy.out_features, copy.in_features = copy.weight.shape
 
 
 def _rope_fields(config: LongLoraConfig) -> tuple[Any, ...]:

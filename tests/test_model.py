@@ -225,6 +225,83 @@ def test_a_second_adapter_that_wants_another_model_is_refused(other, what):
     assert_same(snapshot(peft_model.get_base_model()), before)
 
 
+OTHER = LongLoraConfig(r=4, context_length=256, rope_type="ntk")
+# how a second model with an adapter is made of one base
+SECOND = {
+    "get_peft_model": lambda base, first, folder: get_peft_model(base, OTHER),
+    "the same settings": lambda base, first, folder: extend(base),
+    "from_pretrained": lambda base, first, folder: PeftModel.from_pretrained(base, folder),
+    "a PeftModel": lambda base, first, folder: get_peft_model(first, OTHER),
+    "a PeftModel, other name": lambda base, first, folder: get_peft_model(first, OTHER, "other"),
+}
+
+
+@pytest.mark.parametrize("how", SECOND)
+def test_two_models_with_an_adapter_on_one_base_are_refused(how, tmp_path):
+    """The second would find the first one's RoPE and groups, and save others."""
+    get_peft_model(make(), copy.deepcopy(OTHER)).save_pretrained(tmp_path)
+    base = make()
+    model = train(extend(base))
+    adapted, before = logits(model), snapshot(base)
+    with pytest.raises(ValueError, match=r"adapter.*already.*unload\(\).*add_adapter or .*load_adapter"):
+        SECOND[how](base, model, tmp_path)
+    assert torch.equal(logits(model), adapted)
+    assert_same(snapshot(base), before)
+    assert model.peft_config["default"].context_length == 128
+    wanted = get_peft_model(make(), copy.deepcopy(OTHER)).base_model.model.config.rope_parameters
+    assert get_peft_model(model.unload(), copy.deepcopy(OTHER)).config.rope_parameters == wanted
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_merging_an_adapter_that_is_not_active_merges_all_of_it(tied):
+    model = train(extend(make(tie_word_embeddings=tied), "first"))
+    model.add_adapter("second", LongLoraConfig(r=4, context_length=128))
+    model.set_adapter("second")
+    second = logits(train(model))
+    model.set_adapter("first")
+    assert not torch.equal(logits(model), second)
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"\['first', 'second'\] have embeddings or norms of their own.*Name one"):
+        model.merge_and_unload(adapter_names=["first", "second"])
+    with pytest.raises(ValueError, match=r"names \['third'\]; there are \['first', 'second'\]"):
+        model.merge_and_unload(adapter_names=["third"])
+    assert torch.equal(logits(model), before)
+    merged = model.merge_and_unload(adapter_names=["second"])
+    torch.testing.assert_close(logits(merged), second, rtol=1e-4, atol=1e-4)
+
+
+def test_two_adapters_without_copies_are_merged_together():
+    settings = dict(r=4, context_length=128, train_embeddings=False, train_norms=False)
+    model = train(extend(make(), "first", **settings))
+    model.add_adapter("second", LongLoraConfig(**settings))
+    model.set_adapter("second")
+    train(model)
+    model.base_model.set_adapter(["first", "second"])
+    both = logits(model)
+    merged = model.merge_and_unload(adapter_names=["first", "second"])
+    torch.testing.assert_close(logits(merged), both, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_on_a_tied_output_layer_beside_trained_embeddings_is_refused():
+    model = make(tie_word_embeddings=True)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"lm_head, which is tied.*Leave lm_head out.*train_embeddings=False"):
+        extend(model, target_modules=["q_proj", "lm_head"])
+    assert_same(snapshot(model), before)
+    train(extend(model, target_modules=["q_proj", "lm_head"], train_embeddings=False))
+
+
+def test_a_config_of_another_architecture_is_refused():
+    config = LongLoraConfig(r=4, context_length=128)
+    get_peft_model(make(), config)
+    get_peft_model(make(num_hidden_layers=3), config)
+    model = make("gpt_neox")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"filled in for llama.*gpt_neox\. Make a new LongLoraConfig"):
+        get_peft_model(model, config)
+    assert_same(snapshot(model), before)
+
+
 # -- through transformers' own doors -------------------------------------------------------------------------------
 
 

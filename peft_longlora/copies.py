@@ -1,0 +1,66 @@
+"""The trained copies of embeddings and norms, in PEFT's wrappers: one for each adapter, one of them active."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def wrappers_of(model: nn.Module) -> list[ModulesToSaveWrapper]:
+    """The modules of which there are trained copies."""
+    return [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+
+
+def of(model: nn.Module, adapter_name: str) -> Iterator[nn.Module]:
+    """The copies of one adapter."""
+    return (w.modules_to_save[adapter_name] for w in wrappers_of(model) if adapter_name in w.modules_to_save)
+
+
+def activate(model: nn.Module, adapter_names: list[str]) -> None:
+    """Make the copies of these adapters the active ones, which PEFT merges whatever it is told.
+
+    Raises: ValueError: two of them have a copy of one module.
+    """
+    wrappers = wrappers_of(model)
+    names = [[name for name in adapter_names if name in wrapper.modules_to_save] for wrapper in wrappers]
+    if both := next((some for some in names if len(some) > 1), None):
+        raise ValueError(
+            f"adapter_names={adapter_names}: {both} have embeddings or norms of their own, which cannot be added up as "
+            f"LoRA's weights are. Name one adapter, or train them with train_embeddings=False and train_norms=False."
+        )
+    for wrapper, some in zip(wrappers, names, strict=True):
+        wrapper.set_adapter(some)
+
+
+def drop(model: nn.Module) -> None:
+    """Make PEFT put the base's own modules back when it unloads: it keeps the copies that are active."""
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            module.set_adapter([])
+
+
+def has_both(model: PreTrainedModel) -> bool:
+    """Whether both the embeddings and the output layer have copies."""
+    return all(
+        isinstance(m, ModulesToSaveWrapper) for m in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+
+
+def tie(model: PreTrainedModel) -> None:
+    """Tie embeddings and output layer again, in the base and in the copies."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    head.original_module.weight = embeddings.original_module.weight
+    for name, copy in head.modules_to_save.items():
+        copy.weight = embeddings.modules_to_save[name].weight
+
+
+def state_tied_sizes(model: nn.Module, adapter_name: str) -> None:
+    """State the sizes of a tied output layer: PEFT makes its copy with input and output exchanged."""
+    head = model.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper) and adapter_name in head.modules_to_save:
+        copy = head.modules_to_save[adapter_name]
+        if isinstance(copy, nn.Linear):
+            copy.out_features, copy.in_features = copy.weight.shape

@@ -26,7 +26,7 @@ def make_trainer(tmp_path, **options) -> Trainer:
         max_steps=4,
         per_device_train_batch_size=1,
         report_to=options.pop("report_to", "none"),
-        save_strategy="no",
+        save_strategy=options.pop("save_strategy", "no"),
         logging_steps=1,
         use_cpu=True,
         learning_rate=1e-2,
@@ -83,6 +83,41 @@ def test_each_evaluation_of_the_trainer_brings_them_and_tensorboard_sees_them(tm
     assert shown == pytest.approx(values)
 
 
+def test_the_best_checkpoint_is_the_one_of_the_lowest_perplexity(tmp_path, text):
+    """The metrics that `evaluate` returns hold the numbers, so that the Trainer can choose by them."""
+    best = dict(metric_for_best_model="eval_perplexity_64", greater_is_better=False, load_best_model_at_end=True)
+    trainer = make_trainer(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        lr_scheduler_type="constant",
+        **best,
+    )
+    trainer.add_callback(LongContextEvalCallback(trainer, data=text, lengths=[64], passkey_depths=[]))
+    trainer.train()
+    values = logged(trainer, "eval_perplexity_64")
+    assert len(set(values.values())) == 4
+    assert trainer.state.best_metric == min(values.values())
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{min(values, key=values.get)}")
+    assert trainer.evaluate()["eval_perplexity_64"] == pytest.approx(min(values.values()), rel=1e-5), "it is loaded"
+
+
+@pytest.mark.parametrize(
+    ("options", "every_steps", "message"),
+    [(dict(), None, "keeps the worst checkpoint"), (dict(greater_is_better=False), 2, "measures at other times")],
+)
+def test_numbers_that_would_choose_no_checkpoint_or_the_worst_are_refused(
+    tmp_path, text, options, every_steps, message
+):
+    trainer = make_trainer(
+        tmp_path, eval_strategy="steps", eval_steps=2, metric_for_best_model="perplexity_64", **options
+    )
+    with pytest.raises(ValueError, match=message):
+        LongContextEvalCallback(trainer, data=text, lengths=[64], passkey_depths=[], every_steps=every_steps)
+
+
 def test_it_measures_dense_attention_and_gives_random_numbers_back(tmp_path, text):
     """The same training with and without it ends with the same weights."""
     weights = []
@@ -103,6 +138,11 @@ def test_it_measures_dense_attention_and_gives_random_numbers_back(tmp_path, tex
         (dict(lengths=[64], every_steps=1), "prompt alone has 8. tokens"),
         (dict(lengths=[64]), "eval_strategy='no' never evaluates"),
         (dict(lengths=[64], every_steps=1, data="none.txt"), "no such file"),
+        (dict(lengths=[128], every_steps=0), "every_steps=0 must be 1 or more, or None"),
+        (dict(lengths=128, every_steps=1), r"lengths=128 is no list. Give one, such as \[8192, 32768\]"),
+        (dict(lengths="4k", every_steps=1), "lengths='4k' is no list"),
+        (dict(lengths=["4k"], every_steps=1), "'4k' is no number"),
+        (dict(lengths=[128], passkey_depths=0.5, every_steps=1), "passkey_depths=0.5 is no list"),
     ],
 )
 def test_refusals_come_before_training(tmp_path, options, message):

@@ -20,19 +20,22 @@ class LongContextEvalCallback(TrainerCallback):
 
     TensorBoard, W&B, trackio and every other reporter of the Trainer sees them. Attention is dense while measuring, and
     the model trains on as before. With several processes each measures everything, so that sharded models work too.
+    Measured with the Trainer's own evaluations, they can choose the best checkpoint (`metric_for_best_model`) and stop
+    training early, by an `EarlyStoppingCallback` that is added after this one.
 
     Args:
         trainer: whose log is written.
         data: documents for perplexity: files, folders or ids, as `read_documents` takes them. None: no perplexity.
-        lengths: tokens of windows and prompts.
-        every_steps: measure whenever so many optimizer steps are done; None: whenever the Trainer evaluates.
+        lengths: a list of tokens of windows and prompts.
+        every_steps: measure whenever so many optimizer steps are done, 1 or more; None: whenever the Trainer evaluates.
         max_windows: of each document and length.
-        passkey_depths: parts of the text before the key, 0 to 1; an empty list leaves the passkey out.
+        passkey_depths: a list of parts of the text before the key, 0 to 1; an empty one leaves the passkey out.
         tasks: more tasks of `peft_longlora.eval`.
         tokenizer: None: the trainer's processing_class.
 
     Raises:
-        ValueError: nothing to measure, no tokenizer, or every_steps is None and the Trainer never evaluates.
+        ValueError: nothing to measure, no tokenizer, every_steps is None and the Trainer never evaluates, or the
+            Trainer's metric_for_best_model is one of these numbers and would be missing, or choose the worst.
 
     Example:
         >>> trainer.add_callback(LongContextEvalCallback(trainer, data="books/", lengths=[8192, 32768]))
@@ -53,7 +56,10 @@ class LongContextEvalCallback(TrainerCallback):
         self.trainer = trainer
         self.every_steps = every_steps
         self.tokenizer = tokenizer or trainer.processing_class
-        lengths, depths = list(lengths), list(passkey_depths)
+        if every_steps is not None and (type(every_steps) is not int or every_steps < 1):
+            raise ValueError(f"every_steps={every_steps!r} must be 1 or more, or None: with each evaluation.")
+        lengths = _list("lengths", lengths, int, "[8192, 32768]")
+        depths = _list("passkey_depths", passkey_depths, (int, float), "[0.1, 0.5, 0.9]")
         self.tasks: list[Task] = list(tasks)
         if data is not None:
             self.tasks.append(Perplexity(Corpus(data), lengths, max_windows=max_windows))
@@ -65,6 +71,7 @@ class LongContextEvalCallback(TrainerCallback):
             raise ValueError("The Trainer has no processing_class. Pass tokenizer=...")
         if every_steps is None and trainer.args.eval_strategy == "no":
             raise ValueError("eval_strategy='no' never evaluates. Pass every_steps=..., or set eval_strategy.")
+        self._check_best(trainer.args)
         subject = Subject.of(trainer.accelerator.unwrap_model(trainer.model), self.tokenizer)
         for task in self.tasks:  # what cannot be read or measured is said before training begins
             task.data()
@@ -84,15 +91,51 @@ class LongContextEvalCallback(TrainerCallback):
                 values[f"eval_{name}" + (f"_{length}" if length else "")] = cell.sums()[1].value()
         return values
 
-    def _log(self) -> None:
-        self.trainer.log(self.measure())
+    def _check_best(self, args: TrainingArguments) -> None:
+        """Refuse what would choose no checkpoint, or the worst, when hours have passed."""
+        best = (args.metric_for_best_model or "").removeprefix("eval_")
+        if not any(best.startswith(f"{task.name}_") for task in self.tasks):
+            return
+        if self.every_steps is not None:
+            raise ValueError(
+                f"metric_for_best_model={best!r} is asked for when the Trainer evaluates, and every_steps="
+                f"{self.every_steps} measures at other times. Leave every_steps out, and set eval_steps."
+            )
+        if best.startswith("perplexity_") and args.greater_is_better:  # the Trainer's default for all but losses
+            raise ValueError(
+                f"metric_for_best_model={best!r} with greater_is_better=True keeps the worst checkpoint. Pass "
+                f"greater_is_better=False."
+            )
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure with each evaluation, unless every_steps was given."""
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Measure with each evaluation, unless every_steps was given, and add to the metrics that it returns."""
         if self.every_steps is None:
-            self._log()
+            values = self.measure()
+            self.trainer.log(dict(values))  # which adds to what it is given
+            if metrics is not None:
+                metrics.update(values)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure every so many steps."""
         if self.every_steps and state.global_step % self.every_steps == 0:
-            self._log()
+            self.trainer.log(self.measure())
+
+
+def _list(name: str, values: Any, kind: Any, example: str) -> list[Any]:
+    """The values as a list.
+
+    Raises: ValueError: they are none, or not numbers.
+    """
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise ValueError(f"{name}={values!r} is no list. Give one, such as {example}.")
+    found = list(values)
+    if bad := [value for value in found if not isinstance(value, kind)]:
+        raise ValueError(f"{name}={found!r}: {bad[0]!r} is no number. Give a list such as {example}.")
+    return found

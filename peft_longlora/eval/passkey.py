@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from peft_longlora.eval.haystack import NOISE, Books, insert_at, split_sentences
-from peft_longlora.eval.prompts import Prompt, PromptTask, Question, fit_filler
+from peft_longlora.eval.haystack import NOISE, insert_at, split_sentences
+from peft_longlora.eval.prompts import GeneratedTask, Prompt, Question
 from peft_longlora.eval.subject import Subject
 
 TASK = (
@@ -21,7 +21,7 @@ PREFIX = " The pass key is"
 
 
 @dataclass
-class Passkey(PromptTask):
+class Passkey(GeneratedTask):
     """The task "passkey" (the original's prompt) or, with books, "needle" (the same needle in real text).
 
     Lengths times depths times seeds. The prompt is that of LongLoRA's passkey_retrivial.py, whose depth is random and
@@ -29,31 +29,18 @@ class Passkey(PromptTask):
     in the greedy answer, not of token ids, because tokenizers cut numbers differently.
 
     Args:
-        lengths: tokens of prompt and answer together. depths: parts of the text before the needle, 0 to 1.
-        seeds: how many keys for each length and depth.
-        books: None for the original's filler.
+        depths: parts of the text before the needle, 0 to 1. seeds: how many keys for each length and depth.
+        lengths, seed, books: as of every `GeneratedTask`; books None: the original's filler.
     """
 
-    lengths: list[int] = field(default_factory=list)
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     seeds: int = 2
-    seed: int = 0
-    books: Books | None = None
     max_new_tokens: int = 12
 
     def __post_init__(self) -> None:
         self.name, self.protocol = ("needle", "passkey in books") if self.books else ("passkey", "longlora")
         if bad := [depth for depth in self.depths if not 0 <= depth <= 1]:
             raise ValueError(f"depth {bad[0] * 100:g}% is outside 0 to 100.")
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        """Depths are in the samples' names, so more may be added later."""
-        return {"chat": self.chat, "seed": self.seed}
-
-    def data(self) -> dict[str, object] | None:
-        """The books, if any."""
-        return self.books.corpus.summary().entry() if self.books else None
 
     def questions(self) -> Iterator[Question]:
         """By length, depth and seed."""
@@ -65,8 +52,7 @@ class Passkey(PromptTask):
                         return self.make_prompt(subject, length, depth, seed)
 
                     key = f"{length}/{depth:.4f}/{seed}"
-                    dataset = self.books.name if self.books else "generated"
-                    yield Question(key, length, make, (f"depth {100 * depth:g}%",), dataset)
+                    yield Question(key, length, make, (f"depth {100 * depth:g}%",), self.dataset)
 
     def make_prompt(self, subject: Subject, length: int, depth: float, seed: int) -> Prompt:
         """The prompt that fills `length` less the answer."""
@@ -77,8 +63,7 @@ class Passkey(PromptTask):
         def build(n: int) -> Prompt:
             return Prompt("\n".join(self._lines(n, depth, key, offset)), [key], PREFIX)
 
-        n = fit_filler(lambda n: len(self.prompt_ids(subject, build(n))), length - self.max_new_tokens)
-        return build(n)
+        return self.fill(subject, length, build)
 
     def _lines(self, n: int, depth: float, key: str, offset: float) -> list[str]:
         needle = NEEDLE.format(key=key)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft_longlora.eval.haystack import Books
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks import Item
 
@@ -114,6 +115,38 @@ class PromptTask:
             "answer": answer,
             "measures": [[m, g, float(s), 1] for g in (None, *question.groups) for m, s in scores.items()],
         }
+
+
+@dataclass
+class GeneratedTask(PromptTask):
+    """What tasks share whose prompts are made here, at chosen lengths.
+
+    Args:
+        lengths: tokens of prompt and answer together. seed: of the prompts. books: real text to hide things in, if any.
+    """
+
+    lengths: list[int] = field(default_factory=list)
+    seed: int = 0
+    books: Books | None = None
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Lengths, depths and numbers are in the samples' names, so more of them may be asked for later."""
+        return {"chat": self.chat, "seed": self.seed}
+
+    def data(self) -> dict[str, Any] | None:
+        """The books, if any."""
+        return self.books.corpus.summary().entry() if self.books else None
+
+    @property
+    def dataset(self) -> str:
+        """Name of the books, or "generated"."""
+        return self.books.name if self.books else "generated"
+
+    def fill(self, subject: Subject, length: int, build: Callable[[int], Prompt]) -> Prompt:
+        """The prompt with as many units of filler as fit into a length less the answer."""
+        n = fit_filler(lambda n: len(self.prompt_ids(subject, build(n))), length - self.max_new_tokens)
+        return build(n)
 
 
 def encode_prompt(subject: Subject, prompt: Prompt, chat: bool) -> list[int]:

@@ -14,12 +14,12 @@ import re
 import string
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from peft_longlora.eval.haystack import NOISE, Books, insert_at, split_sentences
 from peft_longlora.eval.metrics import contains_all
-from peft_longlora.eval.prompts import Prompt, PromptTask, Question, fit_filler
+from peft_longlora.eval.prompts import GeneratedTask, Prompt, Question
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.words import draw_words
 
@@ -55,22 +55,19 @@ NO_BOOKS = {"niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "fwe"}
 
 
 @dataclass
-class Ruler(PromptTask):
+class Ruler(GeneratedTask):
     """One RULER task, named "ruler_" and RULER's name for it; scored by the part of the answers that is found.
 
     Args:
-        kind: one of TASKS. lengths: tokens of prompt and answer together. samples: prompts for each length.
-        books: for tasks with essays, and the words of "cwe".
+        kind: one of TASKS. samples: prompts for each length.
+        lengths, seed, books: as of every `GeneratedTask`; books for tasks with essays, and the words of "cwe".
 
     Raises:
         ValueError: an unknown task, or one that needs books without them.
     """
 
     kind: str = "niah_single_1"
-    lengths: list[int] = field(default_factory=list)
     samples: int = 20
-    seed: int = 0
-    books: Books | None = None
     protocol: str = "ruler"
 
     def __post_init__(self) -> None:
@@ -83,15 +80,6 @@ class Ruler(PromptTask):
         self.name = f"ruler_{self.kind}"
         self.max_new_tokens = ANSWER_TOKENS.get(self.kind, 128)
 
-    @property
-    def parameters(self) -> dict[str, object]:
-        """The number of samples may grow later: each has a name."""
-        return {"chat": self.chat, "seed": self.seed}
-
-    def data(self) -> dict[str, object] | None:
-        """The books, if any."""
-        return self.books.corpus.summary().entry() if self.books else None
-
     def questions(self) -> Iterator[Question]:
         """By length and number."""
         for length in self.lengths:
@@ -100,11 +88,7 @@ class Ruler(PromptTask):
                 def make(subject: Subject, length: int = length, number: int = number) -> Prompt:
                     return self.make_prompt(subject, length, number)
 
-                yield Question(f"{length}/{number:04d}", length, make, dataset=self._dataset)
-
-    @property
-    def _dataset(self) -> str:
-        return self.books.name if self.books else "generated"
+                yield Question(f"{length}/{number:04d}", length, make, dataset=self.dataset)
 
     def make_prompt(self, subject: Subject, length: int, number: int) -> Prompt:
         """The prompt that fills `length` less the answer; of one random state, however often it is built."""
@@ -122,8 +106,7 @@ class Ruler(PromptTask):
         def build(n: int) -> Prompt:
             return make(random.Random(seed), n)
 
-        n = fit_filler(lambda n: len(self.prompt_ids(subject, build(n))), length - self.max_new_tokens)
-        return build(n)
+        return self.fill(subject, length, build)
 
     def score(self, answer: str, prompt: Prompt) -> dict[str, float]:
         """The part of the answers that the model's text contains."""

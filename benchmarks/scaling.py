@@ -37,6 +37,7 @@ from shapes import LLAMA_3_8B, TINY
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
@@ -95,9 +96,14 @@ class Sent(TorchDispatchMode):
         self.ranks, self.bytes = ranks, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(x, DTensor) for x in types):
+            return NotImplemented  # seen when it comes apart into what it exchanges and computes
         name = function.name()
         if "alltoall_base_" in name:  # the halo's: output, input, and nothing to oneself
             self.bytes += args[1].numel() * args[1].element_size()
+        elif name.startswith("_c10d_functional::all_to_all_single"):  # torch's ring, where it rotates
+            parts = [x for rank, x in enumerate(args[2]) if rank != dist.get_rank()]
+            self.bytes += args[0].numel() // args[0].shape[0] * sum(parts) * args[0].element_size()
         elif "shard_dim_alltoall" in name or "all_gather_into_tensor" in name:
             size = args[0].numel() * args[0].element_size()
             self.bytes += size * (self.ranks - 1) if "all_gather" in name else size * (self.ranks - 1) // self.ranks
@@ -205,8 +211,7 @@ def measure(model, optimizer, attention: str, tokens: int, repeats: int, mesh, d
         is_warm=repeats > 0,
         tokens_per_second_per_gpu=per_gpu / median,
         peak_gib=torch.cuda.max_memory_allocated() / 2**30 if is_cuda else None,
-        # context_parallel exchanges where no dispatch mode sees it
-        mib_sent_a_layer=None if attention == "ring" else bytes_sent.item() / shape.num_hidden_layers / 2**20,
+        mib_sent_a_layer=bytes_sent.item() / shape.num_hidden_layers / 2**20,
         loss=loss,
     )
 

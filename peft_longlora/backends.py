@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from peft_longlora import flex
-from peft_longlora.flash import Call
 from peft_longlora.halves import KERNELS
+from peft_longlora.interface import Call
 
 logger = logging.get_logger(__name__)
 

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import torch
 
-from peft_longlora.flash import Call
 from peft_longlora.groups import Groups, split_heads
+from peft_longlora.interface import Call
 
 BLOCK = 128
 

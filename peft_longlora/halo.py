@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from peft_longlora import kernels
 from peft_longlora.backends import check_backend, pick_kernel
-from peft_longlora.flash import Kernel, Pieces
 from peft_longlora.halves import KERNELS, attend_halves, attend_halves_backward, regular_groups
+from peft_longlora.interface import Kernel, Pieces
 from peft_longlora.launches import head_halves
 from peft_longlora.neighbours import Halo, Ranges
 

@@ -14,17 +14,10 @@ from typing import Optional
 
 import torch
 
-from peft_longlora.cpu import CpuAttention
-from peft_longlora.flash import (
-    CudnnAttention,
-    FlashAttention2,
-    FlashAttention3,
-    FlashAttention4,
-    Kernel,
-    Pieces,
-    TorchVarlen,
-)
+from peft_longlora.aten import CpuAttention, CudnnAttention, TorchVarlen
+from peft_longlora.flash import FlashAttention2, FlashAttention3, FlashAttention4
 from peft_longlora.groups import Groups, plan_from_segment_ids, plan_groups
+from peft_longlora.interface import Kernel, Pieces
 from peft_longlora.launches import Launch, Plan, plan_launches
 
 KERNELS: dict[str, Kernel] = {

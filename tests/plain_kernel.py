@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from peft_longlora.flash import Kernel
+from peft_longlora.interface import Kernel
 
 
 def forward(q, k, v, scaling, is_causal=True):

@@ -11,10 +11,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from peft_longlora import backends, flash, kernels, s2_attention
-from peft_longlora.flash import Call, CudnnAttention, Pieces
+from peft_longlora.aten import CudnnAttention
 from peft_longlora.groups import plan_groups
 from peft_longlora.halo import attend_far, attend_far_backward
 from peft_longlora.halves import KERNELS
+from peft_longlora.interface import Call, Kernel, Pieces
 from peft_longlora.reference import s2_attention_reference
 
 CPU = torch.device("cpu")
@@ -115,10 +116,10 @@ def test_what_a_backend_lacks_is_said_before_it_runs():
     assert "up to 256, not 512" in fa2.lacks(Call(**{**call, "dim": 512, "value_dim": 512}))
     assert "not 60" in fa2.lacks(Call(**{**call, "dim": 60, "value_dim": 60}))
     assert "not 32 and 64" in fa2.lacks(Call(**{**call, "value_dim": 32}))
-    assert "if queries share KV heads" in flash.Kernel.lacks(
+    assert "if queries share KV heads" in Kernel.lacks(
         KERNELS["flash_attention_4"], Call(**{**call, "value_dim": 32}, is_grouped=True)
     )
-    assert flash.Kernel.lacks(KERNELS["flash_attention_4"], Call(**{**call, "value_dim": 32})) is None
+    assert Kernel.lacks(KERNELS["flash_attention_4"], Call(**{**call, "value_dim": 32})) is None
     assert fa2.lacks(Call(**call, softcap=30.0)) is None
     assert "softcap=30.0" in cudnn.lacks(Call(**call, softcap=30.0))
     torch.use_deterministic_algorithms(True)
@@ -304,7 +305,7 @@ def test_a_package_with_an_older_interface_counts_as_missing(monkeypatch):
     def _flash_attn_forward(q, k, v, k_new, v_new, qv, out):
         raise AssertionError("never called")
 
-    monkeypatch.setattr(flash.Kernel, "missing", lambda self, device: None)
+    monkeypatch.setattr(Kernel, "missing", lambda self, device: None)
     for name, old in (
         ("flash_attention_2", _flash_attn_varlen_forward),
         ("flash_attention_3", _flash_attn_forward),

@@ -7,10 +7,8 @@ to the Hub. The text itself is one template, templates/adapter_card.md.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,22 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from peft_longlora.scores import copy_results, eval_result, read_results, shown
 from peft_longlora.settings import group_size_of
 
 if TYPE_CHECKING:
     from peft_longlora.config import LongLoraConfig
 
 TEMPLATE = Path(__file__).parent / "templates" / "adapter_card.md"
-README, RESULTS = "README.md", "results.json"
+README = "README.md"
 BEGIN = "<!-- peft-longlora: this part is written anew at every save; what stands outside of it is kept -->"
 END = "<!-- peft-longlora: end -->"
-RESULTS_SCHEMA = 1
 # Written by libraries into a README that nobody has touched: lines of theirs that vary.
 _LIBRARY_LINE = re.compile(
     r"- PEFT \S+|### Framework versions|## Training procedure|The following `bitsandbytes` quantization config .*"
@@ -92,7 +90,7 @@ def write_card(
     folder = Path(folder)
     path = folder / README
     if source := CardOptions.of(config).results:
-        _copy_results(Path(source), folder)
+        copy_results(Path(source), folder)
     results, plots = read_results(folder)
     old = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
     try:
@@ -185,7 +183,7 @@ def make_card(
         data = {k: v for k, v in data.items() if k != "model-index"}
         # The base's numbers are no claim of this model's, and what a length costs is one of the machine.
         own = [row for row in results if row.get("variant", "adapter") == "adapter" and row["task"] != "cost"]
-        own = [_eval_result(row) for row in own]
+        own = [eval_result(row) for row in own]
         data |= {"model_name": name, "eval_results": own} if own else {}
     datasets = data.get("datasets") or []
     variables = {
@@ -193,7 +191,7 @@ def make_card(
         "subfolder_literal": json.dumps(subfolder) if subfolder else None,
         "license": data.get("license"),
         "datasets": [datasets] if isinstance(datasets, str) else datasets,
-        "results": [{**row, "shown": _shown(row)} for row in results or []],
+        "results": [{**row, "shown": shown(row)} for row in results or []],
         "plots": plots or [],
         **(extra or {}),
     }
@@ -237,52 +235,6 @@ def is_draft(text: str) -> bool:
     empty = {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()}
     lines = (line.strip() for line in text.splitlines())
     return all(line in empty or _LIBRARY_LINE.fullmatch(line) for line in lines)
-
-
-def read_results(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of a folder's results.json and the names of its plots.
-
-    Returns:
-        Rows with task, dataset, metric and value, and where they are given protocol, length (tokens), variant ("base",
-        "adapter", "rescaled"), low and high (an interval), beyond_window; names of files.
-
-    Raises:
-        ValueError: results.json is no such file, or a link that leads out of the folder.
-    """
-    plots = sorted(path.name for path in folder.glob("*.png") if path.resolve().parent == folder.resolve())
-    path = folder / RESULTS
-    if not path.exists():
-        return [], plots
-    if path.resolve().parent != folder.resolve():
-        raise ValueError(
-            f"{path} is a link to {path.resolve()}, out of the adapter's folder. Put the file itself there."
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        rows = content["results"]
-        if content.get("schema_version", RESULTS_SCHEMA) > RESULTS_SCHEMA:
-            raise ValueError(f"schema_version {content['schema_version']} is newer than {RESULTS_SCHEMA}")
-        for row in rows:
-            if not all(isinstance(row[key], str) for key in ("task", "dataset", "metric")):
-                raise ValueError(f"task, dataset and metric must be text in {row}")
-            if isinstance(row["value"], bool) or not math.isfinite(row["value"]):
-                raise ValueError(f"value must be a finite number in {row}")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be used for the card: {type(error).__name__}: {error}. It must hold {{'schema_version': "
-            f"{RESULTS_SCHEMA}, 'results': [{{'task', 'dataset', 'metric', 'value', ...}}]}}. Correct or remove it."
-        ) from error
-    return rows, plots
-
-
-def _copy_results(source: Path, folder: Path) -> None:
-    """Put results.json and its plots where the card is."""
-    if not (source / RESULTS).is_file():
-        raise ValueError(f"results={str(source)!r} has no {RESULTS}. Name the folder that the evaluation wrote.")
-    _, plots = read_results(source)
-    if source.resolve() != folder.resolve():
-        for name in (RESULTS, *plots):
-            shutil.copyfile(source / name, folder / name)
 
 
 def hub_id(name: Any) -> str | None:
@@ -338,26 +290,3 @@ def _versions(config: LongLoraConfig) -> list[str]:
         except PackageNotFoundError:  # used from a source tree
             continue
     return lines
-
-
-def _shown(row: dict[str, Any]) -> str:
-    """A value with its interval, in five digits; large numbers whole."""
-    has_interval = row.get("low") is not None and row.get("high") is not None
-    numbers = [row[key] for key in ("value", "low", "high")[: 3 if has_interval else 1]]
-    value, *interval = (f"{n:,.0f}" if abs(n) >= 1e5 else f"{n:.5g}" for n in numbers)
-    return f"{value} [{', '.join(interval)}]" if interval else value
-
-
-def _eval_result(row: dict[str, Any]) -> EvalResult:
-    details = [str(row[key]) for key in ("protocol", "length") if row.get(key) is not None]
-    details += ["beyond the window"] if row.get("beyond_window") else []
-    return EvalResult(
-        task_type="text-generation",
-        task_name=row["task"],
-        dataset_type=row["dataset"],
-        dataset_name=row["dataset"],
-        dataset_config=", ".join([row["task"], *details]),  # results that differ in it stay apart
-        metric_type=row["metric"],
-        metric_name=", ".join([row["metric"], *details]),
-        metric_value=row["value"],
-    )

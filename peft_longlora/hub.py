@@ -24,8 +24,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from peft_longlora.card import README, RESULTS, CardOptions, hub_id, try_card, write_card
+from peft_longlora.card import README, CardOptions, hub_id, try_card, write_card
 from peft_longlora.config import LongLoraConfig
+from peft_longlora.scores import RESULTS
 
 logger = logging.get_logger(__name__)
 

@@ -53,7 +53,7 @@ def _count(text: str) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(prog="longlora", description=__doc__)
+    parser = Parser(prog="longlora", description="Measure language models with long windows, and read with them.")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser(
         "eval",
@@ -80,11 +80,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of generated prompts and of the intervals (%(default)s)")
     model = run.add_argument_group("model")
     model.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: the file's"
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: the file's (auto)"
     )
     model.add_argument("--device", help="cuda, cpu, ...; the GPU if there is one")
     model.add_argument(
-        "--attention", default="dense", choices=["dense", "sparse"], help="sparse: the adapter's pattern"
+        "--attention", default="dense", choices=["dense", "sparse"], help="sparse: the adapter's pattern (dense)"
     )
     model.add_argument("--attn-implementation", help="of dense attention: sdpa, flash_attention_2, ...")
     model.add_argument("--context-length", type=positive, help="rescale RoPE to so many tokens, without an adapter")
@@ -97,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     text.add_argument("--data-config", help="of a dataset on the Hub")
     text.add_argument("--text-field", default="text", help="of records, where the document is (%(default)s)")
     text.add_argument(
-        "--protocol", default="documents", choices=["documents", "longlora", "both"], help="of perplexity"
+        "--protocol", default="documents", choices=["documents", "longlora", "both"], help="of perplexity (documents)"
     )
     text.add_argument("--stride", type=_count, help="of windows; documents: half one, longlora: 256; 0: no overlap")
     text.add_argument("--buckets", type=_numbers, help="edges between positions; 512 and its doublings otherwise")
@@ -229,10 +229,10 @@ def run_eval(args: argparse.Namespace) -> int:
         return 0
     from peft_longlora.eval.report import make_report
 
-    print(make_report(results))
-    print(f"{args.output}: results.json, results.md, samples.jsonl and plots")
+    written = f"{args.output}: results.json, results.md, samples.jsonl and plots"
     if config is not None:
-        print(f"Card: {write_card(config, args.adapter, args.output)}")
+        written += f"\nCard: {write_card(config, args.adapter, args.output)}"
+    print(make_report(results), written, sep="\n")
     if not results.unmeasured:
         return 0
     print(
@@ -262,10 +262,10 @@ def run_compare(args: argparse.Namespace) -> None:
     differences, notes = pairs.compare(args.first, args.second)
     labels = tuple(args.labels)
     text = pairs.make_comparison(differences, notes, labels)
-    print(text)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / pairs.REPORT).write_text(text, encoding="utf-8")
-    pairs.plot_comparison(differences, labels, args.output / pairs.PLOT)
+    pairs.plot_comparison(differences, labels).savefig(args.output / pairs.PLOT)
+    print(text)
     print(f"{args.output}: {pairs.REPORT} and {pairs.PLOT}")
 
 
@@ -274,6 +274,9 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         code = {"eval": run_eval, "compare": run_compare, "chat": terminal.run_chat}[args.command](args)
+    except BrokenPipeError:  # `| head` has seen enough; without this Python complains when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (*BAD_INPUT, RuntimeError, MemoryError) as error:
         from peft_longlora.loading import is_out_of_memory
 

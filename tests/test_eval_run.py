@@ -415,6 +415,22 @@ def test_compare_refuses_what_it_cannot_compare(tmp_path, capsys):
         assert message in line
 
 
+def test_a_reader_that_has_seen_enough_of_the_output_is_no_error(tmp_path, monkeypatch, capsys):
+    """As with `longlora compare a b | head`: everything is in the files by then."""
+
+    def print_into_a_closed_pipe(*_, **__):
+        raise BrokenPipeError
+
+    evaluate(scripted_subject(read_passkey), [Passkey(lengths=[1000], depths=[0], seeds=1)], tmp_path / "a")
+    capsys.readouterr()
+    with (tmp_path / "pipe").open("w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        monkeypatch.setattr(cli, "print", print_into_a_closed_pipe, raising=False)
+        assert longlora("compare", tmp_path / "a", tmp_path / "a", "--output", tmp_path / "pair") == 141
+    assert sorted(path.name for path in (tmp_path / "pair").iterdir()) == ["compare.md", "compare.png"]
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_result_of_one(tmp_path, base, text):
     found = []

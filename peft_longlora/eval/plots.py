@@ -34,7 +34,7 @@ def write_plots(results: Results, folder: Path) -> list[str]:
     for task in ("passkey", "needle"):
         for variant in dict.fromkeys(row.variant for row in details if row.task == task):
             ours = [row for row in details if (row.task, row.variant) == (task, variant)]
-            figures[task] = draw_heat_map(ours, f"{task}: exact match")
+            figures[task] = draw_heat_map(ours, f"{task}: exact match, %")
     if ruler := [row for row in rows if row.task.startswith("ruler_")]:
         figures["ruler"] = draw_task_map(ruler)
     for task in ("multidoc", "topics"):
@@ -83,7 +83,8 @@ def _tokens(n: int) -> str:
 
 def draw_perplexity(rows: list[Row], parts: list[Row], model: dict[str, Any]) -> Figure:
     """Perplexity by window length, with intervals, and by position in the window."""
-    title = f"Perplexity of {rows[0].dataset}, protocol '{rows[0].protocol}', {model['attention']} attention"
+    place = " at the native window" if rows[0].task == "native" else ""
+    title = f"Perplexity of {rows[0].dataset}{place}, protocol '{rows[0].protocol}', {model['attention']} attention"
     figure, (left, right) = _axes(title, 10.5, 4.3, 2)
     for place, variant in enumerate(dict.fromkeys(row.variant for row in rows)):
         color, shift = (
@@ -97,11 +98,16 @@ def draw_perplexity(rows: list[Row], parts: list[Row], model: dict[str, Any]) ->
                 left.plot([row.length * shift] * 2, [row.low, row.high], color=color, linewidth=4, alpha=0.35)
     lengths = sorted({row.length for row in rows})
     left.set(xscale="log", yscale="log", xlabel="window (tokens)", ylabel="perplexity")
+    if len(lengths) == 1:
+        left.set_xlim(lengths[0] / 1.2, lengths[0] * 1.2)
     _mark_window(left, model, lengths)
     left.legend(frameon=False)
     variants = list(dict.fromkeys(row.variant for row in parts))
-    for color, length in zip(COLORS, sorted({row.length for row in parts}, reverse=True), strict=False):
-        for variant, line in zip(variants, ("-", "--", ":"), strict=False):
+    by_length = sorted({row.length for row in parts}, reverse=True)
+    for color, length in zip(COLORS, by_length, strict=False):
+        for place, (variant, line) in enumerate(zip(variants, ("-", "--", ":"), strict=False)):
+            if len(by_length) == 1:
+                color, line = COLORS[place], "-"  # as on the left
             ours = [row for row in parts if row.length == length and row.variant == variant]
             spans = sorted((*map(int, row.group.split("-")), row.value) for row in ours)
             if not spans:
@@ -150,7 +156,7 @@ def draw_task_map(rows: list[Row]) -> Figure:
     tasks = list(dict.fromkeys(row.task for row in rows))
     values = {(row.task, row.length): row for row in rows}
     figure, (ax,) = _axes(
-        "RULER tasks: part of the answers found", 3.4 + 0.9 * max(3, len(lengths)), 1.6 + 0.42 * max(3, len(tasks))
+        "RULER tasks: part of the answers found, %", 3.4 + 0.9 * max(3, len(lengths)), 1.6 + 0.42 * max(3, len(tasks))
     )
     _draw_map(
         ax,
@@ -181,7 +187,9 @@ def _ink(value: float) -> str:
 
 def draw_places(rows: list[Row], task: str) -> Figure:
     """Accuracy by the group's number: the gold passage's place, or how many topics there are."""
-    figure, (ax,) = _axes(f"{task}: accuracy by {'place of the gold passage' if task == 'multidoc' else 'topics'}")
+    figure, (ax,) = _axes(
+        f"{task}: accuracy by {'place of the gold passage' if task == 'multidoc' else 'number of topics'}"
+    )
     series: dict[str, list[Row]] = {}
     for row in rows:
         total = row.group.partition(" of ")[2]
@@ -195,7 +203,7 @@ def draw_places(rows: list[Row], task: str) -> Figure:
             ax.fill_between(x, low, high, color=color, alpha=0.15)
     ax.set_xticks(sorted({int(re.findall(r"\d+", row.group)[0]) for row in rows}))
     ax.set(
-        ylim=(0, 102), ylabel="%", xlabel="place of the gold passage" if task == "multidoc" else "topics in the text"
+        ylim=(-2, 102), ylabel="%", xlabel="place of the gold passage" if task == "multidoc" else "topics in the text"
     )
     ax.legend(frameon=False)
     return figure
@@ -215,11 +223,16 @@ def draw_cost(rows: list[Row]) -> Figure:
     return figure
 
 
-def panels(count: int, columns: int) -> tuple[Figure, list[Any]]:
-    """A figure of `count` small panels."""
+def panels(count: int, columns: int, ticks: int) -> tuple[Figure, list[Any]]:
+    """A figure of `count` small panels, wide enough for so many ticks with numbers below them."""
     lines = -(-count // columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(4.2 * columns, 3.5 * lines), dpi=150, layout="constrained", squeeze=False
+        lines,
+        columns,
+        figsize=(max(4.2, 0.75 * ticks) * columns, 3.7 * lines),
+        dpi=150,
+        layout="constrained",
+        squeeze=False,
     )
     flat = list(axes.flat)
     for ax in flat:

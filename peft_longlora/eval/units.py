@@ -19,7 +19,8 @@ def show(row: Row, value: float | None = None) -> str:
     value = row.value if value is None else value
     if row.metric in PERCENT:
         return f"{100 * value:.1f}%"
-    return f"{value / UNITS.get(row.metric, ('', 1))[1]:.5g}"
+    value /= UNITS.get(row.metric, ("", 1))[1]
+    return f"{value:,.0f}" if abs(value) >= 99999.5 else f"{value:.5g}"
 
 
 def show_metric(row: Row) -> str:

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from peft_longlora import rope
-from peft_longlora.settings import AttentionState, find_attention_modules, settings_of
+from peft_longlora.layers import find_attention_modules
+from peft_longlora.settings import AttentionState, settings_of
 
 _STATE = "longlora_adapters"
 

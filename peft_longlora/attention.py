@@ -14,12 +14,16 @@ import torch
 from torch import nn
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from peft_longlora import kernels, shared
 from peft_longlora.groups import Groups, refuse_bidirectional
 from peft_longlora.halves import plan
+from peft_longlora.layers import is_causal_layer
 from peft_longlora.mask import S2Mask
 from peft_longlora.settings import AttentionSettings, settings_of
+
+logger = logging.get_logger(__name__)
 
 
 def s2_attention_forward(
@@ -51,19 +55,22 @@ def s2_attention_forward(
     """
     settings = settings_of(module)
     is_sparse = _is_sparse(module, settings, query, key, attention_mask, kwargs)
-    if settings.mesh is not None:
-        out = shared.attend(module, settings, query, key, value, attention_mask, is_sparse, dropout, scaling, **kwargs)
-        return out, None
-    if not is_sparse:
+    if not is_sparse and settings.mesh is None:
         return _attend_densely(module, settings, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    pattern = settings.pattern_of(module)
     if attention_mask is None:  # a model that makes no mask has no padding and no packed rows
         attention_mask = S2Mask(dict(batch_size=query.shape[0], q_length=query.shape[2], device=query.device))
     how = dict(scaling=scaling, dropout=dropout, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
     how["backend"] = settings.backend
-    return _attend(
-        query, key, value, attention_mask, settings.group_size, pattern, settings.positions(kwargs), how
-    ), None
+    if settings.mesh is not None:
+        return shared.attend(module, settings, query, key, value, attention_mask, is_sparse, how, kwargs), None
+    pattern, positions = settings.pattern_of(module), _positions(settings, attention_mask, kwargs)
+    return _attend(query, key, value, attention_mask, settings.group_size, pattern, positions, how), None
+
+
+def _positions(settings: AttentionSettings, mask: S2Mask, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """(1 or B, S) positions that restart where a document starts, from cumulative lengths where they are given."""
+    cu_seq_lens = settings.call.boundaries(kwargs)
+    return settings.call.positions(kwargs) if cu_seq_lens is None else mask.positions(cu_seq_lens)
 
 
 def _attend(
@@ -99,7 +106,7 @@ def _is_sparse(
 ) -> bool:
     """Whether this call is one for S2-Attn: training, no cache in front, no window of the layer's own.
 
-    Raises: ValueError, NotImplementedError: it would be, were it not for its mask.
+    Raises: ValueError, NotImplementedError: it would be, were it not for its mask or its cache.
     """
     if isinstance(mask, S2Mask):
         if mask.is_sparse is None:
@@ -108,8 +115,20 @@ def _is_sparse(
     else:
         is_sparse, is_local, is_causal = settings.is_sparse(module.training), False, True
     is_local = is_local or kwargs.get("sliding_window") is not None
-    is_encoder = not getattr(module, "is_causal", True)
-    if not is_sparse or is_local or is_encoder or query.shape[2] != key.shape[2]:
+    if not is_sparse or is_local:
+        return False
+    if not is_causal_layer(module):
+        if not torch.compiler.is_compiling():
+            logger.warning_once(f"{type(module).__name__} is not causal, so S2-Attn leaves it as it is.")
+        return False
+    if cached := key.shape[2] - query.shape[2]:
+        # Decoding passes here, too, but keeps no graph. One token attends to all that is cached either way.
+        if torch.is_grad_enabled() and query.shape[2] > 1 and settings.pattern_of(module) != "full":
+            raise NotImplementedError(
+                f"{cached} cached tokens stand in front of the {query.shape[2]} to train on, as in prefix tuning: "
+                f"S2-Attn has no groups for them. Use another adapter (LoRA, prompt tuning), eval() to evaluate, or "
+                f"train dense within `with use_attention(model, 'dense'):`."
+            )
         return False
     if not is_causal or kwargs.get("is_causal") is False:
         refuse_bidirectional()
@@ -139,7 +158,7 @@ def _attend_densely(
         return kernels.attend(query, key, value, groups, scaling=scaling, dropout=dropout), None
     name = settings.dense_attention
     if isinstance(mask, S2Mask):
-        mask = mask.dense(name, query.device, settings.positions(kwargs))
+        mask = mask.dense(name, query.device, _positions(settings, mask, kwargs))
     if "flash" in name:
         return _flash(module, name, query, key, value, mask, dropout, scaling, **kwargs), None
     if name == "eager":
@@ -163,7 +182,7 @@ def _whole_rows(
     own = ("sliding_window", "softcap", "s_aux")
     if not isinstance(mask, S2Mask) or query.shape[2] != key.shape[2] or any(kwargs.get(x) is not None for x in own):
         return None
-    is_causal = getattr(module, "is_causal", True) and kwargs.get("is_causal") is not False
+    is_causal = is_causal_layer(module) and kwargs.get("is_causal") is not False
     return mask.whole_documents() if is_causal else None
 
 

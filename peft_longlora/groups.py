@@ -82,6 +82,16 @@ def find_documents(segment_ids: torch.Tensor) -> list[tuple[int, int, int]]:
     return [(start, end - start, number) for start, end, number in zip(table[0], ends, table[1], strict=True)]
 
 
+def positions_in_documents(cu_seq_lens: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """(B, S) positions that restart where a document starts, from cumulative lengths over the B * S flattened tokens.
+
+    Example: [0, 3, 5], one row of 6 tokens: [0, 1, 2, 0, 1, 0].
+    """
+    index = torch.arange(batch * length, device=cu_seq_lens.device)
+    starts = cu_seq_lens[torch.searchsorted(cu_seq_lens, index, right=True) - 1]
+    return (index - starts).view(batch, length)
+
+
 @dataclass(eq=False)
 class Groups:
     """The plan of one forward: boundaries of the straight and of the shifted heads' groups.

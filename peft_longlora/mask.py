@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
 
-from peft_longlora.groups import BIDIRECTIONAL, Groups, find_documents, plan_from_segment_ids, refuse_bidirectional
+from peft_longlora.groups import (
+    BIDIRECTIONAL,
+    Groups,
+    find_documents,
+    plan_from_segment_ids,
+    plan_groups,
+    positions_in_documents,
+    refuse_bidirectional,
+)
 
 
 class S2Mask:
@@ -86,7 +94,8 @@ class S2Mask:
             group_size: G, tokens.
             pattern: "s2", "local" or "full".
             position_ids: (1 or B, S) as the layer got them: they restart where a document starts. transformers
-                drops that information when it also gets a 2-D mask or a cache.
+                drops that information when it also gets a 2-D mask or a cache. None: they count on; then, without
+                padding and with a causal rule, nothing is read from the device.
 
         Raises:
             NotImplementedError: the model's mask lets a token see a later one.
@@ -96,9 +105,21 @@ class S2Mask:
     @torch.compiler.disable
     def _make_groups(self, group_size: int, pattern: str, position_ids: torch.Tensor | None) -> Groups:
         """Outside compiled code: numbers of tokens in tensors, so that none of them is compiled in."""
-        groups = plan_from_segment_ids(self.segment_ids(position_ids), group_size, pattern)
+        if self._is_plain(position_ids):  # known without looking at the device
+            groups = plan_groups(self.batch, self.length, group_size, pattern)
+        else:
+            groups = plan_from_segment_ids(self.segment_ids(position_ids), group_size, pattern)
         groups.tensors(self._arguments["device"])
         return groups
+
+    def _is_plain(self, position_ids: torch.Tensor | None) -> bool:
+        """Whether every row is one document without padding: nothing was given that could say otherwise."""
+        is_causal = self._arguments.get("allow_is_causal_skip", True)
+        return is_causal and position_ids is None and self._arguments.get("attention_mask") is None
+
+    def positions(self, cu_seq_lens: torch.Tensor) -> torch.Tensor:
+        """(B, S) positions that restart where a document starts, from cumulative lengths."""
+        return self.once("positions", lambda: positions_in_documents(cu_seq_lens, self.batch, self.length))
 
     def segment_ids(self, position_ids: torch.Tensor | None) -> torch.Tensor:
         """(B, S) int: 0 = padding, then the number of the document; `BIDIRECTIONAL` where a later token is seen."""

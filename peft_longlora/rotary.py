@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from peft_longlora.layers import find_text_model
 from peft_longlora.window import window_of
 
 STATES = "longlora_rope"
@@ -19,7 +20,7 @@ def find_rotary_modules(model: nn.Module) -> list[nn.Module]:
     """The modules that hold inverse frequencies and can make them anew from a config."""
     return [
         module
-        for module in model.modules()
+        for module in find_text_model(model).modules()
         if "RotaryEmbedding" in type(module).__name__
         and hasattr(module, "config")
         and any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))

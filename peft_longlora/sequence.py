@@ -17,10 +17,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from peft_longlora.groups import positions_in_documents
 from peft_longlora.rotary import find_rotary_modules
 from peft_longlora.settings import find_attention_modules, is_local_layer, settings_of
 
-# What collators say of documents for kernels that take cumulative lengths; positions say it too.
+# What collators say of documents for kernels that take cumulative lengths; here positions say it.
 _OF_WHOLE_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 _CHECKSUM = "batch_checksum"
 IGNORED = -100
@@ -89,6 +90,8 @@ def shard_batch(batch: dict[str, Any], rank: int, ranks: int, *, pad_token_id: i
     """
     ids = batch["input_ids"]
     rows = {"attention_mask": torch.ones_like(ids), **batch}
+    if rows.get("cu_seq_lens_q") is not None:
+        rows["position_ids"] = positions_in_documents(rows["cu_seq_lens_q"].to(ids.device), *ids.shape)
     for name in _OF_WHOLE_ROWS:
         rows.pop(name, None)
     if rows.get("position_ids") is None:

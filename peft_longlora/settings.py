@@ -10,17 +10,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from peft_longlora import backends, kernels
+from peft_longlora.calls import Call
+from peft_longlora.layers import find_attention_modules, is_causal_layer, is_local_layer
 from peft_longlora.rotary import find_rotary_modules
 from peft_longlora.window import window_of
 
@@ -47,7 +46,7 @@ class AttentionSettings:
         mode: "auto" (sparse while training), "sparse" or "dense"; set by `use_attention`.
         mesh: the ranks that share each sequence, a one-dimensional DeviceMesh, or None (`parallelize_sequence`).
         is_enabled: False while the adapter that brought these settings is switched off: then all is as without it.
-        position_ids, handles: what the model was last called with, and the hooks that note it.
+        call: what the model was last called with.
     """
 
     group_size: int
@@ -60,25 +59,7 @@ class AttentionSettings:
     group_size_ratio: float | None = None
     mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
     is_enabled: bool = True
-    position_ids: torch.Tensor | None = field(default=None, repr=False, compare=False)
-    handles: list[RemovableHandle] = field(default_factory=list, repr=False, compare=False)
-
-    def follow(self, model: PreTrainedModel) -> None:
-        """Note the positions of every forward of `model`: some architectures do not pass them to their layers."""
-        # The backbone too: trainers that compute the loss themselves do not call the whole model.
-        models = {model, getattr(model, "base_model", model)}
-        self.handles = [m.register_forward_pre_hook(partial(_note_positions, self), with_kwargs=True) for m in models]
-
-    def leave(self) -> None:
-        """Stop noting positions."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-
-    def positions(self, kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """(1 or B, S) positions of this forward, from what a layer got or from what the model got."""
-        given = kwargs.get("position_ids")
-        return self.position_ids if given is None else given
+    call: Call = field(default_factory=Call, repr=False, compare=False)
 
     def pattern_of(self, module: nn.Module) -> str:
         """The pattern of a layer in a sparse forward."""
@@ -89,15 +70,11 @@ class AttentionSettings:
         return self.is_enabled and (self.mode == "sparse" or (self.mode == "auto" and training))
 
 
-def _note_positions(settings: AttentionSettings, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    settings.position_ids = kwargs.get("position_ids")
-
-
 @dataclass(frozen=True)
 class AttentionState:
     """The attention of a model before an adapter changed it."""
 
-    implementation: str
+    implementation: str | dict[str, str]
     settings: dict[str, AttentionSettings]
 
     @classmethod
@@ -105,7 +82,10 @@ class AttentionState:
         """What `model` attends with now."""
         layers = find_attention_modules(model)
         found = {name: getattr(module, _SETTINGS) for name, module in layers.items() if hasattr(module, _SETTINGS)}
-        return cls(model.config._attn_implementation, found)
+        parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+        of_parts = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+        name = model.config._attn_implementation
+        return cls({"": name, **of_parts} if of_parts else name, found)
 
     def put_on(self, model: PreTrainedModel) -> None:
         """Make `model` attend so again."""
@@ -114,21 +94,15 @@ class AttentionState:
         follow_window(model)
 
 
-def find_attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The attention layers of a model, by name: modules of a class named so that know their layer's index."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
-    }
-
-
 def settings_of(module: nn.Module) -> AttentionSettings:
     """The settings of an attention layer; the defaults where `configure_attention` was never called."""
     settings = getattr(module, _SETTINGS, None)
     if settings is None:
-        size = group_size_of(None, 0.25, window_of(module.config))
-        settings = AttentionSettings(size, dense_attention=_default_attention(module), group_size_ratio=0.25)
+        if is_causal_layer(module):
+            settings = AttentionSettings(group_size_of(None, 0.25, window_of(module.config)), group_size_ratio=0.25)
+        else:  # an image encoder, say, whose config knows of no window
+            settings = AttentionSettings(0, "full")
+        settings.dense_attention = _default_attention(module)
         setattr(module, _SETTINGS, settings)
     return settings
 
@@ -182,7 +156,7 @@ def configure_attention(
         )
     size = group_size_of(group_size, group_size_ratio, window_of(config))
     kernels.check_pattern(size, pattern)
-    previous = model.config._attn_implementation
+    previous = config._attn_implementation
     known = next((getattr(m, _SETTINGS) for m in layers.values() if hasattr(m, _SETTINGS)), None)
     if dense_attention in (None, FASTEST):
         is_fastest = dense_attention == FASTEST
@@ -203,7 +177,9 @@ def configure_attention(
             f"{getattr(config, 'sliding_window', None)}) and keeps it, so S2-Attn changes none. If the model was "
             f"trained without it, load it with sliding_window=None."
         )
-    model.set_attn_implementation(S2_ATTN)
+    parts = [name for name in model.config.sub_configs if getattr(model.config, name, None) is config]
+    # Encoders of images and sounds keep theirs.
+    model.set_attn_implementation({"": S2_ATTN, parts[0]: S2_ATTN} if parts else S2_ATTN)
     _replace_settings(model, dict.fromkeys(layers, settings))
     return settings
 
@@ -212,12 +188,12 @@ def _replace_settings(model: PreTrainedModel, settings: dict[str, AttentionSetti
     """Put settings on the attention layers by name, in place of what they have."""
     for name, module in find_attention_modules(model).items():
         if hasattr(module, _SETTINGS):
-            getattr(module, _SETTINGS).leave()
+            getattr(module, _SETTINGS).call.leave()
             delattr(module, _SETTINGS)
         if name in settings:
             setattr(module, _SETTINGS, settings[name])
     for one in {id(s): s for s in settings.values()}.values():
-        one.follow(model)
+        one.call.follow(model)
 
 
 def check_architecture(model: PreTrainedModel) -> None:
@@ -226,7 +202,13 @@ def check_architecture(model: PreTrainedModel) -> None:
     Raises: NotImplementedError.
     """
     kind = getattr(model.config, "model_type", type(model).__name__)
-    if not model._can_set_attn_implementation() or not find_attention_modules(model):
+    layers = find_attention_modules(model).values()
+    if layers and not any(is_causal_layer(module) for module in layers):
+        raise NotImplementedError(
+            f"{kind} ({type(model).__name__}) is no causal language model: its tokens see later ones, which groups "
+            f"cannot express. Use a decoder (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
+        )
+    if not model._can_set_attn_implementation() or not layers:
         raise NotImplementedError(
             f"{kind} ({type(model).__name__}) does not take its attention from transformers' attention interface, so "
             f"S2-Attn would never run. Use an architecture that does (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
@@ -236,13 +218,6 @@ def check_architecture(model: PreTrainedModel) -> None:
             f"{kind} ({type(model).__name__}) has no rotary position embeddings that could be rescaled, so its window "
             f"cannot be extended. Use a rotary architecture (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
         )
-
-
-def is_local_layer(module: nn.Module, config: PreTrainedConfig) -> bool:
-    """Whether a layer has a window or chunks of its own, which it keeps."""
-    if layer_types := getattr(config, "layer_types", None):
-        return layer_types[module.layer_idx] != "full_attention"
-    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
 def group_size_of(group_size: int | None, ratio: float, window: int) -> int:

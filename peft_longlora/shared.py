@@ -23,39 +23,30 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: S2Mask | torch.Tensor | None,
+    mask: S2Mask | torch.Tensor,
     is_sparse: bool,
-    dropout: float,
-    scaling: float | None,
-    **kwargs: Any,
+    how: dict[str, Any],
+    kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """Attention of this rank's stretch of the sequence: (1, H, S, D), (1, H_kv, S, D) -> (1, S, H, D_v).
 
     Args:
         is_sparse: whether this forward is one for S2-Attn; if not, and where the pattern is "full", it is dense over
             the whole sequence.
+        how: scaling, dropout, softcap, sinks and backend. kwargs: as the architecture passes them.
         others: as `attention.s2_attention_forward`.
 
     Raises:
         ValueError: more than one row, no position_ids, stretches that do not make up one sequence.
         NotImplementedError: a cache, a sliding window, an attention that is not causal.
     """
-    if mask is None:
-        mask = S2Mask(dict(batch_size=query.shape[0], q_length=query.shape[2], device=query.device))
     _check(module, settings, query, key, mask, kwargs)
     pattern = settings.pattern_of(module) if is_sparse else "full"
     group = settings.mesh.get_group()
-    documents = mask.documents(settings.position_ids)
-    how = dict(
-        scaling=scaling,
-        dropout=dropout,
-        backend=settings.backend,
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-    )
+    documents = mask.documents(settings.call.position_ids)
 
     def edges() -> list[neighbours.Edges]:
-        return neighbours.exchange_edges(documents, settings.position_ids, settings.group_size, pattern, group)
+        return neighbours.exchange_edges(documents, settings.call.position_ids, settings.group_size, pattern, group)
 
     found = mask.once(("edges", settings.group_size, pattern), edges)
     if pattern == "full":
@@ -91,7 +82,7 @@ def _check(module, settings, query, key, mask, kwargs) -> None:
             f"A rank got {query.shape[0]} rows: with sequence parallelism it holds one stretch of all rows, laid end "
             f"to end. Cut the batch with shard_batch."
         )
-    if settings.position_ids is None:
+    if settings.call.position_ids is None:
         raise ValueError(
             "The model was called without position_ids, and would count each rank's tokens from 0. Give it those of "
             "the whole sequence (shard_batch does)."

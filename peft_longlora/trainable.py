@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_longlora.settings import find_attention_modules
+from peft_longlora.layers import find_attention_modules, find_text_model
 
 
 def find_projections(model: PreTrainedModel) -> list[str]:
@@ -34,11 +34,12 @@ def find_module(model: nn.Module, wanted: nn.Module | None) -> list[tuple[str, n
 
 
 def find_norms(model: PreTrainedModel) -> list[str]:
-    """Names of all normalisation modules with weights, q and k norms included.
+    """Names of all normalisation modules of the language model that have weights, q and k norms included.
 
     Returns: suffixes as `find_projections` does, such as ["input_layernorm", "norm", "post_attention_layernorm"].
     """
-    return _select(model, lambda name, module: _is_norm(module))
+    of_text = {module for _, module in named_modules(find_text_model(model))}
+    return _select(model, lambda name, module: _is_norm(module) and module in of_text)
 
 
 def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from architectures import GROUP, Truth
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tiny import IDS, logits, make, train
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -82,3 +82,39 @@ def test_modes_hold_on_top_of_another_adapter():
         assert torch.equal(logits(model), sparse)
     with model.disable_adapter():  # of another method: the attention is the model's own and stays
         assert torch.equal(logits(model.train()), sparse)
+
+
+def test_prefix_tuning_is_refused_while_training_and_dense_otherwise():
+    """A prefix is a cache in front of every row, which no group covers."""
+
+    def prefixed(model):
+        torch.manual_seed(1)
+        return get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+
+    stock, model = prefixed(make()), make()
+    configure_attention(model, group_size=GROUP)
+    model = prefixed(model)
+    with pytest.raises(NotImplementedError, match=r"4 cached tokens.*96 to train on.*prompt tuning.*'dense'"):
+        model.train()(input_ids=IDS)
+    assert torch.equal(model.eval()(input_ids=IDS).logits, stock.eval()(input_ids=IDS).logits)
+    with use_attention(model.train(), "dense"):
+        loss = model(input_ids=IDS, labels=IDS).loss
+    assert torch.equal(loss, stock.train()(input_ids=IDS, labels=IDS).loss)
+    loss.backward()
+    with torch.no_grad():  # decoding with a cache is no training, whatever the mode
+        start = model.train().base_model(input_ids=IDS[:, :40], use_cache=True)
+        model.base_model(input_ids=IDS[:, 40:50], past_key_values=start.past_key_values)
+
+
+def test_prompt_tuning_is_sparse():
+    """Virtual tokens are tokens: the row is so much longer."""
+    model = make()
+    configure_attention(model, group_size=GROUP)
+    model = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")).train()
+    found = model(input_ids=IDS).logits
+    prompt = model.get_prompt(len(IDS))
+    base = model.get_base_model()
+    rows = torch.cat((prompt, base.get_input_embeddings()(IDS)), dim=1)
+    assert torch.equal(found, base(inputs_embeds=rows, use_cache=False).logits)
+    with use_attention(model, "dense"):
+        assert (model(input_ids=IDS).logits - found).abs().max() > 0.1

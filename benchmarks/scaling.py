@@ -265,6 +265,7 @@ def main() -> None:
     device = torch.device("cpu" if args.tiny else f"cuda:{os.environ['LOCAL_RANK']}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # the halo's kernels before those that they overlap with
     dist.init_process_group("gloo" if args.tiny else "nccl")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     shape = TINY if args.tiny else LLAMA_3_8B

@@ -198,6 +198,22 @@ def test_shares_add_up_to_the_whole(tmp_path, count, monkeypatch):
     assert sorted(measured) == sorted(keys * 2), "once for the whole, once for the shares"
 
 
+def test_where_one_process_has_no_room_the_length_is_left_out(tmp_path):
+    """The process that writes the results has room, and finds that others' samples are missing."""
+    together = SimpleNamespace(wait_for_everyone=threading.Barrier(2, timeout=30).wait)
+
+    def share(rank: int, tasks: list):
+        model = Small(P) if rank else Bigrams(P)
+        subject, processes = Subject.of(model, letter_tokenizer()), Processes(rank, 2, state=together)
+        return evaluate(subject, tasks, tmp_path / "out", processes=processes, show_progress=False)
+
+    with ThreadPoolExecutor(2) as pool:
+        results, _ = pool.map(share, range(2), [tasks_of(tmp_path) for _ in range(2)])
+    assert results.unmeasured == ["perplexity 32 (documents)"]
+    whole = evaluate(Subject.of(Bigrams(P), letter_tokenizer()), tasks_of(tmp_path), tmp_path / "whole")
+    assert results.results == [row for row in whole.results if row.length == 8] and len(results.results) == 2
+
+
 def test_a_folder_holds_one_run(tmp_path):
     subject, corpus = Subject.of(Bigrams(P), letter_tokenizer()), letters(tmp_path)
     out = tmp_path / "out"

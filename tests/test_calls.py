@@ -128,7 +128,7 @@ def test_plain_rows_are_grouped_without_a_look_at_the_device(name):
     changes = dict(sliding_window=None) if name == "mistral" else {}
     stock, model = make(name, **changes).train(), configured(name, **changes)
     for use_cache in (True, False):  # without a cache transformers looks itself whether positions restart
-        assert reads(model, use_cache=use_cache) == reads(stock, use_cache=use_cache) <= 1
+        assert reads(model, use_cache=use_cache) == reads(stock, use_cache=use_cache)
     plain = reads(stock, use_cache=True)
     assert plain == 0 or name == "olmo2"  # transformers 5.17 moves its frequencies to where they are
     assert reads(model, attention_mask=torch.ones_like(IDS)) > plain

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from peft_longlora import kernels
 from peft_longlora.backends import check_backend, pick_kernel
-from peft_longlora.halves import KERNELS, attend_halves, attend_halves_backward, beside, regular_groups
+from peft_longlora.halves import KERNELS, attend_halves, attend_halves_backward, regular_groups
 from peft_longlora.interface import Kernel, Pieces
 from peft_longlora.launches import head_halves
 from peft_longlora.neighbours import Halo, Ranges
@@ -70,15 +70,11 @@ class _AttendShared(torch.autograd.Function):
         """(S, H, D), (S, H_kv, D), (S, H_kv, D_v) -> (S, H, D_v)."""
         ctx.halo, ctx.how = halo, (scaling, softcap, name)
         travelling = _start(halo, halo.sends, halo.receives, _by_half(q, k, v))
-        borders = _borders(halo, q, k)
-        with beside(q.device, 0) as side:
-            out, lse = attend_halves(q, k, v, *halo.groups.tensors(q.device), *ctx.how)
-            with side:
-                far = [_zeros(pair, needs) for pair, needs in zip(_by_half(q, k, v), halo.needs, strict=True)]
-                _add(halo.receives, far, travelling)
-                parts = [attend_far(q[own, heads], *far[half], *ctx.how) for half, own, heads in borders]
-        for (_, own, heads), part in zip(borders, parts, strict=True):
-            merge(out[own, heads], lse[heads, own], *part)
+        out, lse = attend_halves(q, k, v, *halo.groups.tensors(q.device), *ctx.how)
+        far = [_zeros(pair, needs) for pair, needs in zip(_by_half(q, k, v), halo.needs, strict=True)]
+        _add(halo.receives, far, travelling)
+        for half, own, heads in _borders(halo, q, k):
+            merge(out[own, heads], lse[heads, own], *attend_far(q[own, heads], *far[half], *ctx.how))
         ctx.save_for_backward(q, k, v, out, lse, *(x for pair in far for x in pair))
         return out
 
@@ -90,14 +86,12 @@ class _AttendShared(torch.autograd.Function):
         far = [(k_straight, v_straight), (k_shifted, v_shifted)]
         q, dout = q.contiguous(), dout.contiguous()  # so slices of them and of out are laid out alike
         gradients, near = list(far), []
-        with beside(q.device, -3) as side:
-            with side:
-                for half, own, heads in _borders(halo, q, k):
-                    one = dout[own, heads], q[own, heads], *far[half], out[own, heads], lse[heads, own]
-                    dq_far, *gradients[half] = attend_far_backward(*one, *ctx.how)
-                    near.append((own, heads, dq_far))
-                travelling = _start(halo, halo.receives, halo.sends, gradients)
-            dq, dk, dv = attend_halves_backward(dout, q, k, v, out, lse, *halo.groups.tensors(q.device), *ctx.how)
+        for half, own, heads in _borders(halo, q, k):
+            one = dout[own, heads], q[own, heads], *far[half], out[own, heads], lse[heads, own]
+            dq_far, *gradients[half] = attend_far_backward(*one, *ctx.how)
+            near.append((own, heads, dq_far))
+        travelling = _start(halo, halo.receives, halo.sends, gradients)
+        dq, dk, dv = attend_halves_backward(dout, q, k, v, out, lse, *halo.groups.tensors(q.device), *ctx.how)
         for own, heads, dq_far in near:
             dq[own, heads] += dq_far
         _add(halo.sends, _by_half(q, dk, dv), travelling)

@@ -8,8 +8,7 @@ CUDA graphs take as they are. Called by `kernels`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Optional
 
@@ -59,24 +58,6 @@ def run_launches(launches: Sequence[Launch], call: Callable[[Launch], None], dev
     finally:  # after an error too: no memory may go back to its pool while a side stream still uses it
         for stream in used:
             current.wait_stream(stream)
-
-
-@contextmanager
-def beside(device: torch.device, priority: int) -> Iterator[AbstractContextManager]:
-    """A stream of its own, for what runs beside the rest of the block: it starts and ends with the block.
-
-    Args:
-        priority: 0, the lowest, for what fills the multiprocessors that the rest leaves; -3 for what goes first.
-    """
-    if device.type != "cuda":
-        yield nullcontext()
-        return
-    current, side = torch.cuda.current_stream(device), _side_stream(device, -1, priority)
-    side.wait_stream(current)
-    try:
-        yield torch.cuda.stream(side)
-    finally:
-        current.wait_stream(side)
 
 
 @lru_cache(maxsize=64)

@@ -59,8 +59,8 @@ class LongLoraConfig(LoraConfig):
     group_size_ratio: float = field(
         default=0.25,
         metadata={
-            "help": "Group size as a fraction, in (0, 1], of context_length, or where that is None of the window that "
-            "rope_parameters give, or the base's own. Never of the row at hand: a short document stays dense."
+            "help": "Group size as a fraction, in (0, 1], of context_length, or of the base's own window where that is "
+            "None. Never of the row at hand: a short document stays dense."
         },
     )
     attention_pattern: str = field(

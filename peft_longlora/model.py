@@ -135,8 +135,8 @@ class LongLoraModel(LoraModel):
         return _rope_fields(config)
 
     def _attention_key(self, config: LongLoraConfig) -> dict[str, Any]:
-        """What an adapter wants of attention, once RoPE is as it wants it; equal for two that mean the same."""
-        window = config.context_length or rotary.rope_of(self.model, scaled=True).window
+        """What an adapter wants of attention, equal for two configs that mean the same."""
+        window = config.context_length or rotary.rope_of(self.model, scaled=False).window
         return dict(
             group_size=group_size_of(config.group_size, config.group_size_ratio, window),
             pattern=config.attention_pattern,

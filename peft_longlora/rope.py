@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_longlora.rotary import STATES, RopeState, attributes_of, find_rotary_modules, fresh, transplant
 from peft_longlora.settings import follow_window
-from peft_longlora.window import base_rope, check_rope, is_nested, stated_length, window_of
+from peft_longlora.window import base_rope, check_rope, is_nested, keeps_length, stated_length, window_of
 
 
 def scale_rope(
@@ -115,7 +115,7 @@ def _scaled_parameters(model: PreTrainedModel, context_length: int, rope_type: s
     window = config.max_position_embeddings
     factor = context_length / window
     if rope_type == "linear" or rope_type == "dynamic":
-        return {"rope_type": rope_type, "factor": factor}, window
+        return {"rope_type": rope_type, "factor": factor}, window if keeps_length(config, rope_type) else context_length
     if rope_type == "ntk":
         buffers = dict(find_rotary_modules(model)[0].named_buffers())
         dim = 2 * buffers.get("full_attention_inv_freq", buffers.get("inv_freq")).numel()

@@ -7,8 +7,6 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "longrope")
-# Types whose configs keep the pretrained length in max_position_embeddings: readers multiply it by the factor.
-KEEP_LENGTH = ("linear", "dynamic")
 
 
 def base_rope(config: PreTrainedConfig) -> dict[str, Any]:
@@ -20,13 +18,21 @@ def base_rope(config: PreTrainedConfig) -> dict[str, Any]:
 def window_of(config: PreTrainedConfig) -> int:
     """The context window in tokens that a config states, its RoPE scaling included.
 
-    Source: the rule by which serving engines derive a model's length: for "linear" and "dynamic" the stored length
-    times the factor, for all others the stored length.
+    Source: the rule by which serving engines derive a model's length: where `keeps_length`, the stored length times the
+    factor, elsewhere the stored length.
     """
     rope = base_rope(config)
-    if rope.get("rope_type") in KEEP_LENGTH:
-        return round(config.max_position_embeddings * rope.get("factor", 1.0))
-    return config.max_position_embeddings
+    factor = rope.get("factor", 1.0) if keeps_length(config, rope.get("rope_type", "default")) else 1.0
+    return round(config.max_position_embeddings * factor)
+
+
+def keeps_length(config: PreTrainedConfig, rope_type: str) -> bool:
+    """Whether configs with this scaling keep the pretrained length in max_position_embeddings.
+
+    "dynamic" computes with it, "linear" does so by custom. But where layer types have a scaling each, as in Gemma 3, no
+    factor is that of the model, and the window itself is stored.
+    """
+    return rope_type == "dynamic" or (rope_type == "linear" and not is_nested(config.rope_parameters))
 
 
 def is_nested(parameters: dict[str, Any]) -> bool:
@@ -80,15 +86,14 @@ def stated_length(config: PreTrainedConfig, context_length: int | None, rope_par
 
     Raises: ValueError: they give another window than context_length.
     """
-    stored = config.max_position_embeddings
+    stored, before = config.max_position_embeddings, base_rope(config)
     if is_nested(rope_parameters):
-        rope_parameters = rope_parameters.get("full_attention") or base_rope(config)
+        rope_parameters = rope_parameters.get("full_attention") or before
     kind, factor = rope_parameters["rope_type"], rope_parameters.get("factor", 1.0)
-    if kind in KEEP_LENGTH:
-        original = length = stored
-    elif kind == "yarn":
+    if kind == "yarn":
         original = rope_parameters.get("original_max_position_embeddings", stored)
-        length = round(factor * original)
+    elif kind in ("linear", "dynamic"):
+        original = stored if keeps_length(config, kind) else round(stored / before.get("factor", 1.0))
     else:  # their parameters do not tell
         return context_length or stored
     if context_length is not None and context_length != round(factor * original):
@@ -97,4 +102,4 @@ def stated_length(config: PreTrainedConfig, context_length: int | None, rope_par
             f"window of {round(factor * original)}. Set factor to {context_length / original}, or leave context_length "
             f"out (context_length={round(factor * original)} says the same)."
         )
-    return length
+    return stored if keeps_length(config, kind) else round(factor * original)

@@ -91,7 +91,7 @@ def test_an_adapter_of_a_plain_transformers_model_has_the_card_too(base_folder, 
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 6.0}, "context_length": None, "group_size_ratio": 0.5},
             64 * 6,
-            32 * 6,
+            32,
         ),
         (
             {
@@ -142,7 +142,7 @@ def test_card_of_a_base_that_is_scaled_already(tmp_path):
     longer = adapt(str(tmp_path / "base"), context_length=None, rope_parameters={**rope, "factor": 16.0})
     text = save(longer, tmp_path / "longer")
     assert "It extends the window from 256 to **1,024 tokens**." in text
-    assert row(text, "attention while training").startswith("`s2`: groups of 256 tokens")
+    assert row(text, "attention while training").startswith("`s2`: groups of 64 tokens")
 
 
 def test_saving_twice_changes_nothing(adapted, tmp_path):

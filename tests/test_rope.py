@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPT
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from peft_longlora import LongLoraConfig, restore_rope, scale_rope
+from peft_longlora.window import window_of
 
 WINDOW, LONGER, D = 64, 256, 8
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -198,15 +199,41 @@ def test_the_base_is_what_these_formulas_start_from(name):
     torch.testing.assert_close(frequencies(build(name)), plain_frequencies(name))
 
 
+def test_a_base_like_the_published_gemma_3_is_extended_further():
+    """Full attention is scaled by 8 already, and the config stores the whole window."""
+    scaled, local = (
+        {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
+        {"rope_type": "default", "rope_theta": 1e4},
+    )
+    config = copy.deepcopy(CONFIGS["gemma3_text"])
+    config.rope_parameters = {"full_attention": scaled, "sliding_attention": local}
+    assert window_of(config) == WINDOW
+    twice = {"full_attention": {**scaled, "factor": 16.0}, "sliding_attention": local}
+    for length in (2 * WINDOW, None):
+        base = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="s2_attn")
+        model = get_peft_model(base, LongLoraConfig(context_length=length, rope_parameters=twice))
+        assert window_of(model.config) == model.config.max_position_embeddings == 2 * WINDOW
+        settings = model.peft_config["default"]
+        assert (settings.base_context_length, settings.applied_context_length) == (WINDOW, 2 * WINDOW)
+        assert settings.applied_group_size == (length or WINDOW) // 4
+    base = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="s2_attn")
+    with pytest.raises(ValueError, match=f"context_length={3 * WINDOW}, .*Set factor to 24.0"):
+        scale_rope(base, 3 * WINDOW, rope_parameters=twice)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("length", [256, 100])
 def test_linear_divides_the_frequencies_by_the_factor(name, length):
-    """Position Interpolation, arXiv:2306.15595; the stored length stays, as readers multiply it by the factor."""
+    """Position Interpolation, arXiv:2306.15595; the stored length stays, as readers multiply it by the factor.
+
+    Not where layer types have a scaling each: the published Gemma 3 stores its whole window, 8 times the first one.
+    """
     model = build(name)
     applied = scale_rope(model, length, rope_type="linear")
     torch.testing.assert_close(frequencies(model), plain_frequencies(name) * WINDOW / length)
     assert applied["factor"] == length / WINDOW
-    assert model.config.max_position_embeddings == WINDOW
+    assert model.config.max_position_embeddings == (length if name == "gemma3_text" else WINDOW)
+    assert window_of(model.config) == length
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -84,12 +84,13 @@ def gemma3() -> Gemma3TextConfig:
     )
 
 
-def test_rope_of_each_kind_of_layer(tmp_path):
+@pytest.mark.parametrize("rope_type", ["yarn", "linear"])
+def test_rope_of_each_kind_of_layer(tmp_path, rope_type):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(gemma3(), attn_implementation="s2_attn")
-    model = adapt(base, 0.02, rope_type="yarn").merge_and_unload()
+    model = adapt(base, 0.02, rope_type=rope_type).merge_and_unload()
     rope = model.config.rope_parameters
-    assert rope["full_attention"]["rope_type"] == "yarn" and rope["sliding_attention"]["rope_type"] == "default"
+    assert rope["full_attention"]["rope_type"] == rope_type and rope["sliding_attention"]["rope_type"] == "default"
     folder = save(model, tmp_path / "merged")
     expected = greedy(AutoModelForCausalLM.from_pretrained(folder).eval(), prompt())
     assert generate(prompt(), model=folder) == (expected, WINDOW)

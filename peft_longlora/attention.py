@@ -106,7 +106,7 @@ def _is_sparse(
 ) -> bool:
     """Whether this call is one for S2-Attn: training, no cache in front, no window of the layer's own.
 
-    Raises: ValueError, NotImplementedError: it would be, were it not for its mask or its cache.
+    Raises: ValueError: it would be, were it not for its mask.
     """
     if isinstance(mask, S2Mask):
         if mask.is_sparse is None:
@@ -123,11 +123,12 @@ def _is_sparse(
         return False
     if cached := key.shape[2] - query.shape[2]:
         # Decoding passes here, too, but keeps no graph. One token attends to all that is cached either way.
-        if torch.is_grad_enabled() and query.shape[2] > 1 and settings.pattern_of(module) != "full":
-            raise NotImplementedError(
+        is_trained = module.training and torch.is_grad_enabled() and settings.pattern_of(module) != "full"
+        if is_trained and query.shape[2] > 1 and not torch.compiler.is_compiling():
+            logger.warning_once(
                 f"{cached} cached tokens stand in front of the {query.shape[2]} to train on, as in prefix tuning: "
-                f"S2-Attn has no groups for them. Use another adapter (LoRA, prompt tuning), eval() to evaluate, or "
-                f"train dense within `with use_attention(model, 'dense'):`."
+                f"S2-Attn has no groups for them, so this trains dense. Use another adapter (LoRA, prompt tuning) to "
+                f"train sparse."
             )
         return False
     if not is_causal or kwargs.get("is_causal") is False:

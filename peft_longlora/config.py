@@ -163,16 +163,21 @@ class LongLoraConfig(LoraConfig):
                 "trainable_token_indices trains some rows of the embeddings, train_embeddings=True all of them. Set "
                 "train_embeddings=False, or leave trainable_token_indices out."
             )
-        self._refuse_second_use()
+        self.refuse_second_use()
 
-    def _refuse_second_use(self) -> None:
-        """A config that was filled in for one window and then edited would bring the old RoPE along."""
+    def refuse_second_use(self) -> None:
+        """A config that was filled in for one window and then edited would bring the old RoPE along.
+
+        Raises: ValueError.
+        """
         applied, base = self.applied_rope_parameters, self.base_context_length
         if applied is None or self.rope_parameters is not None or None in (base, self.context_length):
             return
         kind = "default" if self.rope_type == "ntk" else self.rope_type
         factor = applied.get("factor", self.context_length / base)
-        if applied.get("rope_type") != kind or abs(factor * base - self.context_length) > 1:
+        is_edited = applied.get("rope_type") != kind or abs(factor * base - self.context_length) > 1
+        is_edited = is_edited or (self.applied_context_length or self.context_length) != self.context_length
+        if is_edited:
             raise ValueError(
                 f"context_length={self.context_length} and rope_type={self.rope_type!r} do not fit "
                 f"applied_rope_parameters={applied}, which were filled in when this config made an adapter. Make a new "

@@ -75,6 +75,7 @@ class LongLoraModel(LoraModel):
     def _resolve(self, config: LongLoraConfig, model: nn.Module) -> None:
         """Write into the config what its defaults mean for this architecture, before PEFT looks for ties."""
         check_architecture(model)
+        config.refuse_second_use()
         fit.check_base(config, model)
         fit.check_loader(config)
         if config.target_modules is None and not config.target_parameters:
@@ -164,7 +165,9 @@ class LongLoraModel(LoraModel):
         settings = configure_attention(model, **self._attention_key(peft_config))
         peft_config.applied_rope_parameters = applied
         peft_config.applied_group_size = settings.group_size
-        peft_config.applied_context_length = rotary.rope_of(model, scaled=True).window
+        window = rotary.rope_of(model, scaled=True).window
+        # What RoPE leaves room for beyond the length that was asked for, nobody has trained.
+        peft_config.applied_context_length = min(window, peft_config.context_length or window) if applied else window
         peft_config.base_context_length = rotary.rope_of(model, scaled=False).window
         model.add_model_tags(["longlora"])
 

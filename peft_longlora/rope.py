@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_longlora.rotary import STATES, RopeState, attributes_of, find_rotary_modules, fresh, transplant
 from peft_longlora.settings import follow_window
-from peft_longlora.window import base_rope, check_rope, is_nested, keeps_length, stated_length, window_of
+from peft_longlora.window import base_rope, check_rope, completed, is_nested, keeps_length, stated_length, window_of
 
 
 def scale_rope(
@@ -58,7 +58,8 @@ def scale_rope(
         _refuse_scaled(config)
         new, length = _scaled_parameters(model, context_length, rope_type)
     else:
-        new, length = dict(rope_parameters), stated_length(config, context_length, rope_parameters)
+        new = completed(rope_parameters, config)
+        length = stated_length(config, context_length, new)
     base = RopeState.of(model)
     try:
         _apply(model, new, length)

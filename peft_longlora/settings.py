@@ -136,7 +136,8 @@ def configure_attention(
             None: what the model runs now, or would run had it not been loaded with "s2_attn". "fastest": the same as
             None where there is a cache, a window or a mask that is not causal; elsewhere (evaluation, prefill) the
             fastest kernel there is, whose rounding is its own.
-        backend: the kernel of sparse layers, one of `backends.BACKENDS`. None: the fastest there is.
+        backend: the kernel of sparse layers, one of `backends.BACKENDS`. None: as before, at first the fastest there
+            is.
 
     Returns:
         The settings now on every attention layer.
@@ -167,6 +168,7 @@ def configure_attention(
             is_fastest = is_fastest or (known is not None and known.is_fastest)
     else:
         dense_attention, is_fastest = model.get_correct_attn_implementation(dense_attention), False
+    backend = backend or (known.backend if known else None)
     settings = AttentionSettings(size, pattern, frozenset(dense_layers or ()), dense_attention, backend, is_fastest)
     settings.group_size_ratio = group_size_ratio if group_size is None else None
     settings.mesh = known.mesh if known else None

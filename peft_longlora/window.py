@@ -7,6 +7,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "longrope")
+ORIGINAL = "original_max_position_embeddings"
+ROUNDING = 0.01  # a factor that people write down in two or three digits is about that much off
 
 
 def base_rope(config: PreTrainedConfig) -> dict[str, Any]:
@@ -64,7 +66,8 @@ def check_rope(rope_type: str, rope_parameters: dict[str, Any] | None) -> None:
 
 
 def _check_parameters(rope_type: str, parameters: dict[str, Any]) -> None:
-    if rope_type != "yarn" and parameters.get("rope_type") != rope_type:
+    # "yarn" is the default, and "longrope" the one type that needs both.
+    if rope_type != "yarn" and not rope_type == parameters.get("rope_type") == "longrope":
         raise ValueError(
             f"rope_type={rope_type!r} and rope_parameters={parameters!r} exclude each other: rope_parameters is used "
             f"as it is. Give one of them."
@@ -81,25 +84,45 @@ def _check_parameters(rope_type: str, parameters: dict[str, Any]) -> None:
         raise ValueError(f"rope_parameters={parameters!r} lacks 'factor': the new window over the base's. Add it.")
 
 
-def stated_length(config: PreTrainedConfig, context_length: int | None, rope_parameters: dict[str, Any]) -> int:
-    """max_position_embeddings for rope_parameters that the user gave.
+def completed(rope_parameters: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+    """The same, with original_max_position_embeddings where "yarn", "llama3" or "longrope" count from one.
 
-    Raises: ValueError: they give another window than context_length.
+    transformers takes the stored length of the config that it reads the parameters from; here that is the base's.
+    """
+    if is_nested(rope_parameters):
+        before = config.rope_parameters if is_nested(config.rope_parameters) else {}
+        pairs = {kind: (given, before.get(kind) or {}) for kind, given in rope_parameters.items()}
+        return {kind: given and _with_original(given, old, config) for kind, (given, old) in pairs.items()}
+    return _with_original(rope_parameters, base_rope(config), config)
+
+
+def _with_original(given: dict[str, Any], before: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+    if given["rope_type"] not in ("yarn", "llama3", "longrope"):
+        return dict(given)
+    is_same_kind = before.get("rope_type") == given["rope_type"]  # then the base counts from there, too
+    original = before.get(ORIGINAL) if is_same_kind else None
+    return {ORIGINAL: original or config.max_position_embeddings, **given}
+
+
+def stated_length(config: PreTrainedConfig, context_length: int | None, rope_parameters: dict[str, Any]) -> int:
+    """max_position_embeddings for rope_parameters that the user gave, `completed`.
+
+    Raises: ValueError: they give a shorter window than context_length. A longer one leaves room, which is common.
     """
     stored, before = config.max_position_embeddings, base_rope(config)
     if is_nested(rope_parameters):
         rope_parameters = rope_parameters.get("full_attention") or before
     kind, factor = rope_parameters["rope_type"], rope_parameters.get("factor", 1.0)
     if kind == "yarn":
-        original = rope_parameters.get("original_max_position_embeddings", stored)
+        original = rope_parameters[ORIGINAL]
     elif kind in ("linear", "dynamic"):
         original = stored if keeps_length(config, kind) else round(stored / before.get("factor", 1.0))
     else:  # their parameters do not tell
         return context_length or stored
-    if context_length is not None and context_length != round(factor * original):
+    window = round(factor * original)
+    if context_length is not None and context_length > window * (1 + ROUNDING):
         raise ValueError(
             f"context_length={context_length}, but rope_parameters={rope_parameters} extend {original} tokens to a "
-            f"window of {round(factor * original)}. Set factor to {context_length / original}, or leave context_length "
-            f"out (context_length={round(factor * original)} says the same)."
+            f"window of {window} only. Set factor to {context_length / original} or more, or lower context_length."
         )
-    return stored if keeps_length(config, kind) else round(factor * original)
+    return stored if keeps_length(config, kind) else window

@@ -35,13 +35,12 @@ def group_size(model) -> int:
         (512, {"rope_type": "dynamic", "factor": 2.0}, 128),
         (512, {"rope_type": "yarn", "factor": 2.0}, 128),
         (512, {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}, 256),
-        (32, {"rope_type": "linear", "factor": 2.0}, 128),
     ],
 )
 def test_a_window_that_the_parameters_do_not_give_is_refused(context_length, parameters, window):
     model = make()
     before, config = logits(model), model.config.to_dict()
-    message = rf"context_length={context_length}.*window of {window}\. Set factor to "
+    message = rf"context_length={context_length}.*window of {window} only\. Set factor to "
     with pytest.raises(ValueError, match=message):
         scale_rope(model, context_length, rope_parameters=parameters)
     with pytest.raises(ValueError, match=message):
@@ -49,6 +48,50 @@ def test_a_window_that_the_parameters_do_not_give_is_refused(context_length, par
     assert equal(logits(model), before) and model.config.to_dict() == config
     scale_rope(model, window, rope_parameters=parameters)
     assert window_of(model.config) == window
+
+
+@pytest.mark.parametrize("context_length", [100, 129])  # with room to spare; a factor in few digits
+def test_a_window_that_the_parameters_give_and_more_is_not_refused(context_length):
+    model = get_peft_model(
+        make(), LongLoraConfig(context_length=context_length, rope_parameters={"rope_type": "linear", "factor": 2.0})
+    )
+    config = model.peft_config["default"]
+    assert window_of(model.config) == 128
+    assert (config.applied_context_length, config.applied_group_size) == (
+        min(context_length, 128),
+        context_length // 8 * 2,
+    )
+
+
+@pytest.mark.parametrize("context_length", [256, None])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ],
+    ids=["yarn", "llama3"],
+)
+def test_parameters_without_the_pretrained_length_count_from_the_bases(parameters, context_length, tmp_path):
+    """As transformers counts where it reads them in a config."""
+    stock = make(rope_parameters={**parameters, "rope_theta": 10000.0})
+    model = get_peft_model(make(), LongLoraConfig(context_length=context_length, rope_parameters=parameters))
+    rope = model.config.rope_parameters
+    assert rope == stock.config.rope_parameters and rope["original_max_position_embeddings"] == 64
+    assert equal(model.get_base_model().model.rotary_emb.inv_freq, stock.model.rotary_emb.inv_freq)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make(), tmp_path)
+    assert loaded.config.rope_parameters == rope and window_of(loaded.config) == window_of(model.config)
+    assert equal(logits(loaded.eval()), logits(model.eval()))
+
+
+def test_an_edited_config_is_refused_when_it_is_used_again():
+    for rope_type in ("ntk", "llama3", "yarn"):
+        config = LongLoraConfig(context_length=256, rope_type=rope_type)
+        get_peft_model(make(), config)
+        config.context_length = 1024
+        with pytest.raises(ValueError, match=rf"context_length=1024 and rope_type='{rope_type}' do not fit"):
+            get_peft_model(make(), config)
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "llama3", "ntk"])

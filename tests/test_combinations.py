@@ -7,7 +7,9 @@ from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTun
 from tiny import IDS, logits, make, train
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from peft_longlora import attention, configure_attention, scale_rope, use_attention
+from peft_longlora import LongLoraConfig, attention, configure_attention, scale_rope, use_attention
+from peft_longlora.layers import find_attention_modules
+from peft_longlora.settings import settings_of
 
 METHODS = {
     "ia3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
@@ -82,6 +84,16 @@ def test_modes_hold_on_top_of_another_adapter():
         assert torch.equal(logits(model), sparse)
     with model.disable_adapter():  # of another method: the attention is the model's own and stays
         assert torch.equal(logits(model.train()), sparse)
+
+
+def test_a_chosen_backend_stays_when_adapters_come():
+    model = make()
+    configure_attention(model, backend="sdpa")
+    peft_model = get_peft_model(model, LongLoraConfig(context_length=256))
+    peft_model.add_adapter("second", LongLoraConfig(context_length=256))
+    assert {settings_of(module).backend for module in find_attention_modules(model).values()} == {"sdpa"}
+    configure_attention(model, backend="flex")
+    assert {settings_of(module).backend for module in find_attention_modules(model).values()} == {"flex"}
 
 
 def test_prefix_tuning_is_dense_and_says_so(monkeypatch):

@@ -49,6 +49,12 @@ def has_both(model: PreTrainedModel) -> bool:
     )
 
 
+def are_both_of_one_weight(model: PreTrainedModel) -> bool:
+    """Whether both have copies, on a base whose output layer is tied to its embeddings."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return has_both(model) and head.original_module.weight is embeddings.original_module.weight
+
+
 def tie(model: PreTrainedModel) -> None:
     """Tie embeddings and output layer again, in the base and in the copies."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -107,6 +107,9 @@ class LongLoraModel(LoraModel):
             super()._check_tied_modules(model, peft_config)
 
     def _tied_names(self) -> list[str]:
+        """Names of the modules that share the embeddings' weight."""
+        if copies.are_both_of_one_weight(self.model):  # which PEFT does not see once they are in its wrappers
+            return [name for name, _ in trainable.find_module(self.model, self.model.get_output_embeddings())]
         return self._get_module_names_tied_with_embedding()
 
     def _check_new_adapter_config(self, config: LongLoraConfig) -> None:

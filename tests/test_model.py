@@ -166,8 +166,9 @@ def test_a_tie_is_kept_while_training_and_in_the_file(tmp_path):
 # -- more than one adapter -------------------------------------------------------------------------------------------
 
 
-def test_two_adapters_share_rope_and_attention_and_switch():
-    model = make()
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_adapters_share_rope_and_attention_and_switch(tied):
+    model = make(tie_word_embeddings=tied)
     of_base = logits(model)
     peft_model = train(extend(model, "first"))
     first = logits(peft_model)
@@ -187,20 +188,44 @@ def test_two_adapters_share_rope_and_attention_and_switch():
     assert torch.equal(logits(model), of_base)
 
 
-def test_two_saved_adapters_load_onto_one_base(tmp_path):
+@pytest.mark.parametrize("config", ["new", "the first one's"])
+def test_a_second_adapter_on_a_tied_base_is_tied_in_memory_in_its_file_and_merged(config, tmp_path):
+    """With a config of its own, or with the one that the first has, as DPO's reference."""
+    model = train(extend(make(tie_word_embeddings=True)))
+    second = LongLoraConfig(r=4, context_length=128) if config == "new" else model.peft_config["default"]
+    model.add_adapter("second", second)
+    model.set_adapter("second")
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    wanted = logits(train(model))
+    for name in ("default", "second"):
+        assert head.modules_to_save[name].weight is embeddings.modules_to_save[name].weight
+    assert embeddings.modules_to_save["second"].weight is not embeddings.modules_to_save["default"].weight
+    model.save_pretrained(tmp_path / "adapters")
+    loaded = PeftModel.from_pretrained(make(tie_word_embeddings=True), tmp_path / "adapters" / "second")
+    assert torch.equal(logits(loaded), wanted)
+    merged = model.merge_and_unload(adapter_names=["second"])
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert again.config.tie_word_embeddings and torch.equal(logits(again), logits(merged))
+    torch.testing.assert_close(logits(again), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_saved_adapters_load_onto_one_base(tied, tmp_path):
     wanted = {}
     for name, lr in (("a", 0.02), ("b", 0.01)):
-        peft_model = train(extend(make()), lr=lr)
+        peft_model = train(extend(make(tie_word_embeddings=tied)), lr=lr)
         wanted[name] = logits(peft_model)
         peft_model.save_pretrained(tmp_path / name)
-    model = PeftModel.from_pretrained(make(), tmp_path / "a", adapter_name="a")
+    model = PeftModel.from_pretrained(make(tie_word_embeddings=tied), tmp_path / "a", adapter_name="a")
     model.load_adapter(tmp_path / "b", adapter_name="b")
     for name in ("a", "b", "a"):
         model.set_adapter(name)
         assert torch.equal(logits(model), wanted[name])
     model.save_pretrained(tmp_path / "both")
     for name in ("a", "b"):
-        assert torch.equal(logits(PeftModel.from_pretrained(make(), tmp_path / "both" / name)), wanted[name])
+        loaded = PeftModel.from_pretrained(make(tie_word_embeddings=tied), tmp_path / "both" / name)
+        assert torch.equal(logits(loaded), wanted[name])
 
 
 @pytest.mark.parametrize(

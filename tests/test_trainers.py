@@ -292,9 +292,10 @@ def test_dpo_trains_sparse_against_a_dense_reference(tmp_path, tokenizer, seen):
     assert all(map(math.isfinite, losses(trainer)))
 
 
-def test_dpo_of_an_adapter_starts_from_the_adapter(tmp_path, tokenizer):
+@pytest.mark.parametrize("tied", [False, True])
+def test_dpo_of_an_adapter_starts_from_the_adapter(tied, tmp_path, tokenizer):
     """A trained PeftModel is its own reference: trl copies the adapter, and the first loss is log 2."""
-    model = train(extend(make(), **CONFIG))
+    model = train(extend(make(tie_word_embeddings=tied), **CONFIG))
     args = DPOConfig(**options(tmp_path, max_length=CONTEXT))
     trainer = DPOTrainer(model, args=args, train_dataset=preferences(), processing_class=tokenizer)
     assert sorted(trainer.model.peft_config) == ["default", "ref"]

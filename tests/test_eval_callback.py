@@ -1,5 +1,6 @@
 """Numbers during training: in the Trainer's own log, equal to those of an evaluation, and training undisturbed."""
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -131,9 +132,20 @@ def test_it_measures_dense_attention_and_gives_random_numbers_back(tmp_path, tex
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def test_numbers_of_numpy_are_numbers(tmp_path, text):
+    """As they come out of np.array or np.linspace; what is measured bears the names that plain numbers give."""
+    plain = dict(lengths=[128, 192], passkey_depths=[0.5], every_steps=2)
+    numpy = dict(lengths=np.array([128, 192]), passkey_depths=np.linspace(0.5, 0.5, 1), every_steps=np.int64(2))
+    trainer = make_trainer(tmp_path)
+    found = [LongContextEvalCallback(trainer, data=text, **options).measure() for options in (plain, numpy)]
+    assert found[0] == found[1] and "eval_perplexity_128" in found[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (dict(lengths=[128], every_steps=True), "every_steps=True must be 1 or more, or None"),
+        (dict(lengths=np.array([64.0]), every_steps=1), r"64.0\)? is no number"),
         (dict(every_steps=1), "leave nothing to measure"),
         (dict(lengths=[64], every_steps=1), "prompt alone has 8. tokens"),
         (dict(lengths=[64]), "eval_strategy='no' never evaluates"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -56,10 +57,10 @@ class LongContextEvalCallback(TrainerCallback):
         self.trainer = trainer
         self.every_steps = every_steps
         self.tokenizer = tokenizer or trainer.processing_class
-        if every_steps is not None and (type(every_steps) is not int or every_steps < 1):
+        if every_steps is not None and not (_is_number(every_steps, Integral) and every_steps >= 1):
             raise ValueError(f"every_steps={every_steps!r} must be 1 or more, or None: with each evaluation.")
-        lengths = _list("lengths", lengths, int, "[8192, 32768]")
-        depths = _list("passkey_depths", passkey_depths, (int, float), "[0.1, 0.5, 0.9]")
+        lengths = _list("lengths", lengths, Integral, "[8192, 32768]")
+        depths = _list("passkey_depths", passkey_depths, Real, "[0.1, 0.5, 0.9]")
         self.tasks: list[Task] = list(tasks)
         if data is not None:
             self.tasks.append(Perplexity(Corpus(data), lengths, max_windows=max_windows))
@@ -131,11 +132,15 @@ class LongContextEvalCallback(TrainerCallback):
 def _list(name: str, values: Any, kind: Any, example: str) -> list[Any]:
     """The values as a list.
 
-    Raises: ValueError: they are none, or not numbers.
+    Raises: ValueError: they are none, or not numbers; numpy's are.
     """
     if not isinstance(values, Iterable) or isinstance(values, str):
         raise ValueError(f"{name}={values!r} is no list. Give one, such as {example}.")
     found = list(values)
-    if bad := [value for value in found if not isinstance(value, kind)]:
+    if bad := [value for value in found if not _is_number(value, kind)]:
         raise ValueError(f"{name}={found!r}: {bad[0]!r} is no number. Give a list such as {example}.")
-    return found
+    return [value.item() if hasattr(value, "item") else value for value in found]  # whose repr and JSON are a number's
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -96,7 +96,7 @@ def choose_backend(backend: str | None, is_regular: bool, *call) -> str:
     Args:
         backend: a name, or None for the fastest that is installed and can do it.
         is_regular: whether the pieces have few different lengths.
-        call: the fields of `flash.Call`, one by one (torch.compile takes constants only).
+        call: the fields of `interface.Call`, one by one (torch.compile takes constants only).
 
     Raises:
         ValueError: the backend asked for is not available. NotImplementedError: it cannot run this call.

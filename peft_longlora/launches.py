@@ -128,7 +128,7 @@ def plan_launches(
     Args:
         plan: boundaries of the halves.
         heads, kv_heads, dim: H, H_kv and D.
-        takes_batches, takes_pieces: what the kernel accepts (`flash.Kernel`).
+        takes_batches, takes_pieces: what the kernel accepts (`interface.Kernel`).
     """
     launches: list[Launch] = []
     for half, q, kv in plan.halves(heads, kv_heads):

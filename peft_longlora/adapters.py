@@ -27,12 +27,16 @@ class AdapterState:
     `PeftModel` tells the tuner when adapters are switched or removed; `disable_adapters`, `enable_adapters` and
     `delete_adapter` of transformers tell the layers only. So every forward first looks at a layer: this object is a
     hook of the model.
+
+    Attributes:
+        is_in_peft_model: whether a `PeftModel` has these adapters, which adds more of them itself.
     """
 
     model: nn.Module
     attention: AttentionState
     layer: BaseTunerLayer | None = None
     is_enabled: bool = True
+    is_in_peft_model: bool = False
     handles: list[RemovableHandle] = field(default_factory=list)
 
     @classmethod

@@ -37,9 +37,12 @@ def check_place(model: nn.Module, adapter_name: str) -> None:
             f"{type(model).__name__} is a model with an adapter already. Give get_peft_model and PeftModel a base, "
             f"such as model.unload(); for one more adapter on it, call model.add_adapter or model.load_adapter."
         )
-    if AdapterState.on(model) is not None and adapter_name in getattr(model, "peft_config", {}):
+    state, names = AdapterState.on(model), list(getattr(model, "peft_config", None) or ())
+    # transformers' add_adapter and load_adapter, and PEFT's inject_adapter_in_model, make a tuner for each adapter.
+    takes_more = state is None or not state.is_in_peft_model or getattr(model, "_hf_peft_config_loaded", False)
+    if state is not None and (adapter_name in names or not takes_more):
         raise ValueError(
-            f"This model has a LongLoRA adapter {adapter_name!r} already, in the PeftModel that was made of it before. "
+            f"This model has a LongLoRA adapter {names[0]!r} already, in the PeftModel that was made of it before. "
             f"Call unload() of that one first; for one more adapter on it, call its add_adapter or load_adapter."
         )
 

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from peft_longlora.adapters import AdapterState
 from peft_longlora.config import LongLoraConfig
 
 
@@ -38,6 +39,8 @@ def _ask_torch() -> None:
 def _meet(owner: nn.Module, name: str, module: nn.Module | None) -> None:
     if isinstance(owner, PeftModel) and _has_ours(module):
         _take_over(owner)
+        if (state := AdapterState.on(module.model)) is not None:
+            state.is_in_peft_model = True
 
 
 def _take_over(model: nn.Module) -> None:

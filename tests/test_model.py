@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from tiny import assert_same, extend, logits, make, snapshot, train
 from transformers import AutoModelForCausalLM
@@ -255,6 +255,8 @@ OTHER = LongLoraConfig(r=4, context_length=256, rope_type="ntk")
 SECOND = {
     "get_peft_model": lambda base, first, folder: get_peft_model(base, OTHER),
     "the same settings": lambda base, first, folder: extend(base),
+    "another name": lambda base, first, folder: extend(base, "other"),
+    "from_pretrained, another name": lambda base, first, folder: PeftModel.from_pretrained(base, folder, "other"),
     "from_pretrained": lambda base, first, folder: PeftModel.from_pretrained(base, folder),
     "a PeftModel": lambda base, first, folder: get_peft_model(first, OTHER),
     "a PeftModel, other name": lambda base, first, folder: get_peft_model(first, OTHER, "other"),
@@ -354,6 +356,20 @@ def test_add_adapter_of_transformers(tmp_path):
     assert torch.equal(logits(model), adapted)
     model.delete_adapter("longlora")
     assert torch.equal(logits(model), before["logits"])
+
+
+def test_a_base_that_no_peft_model_holds_takes_adapters_one_by_one():
+    """transformers' add_adapter and PEFT's inject_adapter_in_model make a tuner each time; get_peft_model may follow."""
+    for add in (
+        lambda model, config, name: model.add_adapter(config, name),
+        lambda model, config, name: inject_adapter_in_model(config, model, name),
+    ):
+        model = make()
+        for name in ("a", "b"):
+            add(model, LongLoraConfig(r=4, context_length=128), name)
+        wrapped = extend(model, "c")
+        assert sorted(wrapped.peft_config) == ["a", "b", "c"]
+        assert logits(wrapped).isfinite().all()
 
 
 def test_a_plain_lora_beside_it_is_refused():

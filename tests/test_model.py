@@ -359,7 +359,7 @@ def test_add_adapter_of_transformers(tmp_path):
 
 
 def test_a_base_that_no_peft_model_holds_takes_adapters_one_by_one():
-    """transformers' add_adapter and PEFT's inject_adapter_in_model make a tuner each time; get_peft_model may follow."""
+    """transformers' add_adapter and PEFT's inject_adapter_in_model make a tuner each; get_peft_model may follow."""
     for add in (
         lambda model, config, name: model.add_adapter(config, name),
         lambda model, config, name: inject_adapter_in_model(config, model, name),

@@ -17,7 +17,6 @@ from peft_longlora.groups import (
     BIDIRECTIONAL,
     Groups,
     find_documents,
-    plan_from_segment_ids,
     plan_groups,
     positions_in_documents,
     refuse_bidirectional,
@@ -80,8 +79,11 @@ class S2Mask:
 
     def _separated(self, position_ids: torch.Tensor | None) -> dict[str, Any]:
         """The arguments of a mask function, with a rule that lets no document see another one."""
-        restarts = self._restarts(position_ids)
-        if restarts is None or self._arguments["kv_length"] != self.length or not restarts.any():
+        if self._restarts(position_ids) is None or self._arguments["kv_length"] != self.length:
+            return self._arguments
+        # Whether any position restarts is on the device. Layers with a window get a mask either way; the others use
+        # what the groups of their neighbours need on the host too.
+        if not self.is_local and len(self._runs(position_ids)) <= self.batch:
             return self._arguments
         document, _ = self._number_documents(position_ids)
         rule = and_masks(self._arguments["mask_function"], lambda b, h, q, k: document[b, q] == document[b, k])
@@ -108,7 +110,9 @@ class S2Mask:
         if self._is_plain(position_ids):  # known without looking at the device
             groups = plan_groups(self.batch, self.length, group_size, pattern)
         else:
-            groups = plan_from_segment_ids(self.segment_ids(position_ids), group_size, pattern)
+            documents = self.documents(position_ids)
+            padding = self.segment_ids(position_ids) == 0
+            groups = plan_groups(self.batch, self.length, group_size, pattern, documents=documents, padding=padding)
         groups.tensors(self._arguments["device"])
         return groups
 
@@ -135,14 +139,17 @@ class S2Mask:
 
         Raises: NotImplementedError: as `groups`.
         """
+        documents = self._runs(position_ids)
+        if any(number == BIDIRECTIONAL for _, _, number in documents):
+            refuse_bidirectional()
+        return documents
 
-        def find() -> list[tuple[int, int, int]]:
-            documents = find_documents(self.segment_ids(position_ids))
-            if any(number == BIDIRECTIONAL for _, _, number in documents):
-                refuse_bidirectional()
-            return documents
-
-        return self.once("documents", find)
+    @torch.compiler.disable
+    def _runs(self, position_ids: torch.Tensor | None) -> list[tuple[int, int, int]]:
+        """Documents and padding, brought to the host once a forward."""
+        if not self.batch or not self.length:
+            return []
+        return self.once("runs", lambda: find_documents(self.segment_ids(position_ids)))
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
         """What layers derive from this mask: made by the first that asks, kept for the others."""

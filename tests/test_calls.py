@@ -133,3 +133,29 @@ def test_plain_rows_are_grouped_without_a_look_at_the_device(name):
     assert plain == 0 or name == "olmo2"  # transformers 5.17 moves its frequencies to where they are
     assert reads(model, attention_mask=torch.ones_like(IDS)) > plain
     assert reads(model, position_ids=torch.arange(96)[None]) > plain
+
+
+@pytest.mark.parametrize("kind", ["sliding layers", "a dense layer"])
+def test_packed_rows_are_looked_at_once_a_forward(kind):
+    """Where layers of two kinds must know the documents, no more is read than where there is one kind."""
+    packed = dict(position_ids=torch.cat([torch.arange(length) for length in LENGTHS])[None], use_cache=True)
+
+    def extra(name, dense_layers=None, **changes):
+        found = []
+        for is_ours in (True, False):
+            model = make(name, **changes).train()
+            if is_ours:
+                configure_attention(model, group_size=8, backend="sdpa", dense_layers=dense_layers)
+            with Reads() as counter:
+                model(input_ids=IDS, **packed).logits.sum().backward()
+            found.append(
+                sum(read != "to" for read in counter.found)
+            )  # to the device of the layer, which is the CPU here
+        return found[0] - found[1]
+
+    once = extra("llama")
+    assert once > 0
+    if kind == "sliding layers":
+        assert extra("gemma3_text", head_dim=8, sliding_window=16, num_hidden_layers=6) == once
+    else:
+        assert extra("llama", dense_layers=[0]) == once

@@ -115,6 +115,10 @@ def write_cards_of_save(config: LongLoraConfig, folder: str | os.PathLike) -> No
 
     Of a Trainer's checkpoint, the folder above gets one too, unless a README stands there that is no library's draft:
     that folder is what the Trainer pushes at every save, with TRL's draft in it or with no README at all.
+
+    A Trainer's checkpoint is known by its name, checkpoint-{number}, alone: transformers (5.17 to 5.23) saves the model
+    before anything else, training_args.bin included, and pushes before any callback. So a folder of such a name gets a
+    card above it whoever saves; name it otherwise where that is not wanted.
     """
     folder = Path(folder)
     try_card(config, folder)

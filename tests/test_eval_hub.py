@@ -66,21 +66,26 @@ def longlora(hub, tmp_path_factory):
 COMMON = ["--tasks", "perplexity", "--lengths", "128", "--dtype", "float32", "--device", "cpu"]
 
 
-def test_results_are_those_of_the_same_files(longlora, tmp_path, base, adapter, text):  # noqa: F811
+@pytest.mark.parametrize(
+    ("name", "split", "more"),
+    [
+        ("pg19", "test", ["--split", "test"]),
+        pytest.param("lines", "train", ["--text-field", "body"], marks=pytest.mark.slow),
+    ],
+)
+def test_results_are_those_of_the_same_files(longlora, tmp_path, base, adapter, text, name, split, more):  # noqa: F811
     from peft_longlora import cli
 
     here = ["eval", "--model", base, "--adapter", adapter, "--data", text, *COMMON, "--output", str(tmp_path / "here")]
     assert cli.main(here) == 0
     files = Results.load(tmp_path / "here")
     there = ["eval", "--model", "me/base", "--adapter", "me/adapter", *COMMON]
-    assert longlora(*there, "--data", "me/pg19", "--split", "test", "--output", tmp_path / "pg19") == (0, [])
-    assert longlora(*there, "--data", "me/lines", "--text-field", "body", "--output", tmp_path / "lines") == (0, [])
-    for name, split in {"pg19": "test", "lines": "train"}.items():
-        results = Results.load(tmp_path / name)
-        [data], [same] = results.data.values(), files.data.values()
-        assert (data["sha256"], data["documents"], data["sources"]) == (same["sha256"], 3, [f"me/{name} ({split})"])
-        assert [row.value for row in results.results] == [row.value for row in files.results]
-        assert (results.model["name"], results.model["adapter"]) == ("me/base", "me/adapter")
+    assert longlora(*there, "--data", f"me/{name}", *more, "--output", tmp_path / name) == (0, [])
+    results = Results.load(tmp_path / name)
+    [data], [same] = results.data.values(), files.data.values()
+    assert (data["sha256"], data["documents"], data["sources"]) == (same["sha256"], 3, [f"me/{name} ({split})"])
+    assert [row.value for row in results.results] == [row.value for row in files.results]
+    assert (results.model["name"], results.model["adapter"]) == ("me/base", "me/adapter")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +95,7 @@ def test_results_are_those_of_the_same_files(longlora, tmp_path, base, adapter, 
         (["--data", "me/pg19", "--split", "dev"], "me/pg19: .*dev.*train"),
         (["--data", "me/pg19", "--text-field", "body"], r"me/pg19 \(train\), record 1: .*'body'"),
         (["--data", "me/proof-pile"], "me/proof-pile: .*script"),
-        (["--data", "me/pg19", "--data-config", "long"], "me/pg19: .*long"),
+        pytest.param(["--data", "me/pg19", "--data-config", "long"], "me/pg19: .*long", marks=pytest.mark.slow),
         (["--model", "me/none", "--data", "me/pg19"], "--model me/none cannot be loaded: .*me/none"),
         (["--adapter", "me/none", "--data", "me/pg19"], "--adapter me/none: no such folder, and no such repository"),
     ],

@@ -481,6 +481,7 @@ def test_a_plain_trainer_needs_nothing_said(hub, pusher, puller, kind, strategy)
     assert pulled == trained and folder not in last.text
 
 
+@pytest.mark.slow
 def test_a_trainers_repository_of_an_organisation_is_found(hub, pusher, puller):
     """The Trainer tells the model the repository's name alone; here it is neither the user's nor the folder's."""
     assert not isinstance(pusher(train, "we/of-us", "trainer", with_card=False, strategy="end", name="out"), Failure)

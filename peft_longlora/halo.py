@@ -6,12 +6,17 @@ at most a group of one half of the heads and half a group of the other, however 
 ranks. They come in one all-to-all meanwhile; then the rank's queries of that group attend to them too, and the two
 parts of each softmax are put together. The gradients of the halo go back in another all-to-all. Called by `shared`,
 with a plan of `neighbours`.
+
+In the forward a rank waits only for those before it, in the backward only for those after it, so a rank that is ahead
+stays ahead: the clocks of GPUs at their power limit vary by a few percent from one moment to the next, and ranks that
+wait for each other both ways in every layer pay for each other's slow moments. So recomputation (gradient
+checkpointing) exchanges nothing again: what a layer's forward had of other ranks is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -24,6 +29,23 @@ from peft_longlora.interface import Kernel, Pieces
 from peft_longlora.launches import head_halves
 from peft_longlora.neighbours import Halo, Ranges
 
+# Keys and values of the straight and of the shifted half of the heads.
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class Kept:
+    """What a forward had of other ranks, for its recomputation: of one layer, with half a group on either side of the
+    border (G/2) (H_kv + H/2) D numbers, however long the sequence. Empty until the forward fills it.
+
+    Attributes:
+        far: keys and values of the halo, (T, h_kv, D) and (T, h_kv, D_v) for each half.
+        rows: output (s, h, D_v) and log-sum-exp (h, s) of the queries that attend to it, for each half that has any.
+    """
+
+    far: Pairs = field(default_factory=list)
+    rows: Pairs = field(default_factory=list)
+
 
 def attend_shared(
     query: torch.Tensor,
@@ -31,6 +53,7 @@ def attend_shared(
     value: torch.Tensor,
     halo: Halo,
     *,
+    kept: Kept | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     backend: str | None = None,
@@ -41,7 +64,10 @@ def attend_shared(
 
     Every rank of the group must call it, and its backward, in the same order.
 
-    Args: as `kernels.attend`.
+    Args:
+        kept: an empty one is filled. One that was filled by the same layer in the same forward is used, and nothing
+            is exchanged; if by one rank, then by all.
+        others: as `kernels.attend`.
 
     Raises:
         ValueError: tensors that do not fit together, or a backend that is unknown or not available.
@@ -56,26 +82,31 @@ def attend_shared(
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     # (1, H, S, D) -> (S, H, D); a view of what a projection gives
     tensors = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    return _AttendShared.apply(*tensors, halo, scaling, softcap, name)[None]
-
-
-Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+    return _AttendShared.apply(*tensors, halo, kept or Kept(), scaling, softcap, name)[None]
 
 
 class _AttendShared(torch.autograd.Function):
     """The kernels' forward and backward, and the exchanges, in the order in which they overlap."""
 
     @staticmethod
-    def forward(ctx, q, k, v, halo: Halo, scaling: float, softcap: float, name: str) -> torch.Tensor:
+    def forward(ctx, q, k, v, halo: Halo, kept: Kept, scaling: float, softcap: float, name: str) -> torch.Tensor:
         """(S, H, D), (S, H_kv, D), (S, H_kv, D_v) -> (S, H, D_v)."""
         ctx.halo, ctx.how = halo, (scaling, softcap, name)
-        travelling = _start(halo, halo.sends, halo.receives, _by_half(q, k, v))
+        is_first = not kept.far
+        travelling = _start(halo, halo.sends, halo.receives, _by_half(q, k, v)) if is_first else None
         out, lse = attend_halves(q, k, v, *halo.groups.tensors(q.device), *ctx.how)
-        far = [_zeros(pair, needs) for pair, needs in zip(_by_half(q, k, v), halo.needs, strict=True)]
-        _add(halo.receives, far, travelling)
-        for half, own, heads in _borders(halo, q, k):
-            merge(out[own, heads], lse[heads, own], *attend_far(q[own, heads], *far[half], *ctx.how))
-        ctx.save_for_backward(q, k, v, out, lse, *(x for pair in far for x in pair))
+        rows = [(half, q[own, heads], out[own, heads], lse[heads, own]) for half, own, heads in _borders(halo, q, k)]
+        if is_first:
+            kept.far = [_zeros(pair, needs) for pair, needs in zip(_by_half(q, k, v), halo.needs, strict=True)]
+            _add(halo.receives, kept.far, travelling)
+            for half, near_q, near_out, near_lse in rows:
+                merge(near_out, near_lse, *attend_far(near_q, *kept.far[half], *ctx.how))
+                kept.rows.append((near_out.clone(), near_lse.clone()))
+        else:
+            for (_, _, near_out, near_lse), (kept_out, kept_lse) in zip(rows, kept.rows, strict=True):
+                near_out.copy_(kept_out)
+                near_lse.copy_(kept_lse)
+        ctx.save_for_backward(q, k, v, out, lse, *(x for pair in kept.far for x in pair))
         return out
 
     @staticmethod
@@ -95,7 +126,7 @@ class _AttendShared(torch.autograd.Function):
         for own, heads, dq_far in near:
             dq[own, heads] += dq_far
         _add(halo.sends, _by_half(q, dk, dv), travelling)
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, None, None, None, None, None
 
 
 def _borders(halo: Halo, q: torch.Tensor, k: torch.Tensor) -> list[tuple[int, slice, slice]]:

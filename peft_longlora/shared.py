@@ -56,7 +56,19 @@ def attend(
     plan = mask.once(
         ("halo", settings.group_size, pattern), lambda: neighbours.plan_halo(found, rank, documents, group)
     )
-    return halo.attend_shared(query, key, value, plan, **how)
+    return halo.attend_shared(query, key, value, plan, kept=_kept(module, settings, mask), **how)
+
+
+def _kept(module: nn.Module, settings: AttentionSettings, mask: S2Mask) -> halo.Kept:
+    """What this layer keeps of other ranks: something empty while the model is called, and the same in its backward.
+
+    A layer that one call of the model runs more than once gets empty ones only: which run is recomputed is not known.
+    """
+    runs: list[halo.Kept] = mask.once(("kept", id(module)), list)
+    if settings.call.caller is not None:
+        runs.append(halo.Kept())
+        return runs[-1]
+    return runs[0] if len(runs) == 1 else halo.Kept()
 
 
 def _check(module, settings, query, key, mask, kwargs) -> None:

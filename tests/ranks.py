@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _SECONDS = 150
 # Imported once for all ranks, if the tests that ask have imported them.
@@ -56,3 +57,16 @@ def _run(rank: int, ranks: int, port: int, folder: str, function, args) -> None:
     if ranks > 1:
         dist.barrier()  # nobody leaves while another still needs its connections
         dist.destroy_process_group()
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that this rank hands to all-to-alls, one number a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.c10d.alltoall_base_.default:
+            self.sent.append(args[1].numel() * args[1].element_size())
+        return function(*args, **(kwargs or {}))

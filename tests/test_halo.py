@@ -6,8 +6,7 @@ from itertools import accumulate, pairwise
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from torch.utils._python_dispatch import TorchDispatchMode
+from ranks import Traffic, run_ranks
 
 from peft_longlora.groups import find_documents, plan_groups
 from peft_longlora.halo import attend_far, attend_far_backward, attend_shared, merge
@@ -96,19 +95,6 @@ def test_output_and_gradients_are_those_of_one_process(ranks):
     assert not wrong
     three = [max(sources) for found in results for (name, *_), (_, sources) in found.items() if "three" in name]
     assert max(three) == ranks - 1
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes that this rank hands to all-to-alls, one number a call."""
-
-    def __init__(self):
-        super().__init__()
-        self.sent = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.c10d.alltoall_base_.default:
-            self.sent.append(args[1].numel() * args[1].element_size())
-        return function(*args, **(kwargs or {}))
 
 
 def traffic(stretches: list[int], group_size: int) -> list:

@@ -148,6 +148,18 @@ def test_variable_tracking_has_an_example_first(length, lines):
     example, prompt = subject.model.prompts[0].split("\n\nMemorize and track")
     assert example.count("The grass is green.") == lines and example.count("VAR ") == prompt.count("VAR ") == 9
     assert not set(record["answers"]) & set(example.split()), "the example's variables are others"
+    # variable_tracking.py and constants.py of NVIDIA/RULER, with their line ends and spelling
+    body = prompt.partition("\n\n")[2].split("\n")
+    noise = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+    value = re.search(r"VAR \w+ = (\d+)", prompt).group(1)
+    steps = zip(record["answers"], [value, *(f"VAR {name} " for name in record["answers"])], strict=False)
+    chain = [f"VAR {name} = {before}" for name, before in steps]
+    assert [line.removesuffix(noise).strip(" ") for line in body[:-1] if "VAR" in line] == [c.strip() for c in chain]
+    assert all(line.removeprefix(" ") in (noise, *(f"{c} {noise}" for c in chain)) for line in body[:-2])
+    assert body[-1] == (
+        f"Question: Find all variables that are assigned the value {value} in the text above. Answer: According to the "
+        f"chain(s) of variable assignment in the text above, 5 variables are assgined the value {value}, they are: "
+    )
 
 
 def test_ruler_gives_part_of_the_score_for_part_of_the_answers(books):

@@ -180,18 +180,19 @@ def _chain(rng: random.Random, n: int, name_length: int) -> tuple[Prompt, list[s
     value, chain = str(rng.randint(10000, 99999)), list(names)
     lines = [f"VAR {chain[0]} = {value}"]
     lines += [f"VAR {name} = VAR {before} " for before, name in itertools.pairwise(chain)]
-    places = sorted(rng.randint(0, n) for _ in lines)
-    sentences = [NOISE] * n
+    # A line of noise between any two, where there are enough.
+    places = sorted(rng.sample(range(n), len(lines)) if n > len(lines) else rng.choices(range(n + 1), k=len(lines)))
+    sentences = [f"{NOISE}\n"] * n
     for shift, (place, line) in enumerate(zip(places, lines, strict=True)):
         sentences.insert(place + shift, line)
     text = (
         "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
-        + "\n".join(sentences)
+        + " ".join(sentences)  # as there: an assignment begins a line, and noise follows it
         + f"\nQuestion: Find all variables that are assigned the value {value} in the text above."
     )
     prefix = (
         f" Answer: According to the chain(s) of variable assignment in the text above, {HOPS + 1} variables are "
-        f"assigned the value {value}, they are: "
+        f"assgined the value {value}, they are: "  # RULER's spelling
     )
     return Prompt(text, chain, prefix), chain
 

@@ -201,8 +201,7 @@ def run_eval(args: argparse.Namespace) -> int:
     if args.card and (args.adapter is None or not Path(args.adapter).is_dir()):
         raise ValueError(f"--card needs an adapter in a folder, not {args.adapter!r}.")
     tasks = make_tasks(args)
-    if args.output.exists() and not args.output.is_dir():
-        raise ValueError(f"--output {args.output} is a file. Give a folder.")
+    refuse_file(args.output)
     for task in tasks:
         task.data()  # what cannot be read is said before a model is loaded
     processes = Processes.of_environment(args.device)
@@ -243,6 +242,15 @@ def run_eval(args: argparse.Namespace) -> int:
     return INCOMPLETE
 
 
+def refuse_file(output: Path) -> None:
+    """Refuse an --output that is a file, or lies in one, before there is anything to write.
+
+    Raises: ValueError.
+    """
+    if found := next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None):
+        raise ValueError(f"--output {output}: {found} is a file. Give a folder.")
+
+
 def write_card(config: LongLoraConfig, adapter: str, output: Path) -> Path:
     """Put results.json and the plots into the adapter's folder, and write its card anew."""
     import shutil
@@ -259,6 +267,7 @@ def run_compare(args: argparse.Namespace) -> None:
     """`longlora compare`."""
     from peft_longlora.eval import comparison as pairs
 
+    refuse_file(args.output)
     differences, notes = pairs.compare(args.first, args.second)
     labels = tuple(args.labels)
     text = pairs.make_comparison(differences, notes, labels)

@@ -26,6 +26,7 @@ from peft_longlora.rope import scale_rope
 from peft_longlora.window import check_rope, window_of
 
 DEFAULT_ROPE = "yarn"
+PADDED = 0.9  # models have up to 2% more embeddings than tokens, so that their number is a round one
 
 
 @dataclass
@@ -87,6 +88,12 @@ def load_model(
     check_tokenizer(base, words)
     native = window_of(base.config.get_text_config())
     notes: list[str] = []
+    known, rows = len(words.get_vocab()), rows_of(base.get_input_embeddings())
+    if known < PADDED * rows:
+        notes.append(
+            f"The tokenizer knows {known} tokens and the model has {rows} embeddings: it may be another model's. "
+            f"Give the one that belongs to it with --tokenizer."
+        )
     if adapter:
         base = _add_adapter(base, adapter, model, notes)
     elif context_length:

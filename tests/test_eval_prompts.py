@@ -11,9 +11,10 @@ from scripted import count_code, count_words, read_chain, read_needles, read_pas
 
 from peft_longlora.eval.corpus import Corpus
 from peft_longlora.eval.haystack import Books, insert_at, split_sentences
+from peft_longlora.eval.longqa import LongQA
 from peft_longlora.eval.passkey import Passkey
 from peft_longlora.eval.prompts import fit_filler
-from peft_longlora.eval.records import LongQA, MultiDoc, Topics
+from peft_longlora.eval.records import MultiDoc, Topics
 from peft_longlora.eval.results import collect_cells
 from peft_longlora.eval.ruler import NEEDLES, TASKS, Ruler
 
@@ -162,6 +163,22 @@ def test_variable_tracking_has_an_example_first(length, lines):
     )
 
 
+def test_common_words_need_words_enough(tmp_path):
+    """A vocabulary that is too small for a length is put together in pairs, and refused where that is not enough."""
+    letters = "bcdfghjklm"
+    for count, text in (
+        (9, " ".join("a" * 3 + x for x in letters[:9])),
+        (90, " ".join(a + b + "us" for a in letters for b in letters[1:])),
+    ):
+        (tmp_path / f"{count}.txt").write_text(text)
+    task = Ruler(kind="cwe", lengths=[16_000], samples=1, books=Books(Corpus(tmp_path / "90.txt"), 16_000))
+    [record] = measure(task, scripted_subject(count_words))
+    assert record["measures"][0][2] == 1.0 and record["tokens"] > 15_000
+    task = Ruler(kind="cwe", lengths=[16_000], samples=1, books=Books(Corpus(tmp_path / "9.txt"), 16_000))
+    with pytest.raises(ValueError, match=r"different words or more, and 9 holds 9 of 4 to 12 letters. Give more text"):
+        task.check(scripted_subject(count_words))
+
+
 def test_ruler_gives_part_of_the_score_for_part_of_the_answers(books):
     task = Ruler(kind="niah_multivalue", lengths=[3000], samples=2, books=books)
     half = scripted_subject(lambda prompt: ", ".join(read_needles(prompt).split(", ")[:2]))
@@ -274,8 +291,8 @@ def test_long_qa_in_both_formats(tmp_path):
     }
     assert {r["dataset"]: r["protocol"] for r in records} == {
         "mixed": "longalpaca",
-        "hotpotqa": "longbench",
-        "gov_report": "longbench",
+        "hotpotqa": "longbench's scores, own prompts",
+        "gov_report": "longbench's scores, own prompts",
     }
 
 
@@ -286,7 +303,22 @@ def test_long_prompts_lose_their_middle_and_are_counted(tmp_path):
     subject = scripted_subject(silent)
     [record] = measure(task, subject)
     assert subject.model.prompts == ["<" + "B" * 99 + "E" * 96 + "|Q?>"]
-    assert record["cut_tokens"] == 1205 - 200 and record["tokens"] == 200
+    assert record["cut_tokens"] == 1205 - 200 and record["tokens"] == 200 and record["protocol"] == "longbench"
+
+
+def multidoc(path, **change) -> None:
+    [row] = multidoc_rows(1)
+    MultiDoc(source=write(path / "m.jsonl", [{**row, **change}])).data()
+
+
+def longbench(path, prompts=None, max_length=None, **change) -> None:
+    row = {"context": "c", "input": "Who?", "answers": ["a"], "dataset": "hotpotqa", **change}
+    if prompts is not None:
+        (path / "prompts.json").write_text(json.dumps(prompts))
+        prompts = str(path / "prompts.json")
+    task = LongQA(source=write(path / "b.jsonl", [row]), prompts=prompts, max_length=max_length)
+    task.data()
+    task.check(scripted_subject(silent))
 
 
 @pytest.mark.parametrize(
@@ -297,14 +329,30 @@ def test_long_prompts_lose_their_middle_and_are_counted(tmp_path):
         (lambda p: Passkey(depths=[1.5]), "depth 150% is outside"),
         (lambda p: Topics(source=str(p / "no.jsonl")).data(), "no such file"),
         (lambda p: Topics(source=write(p / "t.jsonl", [{"prompt": "x"}])).data(), "t.jsonl:1: no 'topics'"),
-        (lambda p: MultiDoc(source=write(p / "e.jsonl", [])).data(), "no record in it"),
+        (lambda p: Topics(source=write(p / "t.jsonl", [{"prompt": "x", "topics": []}])).data(), r"texts in it: '\[\]'"),
+        (lambda p: Topics(source=write(p / "t.jsonl", [{"prompt": "x", "topics": "a"}])).data(), "list of texts.*'a'"),
         (
-            lambda p: list(
-                MultiDoc(source=write(p / "g.jsonl", [{"question": "", "answers": [], "ctxs": []}])).questions()
-            ),
-            "0 passages are gold",
+            lambda p: Topics(source=write(p / "t.jsonl", [{"prompt": 3, "topics": ["a"]}])).data(),
+            "no 'prompt', or.*'3'",
         ),
-        (lambda p: list(LongQA(source=write(p / "l.jsonl", [{"text": "x"}])).questions()), "neither LongAlpaca's"),
+        (lambda p: MultiDoc(source=write(p / "m.jsonl", [[1]])).data(), "m.jsonl:1: no 'question'"),
+        (lambda p: multidoc(p, answers=[""]), "no 'answers', or no list of texts"),
+        (lambda p: multidoc(p, answers="Runner"), "no 'answers', or no list of texts"),
+        (lambda p: multidoc(p, ctxs=["text"]), "no list of passages"),
+        (lambda p: multidoc(p, ctxs=[{"text": "t", "isgold": True}]), "with title and text"),
+        (lambda p: MultiDoc(source=write(p / "e.jsonl", [])).data(), "no record in it"),
+        (lambda p: multidoc(p, ctxs=[]), "m.jsonl:1: 0 passages are gold"),
+        (lambda p: LongQA(source=write(p / "l.jsonl", [{"text": "x"}])).data(), "neither LongAlpaca's"),
+        (lambda p: LongQA(source=write(p / "l.jsonl", [[1]])).data(), "neither LongAlpaca's"),
+        (lambda p: LongQA(source=write(p / "l.jsonl", [{"instruction": "a", "output": 5}])).data(), "no 'output'.*'5'"),
+        (lambda p: LongQA(source=write(p / "l.jsonl", [{"instruction": "a", "output": ""}])).data(), "no 'output'"),
+        (lambda p: longbench(p, dataset="triviaqa"), "'triviaqa' is not one of narrativeqa"),
+        (lambda p: longbench(p, answers="a"), "no 'answers'"),
+        (lambda p: longbench(p, input=None), "no 'input'"),
+        (lambda p: longbench(p, prompts={"qasper": "{context}{input}"}), "has no prompt for 'hotpotqa'"),
+        (lambda p: longbench(p, prompts=["{context}"]), "not an object of prompts by data set"),
+        (lambda p: longbench(p, prompts={"hotpotqa": "Why?"}), "each with {context} in it"),
+        (lambda p: longbench(p, max_length=32), "hotpotqa take 32 tokens, which leaves none of 32"),
     ],
 )
 def test_bad_records_are_refused(tmp_path, make, message):

@@ -18,7 +18,7 @@ from tiny import extend, make
 from transformers import AutoTokenizer
 
 from peft_longlora import cli
-from peft_longlora.eval import Corpus, Passkey, Perplexity, Processes, Results, compare, evaluate
+from peft_longlora.eval import Corpus, Passkey, Perplexity, Processes, Results, Topics, compare, evaluate
 from peft_longlora.eval.subject import Subject, load_subject
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "assets" / "stdlib-llama-512"
@@ -246,6 +246,26 @@ def test_results_are_what_the_schema_says(tmp_path):
     assert (tmp_path / "passkey.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_prompts_of_records_above_the_window_are_counted(tmp_path):
+    """Their rows have no length to name: the note says how many of the prompts it were."""
+    rows = [{"prompt": "word " * n + "Topics: art. The first?", "topics": ["art"]} for n in (1, 1, 300)]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    subject = scripted_subject(lambda prompt: "art", window=200)
+    results = evaluate(subject, [Topics(source=str(tmp_path / "talks.jsonl"))], tmp_path / "out")
+    assert any(
+        "topics talks: 1 of 3 prompts, with their answers, were above the window of 200" in n for n in results.notes
+    )
+    assert "| † " in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_a_tokenizer_of_another_model_is_named(tmp_path, base):
+    """One that knows too many tokens is refused; one that knows few of the model's is a note beside the numbers."""
+    letter_tokenizer().save_pretrained(tmp_path)
+    assert load_subject(base).notes == []
+    [note] = load_subject(base, tokenizer=str(tmp_path)).notes
+    assert f"knows {len(letter_tokenizer())} tokens and the model has 4096 embeddings" in note
+
+
 def test_the_model_is_left_as_it_was(tmp_path, base):
     subject = load_subject(base)
     subject.model.train()
@@ -348,7 +368,8 @@ BAD = {
         "--data",
         "{text}",
     ],
-    "--output {tmp}/empty.jsonl is a file": ["--output", "{tmp}/empty.jsonl", "--data", "{text}"],
+    "--output {tmp}/empty.jsonl: {tmp}/empty.jsonl is a file": ["--output", "{tmp}/empty.jsonl", "--data", "{text}"],
+    "{tmp}/empty.jsonl is a file. Give a folder": ["--output", "{tmp}/empty.jsonl/out", "--data", "{text}"],
     "buckets=[512, 64] must be edges in rising order": ["--buckets", "512,64", "--data", "{text}"],
     "the prompt alone has": ["--tasks", "passkey", "--lengths", "16"],
     "--card needs an adapter": ["--tasks", "passkey", "--lengths", "128", "--seeds", "1", "--depths", "0", "--card"],
@@ -429,6 +450,8 @@ def test_compare_refuses_what_it_cannot_compare(tmp_path, capsys):
         assert longlora("compare", tmp_path / "a", tmp_path / second) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert message in line
+    assert longlora("compare", tmp_path / "a", tmp_path / "a", "--output", tmp_path / "newer.json") == 2
+    assert "newer.json is a file. Give a folder." in capsys.readouterr().err
 
 
 def test_a_reader_that_has_seen_enough_of_the_output_is_no_error(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,7 @@
     subject.py      a model, its tokenizer, and what is asked of them: losses (losses.py) and answers
     tasks.py        what a task is: items, each one window or prompt, each giving one sample
       corpus.py     documents and windows      -> perplexity.py
-      prompts.py    prompts that fill a length -> passkey.py, ruler.py (haystack.py, words.py), records.py
+      prompts.py    prompts that fill a length -> passkey.py, ruler.py (haystack.py, words.py), records.py -> longqa.py
       cost.py       time and memory              harness.py   lm-eval's tasks      metrics.py   scores of answers
     run.py          items shared among processes, journalled (journal.py), gathered
     results.py      rows with intervals (statistics.py), results.json's schema
@@ -21,9 +21,10 @@ from peft_longlora.eval.corpus import Corpus
 from peft_longlora.eval.cost import Cost
 from peft_longlora.eval.harness import Harness
 from peft_longlora.eval.haystack import Books
+from peft_longlora.eval.longqa import LongQA
 from peft_longlora.eval.passkey import Passkey
 from peft_longlora.eval.perplexity import Perplexity
-from peft_longlora.eval.records import LongQA, MultiDoc, Topics
+from peft_longlora.eval.records import MultiDoc, Topics
 from peft_longlora.eval.results import Results
 from peft_longlora.eval.ruler import Ruler
 from peft_longlora.eval.run import Processes, Settings, evaluate

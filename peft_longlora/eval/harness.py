@@ -45,7 +45,10 @@ class Harness:
             if self._manager.match_tasks([self.task]):
                 break
         else:
-            raise ValueError(f"Task {self.task!r} is neither one of this package's nor one of lm-eval's.")
+            raise ValueError(
+                f"Task {self.task!r} is neither one of this package's nor one of lm-eval's. `longlora eval --help` "
+                f"names the former, `lm-eval ls tasks` the latter."
+            )
 
     @property
     def parameters(self) -> dict[str, Any]:

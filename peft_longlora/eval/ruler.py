@@ -198,11 +198,20 @@ def _chain(rng: random.Random, n: int, name_length: int) -> tuple[Prompt, list[s
 
 
 def make_words(books: Books, is_short: bool, rng: random.Random, n: int) -> Prompt:
-    """Ten words that are said often among n that are said seldom, after a short example of the same."""
+    """Ten words that are said often among n that are said seldom, after a short example of the same.
+
+    Raises: ValueError: the books have too few words, even when they are put together in pairs.
+    """
     vocabulary = sorted({word for word in books.words() if re.fullmatch("[a-z]{4,12}", word)})
-    if len(vocabulary) < n + 60:
-        vocabulary += [f"{a}{b}" for a, b in zip(vocabulary, rng.sample(vocabulary, len(vocabulary)), strict=True)]
-    words = rng.sample(vocabulary, min(len(vocabulary), n + 60))
+    size, lacking = len(vocabulary), n + 60 - len(vocabulary)
+    if lacking > size**2:
+        raise ValueError(
+            f"ruler_cwe asks about {n + 60} different words or more, and {books.name} holds {size} of 4 to 12 letters. "
+            f"Give more text with --data."
+        )
+    if lacking > 0:
+        vocabulary += [vocabulary[p // size] + vocabulary[p % size] for p in rng.sample(range(size**2), lacking)]
+    words = rng.sample(vocabulary, n + 60)
     shape, small = ((6, 1), (3, 1)) if is_short else ((30, 3), (10, 3))
     example = _word_list(rng, words[:10], words[10 : 20 if is_short else 40], *small)
     prompt = _word_list(rng, words[40:50], words[50 : 50 + n], *shape)

@@ -234,12 +234,16 @@ def gather(
     done = journal.done()
     unmeasured = list(dict.fromkeys(label for key, label in keys.items() if key not in done))
     cut: dict[str, list[int]] = {}
+    above: dict[str, list[bool]] = {}  # of prompts whose length the data decides
 
     def own() -> Iterator[dict[str, Any]]:
         for record in journal.records():
             if record["key"] in keys and keys[record["key"]] not in unmeasured:
+                name = f"{record['task']} {record['dataset']}"
                 if "cut_tokens" in record:
-                    cut.setdefault(f"{record['task']} {record['dataset']}", []).append(record["cut_tokens"])
+                    cut.setdefault(name, []).append(record["cut_tokens"])
+                if record["length"] is None and "beyond_window" in record:
+                    above.setdefault(name, []).append(record["beyond_window"])
                 yield record
 
     cells = collect_cells(own())
@@ -262,6 +266,12 @@ def gather(
             f"Above the window of {subject.window} tokens that the model was made for: "
             f"{', '.join(map(str, beyond))} tokens (marked †)."
         )
+    for name, are_above in above.items():
+        if any(are_above):
+            notes.append(
+                f"{name}: {sum(are_above)} of {len(are_above)} prompts, with their answers, were above the window of "
+                f"{subject.window} tokens that the model was made for (marked †)."
+            )
     if unmeasured:
         notes.append(f"Out of memory, and so not measured: {', '.join(unmeasured)}.")
     device = subject.model.device

@@ -24,12 +24,14 @@ class Call:
     Attributes:
         position_ids: (1 or B, S) as the model was given them.
         cu_seq_lens: (documents + 1) numbers of tokens before each document's end, as collators for flash kernels give.
+        has_cache: whether the caller gave a cache, empty or not, as `generate` does.
         caller: which of the followed modules was called from outside, while it runs.
         handles: the hooks that note all this.
     """
 
     position_ids: torch.Tensor | None = None
     cu_seq_lens: torch.Tensor | None = None
+    has_cache: bool = False
     caller: int | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
 
@@ -77,6 +79,7 @@ class _Before:
             position_ids = args[self.index]
         if call.caller is None:
             call.caller, call.position_ids, call.cu_seq_lens = self.number, position_ids, cu_seq_lens
+            call.has_cache = kwargs.get("past_key_values") is not None
         else:  # by another one, which may keep to itself what it was given
             call.position_ids = call.position_ids if position_ids is None else position_ids
             call.cu_seq_lens = call.cu_seq_lens if cu_seq_lens is None else cu_seq_lens

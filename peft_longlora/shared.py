@@ -78,9 +78,10 @@ def _check(module, settings, query, key, mask, kwargs) -> None:
             f"attention_mask of shape {tuple(mask.shape)} cannot be shared out. Give each rank the 2-D attention_mask "
             f"of its stretch (shard_batch does)."
         )
-    if query.shape[2] != key.shape[2]:
+    if query.shape[2] != key.shape[2] or settings.call.has_cache:
         raise NotImplementedError(
-            f"{key.shape[2]} keys for {query.shape[2]} queries: a cache cannot be shared out. Generate on one rank."
+            f"The ranks share each sequence, and were called with a cache ({key.shape[2]} keys for {query.shape[2]} "
+            f"queries), which cannot be shared out. Generate within `with unshared(model):` of peft_longlora.settings."
         )
     if mask.is_local or kwargs.get("sliding_window") is not None:
         raise NotImplementedError(

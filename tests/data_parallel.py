@@ -18,8 +18,13 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
 from peft_longlora import LongLoraConfig
+from peft_longlora.sequence import SequenceParallelMixin
 
 ROWS = torch.randint(3, 97, (16, 96), generator=torch.Generator().manual_seed(11)).tolist()
+
+
+class SharingTrainer(SequenceParallelMixin, Trainer):
+    """Whose processes share each row."""
 
 
 class Fault(TrainerCallback):
@@ -55,6 +60,7 @@ def train(
     dropout: float = 0.0,
     fault: dict | None = None,
     save_by_hand: bool = False,
+    is_shared: bool = False,
     **changes,
 ) -> Trainer:
     """Some steps with plain Trainer; leaves checkpoints, an adapter and losses.json in `output`."""
@@ -73,7 +79,8 @@ def train(
     model = get_peft_model(model, config)
     data = [{"input_ids": row, "labels": row} for row in ROWS]
     callbacks = [Fault(**fault)] if fault else None
-    trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+    kind = SharingTrainer if is_shared else Trainer
+    trainer = kind(model, arguments, train_dataset=data, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     if save_by_hand:
         trainer.model.save_pretrained(output)

@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from accelerate.state import DistributedType, PartialState
+from transformers import TrainingArguments
 
 if __name__ == "__main__":
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -24,6 +25,13 @@ if __name__ == "__main__":
         # "Offloaded" weights are pinned for the copy to a device, of which there is none.
         answers.append(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, *_, **__: tensor))
         answers.append(mock.patch.object(PartialState, "_prepare_backend", lambda *_, **__: found))
+        begin = TrainingArguments.__post_init__
+
+        def find_devices(arguments: TrainingArguments) -> None:  # scripts that found none ask for the CPU
+            arguments.use_cpu = False
+            begin(arguments)
+
+        answers.append(mock.patch.object(TrainingArguments, "__post_init__", find_devices))
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     sys.argv = sys.argv[1:]

@@ -7,6 +7,7 @@ them all (an hour on two busy cores, with bitsandbytes and deepspeed).
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -287,6 +288,34 @@ def test_examples_under_accelerate_launch(script, config, tmp_path, texts):
     assert (two / "tokenizer.json").is_file() and (two / "README.md").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", "fsdp2_offload", *ZERO])
+def test_a_sequence_is_shared_under_accelerate_launch(config, tmp_path, texts):
+    """Rows of an odd length, in two stretches; weights shared out over the same processes."""
+    script, model = ROOT / "examples" / "long_sequence.py", ROOT / "examples" / "assets" / "stdlib-llama-512"
+    common = ["--model", model, "--data", *sorted(texts.glob("*.txt")), "--context-length", 509, "--group-size", 128]
+    common += ["--max-steps", 2, "--learning-rate", 1e-3, "--accumulation", 2, "--eval-rows", 2]
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = run([str(x) for x in (sys.executable, script, *common, "--output", one)])
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    result = run(start(config, script, *common, "--output", two))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("2 of 2 processes share a sequence.") == 1
+    losses = [re.findall(r"dense attention: ([0-9.]+)", x.stdout) for x in (alone, result)]
+    assert len(losses[0]) == 2 and [*map(float, losses[1])] == pytest.approx([*map(float, losses[0])], abs=2e-4)
+    found, expected = adapter(two), adapter(one)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_shares_sequences(tmp_path, bases, alone):
+    compiled = dict(is_shared=True, torch_compile=True, torch_compile_backend="eager")
+    launch(tmp_path, "ddp", [dict(base=bases["tied"], output=tmp_path / "two", batch_size=4, **compiled)])
+    assert_equal_runs(tmp_path / "two", alone(base=str(bases["tied"])))
+
+
 # -- GPUs: pytest -m gpu tests/test_data_parallel.py -----------------------------------------------------------------
 
 
@@ -357,6 +386,20 @@ def test_a_killed_process_ends_the_job_and_the_last_checkpoint_goes_on(config, r
     assert read_losses(rest) == read_losses(whole)
     for name, tensor in adapter(whole).items():
         assert torch.equal(adapter(rest)[name], tensor), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_a_job_whose_ranks_share_sequences(rank, tmp_path, bases, alone):
+    base, broken, rest = bases["tied"], tmp_path / "broken", tmp_path / "rest"
+    common = dict(base=base, batch_size=4, is_shared=True)
+    fault = dict(kind="kill", rank=rank, step=3)
+    begun = time.monotonic()
+    message = launch_to_fail(tmp_path, "ddp", [dict(common, output=broken, fault=fault)])
+    assert time.monotonic() - begun < 100
+    assert message.count("ChildFailedError:") == 1 and "Signal 9 (SIGKILL)" in message
+    launch(tmp_path, "ddp", [dict(common, output=rest, resume=broken / "checkpoint-2")])
+    assert_equal_runs(rest, alone(base=str(base)))
 
 
 @pytest.mark.slow

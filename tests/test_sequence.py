@@ -1,5 +1,7 @@
 """Whole models and trainers whose ranks share each sequence, against the same in one process."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,11 +12,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_longlora import configure_attention
+from peft_longlora.eval import LongContextEvalCallback
 from peft_longlora.sequence import SequenceCollator, SequenceParallelMixin, parallelize_sequence, shard_batch
-from peft_longlora.settings import find_attention_modules, settings_of
+from peft_longlora.settings import find_attention_modules, settings_of, unshared
 
 IGNORED = -100
 
@@ -229,7 +232,8 @@ def options(folder: str, **changes) -> dict:
 
 def outcome(trainer, resume: str | None = None) -> dict:
     trainer.train(resume_from_checkpoint=resume)
-    names = ("loss", "grad_norm", "eval_loss", "eval_mean_token_accuracy", "num_tokens")
+    names = ("loss", "grad_norm", "entropy", "num_tokens", "eval_loss", "eval_mean_token_accuracy", "eval_entropy")
+    names += ("eval_perplexity_64",)
     logged = [(name, entry[name]) for entry in trainer.state.log_history for name in names if name in entry]
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     return dict(logged=logged, weights=weights)
@@ -248,6 +252,26 @@ def plain_trainer(folder: str, size: int | None = None, batch: int = 2, resume: 
     return outcome(Shared(model, args, train_dataset=data, eval_dataset=data.select([1, 3, 5]), **shared), resume)
 
 
+def stream_trainer(folder: str) -> dict:
+    """Rows from a stream whose last batch is short; a model that the Trainer makes, and makes anew; a callback."""
+
+    class Shared(SequenceParallelMixin, Trainer):
+        pass
+
+    data = Dataset.from_dict({"input_ids": documents(5), "labels": documents(5)})
+    args = TrainingArguments(**options(folder, per_device_train_batch_size=3))
+    more = dict(
+        model_init=lambda: extend(make(), group_size=16), data_collator=DataCollatorForSeq2Seq(fast_tokenizer())
+    )
+    trainer = Shared(args=args, train_dataset=data.to_iterable_dataset(), eval_dataset=data.select([1, 3, 4]), **more)
+    measured = Path(folder, f"{trainer.args.process_index}.txt")
+    measured.parent.mkdir(exist_ok=True)
+    measured.write_text(" ".join(f"w{i % 90}" for i in range(200)))
+    more = dict(lengths=[64], passkey_depths=(), tokenizer=fast_tokenizer())
+    trainer.add_callback(LongContextEvalCallback(trainer, data=str(measured), **more))
+    return outcome(trainer)
+
+
 def sft_trainer(folder: str, packing: bool) -> dict:
     class Shared(SequenceParallelMixin, SFTTrainer):
         pass
@@ -256,10 +280,11 @@ def sft_trainer(folder: str, packing: bool) -> dict:
     labels = [[IGNORED] * len(prompt) + completion for prompt, completion in halves]
     data = Dataset.from_dict({"input_ids": documents(), "labels": labels})
     more = dict(packing=True, max_length=128, eval_packing=True) if packing else dict(max_length=None)
-    batches = dict(per_device_train_batch_size=1, per_device_eval_batch_size=1)
+    batches = dict(per_device_train_batch_size=1, per_device_eval_batch_size=1 if packing else 2)
     args = SFTConfig(**options(folder, **batches), **more)
-    model = extend(make(), group_size=16)
-    return outcome(Shared(model, args, train_dataset=data, eval_dataset=data, processing_class=fast_tokenizer()))
+    model, last_is_short = extend(make(), group_size=16), data.select(range(5))
+    more = dict(eval_dataset=data if packing else last_is_short, processing_class=fast_tokenizer())
+    return outcome(Shared(model, args, train_dataset=data, **more))
 
 
 def fast_tokenizer():
@@ -273,7 +298,7 @@ def fast_tokenizer():
 
 
 def trainers(folder: str) -> dict:
-    found = {"Trainer": plain_trainer(folder)}
+    found = {"Trainer": plain_trainer(folder), "a stream": stream_trainer(folder)}
     for packing in (False, True):
         found[f"SFTTrainer, packing={packing}"] = sft_trainer(folder, packing)
     return found
@@ -335,9 +360,27 @@ def refusals(folder: str) -> dict:
         data = data.select(range(rank, 4 + rank)) if changes.pop("differs", False) else data
         more = dict(train_dataset=data, data_collator=DataCollatorForSeq2Seq(fast_tokenizer()))
         more["sequence_parallel_size"] = changes.pop("sequence_parallel_size", None)
-        more["compute_loss_func"] = changes.pop("compute_loss_func", None)
+        for name in ("compute_loss_func", "compute_metrics"):
+            more[name] = changes.pop(name, None)
+        model = changes.pop("model", None) or extend(make(), group_size=16)
         args = TrainingArguments(**options(folder, eval_strategy="no", **changes))
-        return Shared(extend(make(), group_size=16), args, **more)
+        return Shared(model, args, **more)
+
+    def another_trainer():
+        class SharedDPO(SequenceParallelMixin, DPOTrainer):
+            pass
+
+        rows = Dataset.from_list([dict(prompt="w1 w2", chosen="w3 w4", rejected="w5")] * 4)
+        args = DPOConfig(**options(folder, eval_strategy="no"))
+        SharedDPO(extend(make(), group_size=16), args=args, train_dataset=rows, processing_class=fast_tokenizer())
+
+    def order():
+        class Unshared(Trainer, SequenceParallelMixin):
+            pass
+
+    def predictions():
+        one = trainer()
+        one.predict(one.train_dataset)
 
     def no_positions():
         model = extend(make(), group_size=16).train()
@@ -349,6 +392,17 @@ def refusals(folder: str) -> dict:
         parallelize_sequence(model, init_device_mesh("cpu", (2,)))
         batch = batch_of("plain")
         model(input_ids=batch["input_ids"], position_ids=torch.arange(53).expand(2, 53), use_cache=False)
+
+    def generates():
+        prompt = torch.arange(5, 12)[None]
+        model = extend(make(), group_size=16).eval()
+        alone = model.generate(prompt, max_new_tokens=3, eos_token_id=None)
+        parallelize_sequence(model, init_device_mesh("cpu", (2,)))
+        with unshared(model):
+            assert torch.equal(model.generate(prompt, max_new_tokens=3, eos_token_id=None), alone)
+        if rank == 0:  # the other would be waited for
+            model.generate(prompt, max_new_tokens=3)
+        raise NotImplementedError(GENERATES)
 
     def of_model(**changes):
         model = make(**{k: v for k, v in changes.items() if k not in ("rope_type", "configured")})
@@ -370,6 +424,13 @@ def refusals(folder: str) -> dict:
         loss=lambda: trainer(compute_loss_func=lambda *args, **kwargs: 0),
         average=lambda: trainer(average_tokens_across_devices=False),
         size=lambda: trainer(sequence_parallel_size=3),
+        no_size=lambda: trainer(sequence_parallel_size=0),
+        metrics=lambda: trainer(compute_metrics=lambda predictions: {}),
+        predictions=predictions,
+        experts=lambda: trainer(model=extend(make("mixtral", output_router_logits=True, sliding_window=None))),
+        another=another_trainer,
+        order=order,
+        generates=generates,
         positions=no_positions,
         rows=two_rows,
         dynamic=lambda: of_model(rope_type="dynamic"),
@@ -382,11 +443,12 @@ def refusals(folder: str) -> dict:
         try:
             call()
             found[name] = "nothing"
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError, TypeError) as error:
             found[name] = f"{type(error).__name__}: {error}"
     return found
 
 
+GENERATES = "The ranks share each sequence, and were called with a cache"
 EXPECTED = dict(
     evaluated="ValueError: The model is not wrapped in DistributedDataParallel",
     differs="ValueError: The ranks that share a sequence were given different batches: (rows, tokens a row, checksum)",
@@ -394,6 +456,13 @@ EXPECTED = dict(
     loss="ValueError: Sequence parallelism cannot be used with compute_loss_func",
     average="ValueError: Sequence parallelism cannot be used with average_tokens_across_devices=False",
     size="ValueError: sequence_parallel_size=3 does not divide the 2 processes",
+    no_size="ValueError: sequence_parallel_size=0 does not divide the 2 processes",
+    metrics="ValueError: Sequence parallelism evaluates to losses only",
+    predictions="ValueError: Sequence parallelism evaluates to losses only",
+    experts="ValueError: Sequence parallelism cannot be used with output_router_logits of the model's config",
+    another="ValueError: Sequence parallelism cannot be used with a",
+    order="TypeError: Unshared names the Trainer before SequenceParallelMixin",
+    generates=f"NotImplementedError: {GENERATES}",
     positions="ValueError: The model was called without position_ids",
     rows="ValueError: A rank got 2 rows",
     dynamic="NotImplementedError: rope_type='dynamic' chooses its frequencies by the longest position",

@@ -14,13 +14,15 @@ from peft_longlora.eval.perplexity import Perplexity
 from peft_longlora.eval.results import collect_cells
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks import Task
+from peft_longlora.settings import unshared
 
 
 class LongContextEvalCallback(TrainerCallback):
     """Measure long-context tasks during training and log them as eval_{task}_{length}, such as eval_perplexity_32768.
 
     TensorBoard, W&B, trackio and every other reporter of the Trainer sees them. Attention is dense while measuring, and
-    the model trains on as before. With several processes each measures everything, so that sharded models work too.
+    the model trains on as before. With several processes each measures everything, so that sharded models work too, and
+    those whose ranks share a sequence while they train.
     Measured with the Trainer's own evaluations, they can choose the best checkpoint (`metric_for_best_model`) and stop
     training early, by an `EarlyStoppingCallback` that is added after this one.
 
@@ -82,7 +84,7 @@ class LongContextEvalCallback(TrainerCallback):
         """Measure now, and give {"eval_{task}_{length}": value}."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         subject = Subject.of(model, self.tokenizer)
-        with subject.evaluating(), self.trainer.compute_loss_context_manager():
+        with unshared(model), subject.evaluating(), self.trainer.compute_loss_context_manager():
             records = [item.measure() for task in self.tasks for item in task.items(subject)]
         values = {}
         for cell in collect_cells(records).values():

@@ -1,5 +1,7 @@
 """Numbers during training: in the Trainer's own log, equal to those of an evaluation, and training undisturbed."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from test_eval_run import TOKENIZER
 from tiny import extend, make
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-from peft_longlora.eval import Corpus, LongContextEvalCallback, Passkey, Perplexity, evaluate
+from peft_longlora.eval import Corpus, LongContextEvalCallback, Passkey, Perplexity, Topics, evaluate
 from peft_longlora.eval.subject import Subject
 from peft_longlora.settings import settings_of
 
@@ -161,3 +163,17 @@ def test_refusals_come_before_training(tmp_path, options, message):
     trainer = make_trainer(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         LongContextEvalCallback(trainer, **options)
+
+
+def test_no_number_takes_the_place_of_another(tmp_path, text):
+    """Several data sets and protocols of a task, and the base beside the adapter, all stand in the log."""
+    for name in ("5_topics", "10_topics"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            json.dumps({"prompt": "art, art. The first?", "topics": ["art"]}) + "\n"
+        )
+    corpus, trainer = Corpus(text), make_trainer(tmp_path, eval_strategy="steps")
+    tasks = [Perplexity(corpus, [64], protocol="longlora", stride=4, max_windows=1), Topics(source=str(tmp_path))]
+    tasks.append(Perplexity(corpus, [64], max_windows=1, with_base=True, name="native"))
+    callback = LongContextEvalCallback(trainer, text, [64, 128], passkey_depths=[], tasks=tasks)
+    names = {"perplexity_longlora_64", "perplexity_documents_64", "perplexity_128", "native_64", "native_base_64"}
+    assert set(callback.measure()) == {f"eval_{n}" for n in (*names, "topics_5_topics", "topics_10_topics")}

@@ -1,6 +1,8 @@
 """lm-eval: LongLoRA models load there by one line, and its tasks run from here, base beside adapter."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,3 +116,28 @@ def test_tasks_are_handed_on(tmp_path, task, base, adapter, expected):
     stderr = (row.value * (1 - row.value) / (n - 1)) ** 0.5
     interval = (row.value - 1.959964 * stderr, row.value + 1.959964 * stderr)
     assert (row.low, row.high) == pytest.approx(interval, rel=1e-4)
+
+
+def test_perplexities_of_lm_eval_are_its_own_and_the_lower_the_better(tmp_path):
+    """Its "perplexity" (lambada's, say) is no loss; which way is better, and of how many questions, it says."""
+    from peft_longlora.eval.harness import Harness
+    from peft_longlora.eval.results import collect_cells
+
+    found = {
+        "results": {"lambada": {"alias": "lambada", "sample_len": 90, "perplexity,none": 26.5, "acc,none": 0.4}},
+        "higher_is_better": {"lambada": {"perplexity": False, "acc": True, "word_perplexity": False}},
+        "n-shot": {"lambada": 0},
+        "n-samples": {"lambada": {"original": 100, "effective": 90}},
+    }
+    found["results"]["lambada"] |= {
+        "perplexity_stderr,none": 1.0,
+        "acc_stderr,none": 0.05,
+        "word_perplexity,none": 40.0,
+    }
+    record = Harness.record(SimpleNamespace(task="lambada", name="lm-eval lambada", confidence=0.95), found, "base")
+    rows = {cell.name[3]: cell.row(0, 100, 0.95) for cell in collect_cells([record]).values()}
+    assert {name: row.value for name, row in rows.items()} == {"perplexity": 26.5, "acc": 0.4, "word_perplexity": 40.0}
+    assert rows["perplexity"].low == pytest.approx(26.5 - 1.959964, rel=1e-5)
+    assert {name for name, row in rows.items() if row.higher_is_better} == {"acc"}
+    assert {row.units for row in rows.values()} == {90}
+    assert record["measures"][0][2] == math.log(26.5)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from peft_longlora.eval.statistics import Ratios, difference, wilson
+from peft_longlora.eval.statistics import Ratios, difference, newcombe, wilson
 
 
 def test_wilson_is_the_published_formula():
@@ -64,6 +64,26 @@ def test_pairing_takes_out_what_documents_have_in_common():
     assert low < value < high < 0
     _, low, high = difference(first, second, False, 0, 1000, 0.95)
     assert low < 0 < high
+
+
+def test_a_difference_of_all_right_and_all_wrong_is_not_certain():
+    """Newcombe 1998, Statistics in Medicine 17:873, table II, method 10."""
+    published = {
+        (48, 80, 56, 70): (0.0524, 0.3339),
+        (3, 10, 9, 10): (0.1705, 0.8090),
+        (0, 29, 5, 56): (-0.0381, 0.1926),
+    }
+    for (x, m, y, n), interval in published.items():
+        pair = [(k / size, *wilson(k, size, 0.95)) for k, size in ((x, m), (y, n))]
+        assert newcombe(*pair) == pytest.approx(interval, abs=1e-4)
+    wrong, right = Ratios([(0, 1)] * 20), Ratios([(1, 1)] * 10)
+    assert difference(wrong, right, False, 0, 100, 0.95) == pytest.approx((1, 0.6791, 1), abs=1e-4)
+    assert difference(right, wrong, False, 0, 100, 0.95) == pytest.approx((-1, -1, -0.6791), abs=1e-4)
+    value, low, high = difference(right, right, True, 0, 100, 0.95)
+    assert value == 0 and low == -high < -0.2, "ten of ten twice may still be different"
+    mixed = Ratios([(1, 1)] * 5 + [(0, 1)] * 15)
+    value, low, high = difference(wrong, mixed, True, 0, 100, 0.95)
+    assert low < value == 0.25 < high
 
 
 def test_large_numbers_of_documents_are_drawn_in_blocks(monkeypatch):

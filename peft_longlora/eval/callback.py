@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from peft_longlora.eval.corpus import Corpus
 from peft_longlora.eval.passkey import Passkey
 from peft_longlora.eval.perplexity import Perplexity
-from peft_longlora.eval.results import collect_cells
+from peft_longlora.eval.results import Cell, collect_cells
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks import Task
 from peft_longlora.settings import unshared
@@ -20,6 +20,8 @@ from peft_longlora.settings import unshared
 class LongContextEvalCallback(TrainerCallback):
     """Measure long-context tasks during training and log them as eval_{task}_{length}, such as eval_perplexity_32768.
 
+    Where a task has several data sets or protocols they stand in the name (eval_topics_5_topics,
+    eval_perplexity_documents_32768), and so does the base where it is measured beside (eval_native_base_8192).
     TensorBoard, W&B, trackio and every other reporter of the Trainer sees them. Attention is dense while measuring, and
     the model trains on as before. With several processes each measures everything, so that sharded models work too, and
     those whose ranks share a sequence while they train.
@@ -86,13 +88,8 @@ class LongContextEvalCallback(TrainerCallback):
         subject = Subject.of(model, self.tokenizer)
         with unshared(model), subject.evaluating(), self.trainer.compute_loss_context_manager():
             records = [item.measure() for task in self.tasks for item in task.items(subject)]
-        values = {}
-        for cell in collect_cells(records).values():
-            task, _, _, metric, length, group = cell.name
-            if group is None:
-                name = task if metric in ("perplexity", "accuracy", "recall") else f"{task}_{metric}"
-                values[f"eval_{name}" + (f"_{length}" if length else "")] = cell.sums()[1].value()
-        return values
+        cells = [cell for cell in collect_cells(records).values() if cell.name[-1] is None]
+        return {_name(cell, cells, subject.variant): cell.sums()[1].value() for cell in cells}
 
     def _check_best(self, args: TrainingArguments) -> None:
         """Refuse what would choose no checkpoint, or the worst, when hours have passed."""
@@ -129,6 +126,21 @@ class LongContextEvalCallback(TrainerCallback):
         """Measure every so many steps."""
         if self.every_steps and state.global_step % self.every_steps == 0:
             self.trainer.log(self.measure())
+
+
+def _name(cell: Cell, cells: list[Cell], variant: str) -> str:
+    """eval_{task}_{length}, with the metric, data and protocol where there are several, and "base" for the base."""
+    task, dataset, protocol, metric, length, _ = cell.name
+    alike = {other.name[1:3] for other in cells if other.name[0] == task and other.name[3:5] == (metric, length)}
+    parts = [
+        task,
+        "base" if cell.variant == "base" and variant != "base" else "",
+        dataset if len({data for data, _ in alike}) > 1 else "",
+        protocol if len({other for data, other in alike if data == dataset}) > 1 else "",
+        metric if metric not in ("perplexity", "accuracy", "recall") else "",
+        str(length or ""),
+    ]
+    return "_".join(["eval", *filter(None, parts)])
 
 
 def _list(name: str, values: Any, kind: Any, example: str) -> list[Any]:

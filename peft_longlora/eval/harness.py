@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import NormalDist
@@ -89,26 +90,35 @@ class Harness:
             bootstrap_iters=1000,
             log_samples=False,
         )
+        return self.record(found, subject.variant)
+
+    def record(self, found: dict[str, Any], variant: str) -> dict[str, Any]:
+        """The sample of a variant, from what lm-eval found."""
         values = found["groups" if self.task in found.get("groups", {}) else "results"][self.task]
-        measures, intervals = [], {}
+        is_higher_better = found["higher_is_better"].get(self.task, {})
+        measures, intervals, lower_is_better = [], {}, []
         z = NormalDist().inv_cdf(0.5 + self.confidence / 2)
         for name, value in values.items():
             metric, _, kind = name.partition(",")
             if "_stderr" in metric or not isinstance(value, int | float) or isinstance(value, bool) or not kind:
                 continue
             shown = metric if kind == "none" else f"{metric} ({kind})"
-            measures.append([shown, None, value, 1])
+            # A ratio of that name is a loss in nats, here and in `results`.
+            measures.append([shown, None, math.log(value) if shown == "perplexity" else value, 1])
+            lower_is_better += [shown] if is_higher_better.get(metric) is False else []
             error = values.get(f"{metric}_stderr,{kind}")
             if isinstance(error, int | float):
                 intervals[shown] = [value - z * error, value + z * error]
         return {
-            "key": f"{self.name}/{subject.variant}",
+            "key": f"{self.name}/{variant}",
             "task": self.name,
             "dataset": self.task,
             "protocol": f"lm-eval, {found['n-shot'].get(self.task, 0)}-shot",
-            "variant": subject.variant,
+            "variant": variant,
             "length": None,
             "unit": self.task,
             "measures": measures,
             "intervals": intervals,
+            "lower_is_better": lower_is_better,
+            "questions": found["n-samples"].get(self.task, {}).get("effective"),
         }

@@ -28,7 +28,7 @@ Each row of `results` and `details`:
     group           null, or what the row is restricted to: "512-1024", "depth 50%", "gold at 1 of 10", ...
     value           finite number, rounded to 6 significant digits (whole numbers are not)
     low, high       interval at `confidence`, or null where there are not two independent units
-    units           how many independent units (documents, prompts) the interval is over
+    units           how many independent units (documents, prompts, questions) the interval is over
     tokens          scored tokens, or the mean prompt length, or null
     beyond_window   whether the length is above the window the model was made for
     higher_is_better  bool
@@ -89,7 +89,12 @@ class Cell:
     tokens: float = 0.0
     samples: int = 0
     beyond_window: bool = False
-    interval: tuple[float, float] | None = None
+    interval: tuple[float, float] | None = None  # where lm-eval gives one, over so many questions
+    questions: int | None = None
+    higher_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        self.higher_is_better = self.name[3] not in LOWER_IS_BETTER
 
     def add(self, record: dict[str, Any], numerator: float, denominator: float, tokens: float | None) -> None:
         """Add one sample to its unit."""
@@ -100,6 +105,8 @@ class Cell:
         self.samples += 1
         self.beyond_window |= bool(record.get("beyond_window"))
         self.interval = record.get("intervals", {}).get(self.name[3]) or self.interval
+        self.questions = record.get("questions") or self.questions
+        self.higher_is_better &= self.name[3] not in record.get("lower_is_better", ())
 
     @property
     def is_perplexity(self) -> bool:
@@ -128,10 +135,10 @@ class Cell:
             value=rounded(ratios.value()),
             low=rounded(low),
             high=rounded(high),
-            units=len(self.units),
+            units=self.questions or len(self.units),
             tokens=rounded(tokens) if tokens else None,
             beyond_window=self.beyond_window,
-            higher_is_better=metric not in LOWER_IS_BETTER,
+            higher_is_better=self.higher_is_better,
         )
 
 

@@ -32,11 +32,15 @@ class Ratios:
             return None, None
         numerators, denominators = self.sums.T
         is_count = np.all(denominators == 1) and np.all(np.isin(numerators, (0.0, 1.0)))
-        # Nothing right, or nothing wrong, in a sample does not mean so in general, as a bootstrap would have it.
-        is_extreme = np.all(numerators == 0) or np.all(numerators == denominators)
-        if not self.exponential and (is_count or is_extreme):
+        if not self.exponential and (is_count or self.is_extreme):
             return wilson(round(self.value() * len(self.sums)), len(self.sums), confidence)
         return percentiles(self.replicates(seed, replicates), confidence)
+
+    @property
+    def is_extreme(self) -> bool:
+        """Nothing right or nothing wrong: a bootstrap would have it so in general, which one sample does not show."""
+        numerators, denominators = self.sums.T
+        return not self.exponential and bool(np.all(numerators == 0) or np.all(numerators == denominators))
 
     def replicates(self, seed: int, replicates: int) -> np.ndarray:
         """(R,) ratios of units drawn with replacement. One seed draws the same units for every ratio of n units."""
@@ -76,12 +80,27 @@ def wilson(successes: int, trials: int, confidence: float) -> tuple[float, float
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def newcombe(first: tuple[float, float, float], second: tuple[float, float, float]) -> tuple[float, float]:
+    """The interval of a difference, second - first, of two (value, low, high).
+
+    Example: of (0, 0, 0.1611) and (1, 0.7225, 1), 0 of 20 and 10 of 10 right, it is (0.6791, 1).
+    """
+    (p, p_low, p_high), (q, q_low, q_high) = first, second
+    return q - p - math.hypot(q - q_low, p_high - p), q - p + math.hypot(q_high - q, p - p_low)
+
+
 def difference(
     first: Ratios, second: Ratios, paired: bool, seed: int, replicates: int, confidence: float
 ) -> tuple[float, float | None, float | None]:
-    """second - first with its bootstrap interval; paired: row i of both is the same document or prompt."""
+    """second - first with its bootstrap interval; paired: row i of both is the same document or prompt.
+
+    Where one of the two has nothing right or nothing wrong: Newcombe's interval (Statistics in Medicine 17, 1998,
+    method 10 of both papers), which is the same for pairs then.
+    """
     value = second.value() - first.value()
     if min(len(first.sums), len(second.sums)) < 2:
         return value, None, None
+    if first.is_extreme or second.is_extreme:
+        return value, *newcombe(*((r.value(), *r.interval(seed, replicates, confidence)) for r in (first, second)))
     ours, theirs = (r.replicates(seed if paired else seed + i, replicates) for i, r in enumerate((first, second)))
     return value, *percentiles(theirs - ours, confidence)

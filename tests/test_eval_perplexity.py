@@ -85,7 +85,11 @@ def test_documents_shorter_than_the_window_are_scored_and_named(corpus, subject)
 
 
 def test_a_limit_counts_windows_of_each_document(corpus, subject):
-    items = list(Perplexity(corpus, [32], stride=32, max_windows=2).items(subject))
+    task = Perplexity(corpus, [32], stride=32, max_windows=2)
+    items = list(task.items(subject))
+    left_out = sum(max(0, -(-(len(text) - 1) // 32) - 2) for text in TEXTS)
+    limit = f"only the first 2 windows of each document were measured, and {left_out} were left out."
+    assert task.notes == [f"perplexity, 32 tokens, documents: {limit}"]
     assert [item.key.rsplit("/", 2)[1:] for item in items] == [
         [f"{document:06d}", f"{window:06d}"] for document in range(4) for window in range(2)
     ]

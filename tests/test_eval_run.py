@@ -330,6 +330,19 @@ def test_a_run_compared_with_itself_differs_in_nothing(tmp_path):
     assert found and all((d.value, d.low, d.high) == (0, 0, 0) and d.is_paired for d in found) and not notes
 
 
+def test_samples_that_are_not_in_the_results_are_not_in_their_comparison(tmp_path):
+    """A folder keeps the prompts of all its runs; results.json is of the last one."""
+    subject = scripted_subject(lambda prompt: read_passkey(prompt) if prompt.count("grass") % 2 else "no")
+    for depths in ([0, 0.13, 0.29, 0.5, 0.71, 1], [0.29, 0.71]):
+        evaluate(subject, [Passkey(lengths=[1000], depths=depths, seeds=3)], tmp_path / "a")
+    evaluate(scripted_subject(read_passkey), [Passkey(lengths=[1000], depths=[0.29, 0.71], seeds=3)], tmp_path / "b")
+    row = next(r for r in Results.load(tmp_path / "a").results if r.group is None)
+    found, notes = compare(tmp_path / "a", tmp_path / "b")
+    assert found[0].value == pytest.approx(1 - row.value) and found[0].low is None
+    assert found[1].low is not None, "rows of one depth are of the same prompts"
+    assert [note for note in notes if "holds prompts that its results.json is not made of" in note]
+
+
 def test_sparse_attention_and_rescaled_rope_are_measured_as_told(tmp_path, base, text):
     rows = {}
     for name, options in {

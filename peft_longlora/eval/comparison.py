@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_longlora.eval import statistics
 from peft_longlora.eval.report import table
-from peft_longlora.eval.results import SAMPLES, Cell, Results, Row, collect_cells, sort_key
+from peft_longlora.eval.results import RESULTS, SAMPLES, Cell, Results, Row, collect_cells, rounded, sort_key
 from peft_longlora.eval.units import PERCENT, scale_of, show, show_length, show_metric
 
 if TYPE_CHECKING:
@@ -59,12 +59,19 @@ def compare(first: str | Path, second: str | Path) -> tuple[list[Difference], li
         notes.append(f"No {SAMPLES} beside one of the two, so differences have no interval.")
     unequal_data = {n for n in runs[0].data.keys() & runs[1].data.keys() if _hash(runs[0], n) != _hash(runs[1], n)}
     ours, theirs = ({_key(run, row): row for row in [*run.results, *run.details]} for run in runs)
-    found = []
+    found, has_others = [], False
     for key in ours.keys() & theirs.keys():
         row, other = ours[key], theirs[key]
         pair = [c.get((r.name, r.variant)) for c, r in zip(cells, (row, other), strict=True)]
+        if any(c and rounded(c.sums()[1].value()) != r.value for c, r in zip(pair, (row, other), strict=True)):
+            pair, has_others = [None, None], True
         is_same_data = not any(name.split(" (")[0] == row.task for name in unequal_data)
         found.append(_difference(row, other, *pair, is_same_data, runs[0].settings))
+    if has_others:
+        notes.append(
+            f"{SAMPLES} of one of the two holds prompts that its {RESULTS} is not made of (other depths, seeds or "
+            f"samples in the same folder), so some differences have no interval."
+        )
     if not found:
         raise ValueError(f"{first} and {second} have no task, data, protocol and length in common.")
     return sorted(found, key=lambda difference: sort_key(difference.first)), notes

@@ -80,23 +80,32 @@ class Perplexity:
         for length in self.lengths:
             for variant in ["base", subject.variant] if self.with_base and subject.variant != "base" else [None]:
                 short: dict[int, str] = {}
-                count, document = 0, None
+                count, left_out, document = 0, 0, None
                 for window in self._windows(subject, length):
                     count = count + 1 if window.document == document else 1
                     document = window.document
                     if self.max_windows is not None and count > self.max_windows:
+                        left_out += 1
                         continue
                     if window.is_short:
                         short[window.document] = window.name
                     yield self._item(subject, variant, length, window)
+                if left_out:
+                    self._note(
+                        f"{self.name}, {length} tokens, {self.protocol}: only the first {self.max_windows} windows of "
+                        f"each document were measured, and {left_out} were left out."
+                    )
                 if short:
                     names = ", ".join(list(short.values())[:3]) + (", ..." if len(short) > 3 else "")
-                    note = (
+                    self._note(
                         f"{self.name}, {length} tokens: {len(short)} of {self.corpus.summary().documents} documents "
                         f"are shorter than the window and were scored whole ({names})."
                     )
-                    if note not in self.notes:
-                        self.notes.append(note)
+
+    def _note(self, text: str) -> None:
+        """Say it once, however often the windows are gone through."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def _windows(self, subject: Subject, length: int) -> Iterator[Window]:
         if self.protocol == "longlora":

@@ -12,7 +12,7 @@ Two ways of cutting, which give different numbers and are named in every result:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ from typing import Any
 import torch
 
 from peft_longlora.data import Sources, read_documents
+from peft_longlora.eval.encoding import BATCH_CHARACTERS
 from peft_longlora.eval.prefetch import prefetch
 
 # Token ids of each of some texts: fast tokenizers turn several documents into tokens at once, one a core.
-Encode = Callable[[list[str]], list[list[int]]]
-# Documents that are turned into tokens together; two such batches are in memory, or one document if that is longer.
-BATCH_CHARACTERS = 2**21
+Encode = Callable[[list[str]], Sequence[torch.Tensor | list[int]]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,8 @@ class Corpus:
         if self._summary is None:
             digest, documents, characters = hashlib.sha256(), 0, 0
             for document in self.documents():
-                digest.update(document["text"].encode() + b"\0")
+                digest.update(document["text"].encode())
+                digest.update(b"\0")
                 documents += 1
                 characters += len(document["text"])
             if not documents:
@@ -104,14 +104,23 @@ class Corpus:
         return self._summary
 
     def tokens(self, encode: Encode) -> Iterator[tuple[int, str, torch.Tensor, float]]:
-        """(number, name, token ids, progress) of each document."""
+        """(number, name, token ids as int32, progress) of each document."""
         read, total, number = 0, self.summary().characters, 0
-        for batch, tokens in prefetch(((batch, encode([d["text"] for d in batch])) for batch in self._batches()), 1):
-            for document, ids in zip(batch, tokens, strict=True):
-                read += len(document["text"])
-                name = Path(document["source"]).name if Path(document["source"]).exists() else document["source"]
-                yield number, name, torch.tensor(ids), read / total
+        for batch in prefetch(self._encoded(encode), 1):
+            for source, characters, ids in batch:
+                read += characters
+                name = Path(source).name if Path(source).exists() else source
+                yield number, name, ids, read / total
                 number += 1
+
+    def _encoded(self, encode: Encode) -> Iterator[list[tuple[str, int, torch.Tensor]]]:
+        """(source, characters, token ids) of the documents of a batch: what waits is tokens, without their text."""
+        for batch in self._batches():
+            tokens = encode([document["text"] for document in batch])
+            yield [
+                (document["source"], len(document["text"]), torch.as_tensor(ids, dtype=torch.int32))
+                for document, ids in zip(batch, tokens, strict=True)
+            ]
 
     def _batches(self) -> Iterator[list[dict[str, str]]]:
         """Documents in order, as many together as BATCH_CHARACTERS allow, and one at least."""
@@ -135,12 +144,13 @@ class Corpus:
             scored = 0  # the last token that a window has scored
             for index, start in enumerate(range(0, max(len(ids) - 1, 1), stride)):
                 stop = min(start + length, len(ids) - 1)
+                part = ids[start : stop + 1].long()
                 yield Window(
                     document=number,
                     number=index,
                     name=name,
-                    inputs=ids[start:stop],
-                    targets=ids[start + 1 : stop + 1],
+                    inputs=part[:-1],
+                    targets=part[1:],
                     first=scored - start,
                     start=start,
                     is_short=len(ids) <= length,
@@ -152,7 +162,7 @@ class Corpus:
 
     def stream_windows(self, encode: Encode, length: int, stride: int = 256) -> Iterator[Window]:
         """Windows of the "longlora" protocol: starts 0, stride, ... below N - length, without the last of them."""
-        buffer = torch.empty(0, dtype=torch.long)
+        buffer = torch.empty(0, dtype=torch.int32)
         offset = start = index = 0  # of the buffer's first token and the next window, in the stream
         owners: list[tuple[int, int, str]] = []  # where documents begin in the stream
         end = 0
@@ -164,10 +174,12 @@ class Corpus:
             while start + stride < end - length:
                 while len(owners) > 1 and owners[1][0] <= start:
                     owners.pop(0)
-                ids = buffer[start - offset : start - offset + length]
-                yield Window(owners[0][1], index, owners[0][2], ids, ids[1:], 0, start, False, progress)
+                part = buffer[start - offset : start - offset + length].long()
+                yield Window(owners[0][1], index, owners[0][2], part, part[1:], 0, start, False, progress)
                 start, index = start + stride, index + 1
-            buffer, offset = buffer[max(0, start - offset) :], offset + min(len(buffer), max(0, start - offset))
+            used = min(len(buffer), start - offset)
+            # A copy: a view would keep all of a long document in memory.
+            buffer, offset = buffer[used:].clone(), offset + used
         if not index:
             raise ValueError(
                 f"{', '.join(self.sources)}: {end} tokens in all give no window of {length} tokens (protocol "

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from peft_longlora.eval.encoding import encode_all
 from peft_longlora.eval.losses import TokenLosses
 from peft_longlora.loading import check_tokenizer, load_model
 from peft_longlora.rope import switch_rope
@@ -110,9 +111,9 @@ class Subject:
         """Token ids of a text, with the special tokens that the tokenizer puts around one."""
         return self.tokenizer(text, verbose=False)["input_ids"]
 
-    def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each of some texts."""
-        return self.tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"]
+    def encode_all(self, texts: list[str]) -> list[torch.Tensor]:
+        """`encode` of each of some texts, of any length, as (n,) int32."""
+        return encode_all(self.tokenizer, texts)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -12,11 +12,15 @@ are the same model and the same loop; only the attention differs:
     torchrun --nproc-per-node 2 benchmarks/scaling.py --check --output scaling.json
     torchrun --nproc-per-node 2 benchmarks/scaling.py --rows s2:1048576 --block 4 --tile 16384 --output longest.json
 
+Rows that are given more than once are taken together: alternate what is compared, because GPUs at their power limit slow
+down as they warm up. NCCL_P2P_DISABLE=1 in the environment sends everything through the host's memory and not over
+NVLink (docs/scaling.md says why that can be faster).
+
 --block 4 checkpoints every 4 layers and inside them every layer, --offload keeps what goes into these blocks in the
 CPU's memory, --tile 16384 norms and MLPs in tiles: less memory for more time. A row that needs more memory than there
 is ends the run; the file is written after every row.
 
-Hardware: 2 GPUs with 140 GB (measured on two H200s: 3.4 and 1.8 minutes). On CPUs: add --tiny.
+Hardware: 2 GPUs with 140 GB (measured on two H200s: 2 minutes each). On CPUs: add --tiny.
 """
 
 from __future__ import annotations
@@ -47,8 +51,8 @@ from peft_longlora import LongLoraConfig, use_attention
 from peft_longlora.sequence import parallelize_sequence, shard_batch
 
 ROWS = (
-    "s2:32768:2 alone:32768:2 ulysses:32768 s2:65536:2 alone:65536:2 ulysses:65536 s2:131072 alone:131072 "
-    "s2:262144 alone:262144 ring:32768 ring:65536"
+    "alone:32768:3 s2:32768:3 ulysses:32768:2 ring:32768:2 alone:32768:3 s2:32768:3 "
+    "alone:65536 s2:65536 ulysses:65536 ring:65536"
 )
 CHUNK = 8192  # tokens of the loss at a time
 
@@ -265,7 +269,6 @@ def main() -> None:
     device = torch.device("cpu" if args.tiny else f"cuda:{os.environ['LOCAL_RANK']}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # the halo's kernels before those that they overlap with
     dist.init_process_group("gloo" if args.tiny else "nccl")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     shape = TINY if args.tiny else LLAMA_3_8B
@@ -280,6 +283,7 @@ def main() -> None:
         block=args.block,
         tile=args.tile,
         offload=args.offload,
+        environment={name: value for name, value in os.environ.items() if name.startswith("NCCL_P2P")},
         command="torchrun benchmarks/scaling.py " + " ".join(sys.argv[1:]),
     )
     results = dict(about=about, rows=[])

@@ -13,6 +13,7 @@ import json
 import sys
 
 GIB_OF_A_GPU = 138.0  # of an H200's 140.4, less what CUDA and NCCL take
+HOST = "through the host's memory"
 WEIGHTS_GIB = 14.96  # 8.03e9 numbers in bf16
 OPTIONS = {"tiles": "tile", "blocks": "block", "offloaded": "offload"}  # of scaling.py, which trade time for memory
 NAMES = {
@@ -30,13 +31,23 @@ def read(paths: list[str]) -> list[dict]:
             found = json.load(file)
         about = found["about"]
         how = ", ".join(name for name, key in OPTIONS.items() if about.get(key)) or "plain"
+        if about.get("environment", {}).get("NCCL_P2P_DISABLE") == "1":
+            how = HOST
         rows += [{**row, "how": how, "each": row["tokens"] // row["gpus"]} for row in found["rows"]]
     return rows
 
 
 def of(rows: list[dict], attention: str, how: str = "plain") -> dict[int, dict]:
-    """The rows of one kind by tokens a GPU."""
-    return {row["each"]: row for row in rows if (row["attention"], row["how"]) == (attention, how)}
+    """The rows of one kind by tokens a GPU; those measured more than once with their mean time."""
+    found: dict[int, list[dict]] = {}
+    for row in rows:
+        if (row["attention"], row["how"]) == (attention, how):
+            found.setdefault(row["each"], []).append(row)
+    means = {each: sum(row["seconds"] for row in same) / len(same) for each, same in found.items()}
+    return {
+        each: {**same[0], "seconds": means[each], "tokens_per_second_per_gpu": each / means[each]}
+        for each, same in found.items()
+    }
 
 
 def shared_table(rows: list[dict]) -> list[str]:

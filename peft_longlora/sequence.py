@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from transformers.trainer_utils import has_length
 
 from peft_longlora.groups import positions_in_documents
 from peft_longlora.rotary import find_rotary_modules
@@ -245,6 +246,14 @@ class SequenceParallelMixin:
                 f"{type(loader.dataset).__name__} cannot be dealt out to groups of ranks: use a dataset with a length, "
                 f"or a stream of fewer shards than processes."
             )
+        rows = len(loader.dataset) if has_length(loader.dataset) else -1
+        gathered = _gather(torch.tensor([rows], device=self.args.device), self.sequence_mesh.get_group())
+        found = [x.item() for x in gathered]
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"The ranks that share a sequence were given datasets of {found} rows. Give every rank the same "
+                f"dataset, in the same order (the same seed)."
+            )
         dealer.num_processes = self.args.world_size // self.sequence_ranks
         dealer.process_index = self.args.process_index // self.sequence_ranks
         if dealer.num_processes == 1:  # as in one process: nobody fills up the last batch
@@ -322,10 +331,14 @@ class SequenceParallelMixin:
             )
 
 
+def _gather(x: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    gathered = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(gathered, x, group)
+    return gathered
+
+
 def _check_same(checksum: torch.Tensor, group: dist.ProcessGroup) -> None:
-    gathered = [torch.empty_like(checksum) for _ in range(group.size())]
-    dist.all_gather(gathered, checksum, group)
-    found = torch.cat(gathered).tolist()
+    found = torch.cat(_gather(checksum, group)).tolist()
     if any(one != found[0] for one in found):
         raise ValueError(
             f"The ranks that share a sequence were given different batches: (rows, tokens a row, checksum) = "

@@ -358,6 +358,7 @@ def refusals(folder: str) -> dict:
     def trainer(**changes):
         data = Dataset.from_dict({"input_ids": documents(), "labels": documents()})
         data = data.select(range(rank, 4 + rank)) if changes.pop("differs", False) else data
+        data = data.select(range(4 + rank)) if changes.pop("is_longer", False) else data
         more = dict(train_dataset=data, data_collator=DataCollatorForSeq2Seq(fast_tokenizer()))
         more["sequence_parallel_size"] = changes.pop("sequence_parallel_size", None)
         for name in ("compute_loss_func", "compute_metrics"):
@@ -420,6 +421,7 @@ def refusals(folder: str) -> dict:
     tries = dict(
         evaluated=evaluated,
         differs=lambda: trainer(differs=True).train(),
+        longer=lambda: trainer(is_longer=True).train(),
         smoothing=lambda: trainer(label_smoothing_factor=0.1),
         loss=lambda: trainer(compute_loss_func=lambda *args, **kwargs: 0),
         average=lambda: trainer(average_tokens_across_devices=False),
@@ -452,6 +454,7 @@ GENERATES = "The ranks share each sequence, and were called with a cache"
 EXPECTED = dict(
     evaluated="ValueError: The model is not wrapped in DistributedDataParallel",
     differs="ValueError: The ranks that share a sequence were given different batches: (rows, tokens a row, checksum)",
+    longer="ValueError: The ranks that share a sequence were given datasets of [4, 5] rows",
     smoothing="ValueError: Sequence parallelism cannot be used with label_smoothing_factor",
     loss="ValueError: Sequence parallelism cannot be used with compute_loss_func",
     average="ValueError: Sequence parallelism cannot be used with average_tokens_across_devices=False",

@@ -51,11 +51,12 @@ def exchange_edges(
     Raises:
         ValueError: the stretches do not make up one sequence, or are attended to in different ways; on all ranks.
     """
-    (_, head, number), (_, tail, last_number) = documents[0], documents[-1]
     length = position_ids.shape[1]
+    (_, head, number), (_, tail, last_number) = (documents[0], documents[-1]) if length else ((0, 0, 0),) * 2
     mine = [length, head * bool(number), tail * bool(last_number), 0, 0, group_size, int(pattern == "s2")]
     mine = torch.tensor(mine).to(position_ids.device)
-    mine[3:5] = position_ids[0, [0, -1]]
+    if length:
+        mine[3:5] = position_ids[0, [0, -1]]
     gathered = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(gathered, mine, group)
     edges = [Edges(*one) for one in torch.stack(gathered).tolist()]
@@ -64,6 +65,11 @@ def exchange_edges(
 
 
 def _check_edges(edges: list[Edges]) -> None:
+    if not all(edge.length for edge in edges):
+        raise ValueError(
+            f"The ranks hold stretches of {[edge.length for edge in edges]} tokens, and each needs one or more. Cut the "
+            f"batch with shard_batch, which pads."
+        )
     if len({edge[-2:] for edge in edges}) > 1:
         raise ValueError(
             f"The ranks that share a sequence attend in different ways, (group_size, is shifted) = "

@@ -248,23 +248,27 @@ def different(kind: str) -> str:
         position_ids = torch.arange(6)[None] + 9 * rank
     elif kind == "group size":
         group_size = 8 + 2 * rank
+    documents = [(0, 6, 1)]
+    if kind == "tokens" and rank == 1:
+        documents, position_ids = [], position_ids[:, :0]
     try:
-        exchange_edges([(0, 6, 1)], position_ids, group_size, pattern, dist.group.WORLD)
+        exchange_edges(documents, position_ids, group_size, pattern, dist.group.WORLD)
     except ValueError as error:
         return str(error)
     return "nothing"
 
 
 def all_that_differs() -> list[str]:
-    return [different(kind) for kind in ("nothing", "positions", "group size")]
+    return [different(kind) for kind in ("nothing", "positions", "group size", "tokens")]
 
 
 def test_stretches_that_do_not_fit_are_refused_on_every_rank():
     for found in run_ranks(2, all_that_differs):
-        nothing, positions, sizes = found
+        nothing, positions, sizes, tokens = found
         assert nothing == "nothing"
         assert "rank 0 ends at position 5, and rank 1 begins at 9" in positions and "shard_batch" in positions
         assert "[(8, True), (10, True)]" in sizes
+        assert "stretches of [6, 0] tokens" in tokens
 
 
 def test_kernels_that_only_autograd_can_run_are_refused():

@@ -67,8 +67,8 @@ def exchange_edges(
 def _check_edges(edges: list[Edges]) -> None:
     if not all(edge.length for edge in edges):
         raise ValueError(
-            f"The ranks hold stretches of {[edge.length for edge in edges]} tokens, and each needs one or more. Cut the "
-            f"batch with shard_batch, which pads."
+            f"The ranks hold stretches of {[edge.length for edge in edges]} tokens, and each needs one or more. Cut "
+            f"the batch with shard_batch, which pads."
         )
     if len({edge[-2:] for edge in edges}) > 1:
         raise ValueError(

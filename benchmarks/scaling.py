@@ -12,9 +12,9 @@ are the same model and the same loop; only the attention differs:
     torchrun --nproc-per-node 2 benchmarks/scaling.py --check --output scaling.json
     torchrun --nproc-per-node 2 benchmarks/scaling.py --rows s2:1048576 --block 4 --tile 16384 --output longest.json
 
-Rows that are given more than once are taken together: alternate what is compared, because GPUs at their power limit slow
-down as they warm up. NCCL_P2P_DISABLE=1 in the environment sends everything through the host's memory and not over
-NVLink (docs/scaling.md says why that can be faster).
+Rows that are given more than once are taken together: alternate what is compared, because GPUs at their power limit
+slow down as they warm up. NCCL_P2P_DISABLE=1 in the environment sends everything through the host's memory and not
+over NVLink (docs/scaling.md says why that can be faster).
 
 --block 4 checkpoints every 4 layers and inside them every layer, --offload keeps what goes into these blocks in the
 CPU's memory, --tile 16384 norms and MLPs in tiles: less memory for more time. A row that needs more memory than there

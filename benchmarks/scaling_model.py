@@ -13,11 +13,11 @@ import json
 import sys
 
 GIB_OF_A_GPU = 138.0  # of an H200's 140.4, less what CUDA and NCCL take
-HOST = "through the host's memory"
 WEIGHTS_GIB = 14.96  # 8.03e9 numbers in bf16
+HOST = "plain, host"  # what ranks send goes through the host's memory, and not over NVLink
 OPTIONS = {"tiles": "tile", "blocks": "block", "offloaded": "offload"}  # of scaling.py, which trade time for memory
 NAMES = {
-    "plain": "",
+    HOST: "",
     "tiles": ", in tiles",
     "tiles, blocks": ", in tiles and blocks of 4 layers",
     "tiles, blocks, offloaded": ", the same, blocks offloaded",
@@ -52,19 +52,28 @@ def of(rows: list[dict], attention: str, how: str = "plain") -> dict[int, dict]:
 
 def shared_table(rows: list[dict]) -> list[str]:
     """S2-Attn on one and on two GPUs, as in docs/scaling.md."""
-    lines = ["| tokens a GPU | 1 GPU | 2 GPUs share | rate a GPU, 2 to 1 | peak a GPU | sent a layer and step |"]
-    lines.append("|---|---|---|---|---|---|")
+    head = (
+        "tokens a GPU",
+        "1 GPU",
+        "2 GPUs share",
+        "rate a GPU, 2 to 1",
+        "over NVLink",
+        "peak a GPU",
+        "sent a layer and step",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|---|---|"]
+    over_nvlink = rates_of_two(rows, "plain")
     for how, name in NAMES.items():
-        alone = of(rows, "alone", how)
+        alone, rates = of(rows, "alone", how), rates_of_two(rows, how)
         found = sorted(of(rows, "s2", how).items())
-        for each, row in found if how == "plain" else found[-1:]:  # before the longest, a short one may warm up
-            one = alone.get(each, {}).get("seconds")
+        for each, row in found if how == HOST else found[-1:]:  # before the longest, a short one may warm up
             cells = [
                 f"{each:,}{name}",
-                f"{one:.2f} s" if one else "",
+                f"{alone[each]['seconds']:.2f} s" if each in alone else "",
                 f"{row['seconds']:.2f} s, {row['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU"
                 + ("" if row["is_warm"] else " (not warmed up)"),
-                f"{one / row['seconds']:.1%}" if one else "",
+                f"{rates[each]:.1%}" if each in rates else "",
+                f"{over_nvlink[each]:.1%}" if how == HOST and each in over_nvlink else "",
                 f"{row['peak_gib']:.1f} GiB",
                 f"{row['mib_sent_a_layer']:.0f} MiB",
             ]
@@ -72,25 +81,33 @@ def shared_table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def rates_of_two(rows: list[dict], how: str) -> dict[int, float]:
+    """Rate a GPU where two share, in units of one GPU's, by tokens a GPU."""
+    alone, shared = of(rows, "alone", how), of(rows, "s2", how)
+    return {each: alone[each]["seconds"] / shared[each]["seconds"] for each in alone if each in shared}
+
+
 def dense_table(rows: list[dict]) -> list[str]:
     """S2-Attn beside dense attention on two GPUs, as in docs/scaling.md."""
-    lines = ["| tokens in all, 2 GPUs | S2-Attn | Ulysses | torch's ring | sent a layer and step: S2, Ulysses |"]
-    lines.append("|---|---|---|---|---|")
-    found = [of(rows, "s2"), *({**of(rows, x, "tiles"), **of(rows, x)} for x in ("ulysses", "ring"))]
+    head = "tokens in all, 2 GPUs", "S2-Attn", "Ulysses", "torch's ring", "sent a layer and step: S2, Ulysses, ring"
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|"]
+    ways = {"s2": HOST, "ulysses": "tiles", "ring": "tiles"}  # taken where there is no row like those of the others
+    found = [{**of(rows, attention, other), **of(rows, attention)} for attention, other in ways.items()]
     for each in sorted(set.intersection(*map(set, found))):
-        of_each = [one[each] for one in found]
-        notes = [
-            "" if row["is_warm"] else f" ({'in tiles, ' * (row['how'] == 'tiles')}not warmed up)" for row in of_each
-        ]
-        rates = [f"{row['tokens_per_second_per_gpu']:,.0f}{note}" for row, note in zip(of_each, notes, strict=True)]
-        sent = ", ".join(f"{row['mib_sent_a_layer']:,.0f} MiB" for row in of_each[:2])
-        lines.append(f"| {' | '.join([f'{each * 2:,}', *rates, sent])} |")
+        cells = [f"{each * 2:,}"]
+        for row in (one[each] for one in found):
+            notes = [] if row["how"] == "plain" else [{HOST: "through the host's memory"}.get(row["how"], "in tiles")]
+            notes += [] if row["is_warm"] else ["not warmed up"]
+            cells.append(f"{row['tokens_per_second_per_gpu']:,.0f}" + (f" ({', '.join(notes)})" if notes else ""))
+        sent = [one[each]["mib_sent_a_layer"] for one in found]
+        cells.append(", ".join("not counted" if mib is None else f"{mib:,.0f} MiB" for mib in sent))
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def main() -> None:
     rows = read(sys.argv[1:])
-    alone, shared, dense = (of(rows, attention) for attention in ("alone", "s2", "ulysses"))
+    alone, shared, dense = of(rows, "alone", HOST), of(rows, "s2", HOST), of(rows, "ulysses")
     longest = max(alone)
     c = alone[longest]["seconds"] / longest
     h = max(shared[each]["seconds"] - alone[each]["seconds"] for each in alone)
@@ -111,7 +128,7 @@ def main() -> None:
     for how in NAMES:
         each, row = max(of(rows, "s2", how).items())
         slopes[how] = (row["peak_gib"] - WEIGHTS_GIB) / each
-        slower[how] = max(1.0, row["seconds"] / each / c) if how != "plain" else 1.0
+        slower[how] = max(1.0, row["seconds"] / each / c) if how != HOST else 1.0
         most = int((GIB_OF_A_GPU - WEIGHTS_GIB) / slopes[how])
         kib = slopes[how] * 2**20
         print(f"{how:24s} {kib:6.1f} KiB a token, {slower[how]:.2f} times the time, most {most} tokens a GPU")

@@ -363,10 +363,11 @@ def test_two_gpus_train_as_one(config, tmp_path, gpu_base, one_gpu):
         if is_float32:
             assert_equal_runs(tmp_path / name, one_gpu / name, rtol=1e-4)
             assert_whole_adapter(gpu_base, tmp_path / name)
-        else:
+        else:  # rounding decides which way it goes, but not how far from float32
+            truth = logits(load(gpu_base, one_gpu / "float32"))
             models = [load(gpu_base, folder / name, torch.bfloat16) for folder in (tmp_path, one_gpu)]
-            ours, truth = (logits(model).float() for model in models)
-            assert (ours - truth).abs().mean() < 0.02 * truth.std()
+            ours, theirs = ((logits(model).float() - truth).abs().mean() for model in models)
+            assert ours < 1.25 * theirs
 
 
 # -- faults --------------------------------------------------------------------------------------------------------

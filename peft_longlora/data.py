@@ -126,13 +126,26 @@ def _rows(sources: Sources, split: str, config: str | None, text_field: str | No
         if not path.exists():
             yield from _hub_rows(str(source), split, config)
             continue
-        for file in _files(path):
-            number = 0
-            with _named(str(file)):
-                for number, row in enumerate(_file_rows(file, text_field), 1):  # noqa: B007
-                    yield row
-            if not number:
-                raise ValueError(f"{file}: nothing in it. Remove it.")
+        for _, name, row in read_rows(path, text_field):
+            yield name, row
+
+
+def read_rows(path: Path, text_field: str | None = None) -> Iterator[tuple[Path, str, Any]]:
+    """(file, place in it, row) of a .jsonl or .json file, each also .gz, or of those in a folder.
+
+    Args:
+        text_field: what the text of .txt files is called; None: they are refused.
+
+    Raises:
+        ValueError: no such file in the folder, nothing in one, or no JSON; the message names file and line.
+    """
+    for file in _files(path):
+        number = 0
+        with _named(str(file)):
+            for number, (name, row) in enumerate(_file_rows(file, text_field), 1):  # noqa: B007
+                yield file, name, row
+        if not number:
+            raise ValueError(f"{file}: nothing in it. Remove it.")
 
 
 def _files(path: Path) -> list[Path]:

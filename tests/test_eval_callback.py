@@ -167,12 +167,15 @@ def test_refusals_come_before_training(tmp_path, options, message):
 
 def test_no_number_takes_the_place_of_another(tmp_path, text):
     """Several data sets and protocols of a task, and the base beside the adapter, all stand in the log."""
+    (tmp_path / "talks").mkdir()
     for name in ("5_topics", "10_topics"):
-        (tmp_path / f"{name}.jsonl").write_text(
-            json.dumps({"prompt": "art, art. The first?", "topics": ["art"]}) + "\n"
-        )
+        row = {"prompt": "art, art. The first?", "topics": ["art"]}
+        (tmp_path / "talks" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     corpus, trainer = Corpus(text), make_trainer(tmp_path, eval_strategy="steps")
-    tasks = [Perplexity(corpus, [64], protocol="longlora", stride=4, max_windows=1), Topics(source=str(tmp_path))]
+    tasks = [
+        Perplexity(corpus, [64], protocol="longlora", stride=4, max_windows=1),
+        Topics(source=str(tmp_path / "talks")),
+    ]
     tasks.append(Perplexity(corpus, [64], max_windows=1, with_base=True, name="native"))
     callback = LongContextEvalCallback(trainer, text, [64, 128], passkey_depths=[], tasks=tasks)
     names = {"perplexity_longlora_64", "perplexity_documents_64", "perplexity_128", "native_64", "native_base_64"}

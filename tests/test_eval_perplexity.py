@@ -108,6 +108,12 @@ def test_a_loss_that_is_no_number_is_named_with_document_and_position(tmp_path):
         measure(task, bad)
     expected = f"document {document} (1.txt), token {place + 1}, position {place % 8 + 1} of a window of 8"
     assert "The loss is nan in" in str(error.value) and expected in str(error.value)
+    task = Perplexity(Corpus([tmp_path / "0.txt", tmp_path / "1.txt"]), [8], "longlora", stride=4)
+    place += len(clean)
+    start = next(start for start in range(0, len(clean) + 90, 4) if place - start < 7)  # the first window to score it
+    expected = f"token {place + 1} of all documents, in the window that begins in {int(start >= len(clean))}.txt, "
+    with pytest.raises(ValueError, match=f"{expected}position {place - start + 1} of a window of 8"):
+        measure(task, bad)
 
 
 def test_a_length_above_the_window_is_marked(corpus, subject):

@@ -1,5 +1,6 @@
 """Prompts: they fill their length, the answers are in them, a perfect reader scores 100% and a silent one 0%."""
 
+import gzip
 import json
 import math
 import random
@@ -296,6 +297,20 @@ def test_long_qa_in_both_formats(tmp_path):
     }
 
 
+def test_records_come_as_lines_or_as_one_list(tmp_path):
+    """LongAlpaca-12k.json is a list."""
+    rows = [{"instruction": f"Book. Who ran {i}?", "output": "A dog"} for i in range(3)]
+    (tmp_path / "alpaca.v2.json").write_text(json.dumps(rows, indent=1))
+    with gzip.open(tmp_path / "lines.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    records = measure(LongQA(source=str(tmp_path), samples=2), scripted_subject(lambda prompt: "dog"))
+    assert [r["dataset"] for r in records] == ["alpaca.v2"] * 2 + ["lines"] * 2
+    assert {r["measures"][0][2] for r in records} == {1.0}
+    (tmp_path / "alpaca.v2.json").write_text(json.dumps([*rows, {"output": "x"}]))
+    with pytest.raises(ValueError, match=r"alpaca.v2.json, record 4: a record with the fields \['output'\]"):
+        LongQA(source=str(tmp_path)).data()
+
+
 def test_long_prompts_lose_their_middle_and_are_counted(tmp_path):
     row = {"context": "B" * 600 + "E" * 600, "input": "Q?", "answers": ["x"], "dataset": "hotpotqa"}
     template = write(tmp_path / "prompts.json", [{"hotpotqa": "<{context}|{input}>"}])
@@ -335,12 +350,12 @@ def longbench(path, prompts=None, max_length=None, **change) -> None:
             lambda p: Topics(source=write(p / "t.jsonl", [{"prompt": 3, "topics": ["a"]}])).data(),
             "no 'prompt', or.*'3'",
         ),
-        (lambda p: MultiDoc(source=write(p / "m.jsonl", [[1]])).data(), "m.jsonl:1: no 'question'"),
+        (lambda p: MultiDoc(source=write(p / "m.jsonl", [[1]])).data(), "m.jsonl, record 1: no 'question'"),
         (lambda p: multidoc(p, answers=[""]), "no 'answers', or no list of texts"),
         (lambda p: multidoc(p, answers="Runner"), "no 'answers', or no list of texts"),
         (lambda p: multidoc(p, ctxs=["text"]), "no list of passages"),
         (lambda p: multidoc(p, ctxs=[{"text": "t", "isgold": True}]), "with title and text"),
-        (lambda p: MultiDoc(source=write(p / "e.jsonl", [])).data(), "no record in it"),
+        (lambda p: MultiDoc(source=write(p / "e.jsonl", [])).data(), "e.jsonl: nothing in it"),
         (lambda p: multidoc(p, ctxs=[]), "m.jsonl:1: 0 passages are gold"),
         (lambda p: LongQA(source=write(p / "l.jsonl", [{"text": "x"}])).data(), "neither LongAlpaca's"),
         (lambda p: LongQA(source=write(p / "l.jsonl", [[1]])).data(), "neither LongAlpaca's"),

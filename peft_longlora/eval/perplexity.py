@@ -142,10 +142,14 @@ class Perplexity:
         losses = losses.double()[window.first :]
         if not torch.isfinite(losses).all():
             place = int((~torch.isfinite(losses)).nonzero()[0, 0]) + window.first
+            where = f"document {window.document} ({window.name}), token {window.start + place + 1}"
+            if (
+                self.protocol == "longlora"
+            ):  # where a window holds several documents, and tokens are counted through all
+                where = f"token {window.start + place + 1} of all documents, in the window that begins in {window.name}"
             raise ValueError(
-                f"The loss is {losses[place - window.first].item()} in document {window.document} ({window.name}), "
-                f"token {window.start + place + 1}, position {place + 1} of a window of {length}. The model computes "
-                f"no number there: check its weights, or use --dtype float32."
+                f"The loss is {losses[place - window.first].item()} in {where}, position {place + 1} of a window of "
+                f"{length}. The model computes no number there: check its weights, or use --dtype float32."
             )
         measures = []
         edges = [0, *(e for e in self._edges(length) if e < length), length]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -10,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft_longlora.data import read_rows
 from peft_longlora.eval.metrics import contains_any, normalize_answer
 from peft_longlora.eval.prompts import Prompt, PromptTask, Question
 
 
-def read_jsonl(
+def read_records(
     source: str | Path, check: Callable[[dict[str, Any]], None], what: str
 ) -> list[tuple[str, dict[str, Any]]]:
-    """(file name, record) of the .jsonl(.gz) files of a folder, or of one file.
+    """(file name, record) of a .jsonl or .json file (an object a line, or one list), each also .gz, or of a folder's.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, no JSON, or a record that `check` refuses; names file and line.
@@ -25,28 +25,13 @@ def read_jsonl(
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder ({what}).")
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz")))
     rows = []
-    for file in files:
+    for file, place, row in read_rows(path):
         try:
-            with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as opened:
-                lines = opened.read().decode("utf-8-sig").split("\n")
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: cannot be read ({error}).") from error
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}:{number}: not JSON ({error.msg}, column {error.colno}).") from error
-            try:
-                check(row if isinstance(row, dict) else {})
-            except ValueError as error:
-                raise ValueError(f"{file}:{number}: {error} Correct the record of {what}, or remove it.") from None
-            rows.append((file.name, row))
-    if not rows:
-        raise ValueError(f"{path}: no record in it ({what} come as .jsonl or .jsonl.gz).")
+            check(row if isinstance(row, dict) else {})
+        except ValueError as error:
+            raise ValueError(f"{place}: {error} Correct the record of {what}, or remove it.") from None
+        rows.append((file.name, row))
     return rows
 
 
@@ -76,7 +61,8 @@ class RecordTask(PromptTask):
     """What tasks on records share. Subclasses give `check_record`.
 
     Args:
-        source: a .jsonl(.gz) file or a folder of them. samples: the first so many records of each file; None: all.
+        source: a .jsonl or .json file, each also .gz, or a folder of them.
+        samples: the first so many records of each file; None: all.
     """
 
     source: str = ""
@@ -90,7 +76,7 @@ class RecordTask(PromptTask):
         if self._rows is None:
             counts: dict[str, int] = {}
             self._rows = []
-            for name, row in read_jsonl(self.source, self.check_record, self.name):
+            for name, row in read_records(self.source, self.check_record, self.name):
                 counts[name] = counts.get(name, 0) + 1
                 if self.samples is None or counts[name] <= self.samples:
                     self._rows.append((name, row))
@@ -113,13 +99,16 @@ class RecordTask(PromptTask):
         digest = hashlib.sha256()
         for _, row in self.rows():
             digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-        name = Path(self.source).name.split(".")[0]
+        name = stem(Path(self.source).name)
         return {"name": name, "sources": [name], "records": len(self.rows()), "sha256": digest.hexdigest()}
 
 
 def stem(file: str) -> str:
-    """A file's name without its endings: what its records are called in results."""
-    return file.split(".")[0]
+    """A file's name without its endings: what its records are called in results.
+
+    Example: "nq.v2.jsonl.gz" gives "nq.v2".
+    """
+    return file.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
 
 
 @dataclass

@@ -8,8 +8,7 @@ knows its neighbours (`parallelize_sequence`). `SequenceParallelMixin` does both
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -20,14 +19,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.trainer_utils import has_length
 
-from peft_longlora.groups import positions_in_documents
 from peft_longlora.rotary import find_rotary_modules
 from peft_longlora.settings import find_attention_modules, is_local_layer, settings_of
-
-# What collators say of documents for kernels that take cumulative lengths; here positions say it.
-_OF_WHOLE_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-_CHECKSUM = "batch_checksum"
-IGNORED = -100
+from peft_longlora.stretch import CHECKSUM, IGNORED, SequenceCollator, check_same, gather
+from peft_longlora.stretch import shard_batch as shard_batch  # found here by users
 
 
 def parallelize_sequence(model: nn.Module, mesh: DeviceMesh | None) -> None:
@@ -72,64 +67,6 @@ def _check_model(model: nn.Module, layers: Any) -> None:
             f"Layers {local} have a sliding window, which would end at the border of a rank. Use a model without one "
             f"(sliding_window=None), or train it without sequence parallelism."
         )
-
-
-def shard_batch(batch: dict[str, Any], rank: int, ranks: int, *, pad_token_id: int = 0) -> dict[str, torch.Tensor]:
-    """This rank's stretch of a batch that every rank holds.
-
-    The rows are laid end to end, padded to a multiple of `ranks`, and cut; so a rank gets one row, and positions say
-    where documents start. Labels are shifted before they are cut: a rank's last token predicts the next rank's first.
-
-    Args:
-        batch: input_ids (B, S) and, if there are, attention_mask, position_ids, labels and others of that shape.
-        rank, ranks: which stretch, of how many.
-        pad_token_id: what the last stretch is padded with.
-
-    Returns: input_ids, attention_mask, position_ids and, if there are labels, labels and shift_labels; (1, S') each.
-
-    Raises: ValueError: something else than one number a token.
-
-    Example: one row of 5 tokens on 2 ranks: tokens 0 to 2, and 3, 4 and one of padding.
-    """
-    ids = batch["input_ids"]
-    rows = {"attention_mask": torch.ones_like(ids), **batch}
-    if rows.get("cu_seq_lens_q") is not None:
-        rows["position_ids"] = positions_in_documents(rows["cu_seq_lens_q"].to(ids.device), *ids.shape)
-    for name in _OF_WHOLE_ROWS:
-        rows.pop(name, None)
-    if rows.get("position_ids") is None:
-        rows["position_ids"] = torch.arange(ids.shape[1], device=ids.device)
-    rows["position_ids"] = rows["position_ids"].expand(ids.shape)
-    if rows.get("labels") is not None and rows.get("shift_labels") is None:
-        rows["shift_labels"] = nn.functional.pad(rows["labels"][:, 1:], (0, 1), value=IGNORED)
-    wrong = [name for name, x in rows.items() if not isinstance(x, torch.Tensor) or x.shape != ids.shape]
-    if wrong:
-        raise ValueError(f"{wrong} of the batch cannot be cut into stretches: only (B, S) = {tuple(ids.shape)} can.")
-    length = -(-ids.numel() // ranks)
-    fill = {"input_ids": pad_token_id, "labels": IGNORED, "shift_labels": IGNORED}
-    stretch = {}
-    for name, x in rows.items():
-        flat = x.reshape(-1)[rank * length : (rank + 1) * length]
-        stretch[name] = nn.functional.pad(flat, (0, length - len(flat)), value=fill.get(name, 0))[None]
-    return stretch
-
-
-class SequenceCollator:
-    """A collator whose batches are cut: what `collator` makes, less what other ranks hold.
-
-    Args:
-        collator: makes a batch of PyTorch tensors. rank, ranks, pad_token_id: as `shard_batch`.
-    """
-
-    def __init__(self, collator: Callable[[Any], dict[str, Any]], rank: int, ranks: int, pad_token_id: int = 0):
-        self.collator, self.rank, self.ranks, self.pad_token_id = collator, rank, ranks, pad_token_id
-
-    def __call__(self, features: Any) -> dict[str, torch.Tensor]:
-        """The stretch of this rank, and a checksum of the whole batch."""
-        batch = self.collator(features)
-        ids = batch["input_ids"]
-        checksum = torch.tensor([[*ids.shape, zlib.crc32(ids.contiguous().numpy().tobytes())]])
-        return {**shard_batch(batch, self.rank, self.ranks, pad_token_id=self.pad_token_id), _CHECKSUM: checksum}
 
 
 class SequenceParallelMixin:
@@ -247,7 +184,7 @@ class SequenceParallelMixin:
                 f"or a stream of fewer shards than processes."
             )
         rows = len(loader.dataset) if has_length(loader.dataset) else -1
-        gathered = _gather(torch.tensor([rows], device=self.args.device), self.sequence_mesh.get_group())
+        gathered = gather(torch.tensor([rows], device=self.args.device), self.sequence_mesh.get_group())
         found = [x.item() for x in gathered]
         if len(set(found)) > 1:
             raise ValueError(
@@ -288,11 +225,11 @@ class SequenceParallelMixin:
         Raises: ValueError: the ranks of a sequence were given different batches, on all of them; or nobody averages
             their gradients.
         """
-        checksum = inputs.pop(_CHECKSUM, None)
+        checksum = inputs.pop(CHECKSUM, None)
         if checksum is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         group = self.sequence_mesh.get_group()
-        _check_same(checksum, group)
+        check_same(checksum, group)
         if self.model.training:
             self._check_wrapped(model)
             with self._counting_every_rank():
@@ -329,18 +266,3 @@ class SequenceParallelMixin:
                 "The model is not wrapped in DistributedDataParallel, so the ranks would train apart. Do not call "
                 "evaluate() before train(): eval_on_start=True measures the loss before."
             )
-
-
-def _gather(x: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    gathered = [torch.empty_like(x) for _ in range(group.size())]
-    dist.all_gather(gathered, x, group)
-    return gathered
-
-
-def _check_same(checksum: torch.Tensor, group: dist.ProcessGroup) -> None:
-    found = torch.cat(_gather(checksum, group)).tolist()
-    if any(one != found[0] for one in found):
-        raise ValueError(
-            f"The ranks that share a sequence were given different batches: (rows, tokens a row, checksum) = "
-            f"{[tuple(one) for one in found]}. Give every rank the same dataset, in the same order (the same seed)."
-        )

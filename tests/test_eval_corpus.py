@@ -70,6 +70,16 @@ def test_example_of_the_docstring(tmp_path):
     assert [w.targets[w.first :].tolist() for w in windows] == [[1, 2, 3, 4], [5, 6], [7, 8], [9]]
 
 
+def test_progress_is_the_part_of_the_text_up_to_a_window(corpus):
+    """Within documents too: the time that is left is worked out from it. Here a token is a character."""
+    sizes = [len(d["text"]) for d in corpus.documents()]
+    for window in corpus.document_windows(letters, 64, 32):
+        read = sum(sizes[: window.document]) + window.start + len(window.inputs) + 1
+        assert window.progress == pytest.approx(read / sum(sizes))
+    for window in corpus.stream_windows(letters, 64, 32):  # is known to be one once a stride more has been read
+        assert window.start + 64 <= window.progress * sum(sizes) + 1e-9 <= window.start + 64 + 32
+
+
 def test_too_little_text_for_the_original_protocol_is_said(corpus):
     with pytest.raises(ValueError, match=r"2534 tokens in all give no window of 2400 .* more than 2656"):
         list(corpus.stream_windows(letters, 2400))

@@ -52,7 +52,7 @@ class Window:
         name: where the document came from.
         start: place of the first input in its document, or in the stream.
         is_short: the document is shorter than a window.
-        progress: the part of the corpus read so far, 0 to 1.
+        progress: the part of the corpus up to the window's last token, 0 to 1.
     """
 
     document: int
@@ -103,14 +103,14 @@ class Corpus:
             self._summary = Summary(name, sources, documents, characters, digest.hexdigest())
         return self._summary
 
-    def tokens(self, encode: Encode) -> Iterator[tuple[int, str, torch.Tensor, float]]:
-        """(number, name, token ids as int32, progress) of each document."""
+    def tokens(self, encode: Encode) -> Iterator[tuple[int, str, torch.Tensor, tuple[float, float]]]:
+        """(number, name, token ids as int32, parts of the corpus before and after it) of each document."""
         read, total, number = 0, self.summary().characters, 0
         for batch in prefetch(self._encoded(encode), 1):
             for source, characters, ids in batch:
-                read += characters
+                before, read = read, read + characters
                 name = Path(source).name if Path(source).exists() else source
-                yield number, name, ids, read / total
+                yield number, name, ids, (before / total, read / total)
                 number += 1
 
     def _encoded(self, encode: Encode) -> Iterator[list[tuple[str, int, torch.Tensor]]]:
@@ -140,7 +140,7 @@ class Corpus:
 
         Example: 10 tokens, length 4, stride 2: inputs 0-3, 2-5, 4-7, 6-8; targets scored 1-4, 5-6, 7-8, 9.
         """
-        for number, name, ids, progress in self.tokens(encode):
+        for number, name, ids, parts in self.tokens(encode):
             scored = 0  # the last token that a window has scored
             for index, start in enumerate(range(0, max(len(ids) - 1, 1), stride)):
                 stop = min(start + length, len(ids) - 1)
@@ -154,7 +154,7 @@ class Corpus:
                     first=scored - start,
                     start=start,
                     is_short=len(ids) <= length,
-                    progress=progress,
+                    progress=_between(parts, stop + 1, len(ids)),
                 )
                 scored = stop
                 if stop >= len(ids) - 1:
@@ -166,7 +166,7 @@ class Corpus:
         offset = start = index = 0  # of the buffer's first token and the next window, in the stream
         owners: list[tuple[int, int, str]] = []  # where documents begin in the stream
         end = 0
-        for number, name, ids, progress in self.tokens(encode):
+        for number, name, ids, parts in self.tokens(encode):
             owners.append((end, number, name))
             end += len(ids)
             buffer = torch.cat([buffer, ids])
@@ -175,6 +175,7 @@ class Corpus:
                 while len(owners) > 1 and owners[1][0] <= start:
                     owners.pop(0)
                 part = buffer[start - offset : start - offset + length].long()
+                progress = _between(parts, start + length - (end - len(ids)), len(ids))
                 yield Window(owners[0][1], index, owners[0][2], part, part[1:], 0, start, False, progress)
                 start, index = start + stride, index + 1
             used = min(len(buffer), start - offset)
@@ -185,3 +186,9 @@ class Corpus:
                 f"{', '.join(self.sources)}: {end} tokens in all give no window of {length} tokens (protocol "
                 f"'longlora' needs more than {length + stride}). Use shorter --lengths or more text."
             )
+
+
+def _between(parts: tuple[float, float], tokens: int, length: int) -> float:
+    """The part of the corpus before some tokens of a document of that length."""
+    before, after = parts
+    return before + (after - before) * min(max(tokens / max(length, 1), 0.0), 1.0)

@@ -143,9 +143,7 @@ class Perplexity:
         if not torch.isfinite(losses).all():
             place = int((~torch.isfinite(losses)).nonzero()[0, 0]) + window.first
             where = f"document {window.document} ({window.name}), token {window.start + place + 1}"
-            if (
-                self.protocol == "longlora"
-            ):  # where a window holds several documents, and tokens are counted through all
+            if self.protocol == "longlora":  # tokens are counted through all documents
                 where = f"token {window.start + place + 1} of all documents, in the window that begins in {window.name}"
             raise ValueError(
                 f"The loss is {losses[place - window.first].item()} in {where}, position {place + 1} of a window of "

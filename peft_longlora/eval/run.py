@@ -6,6 +6,7 @@ import platform
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -231,8 +232,8 @@ def gather(
     processes: int,
 ) -> Results:
     """Results from the samples of this run's items, without what is not measured in full."""
-    done = journal.done()
-    unmeasured = list(dict.fromkeys(label for key, label in keys.items() if key not in done))
+    found = Counter(keys[record["key"]] for record in journal.records() if record["key"] in keys)
+    unmeasured = [label for label, count in Counter(keys.values()).items() if found[label] < count]
     cut: dict[str, list[int]] = {}
     above: dict[str, list[bool]] = {}  # of prompts whose length the data decides
 

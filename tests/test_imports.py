@@ -112,12 +112,6 @@ def test_extras_are_imported_by_no_file_on_import():
     assert not {name: found for name, found in wrong.items() if found}
 
 
-def test_import_asks_for_no_extra_and_starts_no_cuda(fresh_process):
-    assert fresh_process["asked_for"] == []
-    assert fresh_process["heavy_modules"] == []
-    assert fresh_process["cuda_calls"] == [] and not fresh_process["cuda_initialised"]
-
-
 def test_the_data_path_names_files_that_exist():
     """The first thing a reader sees, in `help(peft_longlora)`."""
     named = {word.strip("(),;") for word in peft_longlora.__doc__.split() if word.strip("(),;").endswith(".py")}

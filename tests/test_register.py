@@ -34,6 +34,12 @@ def test_the_import_gives_no_warning(fresh_process):
     assert fresh_process["warnings"] == []
 
 
+def test_the_import_asks_for_no_extra_and_starts_no_cuda(fresh_process):
+    assert fresh_process["asked_for"] == []
+    assert fresh_process["heavy_modules"] == []
+    assert fresh_process["cuda_calls"] == [] and not fresh_process["cuda_initialised"]
+
+
 def test_a_member_pickled_in_one_process_is_the_member_in_another(fresh_process):
     assert pickle.loads(bytes.fromhex(fresh_process["pickled_elsewhere"])) is PeftType.LONGLORA
 

@@ -89,8 +89,8 @@ def rates_of_two(rows: list[dict], how: str) -> dict[int, float]:
 
 def dense_table(rows: list[dict]) -> list[str]:
     """S2-Attn beside dense attention on two GPUs, as in docs/scaling.md."""
-    head = "tokens in all, 2 GPUs", "S2-Attn", "Ulysses", "torch's ring", "sent a layer and step: S2, Ulysses, ring"
-    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|"]
+    head = "tokens in all, 2 GPUs", "S2-Attn", "Ulysses", "torch's ring", "peak a GPU, of each", "sent a layer and step"
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|---|"]
     ways = {"s2": HOST, "ulysses": "tiles", "ring": "tiles"}  # taken where there is no row like those of the others
     found = [{**of(rows, attention, other), **of(rows, attention)} for attention, other in ways.items()]
     for each in sorted(set.intersection(*map(set, found))):
@@ -99,6 +99,7 @@ def dense_table(rows: list[dict]) -> list[str]:
             notes = [] if row["how"] == "plain" else [{HOST: "through the host's memory"}.get(row["how"], "in tiles")]
             notes += [] if row["is_warm"] else ["not warmed up"]
             cells.append(f"{row['tokens_per_second_per_gpu']:,.0f}" + (f" ({', '.join(notes)})" if notes else ""))
+        cells.append(", ".join(f"{one[each]['peak_gib']:.1f}" for one in found) + " GiB")
         sent = [one[each]["mib_sent_a_layer"] for one in found]
         cells.append(", ".join("not counted" if mib is None else f"{mib:,.0f} MiB" for mib in sent))
         lines.append(f"| {' | '.join(cells)} |")

@@ -3,31 +3,25 @@
     read_documents -> to_windows        continued pre-training: every token of every document is in some window
     read_records   -> tokenize_records  instruction tuning: loss on the answer alone
 
-Called by the examples and the evaluation. Imports `datasets` only to read from the Hub.
+Called by the examples and the evaluation; where rows come from is in `rows`.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from peft_longlora.rows import NO_DATA, Sources, rows_of_sources
+
 logger = logging.get_logger(__name__)
 
-Sources = str | Path | list[str | Path]
 IGNORED = -100  # the label that transformers' losses leave out
-SUFFIXES = (".txt", ".jsonl", ".json")
-NO_DATA = "A file that is no data does not belong in the folder."
 LLAMA_2_PROMPT = "[INST] {} [/INST]"
 
 
@@ -83,7 +77,7 @@ def read_documents(
         FileNotFoundError, ValueError: a source that is not there or cannot be read, no JSON, no text, a text that is
             empty or no string; the message names the file and the line (in a list: the record).
     """
-    for name, row in _rows(sources, split, config, field):
+    for name, row in rows_of_sources(sources, split, config, field):
         text = _string(name, row, field)
         if text.strip():
             yield {"text": text, "source": name}
@@ -98,7 +92,7 @@ def read_records(sources: Sources, *, split: str = "train", config: str | None =
 
     Sources and errors as in `read_documents`, without .txt; a record without instruction or output is an error too.
     """
-    for name, row in _rows(sources, split, config, None):
+    for name, row in rows_of_sources(sources, split, config, None):
         record = {key: _string(name, row, key) for key in ("instruction", "output")}
         if empty := [key for key, text in record.items() if not text.strip()]:
             raise ValueError(f"{name}: {empty[0]!r} is empty. Fill it in, or remove the record.")
@@ -117,104 +111,6 @@ def _string(name: str, row: Any, key: str) -> str:
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
         raise ValueError(f"{name}: {key!r} holds half of a surrogate pair, which is no text. Write the file anew.")
     return text
-
-
-def _rows(sources: Sources, split: str, config: str | None, text_field: str | None) -> Iterator[tuple[str, Any]]:
-    """(where it came from, row) of every source; `text_field` None: .txt files are refused."""
-    for source in [sources] if isinstance(sources, str | Path) else sources:
-        path = Path(source)
-        if not path.exists():
-            yield from _hub_rows(str(source), split, config)
-            continue
-        for _, name, row in read_rows(path, text_field):
-            yield name, row
-
-
-def read_rows(path: Path, text_field: str | None = None) -> Iterator[tuple[Path, str, Any]]:
-    """(file, place in it, row) of a .jsonl or .json file, each also .gz, or of those in a folder.
-
-    Args:
-        text_field: what the text of .txt files is called; None: they are refused.
-
-    Raises:
-        ValueError: no such file in the folder, nothing in one, or no JSON; the message names file and line.
-    """
-    for file in _files(path):
-        number = 0
-        with _named(str(file)):
-            for number, (name, row) in enumerate(_file_rows(file, text_field), 1):  # noqa: B007
-                yield file, name, row
-        if not number:
-            raise ValueError(f"{file}: nothing in it. Remove it.")
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        if _kind(path) not in SUFFIXES:
-            raise ValueError(f"{path}: cannot read {path.suffix!r} files. Use {', '.join(SUFFIXES)}, each also .gz.")
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    known = [file for file in files if _kind(file) in SUFFIXES]
-    if not known:
-        raise ValueError(f"{path}: holds no {', '.join(SUFFIXES)} file (each also .gz).")
-    if len(known) < len(files):
-        others = [str(file.relative_to(path)) for file in files if file not in known]
-        more = ", ..." if len(others) > 5 else ""
-        logger.warning(f"{path}: reading {len(known)} files, not these {len(others)}: {', '.join(others[:5])}{more}")
-    return known
-
-
-def _kind(path: Path) -> str:
-    return (Path(path.stem) if path.suffix == ".gz" else path).suffix.lower()
-
-
-def _file_rows(path: Path, text_field: str | None) -> Iterator[tuple[str, Any]]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        if _kind(path) == ".txt":
-            if text_field is None:
-                raise ValueError(f"{path}: records come as .jsonl or .json, not as plain text.")
-            yield str(path), {text_field: file.read().decode("utf-8-sig")}
-        # A list is read whole, for half of one is no JSON; lines one by one.
-        elif file.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            for number, row in enumerate(json.loads(file.read().decode("utf-8-sig")), 1):
-                yield f"{path}, record {number}", row
-        else:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    with _named(f"{path}:{number}"):
-                        row = json.loads(line.decode("utf-8-sig"))
-                    yield f"{path}:{number}", row
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Say which file, and line, could not be decompressed, decoded or parsed."""
-    try:
-        yield
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{name}: damaged gzip file ({error}). Copy or download it again.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 ({error.reason} at byte {error.start}). Convert it.") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{name}: not JSON ({error.msg} at line {error.lineno}, column {error.colno}). A file holds one object a "
-            f"line, or one list of objects. {NO_DATA}"
-        ) from error
-
-
-def _hub_rows(source: str, split: str, config: str | None) -> Iterator[tuple[str, Any]]:
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source) or _kind(Path(source)) in SUFFIXES:
-        raise FileNotFoundError(f"{source}: no such file or folder.")
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(source, config, split=split, streaming=True)
-    except OSError as error:
-        raise FileNotFoundError(f"{source}: no file or folder here, and not read from the Hub: {error}") from error
-    except (ValueError, RuntimeError) as error:  # no such split or configuration, or a script, which is not run
-        raise ValueError(f"{source}: not read from the Hub: {error}") from error
-    for number, row in enumerate(rows, 1):
-        yield f"{source} ({split}), record {number}", row
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ FOUNDATIONS = {
     "stretch": {"groups"},
     "sequence": {"settings", "rotary", "stretch"},
     "trainable": {"layers"},
+    "rows": set(),
+    "data": {"rows"},
     "document": set(),
     "kvcache": {"window"},
     "dialogue": {"document"},

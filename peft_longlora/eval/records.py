@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft_longlora.data import read_rows
 from peft_longlora.eval.metrics import contains_any, normalize_answer
 from peft_longlora.eval.prompts import Prompt, PromptTask, Question
+from peft_longlora.rows import read_rows
 
 
 def read_records(

@@ -61,7 +61,7 @@ def shared_table(rows: list[dict]) -> list[str]:
         "peak a GPU",
         "sent a layer and step",
     )
-    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|---|---|"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     over_nvlink = rates_of_two(rows, "plain")
     for how, name in NAMES.items():
         alone, rates = of(rows, "alone", how), rates_of_two(rows, how)
@@ -90,7 +90,7 @@ def rates_of_two(rows: list[dict], how: str) -> dict[int, float]:
 def dense_table(rows: list[dict]) -> list[str]:
     """S2-Attn beside dense attention on two GPUs, as in docs/scaling.md."""
     head = "tokens in all, 2 GPUs", "S2-Attn", "Ulysses", "torch's ring", "peak a GPU, of each", "sent a layer and step"
-    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|---|"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     ways = {"s2": HOST, "ulysses": "tiles", "ring": "tiles"}  # taken where there is no row like those of the others
     found = [{**of(rows, attention, other), **of(rows, attention)} for attention, other in ways.items()]
     for each in sorted(set.intersection(*map(set, found))):

@@ -57,11 +57,16 @@ def exchange_edges(
     mine = torch.tensor(mine).to(position_ids.device)
     if length:
         mine[3:5] = position_ids[0, [0, -1]]
-    gathered = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(gathered, mine, group)
-    edges = [Edges(*one) for one in torch.stack(gathered).tolist()]
+    edges = [Edges(*one) for one in torch.stack(gather(mine, group)).tolist()]
     _check_edges(edges)
     return edges
+
+
+def gather(x: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Everyone's, in the order of the ranks."""
+    gathered = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(gathered, x, group)
+    return gathered
 
 
 def _check_edges(edges: list[Edges]) -> None:

@@ -19,9 +19,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.trainer_utils import has_length
 
+from peft_longlora.data import IGNORED
+from peft_longlora.neighbours import gather
 from peft_longlora.rotary import find_rotary_modules
 from peft_longlora.settings import find_attention_modules, is_local_layer, settings_of
-from peft_longlora.stretch import CHECKSUM, IGNORED, SequenceCollator, check_same, gather
+from peft_longlora.stretch import CHECKSUM, SequenceCollator, check_same
 from peft_longlora.stretch import shard_batch as shard_batch  # found here by users
 
 
@@ -50,8 +52,27 @@ def parallelize_sequence(model: nn.Module, mesh: DeviceMesh | None) -> None:
         if mesh.ndim != 1:
             raise ValueError(f"mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}: give the one of the sequence.")
         _check_model(model, layers)
-    for settings in {id(s): s for s in map(settings_of, layers)}.values():
+    for settings in map(settings_of, layers):
         settings.mesh = mesh
+
+
+@contextmanager
+def unshared(model: nn.Module) -> Iterator[None]:
+    """Within the block each rank attends to whole sequences of its own: to generate, or to measure.
+
+    Args:
+        model: a model whose ranks share each sequence (`parallelize_sequence`), or any other.
+    """
+    layers = find_attention_modules(model).values()
+    found = [settings_of(module) for module in layers if module.config._attn_implementation == "s2_attn"]
+    before = [(settings, settings.mesh) for settings in found]
+    try:
+        for settings, _ in before:
+            settings.mesh = None
+        yield
+    finally:
+        for settings, mesh in before:
+            settings.mesh = mesh
 
 
 def _check_model(model: nn.Module, layers: Any) -> None:

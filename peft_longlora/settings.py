@@ -244,24 +244,6 @@ def follow_window(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def unshared(model: nn.Module) -> Iterator[None]:
-    """Within the block each rank attends to whole sequences of its own: to generate, or to measure.
-
-    Args:
-        model: a model whose ranks share each sequence (`sequence.parallelize_sequence`), or any other.
-    """
-    found = [getattr(module, _SETTINGS, None) for module in find_attention_modules(model).values()]
-    before = {id(one): (one, one.mesh) for one in found if one is not None}
-    try:
-        for settings, _ in before.values():
-            settings.mesh = None
-        yield
-    finally:
-        for settings, mesh in before.values():
-            settings.mesh = mesh
-
-
-@contextmanager
 def use_attention(model: nn.Module, mode: Mode, *, dense_attention: str | None = None) -> Iterator[None]:
     """Within the block, attend as `mode` says; works on a bare and on a PEFT model.
 

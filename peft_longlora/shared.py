@@ -81,7 +81,7 @@ def _check(module, settings, query, key, mask, kwargs) -> None:
     if query.shape[2] != key.shape[2] or settings.call.has_cache:
         raise NotImplementedError(
             f"The ranks share each sequence, and were called with a cache ({key.shape[2]} keys for {query.shape[2]} "
-            f"queries), which cannot be shared out. Generate within `with unshared(model):` of peft_longlora.settings."
+            f"queries), which cannot be shared out. Generate within `with unshared(model):` of peft_longlora.sequence."
         )
     if mask.is_local or kwargs.get("sliding_window") is not None:
         raise NotImplementedError(

@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from peft_longlora.data import IGNORED
 from peft_longlora.groups import positions_in_documents
+from peft_longlora.neighbours import gather
 
 # What collators say of documents for kernels that take cumulative lengths; here positions say it.
 _OF_WHOLE_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 CHECKSUM = "batch_checksum"
-IGNORED = -100
 
 
 def shard_batch(batch: dict[str, Any], rank: int, ranks: int, *, pad_token_id: int = 0) -> dict[str, torch.Tensor]:
@@ -74,13 +75,6 @@ class SequenceCollator:
         ids = batch["input_ids"]
         checksum = torch.tensor([[*ids.shape, zlib.crc32(ids.contiguous().numpy().tobytes())]])
         return {**shard_batch(batch, self.rank, self.ranks, pad_token_id=self.pad_token_id), CHECKSUM: checksum}
-
-
-def gather(x: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """Everyone's, in the order of the ranks."""
-    gathered = [torch.empty_like(x) for _ in range(group.size())]
-    dist.all_gather(gathered, x, group)
-    return gathered
 
 
 def check_same(checksum: torch.Tensor, group: dist.ProcessGroup) -> None:

@@ -16,8 +16,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_longlora import configure_attention
 from peft_longlora.eval import LongContextEvalCallback
-from peft_longlora.sequence import SequenceCollator, SequenceParallelMixin, parallelize_sequence, shard_batch
-from peft_longlora.settings import find_attention_modules, settings_of, unshared
+from peft_longlora.sequence import SequenceCollator, SequenceParallelMixin, parallelize_sequence, shard_batch, unshared
+from peft_longlora.settings import find_attention_modules, settings_of
 
 IGNORED = -100
 

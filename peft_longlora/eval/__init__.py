@@ -1,11 +1,11 @@
 """Evaluation of long context, with the protocols of the field: `longlora eval`, and the same from Python.
 
-    subject.py      a model, its tokenizer, and what is asked of them: losses (losses.py) and answers
+    subject.py      a model, its tokenizer (encoding.py), and what is asked of them: losses (losses.py) and answers
     tasks.py        what a task is: items, each one window or prompt, each giving one sample
       corpus.py     documents and windows      -> perplexity.py
       prompts.py    prompts that fill a length -> passkey.py, ruler.py (haystack.py, words.py), records.py -> longqa.py
       cost.py       time and memory              harness.py   lm-eval's tasks      metrics.py   scores of answers
-    run.py          items shared among processes, journalled (journal.py), gathered
+    run.py          items shared among processes (processes.py), journalled (journal.py), gathered
     results.py      rows with intervals (statistics.py), results.json's schema
     report.py       results.md (units.py); plots.py draws; comparison.py sets two runs side by side
     callback.py     the same during training
@@ -24,10 +24,11 @@ from peft_longlora.eval.haystack import Books
 from peft_longlora.eval.longqa import LongQA
 from peft_longlora.eval.passkey import Passkey
 from peft_longlora.eval.perplexity import Perplexity
+from peft_longlora.eval.processes import Processes
 from peft_longlora.eval.records import MultiDoc, Topics
 from peft_longlora.eval.results import Results
 from peft_longlora.eval.ruler import Ruler
-from peft_longlora.eval.run import Processes, Settings, evaluate
+from peft_longlora.eval.run import Settings, evaluate
 from peft_longlora.eval.subject import Subject, load_subject
 
 __all__ = [

@@ -14,7 +14,7 @@ from peft_longlora.eval.perplexity import Perplexity
 from peft_longlora.eval.results import Cell, collect_cells
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks import Task
-from peft_longlora.settings import unshared
+from peft_longlora.sequence import unshared
 
 
 class LongContextEvalCallback(TrainerCallback):

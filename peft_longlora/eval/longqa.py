@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_longlora.data import tokenize_record
+from peft_longlora.data import IGNORED, tokenize_record
 from peft_longlora.eval.metrics import rouge_l, token_f1
 from peft_longlora.eval.prompts import Prompt, Question
 from peft_longlora.eval.records import RecordTask, check_lists, check_texts, stem
@@ -160,4 +160,4 @@ class LongQA(RecordTask):
 def _as_trained(subject: Subject, text: str) -> list[int]:
     """A LongAlpaca prompt as training sees it, less the answer."""
     row = tokenize_record({"instruction": text, "output": "answer"}, subject.tokenizer)
-    return row["input_ids"][: row["labels"].count(-100)]
+    return row["input_ids"][: row["labels"].count(IGNORED)]

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,50 +20,13 @@ from transformers.utils import logging
 
 from peft_longlora.eval.journal import Journal
 from peft_longlora.eval.prefetch import prefetch
+from peft_longlora.eval.processes import Processes
 from peft_longlora.eval.results import RESULTS, Results, collect_cells, sort_key
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks import Item, Task
-from peft_longlora.loading import find_device, is_out_of_memory
+from peft_longlora.loading import is_out_of_memory
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among those that share a run: torchrun and `accelerate launch` start them."""
-
-    rank: int = 0
-    count: int = 1
-    device: torch.device | None = None
-    state: Any = None
-
-    @classmethod
-    def of_environment(cls, device: str | None = None) -> Processes:
-        """From what the launcher set; a single process without it.
-
-        Raises: ValueError: no such device, or one device for several processes.
-        """
-        import os
-
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls(device=find_device(device))
-        if device not in (None, "cpu", "cuda"):
-            raise ValueError(f"--device {device}: each process takes a GPU of its own. Leave it out, or say cpu.")
-        from accelerate import PartialState
-
-        # Processes finish at different times, and the default of ten minutes would end the slower one's run.
-        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=7))
-        return cls(state.process_index, state.num_processes, state.device, state)
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes the results."""
-        return self.rank == 0
-
-    def wait(self) -> None:
-        """Wait for all others to come here."""
-        if self.state is not None:
-            self.state.wait_for_everyone()
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ test: $(VENV)/.test
 
 browser: $(VENV)/.browser
 	@echo "== browser: examples/app.py in headless Chromium (Debian: apt-get install chromium chromium-driver)"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -rs tests/test_app.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -rs tests/pages/test_app.py $(ARGS)
 
 lint: $(VENV)/.test
 	@echo "== lint: ruff format --check, ruff check"

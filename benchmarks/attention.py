@@ -26,9 +26,10 @@ import torch
 import transformers
 from torch.nn.functional import scaled_dot_product_attention
 
-from peft_longlora import backends, kernels
-from peft_longlora.groups import Groups, plan_groups, split_heads
-from peft_longlora.interface import Call
+from peft_longlora.kernels import attend as kernels
+from peft_longlora.kernels import backends
+from peft_longlora.kernels.groups import Groups, plan_groups, split_heads
+from peft_longlora.kernels.kernel import Call
 from peft_longlora.reference import s2_attention_reference
 
 

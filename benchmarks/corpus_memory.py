@@ -51,8 +51,8 @@ def resident() -> float:
 
 def measure(data: str, protocol: str, length: int, model: str) -> dict[str, object]:
     """Pass over the windows of a corpus, as the evaluation does."""
+    from peft_longlora.data.prefetch import prefetch
     from peft_longlora.eval import Corpus, load_subject
-    from peft_longlora.eval.prefetch import prefetch
 
     subject, corpus = load_subject(model), Corpus(data)
     loaded = resident()

@@ -20,7 +20,8 @@ import transformers
 from shapes import LLAMA_3_8B, TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_longlora import backends, configure_attention, use_attention
+from peft_longlora import configure_attention, use_attention
+from peft_longlora.kernels import backends
 
 
 @torch.no_grad()

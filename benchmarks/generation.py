@@ -28,7 +28,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Static
 from transformers.generation.streamers import BaseStreamer
 
 from peft_longlora import LongLoraConfig
-from peft_longlora.kvcache import QUANTISERS, KVCache
+from peft_longlora.chat.kvcache import QUANTISERS, KVCache
 
 LLAMA_3_2_1B = dict(
     vocab_size=128256,

@@ -19,11 +19,11 @@ from itertools import pairwise
 import torch
 from attention import Case, error, inputs, measure, replay, two_calls_fa4, versions
 
-from peft_longlora.flash import FlashAttention4
-from peft_longlora.groups import Groups, split_heads
-from peft_longlora.halves import KERNELS
-from peft_longlora.interface import Kernel, Pieces
-from peft_longlora.launches import LEAST_BATCHED_WORK, Launch, Plan, plan_launches
+from peft_longlora.kernels.backends import KERNELS
+from peft_longlora.kernels.flash import FlashAttention4
+from peft_longlora.kernels.groups import Groups, split_heads
+from peft_longlora.kernels.kernel import Kernel, Pieces
+from peft_longlora.kernels.launches import LEAST_BATCHED_WORK, Launch, Plan, plan_launches
 from peft_longlora.reference import s2_attention_reference
 
 

@@ -15,10 +15,8 @@ from pathlib import Path
 import gradio as gr
 import torch
 
-from peft_longlora.chat import Conversation
-from peft_longlora.document import read_document
-from peft_longlora.kvcache import CACHES
-from peft_longlora.loading import Loaded, load_model
+from peft_longlora.chat import CACHES, Conversation, read_document
+from peft_longlora.hub import Loaded, load_model
 
 EMPTY = "No document yet."
 NOWHERE = "<small>After an answer: where in the document it looked.</small>"

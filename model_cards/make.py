@@ -18,7 +18,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_longlora import LongLoraConfig
-from peft_longlora.card import BEGIN, END, CardOptions, make_card
+from peft_longlora.hub.card import BEGIN, END, CardOptions, make_card
 
 FOLDER = Path(__file__).parent
 NARROW = {

@@ -16,13 +16,14 @@ Importing this package registers `LongLoraConfig` with peft and "s2_attn" with t
 
 from typing import Any
 
-from peft_longlora.config import LongLoraConfig
-from peft_longlora.export import convert_original_adapter, export_lora
-from peft_longlora.kernels import s2_attention
-from peft_longlora.model import LongLoraModel
+from peft_longlora.adapter.config import LongLoraConfig
+from peft_longlora.adapter.model import LongLoraModel
+from peft_longlora.attention.configure import configure_attention, use_attention
+from peft_longlora.hub.export import export_lora
+from peft_longlora.hub.original import convert_original_adapter
+from peft_longlora.kernels.attend import s2_attention
 from peft_longlora.register import register
-from peft_longlora.rope import restore_rope, scale_rope
-from peft_longlora.settings import configure_attention, use_attention
+from peft_longlora.rope.scale import restore_rope, scale_rope
 
 register()
 
@@ -45,7 +46,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # The Trainer, which these two know, brings half of the installed packages along.
     if name in ("push_adapter", "use_longlora_card"):
-        from peft_longlora import hub
+        from peft_longlora.hub import trainers as hub
 
         return getattr(hub, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,11 +7,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from peft_longlora.attention import s2_attention_forward
-from peft_longlora.config import LongLoraConfig
-from peft_longlora.mask import s2_mask
-from peft_longlora.model import LongLoraModel
-from peft_longlora.settings import S2_ATTN
+from peft_longlora.adapter.config import LongLoraConfig
+from peft_longlora.adapter.model import LongLoraModel
+from peft_longlora.attention.forward import s2_attention_forward
+from peft_longlora.attention.mask import s2_mask
+from peft_longlora.attention.settings import S2_ATTN
 
 NAME = "LONGLORA"
 

@@ -11,31 +11,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import peft_longlora
+from tests.helpers.configs import tiny_llama_config
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def tiny_llama_config(**changes) -> LlamaConfig:
-    """A Llama of two layers and a window of 64 tokens; the head counts split by KV heads."""
-    values = dict(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return LlamaConfig(**{**values, **changes})
 
 
 @pytest.fixture
@@ -52,10 +36,10 @@ def base_folder(tmp_path, llama) -> str:
 
 @pytest.fixture(scope="session")
 def fresh_process(tmp_path_factory) -> dict:
-    """What tests/fresh_process.py saw in a process of its own: importing is slow, so one process serves all."""
+    """What tests/helpers/fresh_process.py saw in a process of its own: importing is slow, so one process serves all."""
     folder = tmp_path_factory.mktemp("adapter")
     peft_longlora.LongLoraConfig(context_length=256, target_modules=["q_proj"]).save_pretrained(folder)
-    script = Path(__file__).with_name("fresh_process.py")
+    script = Path(__file__).parent / "helpers" / "fresh_process.py"
     run = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])

@@ -16,20 +16,21 @@ Example:
 """
 
 from peft_longlora.eval.callback import LongContextEvalCallback
-from peft_longlora.eval.comparison import compare
 from peft_longlora.eval.corpus import Corpus
-from peft_longlora.eval.cost import Cost
-from peft_longlora.eval.harness import Harness
-from peft_longlora.eval.haystack import Books
-from peft_longlora.eval.longqa import LongQA
-from peft_longlora.eval.passkey import Passkey
-from peft_longlora.eval.perplexity import Perplexity
 from peft_longlora.eval.processes import Processes
-from peft_longlora.eval.records import MultiDoc, Topics
-from peft_longlora.eval.results import Results
-from peft_longlora.eval.ruler import Ruler
+from peft_longlora.eval.report.cells import Results
+from peft_longlora.eval.report.comparison import compare
 from peft_longlora.eval.run import Settings, evaluate
 from peft_longlora.eval.subject import Subject, load_subject
+from peft_longlora.eval.tasks.cost import Cost
+from peft_longlora.eval.tasks.harness import Harness
+from peft_longlora.eval.tasks.haystack import Books
+from peft_longlora.eval.tasks.longqa import LongQA
+from peft_longlora.eval.tasks.multidoc import MultiDoc
+from peft_longlora.eval.tasks.passkey import Passkey
+from peft_longlora.eval.tasks.perplexity import Perplexity
+from peft_longlora.eval.tasks.ruler import Ruler
+from peft_longlora.eval.tasks.topics import Topics
 
 __all__ = [
     "Books",

@@ -9,12 +9,12 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_longlora.eval.corpus import Corpus
-from peft_longlora.eval.passkey import Passkey
-from peft_longlora.eval.perplexity import Perplexity
-from peft_longlora.eval.results import Cell, collect_cells
+from peft_longlora.eval.report.cells import Cell, collect_cells
 from peft_longlora.eval.subject import Subject
-from peft_longlora.eval.tasks import Task
-from peft_longlora.sequence import unshared
+from peft_longlora.eval.tasks.passkey import Passkey
+from peft_longlora.eval.tasks.perplexity import Perplexity
+from peft_longlora.eval.tasks.task import Task
+from peft_longlora.sequence.switch import unshared
 
 
 class LongContextEvalCallback(TrainerCallback):

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from peft_longlora.data import read_documents
-from peft_longlora.eval.encoding import BATCH_CHARACTERS
-from peft_longlora.eval.prefetch import prefetch
-from peft_longlora.rows import Sources
+from peft_longlora.data.documents import read_documents
+from peft_longlora.data.encoding import BATCH_CHARACTERS
+from peft_longlora.data.prefetch import prefetch
+from peft_longlora.data.rows import Sources
 
 # Token ids of each of some texts: fast tokenizers turn several documents into tokens at once, one a core.
 Encode = Callable[[list[str]], Sequence[torch.Tensor | list[int]]]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from peft_longlora.loading import find_device
+from peft_longlora.hub.loading import find_device
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from peft_longlora.data.prefetch import prefetch
 from peft_longlora.eval.journal import Journal
-from peft_longlora.eval.prefetch import prefetch
 from peft_longlora.eval.processes import Processes
-from peft_longlora.eval.results import RESULTS, Results, collect_cells, sort_key
+from peft_longlora.eval.report.cells import RESULTS, Results, collect_cells, sort_key
 from peft_longlora.eval.subject import Subject
-from peft_longlora.eval.tasks import Item, Task
-from peft_longlora.loading import is_out_of_memory
+from peft_longlora.eval.tasks.task import Item, Task
+from peft_longlora.hub.loading import is_out_of_memory
 
 logger = logging.get_logger(__name__)
 
@@ -91,7 +91,7 @@ def evaluate(
     journal.merge()
     results = gather(subject, tasks, journal, keys, settings, data, speed, processes.count)
     results.save(Path(output) / RESULTS)
-    from peft_longlora.eval.report import write_report
+    from peft_longlora.eval.report.tables import write_report
 
     write_report(results, Path(output))
     return results

@@ -15,13 +15,15 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from peft_longlora.eval.encoding import encode_all
+from peft_longlora.architecture import find_attention_modules
+from peft_longlora.attention.configure import configure_attention, use_attention
+from peft_longlora.attention.settings import settings_of
+from peft_longlora.data.encoding import encode_all
 from peft_longlora.eval.losses import TokenLosses
-from peft_longlora.loading import check_tokenizer, load_model
-from peft_longlora.rope import switch_rope
-from peft_longlora.rotary import STATES
-from peft_longlora.settings import configure_attention, find_attention_modules, settings_of, use_attention
-from peft_longlora.window import base_rope, window_of
+from peft_longlora.hub.loading import check_tokenizer, load_model
+from peft_longlora.rope.parameters import base_rope, window_of
+from peft_longlora.rope.scale import switch_rope
+from peft_longlora.rope.state import STATES
 
 logger = logging.get_logger(__name__)
 

@@ -1,0 +1,10 @@
+"""What an adapter is, and what it does to a model: PEFT's config and tuner, as in PEFT's own folders of one method.
+
+Read `config`, `model`; `files` reads adapters, `fit` checks them, `state` undoes them; `trainable`, `copies` and
+`precision` are about embeddings and norms.
+"""
+
+from peft_longlora.adapter.config import LongLoraConfig
+from peft_longlora.adapter.model import LongLoraModel
+
+__all__ = ["LongLoraConfig", "LongLoraModel"]

@@ -1,0 +1,299 @@
+"""`LongLoraModel`: what an adapter changes on a model, in the order in which PEFT calls it, and how it is undone.
+
+An adapter brings LoRA weights, copies of embeddings and norms, a RoPE scaling and S2-Attn. PEFT handles the first two;
+this file resolves which modules they are, and keeps the last two in step with the adapter being added, switched off,
+merged or removed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftType
+from peft.tuners.lora import LoraModel
+from peft.utils import get_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_config_for_transformers,
+    get_model_conversion_mapping,
+)
+from torch import nn
+
+from peft_longlora.adapter import copies, fit, precision, trainable
+from peft_longlora.adapter.config import LongLoraConfig
+from peft_longlora.adapter.state import AdapterState
+from peft_longlora.architecture import check_architecture
+from peft_longlora.attention.configure import configure_attention
+from peft_longlora.attention.settings import AttentionState
+from peft_longlora.hub import push
+from peft_longlora.kernels.groups import group_size_of
+from peft_longlora.rope import scale as rope
+from peft_longlora.rope import state as rotary
+
+
+class LongLoraModel(LoraModel):
+    """LoRA with trainable embeddings and norms, scaled RoPE and S2-Attn (LongLoRA, arXiv:2309.12307).
+
+    Made by `get_peft_model(model, LongLoraConfig(...))`, `PeftModel.from_pretrained` or `model.add_adapter`.
+
+    Raises:
+        ValueError, NotImplementedError: the model, the config or the adapter's file do not fit; the base model is
+            left as it was.
+    """
+
+    # -- adding an adapter ---------------------------------------------------------------------------------------
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        fit.check_place(model, adapter_name)  # before PEFT forgets the config of the first
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        push.push_our_card(self)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, or leave the model as it was and say why not."""
+        config = self.peft_config[adapter_name]
+        for name, other in self.peft_config.items():
+            if not isinstance(other, LongLoraConfig):
+                del self.peft_config[adapter_name]
+                raise ValueError(
+                    f"This model has an adapter {name!r} of type {other.peft_type.value}, which cannot be mixed with "
+                    f"LONGLORA. Delete it first, or load each on a model of its own."
+                )
+        is_first = AdapterState.on(model) is None
+        if is_first and hasattr(model, rotary.STATES):
+            raise ValueError(
+                "RoPE of this model was rescaled by scale_rope, which an adapter does itself. Call "
+                "restore_rope(model) first, and give the adapter the context_length or the rope_parameters."
+            )
+        trainable_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        before = AdapterState(model, AttentionState.of(model)) if is_first else None
+        try:
+            self._resolve(config, model)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            fit.check_file(config, self._shapes(adapter_name), fit.embedding_shapes(model))
+            copies.state_tied_sizes(model, adapter_name)
+        except Exception:
+            self._undo(adapter_name, before)
+            for parameter, requires_grad in trainable_before:
+                parameter.requires_grad = requires_grad
+            raise
+        if before is not None:
+            before.follow()
+
+    def _resolve(self, config: LongLoraConfig, model: nn.Module) -> None:
+        """Write into the config what its defaults mean for this architecture, before PEFT looks for ties."""
+        check_architecture(model)
+        config.refuse_second_use()
+        fit.check_base(config, model)
+        fit.check_loader(config)
+        if config.target_modules is None and not config.target_parameters:
+            config.target_modules = set(trainable.find_projections(model))
+        # PEFT renames expert weights for LORA only; the names mean the same here.
+        config.peft_type = PeftType.LORA
+        try:
+            convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))
+        finally:
+            config.peft_type = PeftType.LONGLORA
+        names = list(config.modules_to_save or ())
+        if config.train_embeddings:
+            names += trainable.find_embeddings(model)
+            config.vocab_size = fit.rows_of(model.get_input_embeddings())
+            tied = self._tied_names()
+            fit.check_tie(config, model, tied)
+            config.ensure_weight_tying = config.ensure_weight_tying or bool(tied)
+        if config.train_norms:
+            names += trainable.find_norms(model)
+        config.modules_to_save = list(dict.fromkeys(names)) or None
+        config._resolved_for = model.config.model_type
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: LongLoraConfig) -> None:
+        tied = self._tied_names()
+        if peft_config.train_embeddings and peft_config.ensure_weight_tying and tied:
+            # PEFT recognises embeddings by two names; the embeddings trained here may have another.
+            self._add_modules_to_save_to_tie(peft_config, tied)
+        else:
+            super()._check_tied_modules(model, peft_config)
+
+    def _tied_names(self) -> list[str]:
+        """Names of the modules that share the embeddings' weight."""
+        if copies.are_both_of_one_weight(self.model):  # which PEFT does not see once they are in its wrappers
+            return [name for name, _ in trainable.find_module(self.model, self.model.get_output_embeddings())]
+        return self._get_module_names_tied_with_embedding()
+
+    def _check_new_adapter_config(self, config: LongLoraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        for name, other in self.peft_config.items():
+            if other is config:
+                continue
+            new_name = next((n for n, c in self.peft_config.items() if c is config), "new")
+            for what, of in (("RoPE", self._rope_key), ("attention", self._attention_key)):
+                if of(config) != of(other):
+                    raise ValueError(
+                        f"Adapters {name!r} and {new_name!r} want different {what} of one model: {of(other)} and "
+                        f"{of(config)}. A model has one. Give both adapters the same settings, or load each on a "
+                        f"model of its own."
+                    )
+
+    def _rope_key(self, config: LongLoraConfig) -> Any:
+        """What an adapter wants of RoPE, equal for two configs that mean the same."""
+        if config.applied_rope_parameters is not None:
+            return config.applied_rope_parameters
+        for other in self.peft_config.values():  # the same wish as one that was carried out already
+            if other.applied_rope_parameters is not None and _rope_fields(other) == _rope_fields(config):
+                return other.applied_rope_parameters
+        window = rotary.rope_of(self.model, scaled=False).window
+        if config.rope_parameters is None and (config.context_length or 0) <= window:
+            return None
+        return _rope_fields(config)
+
+    def _attention_key(self, config: LongLoraConfig) -> dict[str, Any]:
+        """What an adapter wants of attention, equal for two configs that mean the same."""
+        window = config.context_length or rotary.rope_of(self.model, scaled=False).window
+        return dict(
+            group_size=group_size_of(config.group_size, config.group_size_ratio, window),
+            pattern=config.attention_pattern,
+            dense_layers=sorted(set(config.dense_layers or ())),
+        )
+
+    def _prepare_model(self, peft_config: LongLoraConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        text_config = model.config.get_text_config()
+        if peft_config.layer_replication:  # replicas are deep copies; a model has one config
+            for module in model.modules():
+                if isinstance(getattr(module, "config", None), type(text_config)):
+                    module.config = text_config
+        if not hasattr(model, rotary.STATES):
+            wanted = peft_config.applied_rope_parameters
+            applied = rope.scale_rope(
+                model,
+                peft_config.context_length,
+                rope_type="yarn" if wanted else peft_config.rope_type,
+                rope_parameters=wanted or peft_config.rope_parameters,
+            )
+        else:  # a second adapter, which `_check_new_adapter_config` found to want the same
+            others = (c.applied_rope_parameters for c in self.peft_config.values() if c is not peft_config)
+            applied = next(others, peft_config.applied_rope_parameters)  # one config may serve both (DPO's reference)
+        settings = configure_attention(model, **self._attention_key(peft_config))
+        peft_config.applied_rope_parameters = applied
+        peft_config.applied_group_size = settings.group_size
+        window = rotary.rope_of(model, scaled=True).window
+        # What RoPE leaves room for beyond the length that was asked for, nobody has trained.
+        peft_config.applied_context_length = min(window, peft_config.context_length or window) if applied else window
+        peft_config.base_context_length = rotary.rope_of(model, scaled=False).window
+        model.add_model_tags(["longlora"])
+
+    def _shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
+        """Names, as they are in files, and shapes of the tensors of an adapter."""
+        state = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
+        return {f"base_model.{name}": tuple(tensor.shape) for name, tensor in state.items()}
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """What PEFT does to LoRA's weights, float32 for the optimiser, done to embeddings and norms as well."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            precision.keep_in_float32(copies.of(self.model, adapter_name))
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Tie embeddings and output layer again, in the base and in the trained copies.
+
+        Called by accelerate, whose memory-saving start of FSDP2 unties them; the base's own method does not see through
+        PEFT's wrappers.
+        """
+        if not copies.has_both(self.model):
+            self.model.tie_weights(*args, **kwargs)
+        elif any(config.ensure_weight_tying for config in self.peft_config.values()):
+            copies.tie(self.model)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *, adapter_name: str, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        fit.check_whole(state_dict, adapter_name)
+        return super()._get_adapter_state_dict(adapter_name=adapter_name, state_dict=state_dict, **kwargs)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """A tensor's name in the file. A trained copy has one name only.
+
+        PEFT saves embeddings once more, as they stand in the model, where the vocabulary was resized or it is asked to.
+        """
+        return super()._remove_adapter_name_from_key(
+            key.replace(f".modules_to_save.{adapter_name}.", "."), adapter_name
+        )
+
+    # -- switching, merging and removing ---------------------------------------------------------------------------
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off: weights, RoPE and attention are the base's, bit for bit."""
+        super().disable_adapter_layers()
+        self._switch(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the adapters on again."""
+        super().enable_adapter_layers()
+        self._switch(True)
+
+    def _switch(self, enabled: bool) -> None:
+        if (state := AdapterState.on(self.model)) is not None:
+            state.switch(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove one adapter; with the last one goes all that adapters changed."""
+        super().delete_adapter(adapter_name)
+        if not self.peft_config:
+            self._restore()
+
+    def unload(self) -> nn.Module:
+        """The base model without any adapter, bit for bit."""
+        copies.drop(self.model)
+        model = super().unload()
+        self._restore()
+        return model
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base model with the adapter in its weights and the RoPE scaling in its config.
+
+        Args:
+            progressbar, safe_merge: as PEFT's.
+            adapter_names: adapters to merge, active or not; of embeddings and norms, one can have copies.
+
+        Raises: ValueError: an adapter that is not there, or adapters whose copies exclude each other.
+        """
+        if adapter_names is not None:
+            self._check_merge_allowed()
+            if unknown := [name for name in adapter_names if name not in self.peft_config]:
+                raise ValueError(
+                    f"adapter_names={adapter_names} names {unknown}; there are {sorted(self.peft_config)}."
+                )
+            copies.activate(self.model, adapter_names)
+        self._switch(True)
+        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        for module in model.modules():
+            precision.round_to_half(module)
+        rope.keep_rope(model)
+        self._restore()
+        return model
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name, config in self.peft_config.items():
+            if config.layer_replication:
+                raise ValueError(
+                    f"Adapter {name!r} has layer_replication={config.layer_replication!r}: replicated layers share "
+                    f"their weights, so different changes cannot be merged into them. Serve it unmerged."
+                )
+
+    def _restore(self) -> None:
+        if (state := AdapterState.on(self.model)) is not None:
+            state.end()
+
+    def _undo(self, adapter_name: str, before: AdapterState | None) -> None:
+        """Take back a half-added adapter."""
+        if before is None:  # others stay
+            super().delete_adapter(adapter_name)
+            return
+        copies.drop(self.model)
+        self._unload_and_optionally_merge(merge=False)
+        before.end()
+
+
+def _rope_fields(config: LongLoraConfig) -> tuple[Any, ...]:
+    return config.context_length, config.rope_type, config.rope_parameters

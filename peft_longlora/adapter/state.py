@@ -1,0 +1,81 @@
+"""What adapters have changed on one base model besides its weights, and how it is undone: RoPE and attention.
+
+`model` makes one `AdapterState` with the first adapter; it leaves with the last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from peft_longlora.architecture import find_attention_modules
+from peft_longlora.attention.settings import AttentionState, settings_of
+from peft_longlora.rope import scale as rope
+
+_STATE = "longlora_adapters"
+
+
+@dataclass(eq=False)
+class AdapterState:
+    """Kept on a base model as long as it has adapters: what it was before, and whether they are switched on.
+
+    `PeftModel` tells the tuner when adapters are switched or removed; `disable_adapters`, `enable_adapters` and
+    `delete_adapter` of transformers tell the layers only. So every forward first looks at a layer: this object is a
+    hook of the model.
+
+    Attributes:
+        is_in_peft_model: whether a `PeftModel` has these adapters, which adds more of them itself.
+    """
+
+    model: nn.Module
+    attention: AttentionState
+    layer: BaseTunerLayer | None = None
+    is_enabled: bool = True
+    is_in_peft_model: bool = False
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    @classmethod
+    def on(cls, model: nn.Module) -> AdapterState | None:
+        """What adapters have changed on `model`, or None if it has none of ours."""
+        return getattr(model, _STATE, None)
+
+    def follow(self) -> None:
+        """Begin to follow the adapters, which are in their places now."""
+        self.layer = next((m for m in self.model.modules() if isinstance(m, BaseTunerLayer)), None)
+        # The backbone too: trainers that compute the loss themselves do not call the whole model.
+        models = {self.model, getattr(self.model, "base_model", self.model)}
+        self.handles = [model.register_forward_pre_hook(self) for model in models]
+        setattr(self.model, _STATE, self)
+
+    def __call__(self, *_: Any) -> None:
+        """What transformers calls before a forward."""
+        if self.is_enabled:
+            rope.keep_float32(self.model)
+        if not getattr(self.model, "peft_config", None):
+            self.end()
+        elif self.layer is not None and self.layer.disable_adapters == self.is_enabled:
+            self.switch(not self.is_enabled)
+            for module in self.model.modules():  # which enable_adapters of transformers forgets
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module.enable_adapters(self.is_enabled)
+
+    def switch(self, enabled: bool) -> None:
+        """RoPE and attention of the adapters, or of the base."""
+        self.is_enabled = enabled
+        rope.switch_rope(self.model, scaled=enabled)
+        for module in find_attention_modules(self.model).values():
+            settings_of(module).is_enabled = enabled
+
+    def end(self) -> None:
+        """Give the base its own RoPE (unless `rope.keep_rope` was called) and attention back."""
+        for handle in self.handles:
+            handle.remove()
+        rope.restore_rope(self.model)
+        self.attention.put_on(self.model)
+        if hasattr(self.model, _STATE):
+            delattr(self.model, _STATE)

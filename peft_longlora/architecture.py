@@ -1,0 +1,76 @@
+"""Which layers of a model are those that attend to text, and how each of them sees it by itself."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def find_text_model(model: nn.Module) -> nn.Module:
+    """The language model inside one that takes images or sounds too; the model itself where that is all of it."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig) or config.get_text_config() is config:
+        return model
+    return model.get_decoder()
+
+
+def find_attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention layers of a language model, by name: modules of a class named so that know their layer's index."""
+    of_text = set(find_text_model(model).modules())
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if "Attention" in type(module).__name__ and hasattr(module, "layer_idx") and module in of_text
+    }
+
+
+def is_causal_layer(module: nn.Module) -> bool:
+    """Whether no token sees a later one in an attention layer; transformers' layers say so of themselves."""
+    return getattr(module, "is_causal", True)
+
+
+def is_local_layer(module: nn.Module, config: PreTrainedConfig) -> bool:
+    """Whether a layer has a window or chunks of its own, which it keeps."""
+    if layer_types := getattr(config, "layer_types", None):
+        return layer_types[module.layer_idx] != "full_attention"
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+
+
+def check_architecture(model: PreTrainedModel) -> None:
+    """Refuse a model that would silently train with something else than S2-Attn.
+
+    Raises: NotImplementedError.
+    """
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    layers = find_attention_modules(model).values()
+    if layers and not any(is_causal_layer(module) for module in layers):
+        raise NotImplementedError(
+            f"{kind} ({type(model).__name__}) is no causal language model: its tokens see later ones, which groups "
+            f"cannot express. Use a decoder (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
+        )
+    if not model._can_set_attn_implementation() or not layers:
+        raise NotImplementedError(
+            f"{kind} ({type(model).__name__}) does not take its attention from transformers' attention interface, so "
+            f"S2-Attn would never run. Use an architecture that does (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
+        )
+    if not find_rotary_modules(model):
+        raise NotImplementedError(
+            f"{kind} ({type(model).__name__}) has no rotary position embeddings that could be rescaled, so its window "
+            f"cannot be extended. Use a rotary architecture (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
+        )
+
+
+def find_rotary_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold inverse frequencies and can make them anew from a config."""
+    return [
+        module
+        for module in find_text_model(model).modules()
+        if "RotaryEmbedding" in type(module).__name__
+        and hasattr(module, "config")
+        and any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+    ]
+
+
+def rows_of(embeddings: nn.Module) -> int:
+    """Number of tokens of an embedding layer, whether or not its weight is in this process (DeepSpeed ZeRO-3)."""
+    return getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]

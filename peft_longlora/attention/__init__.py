@@ -1,0 +1,11 @@
+"""What transformers calls: the mask once a forward, then every attention layer, sparse or dense.
+
+Read `mask`, `forward`, `dense`; `settings` and `configure` say which layers attend how, `inputs` what the model was
+called with.
+"""
+
+from peft_longlora.attention.configure import configure_attention, use_attention
+from peft_longlora.attention.forward import s2_attention_forward
+from peft_longlora.attention.mask import s2_mask
+
+__all__ = ["configure_attention", "s2_attention_forward", "s2_mask", "use_attention"]

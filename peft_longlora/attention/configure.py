@@ -1,0 +1,148 @@
+"""`configure_attention` and `use_attention`: the switches that say which layers of a model attend how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from peft_longlora.architecture import (
+    check_architecture,
+    find_attention_modules,
+    is_local_layer,
+)
+from peft_longlora.attention.settings import _SETTINGS, S2_ATTN, AttentionSettings, Mode, _replace_settings, settings_of
+from peft_longlora.kernels import attend as kernels
+from peft_longlora.kernels import backends
+from peft_longlora.kernels.groups import group_size_of
+from peft_longlora.rope.parameters import window_of
+
+logger = logging.get_logger(__name__)
+
+
+FASTEST = "fastest"
+
+
+def configure_attention(
+    model: PreTrainedModel,
+    *,
+    group_size: int | None = None,
+    group_size_ratio: float = 0.25,
+    pattern: str = "s2",
+    dense_layers: list[int] | None = None,
+    dense_attention: str | None = None,
+    backend: str | None = None,
+) -> AttentionSettings:
+    """Switch a model to S2-Attn: sparse while it trains, dense otherwise. No adapter is needed.
+
+    Args:
+        model: a rotary causal language model of transformers.
+        group_size: G, tokens, even, 2 or more. None: `group_size_ratio` of the model's window.
+        group_size_ratio: in (0, 1], of the model's window, also when `scale_rope` changes it later.
+        pattern: "s2", "local" or "full".
+        dense_layers: indices of layers that stay dense while training.
+        dense_attention: the transformers attention wherever S2-Attn does not run ("sdpa", "flash_attention_2", ...).
+            None: what the model runs now, or would run had it not been loaded with "s2_attn". "fastest": the same as
+            None where there is a cache, a window or a mask that is not causal; elsewhere (evaluation, prefill) the
+            fastest kernel there is, whose rounding is its own.
+        backend: the kernel of sparse layers, one of `backends.BACKENDS`. None: as before, at first the fastest there
+            is.
+
+    Returns:
+        The settings now on every attention layer.
+
+    Raises:
+        ValueError: a value outside its rule. NotImplementedError: an architecture that does not take its attention
+            from transformers' interface, or has no rotary embeddings. The model is left as it was.
+    """
+    check_architecture(model)
+    config = model.config.get_text_config()
+    layers = find_attention_modules(model)
+    indices = {module.layer_idx for module in layers.values()}
+    if unknown := sorted(set(dense_layers or ()) - indices):
+        raise ValueError(
+            f"dense_layers={dense_layers} names {unknown}, which this model does not have: its layers are "
+            f"{min(indices)} to {max(indices)}."
+        )
+    size = group_size_of(group_size, group_size_ratio, window_of(config))
+    kernels.check_pattern(size, pattern)
+    previous = config._attn_implementation
+    known = next((getattr(m, _SETTINGS) for m in layers.values() if hasattr(m, _SETTINGS)), None)
+    if dense_attention in (None, FASTEST):
+        is_fastest = dense_attention == FASTEST
+        if previous != S2_ATTN:
+            dense_attention = previous
+        else:
+            dense_attention = known.dense_attention if known else model.get_correct_attn_implementation(None)
+            is_fastest = is_fastest or (known is not None and known.is_fastest)
+    else:
+        dense_attention, is_fastest = model.get_correct_attn_implementation(dense_attention), False
+    backend = backend or (known.backend if known else None)
+    settings = AttentionSettings(
+        config,
+        group_size,
+        group_size_ratio,
+        pattern,
+        frozenset(dense_layers or ()),
+        dense_attention,
+        backend,
+        is_fastest,
+        sharing=known.sharing if known else None,
+    )
+    backends.check_model(config, layers.values(), settings.backend)
+    if layers and all(is_local_layer(module, config) for module in layers.values()):
+        logger.warning(
+            f"Every layer of this model has a window of its own (sliding_window="
+            f"{getattr(config, 'sliding_window', None)}) and keeps it, so S2-Attn changes none. If the model was "
+            f"trained without it, load it with sliding_window=None."
+        )
+    parts = [name for name in model.config.sub_configs if getattr(model.config, name, None) is config]
+    # Encoders of images and sounds keep theirs.
+    model.set_attn_implementation({"": S2_ATTN, parts[0]: S2_ATTN} if parts else S2_ATTN)
+    _replace_settings(model, dict.fromkeys(layers, settings))
+    return settings
+
+
+@contextmanager
+def use_attention(model: nn.Module, mode: Mode, *, dense_attention: str | None = None) -> Iterator[None]:
+    """Within the block, attend as `mode` says; works on a bare and on a PEFT model.
+
+    Args:
+        model: a model whose attention is "s2_attn".
+        mode: "auto" (sparse while `module.training`), "sparse" (in evaluation and prefill too, to measure a pattern
+            by itself) or "dense".
+        dense_attention: "fastest" as in `configure_attention`, for evaluation; None leaves it as it is.
+
+    Raises:
+        ValueError: an unknown mode, a model without S2-Attn, or "sparse" while its adapter is disabled.
+    """
+    if mode not in ("auto", "sparse", "dense"):
+        raise ValueError(f"mode={mode!r} is unknown. Use 'auto', 'sparse' or 'dense'.")
+    if dense_attention not in (None, FASTEST):
+        raise ValueError(
+            f"dense_attention={dense_attention!r} cannot be used for a while. Use None or 'fastest' here, or name a "
+            f"transformers attention in configure_attention(model, dense_attention=...)."
+        )
+    layers = find_attention_modules(model).values()
+    if not layers or any(getattr(m.config, "_attn_implementation", S2_ATTN) != S2_ATTN for m in layers):
+        raise ValueError(
+            "This model does not use S2-Attn. Load it with attn_implementation='s2_attn', call configure_attention, "
+            "or add a LongLoraConfig adapter first."
+        )
+    before = {id(s): (s, s.mode, s.is_fastest) for s in map(settings_of, layers)}
+    if mode == "sparse" and not all(settings.is_enabled for settings, *_ in before.values()):
+        raise ValueError(
+            "The adapter that brought S2-Attn is disabled, so the model is its base, which is dense. Leave "
+            "disable_adapter() first, or call configure_attention(model) on the base."
+        )
+    try:
+        for settings, *_ in before.values():
+            settings.mode = mode
+            settings.is_fastest = settings.is_fastest or dense_attention == FASTEST
+        yield
+    finally:
+        for settings, *previous in before.values():
+            settings.mode, settings.is_fastest = previous

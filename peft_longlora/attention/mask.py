@@ -1,0 +1,224 @@
+"""What attention layers must know of one forward: who is padding, and who belongs to which document.
+
+transformers calls `s2_mask` once a forward and kind of layer (full, sliding) and hands what it returns to every layer.
+It returns an `S2Mask`: neither the S x S mask of dense attention nor the groups of sparse attention are made before a
+layer asks, and both are made once. Called through transformers' AttentionMaskInterface; read by `attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
+
+from peft_longlora.kernels.groups import (
+    BIDIRECTIONAL,
+    Groups,
+    find_documents,
+    plan_groups,
+    positions_in_documents,
+    refuse_bidirectional,
+)
+
+
+class S2Mask:
+    """The mask of one forward, before it is known whether a layer is sparse or dense.
+
+    Attributes:
+        batch, length: B and S, tokens.
+        is_local: whether it belongs to layers with a window or chunks of their own, which stay as they are.
+        is_causal: False where transformers was told, or the model's rule was found, to let tokens see later ones.
+        is_sparse: whether this forward is sparse; None until the first layer decides. Kept here and not asked of each
+            layer, so that gradient checkpointing recomputes what the forward computed, whatever the model's mode is
+            by then.
+    """
+
+    def __init__(self, arguments: dict[str, Any]):
+        self.batch: int = arguments["batch_size"]
+        self.length: int = arguments["q_length"]
+        self.is_local = arguments.get("local_size") is not None
+        self.is_causal = "allow_is_bidirectional_skip" not in arguments
+        self.is_sparse: bool | None = None
+        self._arguments = arguments
+        self._dense: dict[str, Any] = {}
+        self._made: dict[Any, Any] = {}
+
+    # transformers takes what is not 2-D for a mask that is made already, as this is.
+    ndim = 4
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"This architecture asks its attention mask for {name!r}: it computes with the mask itself, which S2-Attn "
+            f"does not support. Load it with attn_implementation='sdpa'."
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> S2Mask:
+        """Itself: accelerate's hooks move what layers get, and each layer moves what it takes out of here."""
+        return self
+
+    def contiguous(self) -> S2Mask:
+        """Itself: `generate` says this to the masks that it makes ahead for static caches."""
+        return self
+
+    def dense(self, implementation: str, device: torch.device, position_ids: torch.Tensor | None = None) -> Any:
+        """The mask that `implementation` ("sdpa", "flash_attention_2", ...) would have been given.
+
+        Args:
+            implementation: a transformers attention.
+            device: where the layer computes.
+            position_ids: (1 or B, S) as the layer got them. In a sparse forward they keep documents apart in layers
+                with a window of their own too, where transformers forgets them (beside a 2-D mask or a cache).
+        """
+        if implementation not in self._dense:
+            arguments = self._separated(position_ids) if self.is_sparse else self._arguments
+            self._dense[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**arguments)
+        mask = self._dense[implementation]
+        return mask.to(device) if isinstance(mask, torch.Tensor) else mask
+
+    def _separated(self, position_ids: torch.Tensor | None) -> dict[str, Any]:
+        """The arguments of a mask function, with a rule that lets no document see another one."""
+        if self._restarts(position_ids) is None or self._arguments["kv_length"] != self.length:
+            return self._arguments
+        # Whether any position restarts is on the device. Layers with a window get a mask either way; the others use
+        # what the groups of their neighbours need on the host too.
+        if not self.is_local and len(self._runs(position_ids)) <= self.batch:
+            return self._arguments
+        document, _ = self._number_documents(position_ids)
+        rule = and_masks(self._arguments["mask_function"], lambda b, h, q, k: document[b, q] == document[b, k])
+        return {**self._arguments, "mask_function": rule, "allow_is_causal_skip": False}
+
+    def groups(self, group_size: int, pattern: str, position_ids: torch.Tensor | None = None) -> Groups:
+        """The groups of this forward, made once for each (group_size, pattern).
+
+        Args:
+            group_size: G, tokens.
+            pattern: "s2", "local" or "full".
+            position_ids: (1 or B, S) as the layer got them: they restart where a document starts. transformers
+                drops that information when it also gets a 2-D mask or a cache. None: they count on; then, without
+                padding and with a causal rule, nothing is read from the device.
+
+        Raises:
+            NotImplementedError: the model's mask lets a token see a later one.
+        """
+        return self.once((group_size, pattern), lambda: self._make_groups(group_size, pattern, position_ids))
+
+    @torch.compiler.disable
+    def _make_groups(self, group_size: int, pattern: str, position_ids: torch.Tensor | None) -> Groups:
+        """Outside compiled code: numbers of tokens in tensors, so that none of them is compiled in."""
+        if self._is_plain(position_ids):  # known without looking at the device
+            groups = plan_groups(self.batch, self.length, group_size, pattern)
+        else:
+            documents = self.documents(position_ids)
+            padding = self.segment_ids(position_ids) == 0
+            groups = plan_groups(self.batch, self.length, group_size, pattern, documents=documents, padding=padding)
+        groups.tensors(self._arguments["device"])
+        return groups
+
+    def _is_plain(self, position_ids: torch.Tensor | None) -> bool:
+        """Whether every row is one document without padding: nothing was given that could say otherwise."""
+        is_causal = self._arguments.get("allow_is_causal_skip", True)
+        return is_causal and position_ids is None and self._arguments.get("attention_mask") is None
+
+    def positions(self, cu_seq_lens: torch.Tensor) -> torch.Tensor:
+        """(B, S) positions that restart where a document starts, from cumulative lengths."""
+        return self.once("positions", lambda: positions_in_documents(cu_seq_lens, self.batch, self.length))
+
+    def segment_ids(self, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """(B, S) int: 0 = padding, then the number of the document; `BIDIRECTIONAL` where a later token is seen."""
+
+        def number() -> torch.Tensor:
+            ids, sees_later = self._number_documents(position_ids)
+            return ids.masked_fill(sees_later & (ids > 0), BIDIRECTIONAL)
+
+        return self.once("segment_ids", number)
+
+    def documents(self, position_ids: torch.Tensor | None) -> list[tuple[int, int, int]]:
+        """The documents of this forward as `groups.find_documents` gives them.
+
+        Raises: NotImplementedError: as `groups`.
+        """
+        documents = self._runs(position_ids)
+        if any(number == BIDIRECTIONAL for _, _, number in documents):
+            refuse_bidirectional()
+        return documents
+
+    @torch.compiler.disable
+    def _runs(self, position_ids: torch.Tensor | None) -> list[tuple[int, int, int]]:
+        """Documents and padding, brought to the host once a forward."""
+        if not self.batch or not self.length:
+            return []
+        return self.once("runs", lambda: find_documents(self.segment_ids(position_ids)))
+
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What layers derive from this mask: made by the first that asks, kept for the others."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def whole_documents(self) -> Groups | None:
+        """The plan of dense attention by the model's own rule; None where it lets a token see a later one, or where a
+        cache stands in front.
+        """
+        if not self.is_causal or self.is_local or self._arguments["kv_length"] != self.length:
+            return None
+        try:
+            return self.groups(2, "full", None)
+        except NotImplementedError:
+            self.is_causal = False
+            return None
+
+    def _restarts(self, position_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """(1 or B, S - 1) bool, True where positions do not go on; None if positions do not tell."""
+        if position_ids is None or position_ids.dim() != 2 or position_ids.shape[-1] != self.length:
+            return None
+        return (position_ids.diff(dim=-1) != 1).to(self._arguments["device"])
+
+    def _number_documents(self, position_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Number the documents from the model's own mask rule, the padding mask and the positions.
+
+        Returns: segment ids (B, S), 0 = padding; and (B, S) bool, True where the token before sees this one.
+
+        The rule says for any two indices whether one sees the other; two neighbours that do not are in two documents.
+        Asking neighbours only keeps memory at O(S) and needs nothing but what every architecture gives.
+        """
+        device, padding_mask = self._arguments["device"], self._arguments.get("attention_mask")
+        position = torch.arange(self.length, device=device)
+        row = torch.arange(self.batch, device=device)[:, None]
+        is_start = torch.zeros(self.batch, self.length, dtype=torch.bool, device=device)
+        sees_later = torch.zeros_like(is_start)
+        if not self._arguments.get("allow_is_causal_skip", True):  # else the rule is plain causality
+            rule = self._arguments["mask_function"]
+            left, right = position[None, :-1], position[None, 1:]
+            is_start[:, 1:] |= ~rule(row, 0, right, left)
+            sees_later[:, 1:] |= rule(row, 0, left, right)
+        if (restarts := self._restarts(position_ids)) is not None:
+            is_start[:, 1:] |= restarts
+        segment_ids = is_start.cumsum(1) + 1
+        if padding_mask is not None:
+            is_real = padding_mask.to(device=device, dtype=torch.bool)
+            is_start[:, 1:] |= is_real[:, 1:] != is_real[:, :-1]
+            segment_ids = (is_start.cumsum(1) + 1).masked_fill(~is_real, 0)
+        return segment_ids, sees_later
+
+
+def s2_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Any:
+    """transformers' mask function for `attn_implementation="s2_attn"`.
+
+    Args:
+        batch_size, q_length, kv_length: B, S and T, tokens.
+        kwargs: the rest of what transformers hands to mask functions (masking_utils.create_causal_mask).
+
+    Returns:
+        An `S2Mask`. For static caches, whose masks `generate` makes outside the model and hands in ready, the 4-D
+        tensor it expects: (B, 1, S, T) bool or None.
+    """
+    if isinstance(kwargs.get("attention_mask"), S2Mask):  # made ahead by `generate`
+        return kwargs["attention_mask"]
+    arguments = dict(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **kwargs)
+    offset = kwargs.get("q_offset", 0)
+    # A static cache counts on the device, or (empty) has more room than tokens.
+    if isinstance(offset, torch.Tensor) or offset + q_length < kv_length:
+        return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**arguments)
+    return S2Mask(arguments)

@@ -1,0 +1,148 @@
+"""Which layers attend how: the settings on the attention layers of a model, and the switches that set them.
+
+`configure_attention` puts one `AttentionSettings` on all attention modules of a model, and `attention` reads it there.
+Nothing is kept in module globals, so two models in one process do not touch each other.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from peft_longlora.architecture import (
+    find_attention_modules,
+    is_causal_layer,
+)
+from peft_longlora.attention.inputs import Call
+from peft_longlora.kernels.groups import group_size_of
+from peft_longlora.rope.parameters import window_of
+
+logger = logging.get_logger(__name__)
+
+S2_ATTN = "s2_attn"
+Mode = Literal["auto", "sparse", "dense"]
+_SETTINGS = "s2_settings"
+
+
+class Sharing(Protocol):
+    """The ranks that share each sequence: `sequence.layer.SharedSequence`."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        settings: AttentionSettings,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        is_sparse: bool,
+        how: dict[str, Any],
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """A layer's attention on this rank's stretch."""
+
+
+@dataclass
+class AttentionSettings:
+    """How the layers of one model attend; shared by all of them.
+
+    Attributes:
+        config: the model's text config, whose window groups are a fraction of.
+        given_size: G, tokens, if the user gave it. group_size_ratio: G's fraction of the window otherwise.
+        pattern: "s2", "local" or "full".
+        dense_layers: indices of layers that stay dense while training.
+        dense_attention: the transformers attention that runs wherever S2-Attn does not.
+        is_fastest: whether whole causal rows go through the fastest kernel instead.
+        backend: the kernel of sparse layers, one of `backends.BACKENDS`, or None for the fastest.
+        mode: "auto" (sparse while training), "sparse" or "dense"; set by `use_attention`.
+        sharing: the ranks that share each sequence (`sequence.parallelize_sequence`), or None.
+        is_enabled: False while the adapter that brought these settings is switched off: then all is as without it.
+        call: what the model was last called with.
+    """
+
+    config: PreTrainedConfig = field(repr=False)
+    given_size: int | None = None
+    group_size_ratio: float = 0.25
+    pattern: str = "s2"
+    dense_layers: frozenset[int] = frozenset()
+    dense_attention: str = "sdpa"
+    backend: str | None = None
+    is_fastest: bool = False
+    mode: Mode = "auto"
+    sharing: Sharing | None = field(default=None, repr=False, compare=False)
+    is_enabled: bool = True
+    call: Call = field(default_factory=Call, repr=False, compare=False)
+
+    @property
+    def group_size(self) -> int:
+        """G, tokens; it follows the window where it is a fraction of it."""
+        return group_size_of(self.given_size, self.group_size_ratio, window_of(self.config))
+
+    def pattern_of(self, module: nn.Module) -> str:
+        """The pattern of a layer in a sparse forward."""
+        return "full" if getattr(module, "layer_idx", None) in self.dense_layers else self.pattern
+
+    def is_sparse(self, training: bool) -> bool:
+        """Whether a forward of a module in this mode is sparse."""
+        return self.is_enabled and (self.mode == "sparse" or (self.mode == "auto" and training))
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """The attention of a model before an adapter changed it."""
+
+    implementation: str | dict[str, str]
+    settings: dict[str, AttentionSettings]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> AttentionState:
+        """What `model` attends with now."""
+        layers = find_attention_modules(model)
+        found = {name: getattr(module, _SETTINGS) for name, module in layers.items() if hasattr(module, _SETTINGS)}
+        parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+        of_parts = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+        name = model.config._attn_implementation
+        return cls({"": name, **of_parts} if of_parts else name, found)
+
+    def put_on(self, model: PreTrainedModel) -> None:
+        """Make `model` attend so again."""
+        model.set_attn_implementation(self.implementation)
+        _replace_settings(model, self.settings)
+
+
+def settings_of(module: nn.Module) -> AttentionSettings:
+    """The settings of an attention layer; the defaults where `configure_attention` was never called."""
+    settings = getattr(module, _SETTINGS, None)
+    if settings is None:
+        if is_causal_layer(module):
+            settings = AttentionSettings(module.config)
+        else:  # an image encoder, say, whose config knows of no window
+            settings = AttentionSettings(module.config, 2, pattern="full")
+        settings.dense_attention = _default_attention(module)
+        setattr(module, _SETTINGS, settings)
+    return settings
+
+
+def _default_attention(module: nn.Module) -> str:
+    """What transformers runs where nothing was asked for: sdpa, but for architectures that it would compute wrongly."""
+    classes = vars(sys.modules[type(module).__module__]).values()
+    models = [c for c in classes if isinstance(c, type) and issubclass(c, PreTrainedModel) and c is not PreTrainedModel]
+    return "sdpa" if all(model._supports_sdpa for model in models) else "eager"
+
+
+def _replace_settings(model: PreTrainedModel, settings: dict[str, AttentionSettings]) -> None:
+    """Put settings on the attention layers by name, in place of what they have."""
+    for name, module in find_attention_modules(model).items():
+        if hasattr(module, _SETTINGS):
+            getattr(module, _SETTINGS).call.leave()
+            delattr(module, _SETTINGS)
+        if name in settings:
+            setattr(module, _SETTINGS, settings[name])
+    for one in {id(s): s for s in settings.values()}.values():
+        one.call.follow(model)

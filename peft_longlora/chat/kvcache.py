@@ -1,0 +1,216 @@
+"""transformers' KV caches, filled in chunks, that know which tokens they hold and keep what two prompts share.
+
+Called by chat.py and benchmarks/generation.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache
+
+from peft_longlora.rope.parameters import base_rope
+
+CACHES = ("dense", "quantised", "offloaded")
+# hqq comes first because quanto compiles kernels when it is first used: minutes, and nvcc for those of a GPU.
+QUANTISERS = {"hqq": "hqq", "quanto": "optimum.quanto"}
+
+
+class OffloadedCache(DynamicCache):
+    """transformers' `DynamicCache(offloading=True)`, whose layers come back only after they have gone.
+
+    Its layers leave for the CPU on the stream of the model, and are fetched on another one, which does not wait for it
+    (`Cache.update` in transformers' cache_utils.py, 5.17 to 5.23). Where the CPU is far ahead of the GPU, as it is with
+    long rows, a layer is fetched before it has arrived, and attention sees what was in that memory before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(offloading=True)
+
+    def prefetch(self, *args: Any, **kwargs: Any) -> None:
+        """As that of transformers, behind all that the model has been given to do so far."""
+        self.prefetch_stream.wait_stream(torch.cuda.current_stream(self.prefetch_stream.device))
+        super().prefetch(*args, **kwargs)
+
+
+class KVCache:
+    """The keys and values of one row of tokens.
+
+    Attributes:
+        ids: the tokens whose keys and values are held.
+        cache: transformers' own, for `generate(past_key_values=...)`; call `sync` after it.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, kind: str = "dense", chunk_size: int = 2048, backend: str | None = None
+    ) -> None:
+        """An empty one.
+
+        Args:
+            model: in evaluation mode, with or without an adapter.
+            kind: "dense"; "quantised" (4 bits, by hqq or optimum-quanto); "offloaded" (in the CPU's
+                memory, one layer at a time on the GPU).
+            chunk_size: tokens of one forward while the cache is filled.
+            backend: of "quantised": "hqq" or "quanto"; None: the first that is installed.
+
+        Raises: ValueError, ImportError: a kind that does not work here.
+        """
+        self.model, self.kind, self.chunk_size = model, kind, chunk_size
+        self.backend = check_cache(kind, model.device, backend)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.ids: list[int] = []
+        self.cache = self._make()
+        self._kept: tuple[list[int], Cache] | None = None
+
+    def _make(self) -> Cache:
+        if self.kind == "quantised":
+            config = self.model.config.get_text_config()
+            return QuantizedCache(self.backend, config, **quantiser_options(self.backend, config))
+        # No config is given, because layers that drop what left their sliding window could not go back to a prefix.
+        return OffloadedCache() if self.kind == "offloaded" else DynamicCache()
+
+    @property
+    def label(self) -> str:
+        """The kind, and by which package with how many bits."""
+        return f"quantised ({self.backend}, 4 bits)" if self.backend else self.kind
+
+    def fill(self, ids: list[int], on_progress: Callable[[int, int], Any] | None = None) -> None:
+        """Hold exactly these tokens: what they share with those held stays, the rest is forwarded in chunks.
+
+        Args:
+            ids: of the whole row.
+            on_progress: called with the tokens held and the tokens asked for, after each chunk.
+        """
+        chunk_size = self.chunk_size
+        if self._frequencies(len(ids)) != self._frequencies(len(self.ids)):
+            self.clear()
+        if self._frequencies(len(ids)):
+            chunk_size = len(ids)
+        self._go_back(shared_prefix(self.ids, ids))
+        self.append(ids[len(self.ids) :], chunk_size, on_progress)
+
+    @torch.no_grad()
+    def append(self, ids: list[int], chunk_size: int, on_progress: Callable[[int, int], Any] | None = None) -> None:
+        """Forward tokens behind those held; see `fill`."""
+        total = len(self.ids) + len(ids)
+        while len(self.ids) < total:
+            chunk, ids = ids[:chunk_size], ids[chunk_size:]
+            inputs = torch.tensor([chunk], device=self.model.device)
+            try:
+                self.model(input_ids=inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            except BaseException:
+                self.clear()  # some layers may hold the chunk, and some not
+                raise
+            self.ids = self.ids + chunk
+            if on_progress:
+                on_progress(len(self.ids), total)
+
+    def keep(self) -> None:
+        """Mark what is held as what later rows begin with.
+
+        Quantised caches cannot drop their last tokens. They hold what is kept besides, once 128 tokens have followed.
+        """
+        if self.kind == "quantised":
+            self._kept = (self.ids, _copied(self.cache))
+
+    def sync(self, ids: list[int]) -> None:
+        """Say what `generate` left in the cache: a prefix of the prompt and the answer."""
+        self.ids = ids[: self.cache.get_seq_length()]
+
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held, wherever they are; a kept copy not included."""
+        names = ("keys", "values", "_quantized_keys", "_quantized_values")
+        return sum(_nbytes(getattr(layer, name, None)) for layer in self.cache.layers for name in names)
+
+    def _go_back(self, length: int) -> None:
+        if length == len(self.ids):
+            return
+        if self.kind == "quantised":
+            if self._kept is None or len(self._kept[0]) > length:
+                self.clear()
+            else:
+                self.ids, self.cache = self._kept[0], _copied(self._kept[1])
+        elif length == 0:
+            self.clear()
+        else:
+            self.cache.crop(length - len(self.ids))
+            self.ids = self.ids[:length]
+
+    def _frequencies(self, length: int) -> int:
+        """A number for the RoPE frequencies that a row of so many tokens is rotated with; 0 for the pretrained ones.
+
+        "longrope" has others beyond the pretrained window, and "dynamic" others at every length beyond it: there the
+        keys of a chunk are not those of the whole row, which must be forwarded at once.
+        """
+        config = self.model.config.get_text_config()
+        rope = base_rope(config)
+        native = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if length <= native:
+            return 0
+        return {"longrope": 1, "dynamic": length}.get(rope.get("rope_type"), 0)
+
+
+def check_cache(kind: str, device: torch.device | str, backend: str | None = None) -> str | None:
+    """Whether a kind of cache works here; returns the package that quantises, if any.
+
+    Raises:
+        ValueError: an unknown kind, or "offloaded" without a GPU. ImportError: "quantised" without a package for it.
+    """
+    if kind not in CACHES:
+        raise ValueError(f"cache {kind!r} is none of {', '.join(CACHES)}.")
+    if kind == "offloaded" and torch.device(device).type == "cpu":
+        raise ValueError(
+            "--cache offloaded keeps keys and values of a GPU in the CPU's memory: the model is on the CPU."
+        )
+    if kind != "quantised":
+        return None
+    for name in [backend] if backend else QUANTISERS:
+        package = QUANTISERS[name]
+        if importlib.util.find_spec(package.partition(".")[0]) and importlib.util.find_spec(package):
+            return name
+    raise ImportError("--cache quantised needs a package that quantises: pip install hqq (or optimum-quanto)")
+
+
+def quantiser_options(backend: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """Options of transformers' QuantizedCache: 4 bits, in groups of 64 numbers that lie inside one token's head.
+
+    transformers quantises anew what it has dequantised whenever 128 tokens more have come. With groups that stay the
+    same that loses next to nothing; hqq's axis 0, or larger groups, would regroup all tokens each time.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    axis = {"quanto": 0, "hqq": 1}[backend]
+    return dict(nbits=4, q_group_size=math.gcd(64, head_dim), axis_key=axis, axis_value=axis)
+
+
+def _copied(cache: Cache) -> Cache:
+    """A cache that goes on by itself. Its tensors are shared: quantised layers replace theirs, and change none."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
+
+
+def shared_prefix(first: list[int], second: list[int]) -> int:
+    """How many tokens two rows begin with in common."""
+    n = min(len(first), len(second))
+    if first[:n] == second[:n]:
+        return n
+    return next(i for i in range(n) if first[i] != second[i])
+
+
+def _nbytes(value: Any) -> int:
+    """Of a tensor, of the parts of one that is packed (a tensor subclass), or of a container of tensors."""
+    if isinstance(value, torch.Tensor):
+        if hasattr(value, "__tensor_flatten__") and type(value) is not torch.Tensor:
+            return sum(_nbytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+        return value.nbytes
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(_nbytes, value)) if isinstance(value, list | tuple) else 0

@@ -1,0 +1,111 @@
+"""Which passages of a document an answer attended to: attention of the answer's tokens alone, one layer at a time.
+
+The answer's tokens are forwarded once more behind the cached keys of everything in front of them, with eager attention,
+the one that hands over its weights. Of each layer's (H, A, T) weights (A tokens of the answer, T of the row) only the
+mean over heads and answer tokens stays, so nothing of size T x T exists at any time. Called by chat.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from peft_longlora.architecture import find_attention_modules
+from peft_longlora.chat.dialogue import Dialogue
+from peft_longlora.chat.kvcache import KVCache
+
+LAYERS = 4  # the last ones, where attention goes to what is about to be said
+SPAN = 64  # tokens of a passage
+SINKS = 4  # first tokens of a row, which take attention that is meant for nothing (arXiv:2309.17453)
+WEIGHTS = 2**26  # numbers of attention weights in memory at a time
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A part of a document.
+
+    Attributes:
+        place: such as "page 12" or "lines 3-5". text: the part, words whole.
+        share: of all attention that the answer gave to the document, between 0 and 1.
+    """
+
+    place: str
+    text: str
+    share: float
+
+
+@torch.no_grad()
+def document_attention(kv: KVCache, row: list[int], start: int) -> torch.Tensor:
+    """Mean attention of an answer's tokens to every token in front of the answer.
+
+    Args:
+        kv: a cache on the model; afterwards it holds the row, less its last token.
+        row: prompt and answer. start: where the answer begins.
+
+    Returns:
+        (start,) float32 on the CPU: mean over the last layers with full attention, their heads, and the rows that
+        predicted the answer's tokens (those at start - 1 and after it).
+    """
+    kv.fill(row[: start - 1])
+    layers = [m for m in find_attention_modules(kv.model).values() if not getattr(m, "sliding_window", None)]
+    layers = (layers or list(find_attention_modules(kv.model).values()))[-LAYERS:]
+    total = torch.zeros(start, device=kv.model.device)
+
+    def add(module: nn.Module, args: Any, output: Any) -> None:
+        # (1, H, A, T), rows that sum to one
+        total.add_(output[1][0, :, :, :start].float().mean(0).sum(0).to(total.device))
+
+    heads = kv.model.config.get_text_config().num_attention_heads
+    hooks = [layer.register_forward_hook(add) for layer in layers]
+    try:
+        with _eager(kv.model):
+            kv.append(row[start - 1 : -1], max(1, WEIGHTS // (heads * len(row))))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (total / (len(layers) * (len(row) - start))).cpu()
+
+
+def top_passages(scores: torch.Tensor, dialogue: Dialogue, count: int) -> list[Passage]:
+    """The spans of SPAN tokens with the most attention, none over another.
+
+    Args:
+        scores: (tokens of the document,), as `document_attention` gives them.
+    """
+    scores = scores.clone()
+    scores[: max(0, SINKS - len(dialogue.head))] = 0
+    whole = scores.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    width = min(SPAN, len(scores))
+    sums = scores.unfold(0, width, 1).sum(-1)
+    found = []
+    while len(found) < count and sums.max() > 0:
+        first = int(sums.argmax())
+        share = float(sums[first] / whole)
+        sums[max(0, first - width + 1) : first + width] = 0
+        start, end = dialogue.offsets[first][0], dialogue.offsets[first + width - 1][1]
+        text = dialogue.document.text
+        while start > 0 and not text[start - 1].isspace():
+            start -= 1
+        while end < len(text) and not text[end].isspace():
+            end += 1
+        if text[start:end].strip():
+            found.append(Passage(dialogue.document.place(start, end), text[start:end].strip(), share))
+    return found
+
+
+@contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Eager attention for a while."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

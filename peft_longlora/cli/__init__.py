@@ -1,0 +1,1 @@
+"""The command `longlora`: a parser, and one file a command. Nothing imports it."""

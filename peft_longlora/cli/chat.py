@@ -1,0 +1,151 @@
+"""`longlora chat`: a document, questions on the command line or one after the other, answers as they come.
+
+Answers go to stdout, everything else to stderr. Called by cli.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+
+from peft_longlora.chat.kvcache import CACHES
+from peft_longlora.cli.arguments import _share, _temperature, positive
+
+FORGET, QUIT = "/forget", ("/quit", "/exit")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `longlora chat`."""
+    add = parser.add_argument
+    add("--model", required=True, help="folder or Hub id of a base, or of a merged model")
+    add("--adapter", help="folder or Hub id of a PEFT adapter")
+    add("--tokenizer", help="folder or Hub id; the model's otherwise")
+    add("--file", required=True, help="the document: a path to a .txt, .md or .pdf file")
+    add("--ask", action="append", metavar="QUESTION", help="answer this and end; may be given several times")
+    add("--plain", action="store_true", help="use no chat template, also where the tokenizer has one")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--device", help="cuda, cpu, ...; the GPU if there is one")
+    add("--attn-implementation", help="of dense attention: sdpa, flash_attention_2, ...")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument(
+        "--cache",
+        default="dense",
+        choices=CACHES,
+        help="of keys and values; quantised: 4 bits, needs hqq or optimum-quanto; offloaded: in the CPU's memory",
+    )
+    memory.add_argument("--chunk", type=positive, default=2048, help="tokens of the document forwarded at a time")
+    answers = parser.add_argument_group("answers")
+    answers.add_argument("--max-new-tokens", type=positive, default=256)
+    answers.add_argument("--temperature", type=_temperature, default=0.0, help="0: always the likeliest token")
+    answers.add_argument("--top-p", type=_share, default=1.0, help="with a temperature: of the likeliest tokens")
+    answers.add_argument("--seed", type=int, default=0)
+    answers.add_argument("--passages", type=positive, metavar="N", help="show the N passages attended to most")
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    """`longlora chat`; returns the exit code.
+
+    Raises:
+        ValueError, ImportError, OSError: of files, models and caches that cannot be used.
+    """
+    from peft_longlora.chat.conversation import Conversation
+    from peft_longlora.chat.document import read_document
+    from peft_longlora.hub.loading import is_out_of_memory, load_model
+
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # its warnings tell a reader nothing that an error does not
+    if any(not question.strip() for question in args.ask or []):
+        raise ValueError("--ask is empty.")
+    document = read_document(args.file)  # what cannot be read is said before a model is loaded
+    loaded = load_model(
+        args.model,
+        args.adapter,
+        tokenizer=args.tokenizer,
+        dtype=args.dtype,
+        device=args.device,
+        attn_implementation=args.attn_implementation,
+    )
+    conversation = Conversation(
+        loaded,
+        document,
+        cache=args.cache,
+        chunk_size=args.chunk,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        plain=args.plain,
+    )
+    for text in [*loaded.notes, *conversation.warnings()]:
+        _say(f"warning: {text}")
+    _say(f"{document.name}: {conversation.document_tokens:,} tokens; {conversation.usage}")
+    try:
+        conversation.read(_progress)
+        _say(f"KV cache: {conversation.kv.label}, {conversation.kv.nbytes() / 2**20:,.1f} MiB")
+        if args.ask:
+            for question in args.ask:
+                _say(f"> {question}")
+                _answer(conversation, question, args.passages)
+        else:
+            _converse(conversation, args.passages)
+    except KeyboardInterrupt:
+        _say("\nStopped.")
+        return 130
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"Out of memory ({' '.join(str(error).split())[:120]} ...). Try --cache quantised or offloaded, or a "
+            f"smaller --chunk than {args.chunk}."
+        ) from None
+    return 0
+
+
+def _converse(conversation, passages: int | None) -> None:
+    """Questions one after the other, until there are no more."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  gives input() a history
+        _say(f"Ask away. {FORGET} drops the questions so far, Ctrl-C stops an answer, Ctrl-D ends.")
+    while True:
+        try:
+            question = input("> " if is_terminal else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            _say("\nBye." if is_terminal else "")
+            return
+        if question in QUIT:
+            return
+        if question == FORGET:
+            conversation.forget()
+            _say(f"Forgotten. {conversation.usage}")
+        elif question:
+            try:
+                _answer(conversation, question, passages)
+            except KeyboardInterrupt:
+                if not is_terminal:
+                    raise
+                print(flush=True)
+                _say("Stopped here; what was said counts.")
+
+
+def _answer(conversation, question: str, passages: int | None) -> None:
+    for piece in conversation.ask(question):
+        print(piece, end="", flush=True)
+    print(flush=True)
+    over = " PAST THE WINDOW" if conversation.tokens > conversation.window else ""
+    _say(f"[{conversation.usage}{over}]")
+    for passage in conversation.passages(passages) if passages and conversation.turns[-1].answer else []:
+        _say(f"  {passage.share:.1%} {passage.place}: {' '.join(passage.text.split())}")
+
+
+def _progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(
+            f"\rReading: {done:,} of {total:,} tokens", end="\n" if done >= total else "", file=sys.stderr, flush=True
+        )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,65 @@
+"""Documents and records, read loudly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from transformers.utils import logging
+
+from peft_longlora.data.rows import NO_DATA, Sources, rows_of_sources
+
+logger = logging.get_logger(__name__)
+
+
+def read_documents(
+    sources: Sources, *, split: str = "train", config: str | None = None, field: str = "text", skip_empty: bool = False
+) -> Iterator[dict[str, str]]:
+    """Documents one after the other, as {"text", "source"}; never more in memory than one document or one JSON list.
+
+    Args:
+        sources: .txt (a file is a document), .jsonl or .json (an object a line, or one list of objects), each also
+            .gz; folders of those; or ids of datasets on the Hub, which are streamed.
+        split, config: of a dataset on the Hub.
+        field: the name of the text field.
+        skip_empty: go on after an empty document, with a warning, instead of stopping at it.
+
+    Raises:
+        FileNotFoundError, ValueError: a source that is not there or cannot be read, no JSON, no text, a text that is
+            empty or no string; the message names the file and the line (in a list: the record).
+    """
+    for name, row in rows_of_sources(sources, split, config, field):
+        text = _string(name, row, field)
+        if text.strip():
+            yield {"text": text, "source": name}
+        elif skip_empty:
+            logger.warning(f"{name}: {field!r} is empty, left out.")
+        else:
+            raise ValueError(f"{name}: {field!r} is empty. Remove the document (in Python: or pass skip_empty=True).")
+
+
+def read_records(sources: Sources, *, split: str = "train", config: str | None = None) -> Iterator[dict[str, str]]:
+    """LongAlpaca's records, as {"instruction", "input", "output", "source"}; "input" may be missing or null.
+
+    Sources and errors as in `read_documents`, without .txt; a record without instruction or output is an error too.
+    """
+    for name, row in rows_of_sources(sources, split, config, None):
+        record = {key: _string(name, row, key) for key in ("instruction", "output")}
+        if empty := [key for key, text in record.items() if not text.strip()]:
+            raise ValueError(f"{name}: {empty[0]!r} is empty. Fill it in, or remove the record.")
+        record["input"] = "" if row.get("input") is None else _string(name, row, "input")
+        yield {**record, "source": name}
+
+
+def _string(name: str, row: Any, key: str) -> str:
+    if not isinstance(row, dict):
+        raise ValueError(f"{name}: a {type(row).__name__}, not an object with the field {key!r}.")
+    text = row.get(key)
+    if text is None:
+        raise ValueError(f"{name}: no {key!r}. The fields are {sorted(row)}. {NO_DATA}")
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: {key!r} is a {type(text).__name__} ({str(text)[:40]!r}), not a string.")
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{name}: {key!r} holds half of a surrogate pair, which is no text. Write the file anew.")
+    return text

@@ -1,0 +1,1 @@
+"""What is said of the measurements: cells, statistics, tables, plots and comparisons."""

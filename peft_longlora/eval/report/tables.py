@@ -1,0 +1,92 @@
+"""results.md: the rows as tables a reader, or a README, can take. Calls `plots` where matplotlib is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers.utils import logging
+
+from peft_longlora.eval.report.cells import Results, Row, sort_key
+from peft_longlora.eval.report.units import show, show_interval, show_length, show_metric
+
+REPORT = "results.md"
+logger = logging.get_logger(__name__)
+
+
+def write_report(results: Results, folder: Path) -> None:
+    """Write results.md and the plots into a folder."""
+    try:
+        from peft_longlora.eval.report.plots import write_plots
+    except ImportError:
+        logger.warning("No plots: matplotlib is not installed. pip install peft-longlora[eval]")
+        images = []
+    else:
+        images = write_plots(results, folder)
+    text = make_report(results) + "".join(f"\n![{image}]({image})\n" for image in images)
+    (folder / REPORT).write_text(text, encoding="utf-8")
+
+
+def make_report(results: Results) -> str:
+    """The tables in Markdown."""
+    model = results.model
+    name = model["name"] + (f" + {model['adapter']}" if model.get("adapter") else "")
+    rope = (model.get("rope_parameters") or {}).get("rope_type", "default")
+    lines = [
+        f"# {name}",
+        "",
+        f"{model['attention']} attention, {model['dtype']}, RoPE {rope}, window {model['native_window']} -> "
+        f"{model['window']} tokens. {results.hardware['device']}, {results.hardware['processes']} process(es). "
+        + ", ".join(f"{package} {version}" for package, version in results.versions.items())
+        + f". {results.created}.",
+        "",
+        f"Brackets: {100 * results.settings['confidence']:g}% intervals over documents or prompts. † above the window "
+        f"that the model was made for.",
+        "",
+    ]
+    head = ["task", "protocol", "data", "model", "length", "metric", "value", "interval", "n"]
+    body = [
+        [r.task, r.protocol, r.dataset, r.variant, show_length(r), show_metric(r), show(r), show_interval(r), r.units]
+        for r in results.results
+    ]
+    lines += [*table(head, [list(map(str, row)) for row in body]), ""]
+    for title, rows in _by_title(results.details).items():
+        lines += [f"## {title}", "", *_grid(rows), ""]
+    if results.notes:
+        lines += ["## Notes", "", *(f"- {note}" for note in results.notes), ""]
+    return "\n".join(lines)
+
+
+def table(head: list[str], body: list[list[str]]) -> list[str]:
+    """A Markdown table with aligned columns."""
+    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+    rows = [head, ["-" * width for width in widths], *body]
+    return [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+
+
+def _by_title(rows: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=sort_key):
+        title = f"{row.task}, {row.protocol}, {row.dataset}, {row.variant}: {show_metric(row)}"
+        found.setdefault(title, []).append(row)
+    return found
+
+
+def _grid(rows: list[Row]) -> list[str]:
+    """Groups down, lengths across."""
+    lengths = list(dict.fromkeys((row.length, show_length(row)) for row in rows))
+    # From the longest row on, so that buckets stand in order of position.
+    order = sorted(rows, key=lambda row: -(row.length or 0))
+    groups = sorted(dict.fromkeys(row.group for row in order), key=lambda g: sort_key(_first(rows, g))[-1])
+    body = []
+    for group in groups:
+        cells = {row.length: row for row in rows if row.group == group}
+        body.append(
+            [group, *(f"{show(cells[n])} {show_interval(cells[n])}".strip() if n in cells else "" for n, _ in lengths)]
+        )
+    return table(["", *(text or "all" for _, text in lengths)], body)
+
+
+def _first(rows: list[Row], group: str | None) -> Row:
+    return next(row for row in rows if row.group == group)

@@ -1,0 +1,43 @@
+"""How values are shown: percents, GiB, milliseconds. Read by `report`, `plots` and `comparison`."""
+
+from __future__ import annotations
+
+from peft_longlora.eval.report.cells import Row
+
+PERCENT = {"accuracy", "recall", "f1", "rougeL"}
+UNITS = {
+    "peak_memory_bytes": ("peak memory, GiB", 2**30),
+    "kv_cache_bytes": ("KV cache, MiB", 2**20),
+    "seconds_to_first_token": ("first token, ms", 1e-3),
+    "forward_tokens_per_second": ("forward, tokens/s", 1),
+    "decode_tokens_per_second": ("decoding, tokens/s", 1),
+}
+
+
+def show(row: Row, value: float | None = None) -> str:
+    """A value in its unit."""
+    value = row.value if value is None else value
+    if row.metric in PERCENT:
+        return f"{100 * value:.1f}%"
+    value /= UNITS.get(row.metric, ("", 1))[1]
+    return f"{value:,.0f}" if abs(value) >= 99999.5 else f"{value:.5g}"
+
+
+def show_metric(row: Row) -> str:
+    """A metric's name with its unit."""
+    return UNITS.get(row.metric, (row.metric, 1))[0]
+
+
+def show_interval(row: Row) -> str:
+    """An interval in brackets, or nothing."""
+    return "" if row.low is None or row.high is None else f"[{show(row, row.low)}, {show(row, row.high)}]"
+
+
+def show_length(row: Row) -> str:
+    """A length, marked where it is above the window."""
+    return ("" if row.length is None else str(row.length)) + ("†" if row.beyond_window else "")
+
+
+def scale_of(metric: str) -> float:
+    """What a metric's values are divided by to be shown."""
+    return 0.01 if metric in PERCENT else UNITS.get(metric, ("", 1))[1]

@@ -1,0 +1,196 @@
+"""Prompts that fill a length, and tasks made of prompts with known answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft_longlora.eval.subject import Subject
+from peft_longlora.eval.tasks.haystack import Books
+from peft_longlora.eval.tasks.task import Item
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question to a model.
+
+    Attributes:
+        text: what the model reads.
+        answers: what is looked for in what it writes.
+        prefix: how its answer begins; written for it, behind the text (in a chat: as the start of its turn).
+    """
+
+    text: str
+    answers: list[str]
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt still to be made, so that each process makes its own alone.
+
+    Attributes:
+        key: its name in the run.
+        length: tokens that prompt and answer may have, or None.
+        make: gives the prompt; called with the subject.
+        groups: the rows it counts in besides the headline, such as "depth 50%".
+        dataset: name of the data it comes from.
+        unit: what it shares with questions that are not independent of it; None: nothing.
+    """
+
+    key: str
+    length: int | None
+    make: Callable[[Subject], Prompt]
+    groups: tuple[str, ...] = ()
+    dataset: str = "generated"
+    unit: str | None = None
+
+
+@dataclass
+class PromptTask:
+    """What tasks of prompts share: ask, score, record. Subclasses give `questions` and `score`.
+
+    Args:
+        chat: put the text into the tokenizer's chat template, as a user's turn.
+    """
+
+    chat: bool = False
+    notes: list[str] = field(default_factory=list)
+    name: str = ""
+    protocol: str = ""
+    max_new_tokens: int = 32
+
+    def questions(self) -> Iterator[Question]:
+        """All questions, in a fixed order."""
+        raise NotImplementedError
+
+    def score(self, answer: str, prompt: Prompt) -> dict[str, float]:
+        """Scores in [0, 1] by metric."""
+        raise NotImplementedError
+
+    def check(self, subject: Subject) -> None:
+        """Make one prompt of each length, so that lengths that are too short are refused before hours of work.
+
+        Raises: ValueError.
+        """
+        for question in {question.length: question for question in self.questions()}.values():
+            question.make(subject)
+
+    def prompt_ids(self, subject: Subject, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, within the chat template if asked for."""
+        return encode_prompt(subject, prompt, self.chat)
+
+    def items(self, subject: Subject) -> Iterator[Item]:
+        """One item a question."""
+        totals = Counter(question.length for question in self.questions())
+        asked: Counter[int | None] = Counter()
+        for question in self.questions():
+            asked[question.length] += 1
+            key = f"{self.name}/{subject.variant}/{question.key}"
+            label = f"{self.name} {question.length or ''}".strip()
+
+            def measure(key: str = key, question: Question = question) -> dict[str, Any]:
+                return self._measure(subject, key, question)
+
+            yield Item(key, label, asked[question.length] / totals[question.length], measure)
+
+    def _measure(self, subject: Subject, key: str, question: Question) -> dict[str, Any]:
+        prompt = question.make(subject)
+        ids = self.prompt_ids(subject, prompt)
+        answer = subject.answer(ids, self.max_new_tokens)
+        scores = self.score(answer, prompt)
+        return {
+            "key": key,
+            "task": self.name,
+            "dataset": question.dataset,
+            "protocol": self.protocol + (", chat template" if self.chat else ""),
+            "variant": subject.variant,
+            "length": question.length,
+            "unit": question.unit or question.key,
+            "beyond_window": len(ids) + self.max_new_tokens > subject.window,
+            "tokens": len(ids),
+            "answers": prompt.answers,
+            "answer": answer,
+            "measures": [[m, g, float(s), 1] for g in (None, *question.groups) for m, s in scores.items()],
+        }
+
+
+@dataclass
+class GeneratedTask(PromptTask):
+    """What tasks share whose prompts are made here, at chosen lengths.
+
+    Args:
+        lengths: tokens of prompt and answer together. seed: of the prompts. books: real text to hide things in, if any.
+    """
+
+    lengths: list[int] = field(default_factory=list)
+    seed: int = 0
+    books: Books | None = None
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Lengths, depths and numbers are in the samples' names, so more of them may be asked for later."""
+        return {"chat": self.chat, "seed": self.seed}
+
+    def data(self) -> dict[str, Any] | None:
+        """The books, if any."""
+        return self.books.corpus.summary().entry() if self.books else None
+
+    @property
+    def dataset(self) -> str:
+        """Name of the books, or "generated"."""
+        return self.books.name if self.books else "generated"
+
+    def fill(self, subject: Subject, length: int, build: Callable[[int], Prompt]) -> Prompt:
+        """The prompt with as many units of filler as fit into a length less the answer."""
+        n = fit_filler(lambda n: len(self.prompt_ids(subject, build(n))), length - self.max_new_tokens)
+        return build(n)
+
+
+def encode_prompt(subject: Subject, prompt: Prompt, chat: bool) -> list[int]:
+    """Token ids of text and prefix; in a chat the prefix begins the assistant's turn.
+
+    Raises: ValueError: a chat is asked for, and the tokenizer has no template.
+    """
+    if not chat:
+        return subject.encode(prompt.text + prompt.prefix)
+    if subject.tokenizer.chat_template is None:
+        raise ValueError("--chat: the tokenizer has no chat template. Leave it out, or give another --tokenizer.")
+    turns = [{"role": "user", "content": prompt.text}]
+    text = subject.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return subject.tokenizer(text + prompt.prefix.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def fit_filler(count_tokens: Callable[[int], int], budget: int) -> int:
+    """The largest amount of filler, to within half a percent of the tokens, that keeps a prompt within the budget.
+
+    Nothing is remembered from prompt to prompt: what one looks like must not hang on which process made which before.
+
+    Args:
+        count_tokens: tokens of a prompt with n units of filler; grows with n.
+        budget: tokens.
+
+    Raises:
+        ValueError: the prompt does not fit without any filler.
+    """
+    low, low_tokens = 0, count_tokens(0)
+    if low_tokens > budget:
+        raise ValueError(
+            f"The prompt alone has {low_tokens} tokens, the length leaves room for {budget}. Use longer --lengths."
+        )
+    empty, slack = low_tokens, max(4, budget // 200)
+    high: int | None = None
+    n = 64
+    while budget - low_tokens > slack and (high is None or high - low > 1):
+        tokens = count_tokens(n)
+        if tokens <= budget:
+            low, low_tokens = n, tokens
+        else:
+            high = n
+        # By the tokens that a unit has had so far, and within what is known.
+        n = max(low + 1, int(n * (budget - slack // 2 - empty) / max(tokens - empty, 1)))
+        if high is not None and n >= high:
+            n = (low + high) // 2
+    return low

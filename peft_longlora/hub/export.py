@@ -1,0 +1,135 @@
+"""A plain LoRA adapter for servers, out of ours.
+
+For servers the merged model is the simplest way (`model.merge_and_unload().save_pretrained(folder)`); `export_lora` is
+for those that keep one base and many LoRA adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, PeftType
+from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers.utils import logging
+
+from peft_longlora.adapter.config import LongLoraConfig
+from peft_longlora.hub.card import README, CardOptions, make_card
+
+LORA_TEMPLATE = Path(__file__).parent / "templates" / "lora_card.md"
+PREFIX = "base_model.model."
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes (vllm/config/lora.py, 0.32)
+NOT_IN_VLLM = ("use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
+# Inits that change the base's weights, which a server would not repeat.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+logger = logging.get_logger(__name__)
+
+
+def export_lora(model: PeftModel, folder: str | os.PathLike, *, fold_into: str | os.PathLike | None = None) -> Path:
+    """Write a plain `peft_type: LORA` adapter, as vLLM, TGI and LoRAX take it, and a card that says how to start them.
+
+    Args:
+        model: with one LongLoRA adapter, enabled; the active one is exported.
+        folder: for adapter_config.json, adapter_model.safetensors and README.md.
+        fold_into: a folder for a full base model, in which trained embeddings and norms and the RoPE scaling are
+            folded; the adapter then names that as its base. Needed where embeddings or norms were trained.
+
+    Returns:
+        The adapter's folder.
+
+    Raises:
+        ValueError: no active LongLoRA adapter, embeddings or norms were trained and fold_into is None, or other whole
+            modules, or an init that changed the base.
+    """
+    name = model.active_adapter if isinstance(model, PeftModel) else None
+    config = model.peft_config.get(name) if isinstance(name, str) else None
+    if not isinstance(config, LongLoraConfig):
+        raise ValueError(
+            f"{type(model).__name__} has no active LongLoRA adapter to export. Give a model that has one, such as "
+            f"PeftModel.from_pretrained(base, adapter) returns."
+        )
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower().startswith(CHANGES_BASE):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} changed the base's own weights, which a server would not. "
+            f"Merge instead: model.merge_and_unload().save_pretrained(folder)."
+        )
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    weights = {key: tensor.contiguous() for key, tensor in state.items() if "lora_" in key}
+    if (whole := sorted(state.keys() - weights.keys())) and fold_into is None:
+        raise ValueError(
+            f"The adapter holds {len(whole)} trained tensors that are not LoRA's, the first being {whole[0]}, and "
+            f"servers of LoRA adapters take none. Give fold_into=FOLDER to fold them into a copy of the base, merge "
+            f"the model, or train with train_embeddings=False, train_norms=False."
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
+    plain |= {"modules_to_save": None, "ensure_weight_tying": False, "inference_mode": True, "peft_type": PeftType.LORA}
+    exported = LoraConfig(**plain)
+    if fold_into is not None:
+        _save_folded(model, name, Path(fold_into))
+        exported.base_model_name_or_path = str(fold_into)
+    save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    exported.save_pretrained(folder)
+    _write_lora_card(model, config, folder, fold_into)
+    return folder
+
+
+def _save_folded(model: PeftModel, adapter: str, folder: Path) -> None:
+    """Save the base with an adapter's embeddings and norms in it, and without its LoRA."""
+    base = model.get_base_model()
+    names = {}
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            names[f"{name}.base_layer."] = f"{name}."
+        elif isinstance(module, ModulesToSaveWrapper):
+            names[f"{name}.modules_to_save.{adapter}."] = f"{name}."
+    adapted = tuple(set(names.values()))
+    state = {}
+    for key, tensor in base.state_dict(keep_vars=True).items():
+        inner = next((prefix for prefix in names if key.startswith(prefix)), None)
+        if inner is not None:
+            state[names[inner] + key.removeprefix(inner)] = tensor.detach()
+        elif not key.startswith(adapted):
+            state[key] = tensor.detach()
+    base.save_pretrained(folder, state_dict=state)
+
+
+def _write_lora_card(
+    model: PeftModel, config: LongLoraConfig, folder: Path, fold_into: str | os.PathLike | None
+) -> None:
+    text_config = model.get_base_model().config.get_text_config()
+    overrides = {
+        "rope_parameters": text_config.rope_parameters,
+        "max_position_embeddings": text_config.max_position_embeddings,
+    }
+    base = str(config.base_model_name_or_path)
+    rank = max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
+    config = copy.copy(config)
+    config._card = CardOptions(template=LORA_TEMPLATE)
+    extra: dict[str, Any] = {
+        "folded": str(fold_into) if fold_into is not None else None,
+        "overrides_shell": shlex.quote(json.dumps(overrides, sort_keys=True)),
+        "not_in_vllm": _not_in_vllm(config, rank),
+        "vllm_rank": next((allowed for allowed in VLLM_RANKS if allowed >= rank), None),
+        "overrides_literal": repr(overrides),
+        "base_literal": json.dumps(base),
+        "base_shell": shlex.quote(base),
+        "name_shell": shlex.quote(folder.name),
+        "adapter_shell": shlex.quote(str(folder)),
+    }
+    (folder / README).write_text(str(make_card(config, str(folder), extra=extra)), encoding="utf-8")
+
+
+def _not_in_vllm(config: LongLoraConfig, rank: int) -> str:
+    """The settings of an adapter that vLLM refuses, or nothing (vllm/lora/peft_helper.py, 0.32)."""
+    found = [f"{name}={value!r}" for name in NOT_IN_VLLM if (value := getattr(config, name, None))]
+    return ", ".join(found + ([f"r={rank}"] if rank > VLLM_RANKS[-1] else []))

@@ -1,0 +1,203 @@
+"""A base, its tokenizer and an adapter on it, loaded loudly. Called by the evaluation and by `longlora chat`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from peft_longlora.adapter.files import hub_id, read_json, refuse_link
+from peft_longlora.architecture import rows_of
+from peft_longlora.rope.parameters import check_rope, window_of
+from peft_longlora.rope.scale import scale_rope
+
+DEFAULT_ROPE = "yarn"
+PADDED = 0.9  # models have up to 2% more embeddings than tokens, so that their number is a round one
+
+
+@dataclass
+class Loaded:
+    """A model in evaluation mode and on its device, with its tokenizer.
+
+    Attributes:
+        native_window, window: tokens, before and after extension.
+        notes: what a user must know about how the parts fit.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    native_window: int
+    window: int
+    notes: list[str] = field(default_factory=list)
+
+
+def load_model(
+    model: str,
+    adapter: str | None = None,
+    *,
+    tokenizer: str | None = None,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+    context_length: int | None = None,
+    rope_type: str | None = None,
+) -> Loaded:
+    """Load a base or a merged model, and an adapter on it.
+
+    Args:
+        model: a folder or an id on the Hub. adapter: likewise; of any PEFT type.
+        tokenizer: a folder or an id; None: the model's.
+        dtype: "auto" (the file's), "float32", "bfloat16" or "float16".
+        device: None: the GPU if there is one.
+        attn_implementation: of dense attention, transformers' name.
+        context_length, rope_type: rescale RoPE without an adapter, as `scale_rope` does; rope_type None: "yarn".
+
+    Raises:
+        ValueError: something is not there, does not fit, or would change nothing; the tokenizer has tokens that the
+            model has not.
+    """
+    place = find_device(device)
+    check_rope(rope_type or DEFAULT_ROPE, None)
+    if rope_type and not context_length:
+        raise ValueError(
+            f"--rope-type {rope_type} does nothing without --context-length"
+            + (": an adapter brings its own scaling. Leave it out." if adapter else ". Give both, or neither.")
+        )
+    if adapter and context_length:
+        raise ValueError(
+            f"context_length={context_length} and an adapter exclude each other: an adapter brings its own."
+        )
+    if (Path(model) / "adapter_config.json").is_file():
+        raise ValueError(f"--model {model} is an adapter. Give its base with --model, and the adapter with --adapter.")
+    base = _load(AutoModelForCausalLM, model, "model", dtype=dtype, attn_implementation=attn_implementation)
+    words = _load(AutoTokenizer, tokenizer or model, "tokenizer")
+    check_tokenizer(base, words)
+    native = window_of(base.config.get_text_config())
+    notes: list[str] = []
+    known, rows = len(words.get_vocab()), rows_of(base.get_input_embeddings())
+    if known < PADDED * rows:
+        notes.append(
+            f"The tokenizer knows {known} tokens and the model has {rows} embeddings: it may be another model's. "
+            f"Give the one that belongs to it with --tokenizer."
+        )
+    if adapter:
+        base = _add_adapter(base, adapter, model, notes)
+    elif context_length:
+        if context_length <= native:
+            raise ValueError(
+                f"--context-length {context_length} is not above the model's own window of {native} tokens: there is "
+                f"nothing to rescale. Leave it out, or give more tokens."
+            )
+        scale_rope(base, context_length, rope_type=rope_type or DEFAULT_ROPE)
+    base.to(place).eval()
+    return Loaded(base, words, native, window_of(base.config.get_text_config()), notes)
+
+
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of this name, or the GPU if there is one.
+
+    Raises: ValueError: PyTorch knows no such device, or has none here.
+    """
+    try:
+        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if place.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: PyTorch sees no GPU here.")
+        if torch.empty(1, device=place).is_meta:
+            raise ValueError(f"--device {name} holds no numbers. Use cpu, cuda or another that does.")
+    except (RuntimeError, AssertionError) as error:  # which of them depends on the device
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return place
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory left; of a CPU's PyTorch says so in words alone."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def check_tokenizer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer whose tokens the model has no embeddings for.
+
+    Raises: ValueError.
+    """
+    rows = rows_of(model.get_input_embeddings())
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"The tokenizer ({tokenizer.name_or_path}) knows token {largest}, but the model has {rows} embeddings. "
+            f"Give the tokenizer that belongs to the model with --tokenizer."
+        )
+
+
+def _load(factory: Any, name: str, what: str, **options: Any) -> Any:
+    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).is_dir():
+        raise ValueError(f"--{what} {name}: no such folder.")
+    options = {key: value for key, value in options.items() if value is not None}
+    try:
+        return factory.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"--{what} {name} cannot be loaded: {reason}") from error
+
+
+def _add_adapter(base: PreTrainedModel, adapter: str, model: str, notes: list[str]) -> PeftModel:
+    _find_adapter(adapter)
+    try:
+        named = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        loaded = PeftModel.from_pretrained(base, adapter)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--adapter {adapter} cannot be loaded on {model}: {reason[:600]}") from error
+    if named and Path(named).name != Path(model).name:
+        notes.append(f"The adapter names {named!r} as its base and is put on {model!r}.")
+    return loaded
+
+
+def _find_adapter(adapter: str) -> None:
+    """Say what is wrong with an adapter's place, for which PEFT has one sentence: that it finds no config."""
+    folder = Path(adapter)
+    if folder.exists():
+        if not (folder / CONFIG_NAME).is_file():
+            raise ValueError(f"--adapter {adapter}: no {CONFIG_NAME} in it, so it is no adapter.")
+        names = [SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME]
+        if not any((folder / name).is_file() for name in names):
+            raise ValueError(f"--adapter {adapter}: no {names[0]} in it. Copy it there, or save the adapter again.")
+        path: str | Path = folder / CONFIG_NAME
+        refuse_link(Path(path))
+    elif hub_id(adapter) is None:
+        raise ValueError(f"--adapter {adapter}: no such folder, and no id on the Hub ('owner/name').")
+    else:
+        try:
+            path = hf_hub_download(adapter, CONFIG_NAME)
+        except RepositoryNotFoundError as error:  # which the Hub also says of what one may not see
+            raise ValueError(
+                f"--adapter {adapter}: no such folder, and no such repository on the Hub. Check the name; if it is "
+                f"private or gated, log in with `hf auth login` or set HF_TOKEN."
+            ) from error
+        except LocalEntryNotFoundError as error:
+            raise ValueError(f"--adapter {adapter}: no such folder, and the Hub is not reached: {error}") from error
+        except EntryNotFoundError as error:
+            raise ValueError(f"--adapter {adapter}: no {CONFIG_NAME} in that repository; it is no adapter.") from error
+        except (HfHubHTTPError, OSError) as error:
+            raise ValueError(f"--adapter {adapter}: the Hub refuses: {' '.join(str(error).split())[:300]}") from error
+    try:
+        config = read_json(Path(path))
+    except ValueError as error:
+        raise ValueError(f"--adapter {adapter}: {error}") from error
+    if "peft_type" not in config:
+        raise ValueError(
+            f"--adapter {adapter}: its {CONFIG_NAME} names no peft_type, so its kind of adapter is not known. Get it "
+            f"again, or save the adapter anew."
+        )

@@ -1,0 +1,135 @@
+"""S2-Attn through FlexAttention: Triton kernels that PyTorch compiles, with a block mask made from the boundaries.
+
+The slowest to start, and the one that can do softcap where no flash kernel is installed. Called by `kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
+
+import torch
+
+from peft_longlora.kernels.groups import Groups, split_heads
+from peft_longlora.kernels.kernel import Call
+
+BLOCK = 128
+
+
+def lacks(call: Call) -> str | None:
+    """What a call needs and FlexAttention does not have, or None."""
+    if call.dropout:
+        return f"it has no dropout, and dropout={call.dropout} was asked for"
+    if call.has_sinks:
+        return "it is called without attention sinks here"
+    if call.device.type != "cuda" and call.requires_grad:
+        return f"it has no backward on {call.device.type!r}"
+    if call.device.type == "cuda" and min(call.dim, call.value_dim) < 16:
+        return f"its head dim is at least 16, not {min(call.dim, call.value_dim)}"
+    return None
+
+
+@cache
+def _flex_attention(is_compiled: bool) -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # dynamic: one compilation for all lengths. fullgraph: an error instead of S x S scores, should compiling fail. Off
+    # the GPU the plain version runs, for tests.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True) if is_compiled else flex_attention
+
+
+def attend_flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    groups: Groups,
+    *,
+    scaling: float | None = None,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Causal attention inside the groups: (B, H, S, D), (B, H_kv, S, D) -> (B, S, H, D_v), 0 at padding."""
+    batch, heads, length, _ = query.shape
+    kv_heads = key.shape[1]
+    # (B, H, S, D) -> (1, H, B * S, D); a view if B is 1
+    q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
+    is_token = None
+    if groups.padding is not None:  # a weight of 0 does not undo what is not a number
+        is_token = groups.once(("flex tokens", q.device), lambda: ~groups.padding.to(q.device).view(1, 1, -1, 1))
+        q, k, v = (x.where(is_token, 0) for x in (q, k, v))
+    if not groups.is_split:
+        halves = [("straight", q, k, v)]
+    else:
+        h, h_kv = split_heads(heads, kv_heads)
+        queries = q.split((h, heads - h), dim=1)
+        keys, values = (x.split((h_kv, kv_heads - h_kv), dim=1) if h_kv else (x, x) for x in (k, v))
+        halves = [x for x in zip(("straight", "shifted"), queries, keys, values, strict=True) if x[1].shape[1]]
+    attend = _flex_attention(query.device.type == "cuda")
+    factor = 1.0 if scaling is None else scaling * query.shape[3] ** 0.5
+    made = ("score_mod", round(factor, 6), softcap, q.device)
+    score_mod = groups.once(made, lambda: _score_mod(factor, softcap, q.device))
+    outputs = [
+        attend(
+            q,
+            k,
+            v,
+            score_mod=score_mod,
+            block_mask=groups.once(("flex", half, q.device), lambda half=half: block_mask(groups, half, query.device)),
+            enable_gqa=q.shape[1] != k.shape[1],
+            # not the kernel for a few queries behind a cache, which has no tiles for blocks of 128 queries
+            kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+        )
+        for half, q, k, v in halves
+    ]
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    if is_token is not None:
+        out = out.where(is_token, 0)  # so that the gradient of what stood here is 0, too
+    return out.transpose(1, 2).view(batch, length, heads, -1)
+
+
+def _score_mod(factor: float, softcap: float, device: torch.device) -> Callable | None:
+    """What scores with the usual scaling of D ** -0.5 still need, or None.
+
+    The numbers are tensors, because torch.compile with dynamic shapes makes of a number what FlexAttention refuses.
+    """
+    scale, cap = (torch.tensor(x, dtype=torch.float32, device=device) for x in (factor, softcap))
+
+    def soften(score, b, h, q, k):
+        return cap * torch.tanh(score * scale / cap)
+
+    def rescale(score, b, h, q, k):
+        return score * scale
+
+    if softcap:
+        return soften
+    return None if abs(factor - 1) < 1e-6 else rescale
+
+
+def block_mask(groups: Groups, half: str, device: torch.device):
+    """The BlockMask of one half, from its boundaries: memory is O((S / 128)^2), not O(S^2)."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    tokens = groups.batch * groups.length
+    boundaries = getattr(groups, half)
+    pieces = list(pairwise(boundaries))
+    # A token sees its piece from the start up to itself; padding, and what comes before the pieces, sees nothing.
+    first = [tokens, *(tokens if start in groups.padding_starts else start for start, _ in pieces)]
+    lengths = torch.tensor([boundaries[0], *(end - start for start, end in pieces)])
+    start = torch.repeat_interleave(torch.tensor(first), lengths).to(device)
+    blocks = -(-tokens // BLOCK)
+    padded = torch.nn.functional.pad(start, (0, blocks * BLOCK - tokens), value=tokens).view(blocks, BLOCK)
+    q, kv = torch.arange(blocks, device=device)[:, None], torch.arange(blocks, device=device)
+    some = (kv <= q) & ((kv + 1) * BLOCK > padded.amin(1)[:, None])
+    full = (kv < q) & (kv * BLOCK >= padded.amax(1)[:, None])
+
+    def sees(b, h, q, k):
+        return (k <= q) & (k >= start[q])
+
+    def listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        order = torch.argsort(blocks.to(torch.int32), dim=-1, descending=True, stable=True)
+        return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+    partial_blocks, full_blocks = listed(some & ~full), listed(full)
+    return BlockMask.from_kv_blocks(
+        *partial_blocks, *full_blocks, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
+    )

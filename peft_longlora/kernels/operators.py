@@ -1,0 +1,183 @@
+"""Both halves of the heads through one kernel: one output, one dq, dk and dv, nothing copied or concatenated.
+
+The launches of one attention (`launches`) run on streams of falling priority: each fills the multiprocessors that the
+one before has no more work for, and the passes over memory around a backward kernel hide behind the next one's
+arithmetic. Everything happens inside two PyTorch operators, which autograd, autocast, checkpointing, torch.compile and
+CUDA graphs take as they are. Called by `kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+
+from peft_longlora.kernels.backends import KERNELS
+from peft_longlora.kernels.cuts import _most, plan
+from peft_longlora.kernels.kernel import Kernel, Pieces
+from peft_longlora.kernels.launches import Launch, Plan, plan_launches
+
+
+@lru_cache(maxsize=32)
+def _side_stream(device: torch.device, index: int, priority: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=priority)
+
+
+def run_launches(launches: Sequence[Launch], call: Callable[[Launch], None], device: torch.device) -> None:
+    """Call each launch, the first on the stream of the highest priority and the last on the current stream."""
+    if device.type != "cuda" or len(launches) == 1:
+        for launch in launches:
+            call(launch)
+        return
+    current = torch.cuda.current_stream(device)
+    start = current.record_event()
+    used = []
+    try:
+        for index, launch in enumerate(launches[:-1]):
+            stream = _side_stream(device, index, max(index + 1 - len(launches), -3))
+            stream.wait_event(start)
+            used.append(stream)
+            with torch.cuda.stream(stream):
+                call(launch)
+        call(launches[-1])
+    finally:  # after an error too: no memory may go back to its pool while a side stream still uses it
+        for stream in used:
+            current.wait_stream(stream)
+
+
+@plan.register_fake
+def _(segment_ids, batch, length, group_size, pattern, device):
+    sizes = _most(batch * length)
+    layout = torch.empty(sizes[0], dtype=torch.int32, device="cpu")
+    return layout, torch.empty(sizes[1], dtype=torch.int32, device=device)
+
+
+def _pieces(launch: Launch, plan: Plan, cu_seqlens: torch.Tensor) -> Pieces:
+    if launch.count:
+        return Pieces(None, launch.piece)
+    return Pieces(cu_seqlens[plan.span(launch.half)], plan.max_length(launch.half))
+
+
+def _launches(plan: Plan, q: torch.Tensor, k: torch.Tensor, kernel: Kernel) -> tuple[Launch, ...]:
+    dim = q.shape[2]
+    return plan_launches(plan, q.shape[1], k.shape[1], dim, kernel.takes_batches, kernel.takes_pieces)
+
+
+def _clear(plan: Plan, *tensors: torch.Tensor) -> None:
+    """Zero at padding: kernels attend there, to nothing but padding, or leave it unwritten."""
+    for start, end in plan.padding:
+        for x in tensors:
+            x[start:end].zero_()
+
+
+@torch.library.custom_op("peft_longlora::attend_halves", mutates_args=())
+def attend_halves(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scaling: float,
+    softcap: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention inside the pieces of each half.
+
+    Args:
+        q: (N, H, D). k: (N, H_kv, D). v: (N, H_kv, D_v). N counts the B * S flattened tokens.
+        layout, cu_seqlens: of `Groups.tensors`.
+        scaling: factor on the scores. softcap: 0 for none.
+        backend: a name in `KERNELS`, which has been checked to run this call.
+
+    Returns: (N, H, D_v), 0 at padding, and the log-sum-exp of the scores, (H, N) float32.
+    """
+    kernel, plan = KERNELS[backend], Plan.read(layout)
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+    def call(x: Launch) -> None:
+        kv = x.kv_heads
+        tensors = x.tokens(q, x.heads), x.tokens(k, kv), x.tokens(v, kv), x.tokens(out, x.heads), x.sums(lse)
+        kernel.forward(*tensors, _pieces(x, plan, cu_seqlens), scaling, softcap)
+
+    run_launches(_launches(plan, q, k, kernel), call, q.device)
+    _clear(plan, out)
+    return out, lse
+
+
+@attend_halves.register_fake
+def _(q, k, v, layout, cu_seqlens, scaling, softcap, backend):
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("peft_longlora::attend_halves_backward", mutates_args=())
+def attend_halves_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    layout: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scaling: float,
+    softcap: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of q, k and v; 0 at padding, whatever the gradient of the output holds there."""
+    kernel, plan = KERNELS[backend], Plan.read(layout)
+    launches = _launches(plan, q, k, kernel)
+    if dout.stride(-1) != 1 or 0 in dout.stride():  # the gradient of a sum is one number, expanded
+        dout = dout.contiguous()
+    if kernel.ties_layouts:  # out is dense
+        q, dout = q.contiguous(), dout.contiguous()
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    grads = dict.fromkeys(("straight", "shifted"), (dk, dv))
+    if plan.is_split and k.shape[1] == 1 and q.shape[1] > 1:  # both halves read the one KV head
+        grads["shifted"] = torch.empty_like(dk), torch.empty_like(dv)
+
+    def call(x: Launch) -> None:
+        kv, (to_k, to_v) = x.kv_heads, grads[x.half]
+        kernel.backward(
+            x.tokens(dout, x.heads),
+            x.tokens(q, x.heads),
+            x.tokens(k, kv),
+            x.tokens(v, kv),
+            x.tokens(out, x.heads),
+            x.sums(lse),
+            x.tokens(dq, x.heads),
+            x.tokens(to_k, kv),
+            x.tokens(to_v, kv),
+            _pieces(x, plan, cu_seqlens),
+            scaling,
+            softcap,
+        )
+
+    run_launches(launches, call, q.device)
+    if grads["shifted"][0] is not dk:
+        for total, part in zip((dk, dv), grads["shifted"], strict=True):
+            total += part
+    _clear(plan, dq, dk, dv)
+    return dq, dk, dv
+
+
+@attend_halves_backward.register_fake
+def _(dout, q, k, v, out, lse, layout, cu_seqlens, scaling, softcap, backend):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, layout, cu_seqlens, ctx.scaling, ctx.softcap, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, *output, layout, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, _):
+    if dout is None:
+        return (None,) * 8
+    grads = attend_halves_backward(dout, *ctx.saved_tensors, ctx.scaling, ctx.softcap, ctx.backend)
+    return *grads, None, None, None, None, None
+
+
+attend_halves.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,131 @@
+"""S2-Attn through PyTorch's scaled_dot_product_attention: right on every device, and no copy of q, k, v.
+
+Groups of equal length that stand side by side become one batched call on views. Heads and tokens are cut by `split`,
+whose backward is one concatenation, rather than by slices, whose backward is a zero-fill and an add a slice.
+Called by `kernels`.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from peft_longlora.kernels.groups import Groups, runs_of_equal_pieces, split_heads
+
+# Without cuDNN, which has a backend of its own: PyTorch 2.11 keeps its backward by the strides of q, k and v alone, and
+# runs it with wrong strides once the gradient of the output, here a cut of a larger tensor, has others than before.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def attend_groups(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    groups: Groups,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Causal attention inside the groups.
+
+    Args:
+        query: (B, H, S, D). key: (B, H_kv, S, D). value: (B, H_kv, S, D_v).
+        groups: the plan for these B and S.
+        scaling: factor on the scores, None for D ** -0.5.
+        dropout: probability at which attention weights are dropped.
+
+    Returns: (B, S, H, D_v), 0 at padding.
+    """
+    batch, heads, length, _ = query.shape
+    if not batch or not length:
+        return _connect(query.new_zeros(batch, length, heads, value.shape[-1]), query, key, value)
+    strips = [_attend_strip(*rows, groups, scaling, dropout) for rows in _token_rows(query, key, value)]
+    out = (strips[0] if len(strips) == 1 else torch.cat(strips)).view(batch, length, heads, value.shape[-1])
+    # Padding is not computed, so a batch of nothing else would leave q, k, v without a gradient instead of zeros.
+    is_trained = any(x.requires_grad for x in (query, key, value))
+    return _connect(out, query, key, value) if is_trained and not out.requires_grad else out
+
+
+def _connect(out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    """Give a constant 0 the inputs as its graph, with gradients of 0 (and not NaN, whatever the inputs hold)."""
+    everything = torch.ones((), dtype=torch.bool, device=out.device)
+    return out + sum(x.masked_fill(everything, 0.0).sum() for x in inputs)
+
+
+def _token_rows(*tensors: torch.Tensor) -> list[tuple[torch.Tensor | int, ...]]:
+    """(first token, q, k, v) with q, k, v as (heads, tokens, D) views: one strip of B * S tokens, or one a row."""
+    batch, _, length, _ = tensors[0].shape
+    if batch == 1 or all(x.stride(0) == length * x.stride(2) for x in tensors):
+        return [(0, *(x.transpose(0, 1).flatten(1, 2) for x in tensors))]
+    # Unbound once: one backward node for all rows, not one zero-filled gradient of full size a row.
+    rows = zip(*(x.unbind(0) for x in tensors), strict=True)
+    return [(row * length, *strip) for row, strip in enumerate(rows)]
+
+
+def _attend_strip(
+    first: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    groups: Groups,
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """One strip of tokens: (H, N, D), (H_kv, N, D) -> (N, H, D_v)."""
+    last = first + query.shape[1]
+
+    def inside(boundaries: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(b for b in boundaries if first <= b <= last)
+
+    def attend(boundaries: tuple[int, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return _attend_pieces(first, q, k, v, inside(boundaries), groups.padding_starts, scaling, dropout)
+
+    if not groups.is_split:
+        return attend(groups.straight, query, key, value)
+    heads, kv_heads = query.shape[0], key.shape[0]
+    h, h_kv = split_heads(heads, kv_heads)
+    queries = query.split((h, heads - h))
+    keys, values = (x.split((h_kv, kv_heads - h_kv)) if h_kv else (x, x) for x in (key, value))
+    halves = zip((groups.straight, groups.shifted), queries, keys, values, strict=True)
+    return torch.cat([attend(*half) for half in halves if half[1].shape[0]], dim=1)
+
+
+def _attend_pieces(
+    first: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: tuple[int, ...],
+    padding_starts: frozenset[int],
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """One half of the heads: (h, N, D) -> (N, h, D_v), one batched call a run of equal pieces."""
+    runs = runs_of_equal_pieces(boundaries, padding_starts)
+    sizes, is_padding, at = [], [], first
+    for start, piece, count in [*runs, (first + query.shape[1], 0, 0)]:
+        if start > at:
+            sizes, is_padding = [*sizes, start - at], [*is_padding, True]
+        if count:
+            sizes, is_padding = [*sizes, piece * count], [*is_padding, False]
+        at = start + piece * count
+    pieces = iter(piece for _, piece, _ in runs)
+    outputs = []
+    for q, k, v, empty in zip(*(x.split(sizes, dim=1) for x in (query, key, value)), is_padding, strict=True):
+        if empty:
+            outputs.append(q.new_zeros(q.shape[1], q.shape[0], v.shape[-1]))
+            continue
+        piece = next(pieces)
+        if piece == 1 and q.is_cuda:  # PyTorch 2.11's flash backward is wrong for one query if heads share a KV head
+            k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0) for x in (k, v))
+        # (h, count * piece, D) -> (count, h, piece, D), a view
+        q, k, v = (x.unflatten(1, (-1, piece)).transpose(0, 1) for x in (q, k, v))
+        with sdpa_kernel(KERNELS) if q.is_cuda else nullcontext():
+            out = scaled_dot_product_attention(
+                q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

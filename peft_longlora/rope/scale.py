@@ -1,0 +1,187 @@
+"""Rescale the rotary embeddings of a loaded model, in place and reversibly.
+
+The result equals saving the model and loading it again with the new config. Called by `model` when an adapter is
+added, switched off or removed, and by users who train without an adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from peft_longlora.architecture import find_rotary_modules
+from peft_longlora.rope.parameters import (
+    base_rope,
+    check_rope,
+    completed,
+    is_nested,
+    keeps_length,
+    stated_length,
+    window_of,
+)
+from peft_longlora.rope.state import STATES, RopeState, attributes_of, fresh, transplant
+
+
+def scale_rope(
+    model: PreTrainedModel,
+    context_length: int | None = None,
+    *,
+    rope_type: str = "yarn",
+    rope_parameters: dict[str, Any] | None = None,
+) -> dict[str, Any] | None:
+    """Rescale RoPE on a loaded model to a longer window.
+
+    Args:
+        model: a rotary model of transformers.
+        context_length: the new window, tokens. None, or not above the model's own window: nothing is done, unless
+            rope_parameters is given.
+        rope_type: "linear" (Position Interpolation, arXiv:2306.15595, the paper's), "ntk" (theta raised once by
+            factor ** (d / (d - 2))), "dynamic" (the same, growing with the row), "yarn" (arXiv:2309.00071), "llama3";
+            "longrope" needs rope_parameters.
+        rope_parameters: transformers' own dict, used as it is (rope_theta and partial_rotary_factor are taken over
+            where it has none). For a base that holds one dict a layer type: the one for full attention, or a dict of
+            those to replace.
+
+    Returns:
+        The rope_parameters now in force (of full attention layers, unless one dict a layer type was given), or None
+        if nothing was done.
+
+    Raises:
+        ValueError: an unknown rope_type, both rope_type and rope_parameters, a model whose RoPE is scaled already.
+        NotImplementedError: no rotary module, or one that cannot be made anew from a config.
+    """
+    config = model.config.get_text_config()
+    check_rope(rope_type, rope_parameters)
+    if context_length is not None and (type(context_length) is not int or context_length < 1):
+        raise ValueError(f"context_length={context_length!r} must be a positive number of tokens, or None.")
+    if not find_rotary_modules(model):
+        raise NotImplementedError(f"{type(model).__name__} has no rotary position embeddings that could be rescaled.")
+    if hasattr(model, STATES):
+        raise ValueError("RoPE of this model is rescaled already. Call restore_rope(model) first.")
+    if rope_parameters is None and (context_length is None or context_length <= window_of(config)):
+        return None
+    if rope_parameters is None:
+        _refuse_scaled(config)
+        new, length = _scaled_parameters(model, context_length, rope_type)
+    else:
+        new = completed(rope_parameters, config)
+        length = stated_length(config, context_length, new)
+    base = RopeState.of(model)
+    try:
+        _apply(model, new, length)
+    except Exception:
+        base.put_on(model)
+        raise
+    setattr(model, STATES, (base, RopeState.of(model)))
+    return copy.deepcopy(config.rope_parameters if is_nested(new) else base_rope(config))
+
+
+def restore_rope(model: PreTrainedModel) -> None:
+    """Undo `scale_rope`, bit for bit. Nothing happens if it was never called."""
+    if hasattr(model, STATES):
+        getattr(model, STATES)[0].put_on(model)
+        delattr(model, STATES)
+
+
+def keep_rope(model: PreTrainedModel) -> None:
+    """Forget the base's RoPE: the rescaled one is the model's own from now on."""
+    if hasattr(model, STATES):
+        delattr(model, STATES)
+
+
+def switch_rope(model: PreTrainedModel, *, scaled: bool) -> None:
+    """Put the base's or the rescaled RoPE in force, keeping both at hand."""
+    if hasattr(model, STATES):
+        getattr(model, STATES)[int(scaled)].put_on(model)
+
+
+def keep_float32(model: PreTrainedModel) -> None:
+    """Put the frequencies back that `model.to(torch.bfloat16)` has rounded. Costs a look at each rotary module."""
+    if hasattr(model, STATES):
+        scaled = getattr(model, STATES)[1]
+        for module, buffers, _ in scaled.modules:
+            if any(module.get_buffer(n).dtype != b.dtype for n, b in buffers.items() if n in module._buffers):
+                transplant(module, buffers, attributes_of(module))
+
+
+def _refuse_scaled(config: PreTrainedConfig) -> None:
+    rope = base_rope(config)
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"The base's RoPE is scaled already ({rope}), and scalings do not add up. Give the whole new "
+            f"rope_parameters, as transformers wants them (for example {{**base, 'factor': ...}})."
+        )
+
+
+def _scaled_parameters(model: PreTrainedModel, context_length: int, rope_type: str) -> tuple[dict[str, Any], int]:
+    """The new entries of rope_parameters and the max_position_embeddings that goes with them."""
+    config = model.config.get_text_config()
+    window = config.max_position_embeddings
+    factor = context_length / window
+    if rope_type == "linear" or rope_type == "dynamic":
+        return {"rope_type": rope_type, "factor": factor}, window if keeps_length(config, rope_type) else context_length
+    if rope_type == "ntk":
+        buffers = dict(find_rotary_modules(model)[0].named_buffers())
+        dim = 2 * buffers.get("full_attention_inv_freq", buffers.get("inv_freq")).numel()
+        theta = base_rope(config)["rope_theta"] * factor ** (dim / (dim - 2))
+        return {"rope_type": "default", "rope_theta": theta}, context_length
+    new = {"rope_type": rope_type, "factor": factor, "original_max_position_embeddings": window}
+    if rope_type == "llama3":  # the band edges of the Llama 3.1 release
+        new |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return new, context_length
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The new parameters of one kind of layer: what is no scaling is taken over where it is not given."""
+    return {**{key: old[key] for key in ("rope_theta", "partial_rotary_factor") if key in old}, **new}
+
+
+def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
+    """Write the config and give every rotary module the buffers that a fresh one would have."""
+    config = model.config.get_text_config()
+    parameters = copy.deepcopy(config.rope_parameters)
+    if not is_nested(parameters):
+        if is_nested(new):
+            raise ValueError(
+                f"rope_parameters={new} holds one dict a layer type, but {config.model_type} has one for all: "
+                f"{parameters}. Give a dict of that form."
+            )
+        config.rope_parameters = _merge(parameters, new)
+    else:
+        changes = new if is_nested(new) else {"full_attention": new}
+        if unknown := sorted(changes.keys() - parameters.keys()):
+            raise NotImplementedError(
+                f"{config.model_type} keeps rope_parameters for {sorted(parameters)}, not for {unknown}, so it is "
+                f"unclear what to rescale. Give rope_parameters as a dict of these layer types."
+            )
+        merged = {key: _merge(parameters[key] or {}, value) for key, value in changes.items() if value is not None}
+        config.rope_parameters = {**parameters, **merged}
+    if hasattr(config, "kv_lora_rank") and any(p.get("mscale_all_dim") for p in (parameters, config.rope_parameters)):
+        raise NotImplementedError(
+            f"Latent attention ({config.model_type}) takes mscale_all_dim from rope_parameters when the model is "
+            f"built, so it cannot be rescaled afterwards. Give rope_parameters={new} to from_pretrained instead."
+        )
+    config.max_position_embeddings = length
+    if getattr(config, "head_dim", 0) is None:
+        # Models read None as this quotient, but transformers' scaled RoPE does not (mixtral): state it.
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    try:
+        config.standardize_rope_params()
+        config.validate_rope()
+        donors = [fresh(module, config) for module in find_rotary_modules(model)]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"rope_parameters={new} cannot be used for {config.model_type}: {error}. Give rope_parameters that this "
+            f"architecture takes, or use rope_type='ntk', which needs no scaled type."
+        ) from error
+    for module, donor in zip(find_rotary_modules(model), donors, strict=True):
+        buffers = dict(donor.named_buffers(recurse=False))
+        for name, old_buffer in module.named_buffers(recurse=False):
+            if name.endswith("inv_freq") and name in buffers and buffers[name].shape != old_buffer.shape:
+                raise NotImplementedError(
+                    f"transformers computes {config.model_type}'s {name} with shape {tuple(buffers[name].shape)} for "
+                    f"rope_parameters={new}, the model has {tuple(old_buffer.shape)}. Use rope_type='ntk'."
+                )
+        transplant(module, buffers, attributes_of(donor))

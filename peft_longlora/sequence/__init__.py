@@ -1,0 +1,10 @@
+"""Sequence parallelism: the ranks of a mesh share each sequence.
+
+Read `switch`, `batch`, `trainer`; a layer then goes through `layer`, `edges`, and `halo` (sparse) or `ulysses` (dense).
+"""
+
+from peft_longlora.sequence.batch import shard_batch
+from peft_longlora.sequence.switch import parallelize_sequence, unshared
+from peft_longlora.sequence.trainer import SequenceParallelMixin
+
+__all__ = ["SequenceParallelMixin", "parallelize_sequence", "shard_batch", "unshared"]

@@ -1,0 +1,176 @@
+"""What the ranks that share a sequence need of each other: host-side arithmetic on what each knows of its stretch.
+
+A rank attends by itself to the keys and values of its stretch. Of the group that began before, it also needs those of
+the tokens on earlier ranks, its halo. One small all-gather a forward tells every rank enough to work out who sends what
+to whom, in a time that does not depend on the length of the sequence. Called by `shared`, `halo` and `ulysses`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from peft_longlora.kernels.groups import Groups, plan_groups, tokens_before
+
+# For each rank and half of the heads, tokens from and to.
+Ranges = tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+Documents = list[tuple[int, int, int]]
+
+
+class Edges(NamedTuple):
+    """What the other ranks must know of a rank's stretch; every rank has everyone's, in the order of the sequence.
+
+    Attributes:
+        length: tokens. head, tail: tokens of its first and of its last document, 0 if that is padding.
+        first, last: positions of the first and of the last token.
+        group_size, pattern: G, and 0 for "local" or 1 for "s2": the same on all ranks.
+    """
+
+    length: int
+    head: int
+    tail: int
+    first: int
+    last: int
+    group_size: int
+    pattern: int
+
+
+def exchange_edges(
+    documents: Documents, position_ids: torch.Tensor, group_size: int, pattern: str, group: dist.ProcessGroup
+) -> list[Edges]:
+    """Everyone's edges: one all-gather of seven numbers a rank, once a forward.
+
+    Args:
+        documents: of this rank's stretch, from `groups.find_documents`.
+        position_ids: (1, S), counted in the whole sequence or from the start of each document.
+
+    Raises:
+        ValueError: the stretches do not make up one sequence, or are attended to in different ways; on all ranks.
+    """
+    length = position_ids.shape[1]
+    (_, head, number), (_, tail, last_number) = (documents[0], documents[-1]) if length else ((0, 0, 0),) * 2
+    mine = [length, head * bool(number), tail * bool(last_number), 0, 0, group_size, int(pattern == "s2")]
+    mine = torch.tensor(mine).to(position_ids.device)
+    if length:
+        mine[3:5] = position_ids[0, [0, -1]]
+    edges = [Edges(*one) for one in torch.stack(gather(mine, group)).tolist()]
+    _check_edges(edges)
+    return edges
+
+
+def gather(x: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Everyone's, in the order of the ranks."""
+    gathered = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(gathered, x, group)
+    return gathered
+
+
+def _check_edges(edges: list[Edges]) -> None:
+    if not all(edge.length for edge in edges):
+        raise ValueError(
+            f"The ranks hold stretches of {[edge.length for edge in edges]} tokens, and each needs one or more. Cut "
+            f"the batch with shard_batch, which pads."
+        )
+    if len({edge[-2:] for edge in edges}) > 1:
+        raise ValueError(
+            f"The ranks that share a sequence attend in different ways, (group_size, is shifted) = "
+            f"{[(edge.group_size, bool(edge.pattern)) for edge in edges]}. Configure all of them alike."
+        )
+    for rank in range(1, len(edges)):
+        last, first = edges[rank - 1].last, edges[rank].first
+        if edges[rank - 1].tail and edges[rank].head and first not in (0, last + 1):
+            raise ValueError(
+                f"The ranks do not hold one sequence: rank {rank - 1} ends at position {last}, and rank {rank} begins "
+                f"at {first}, which neither continues the document nor starts one at 0 (stretches of "
+                f"{[edge.length for edge in edges]} tokens). Give every rank of the group the same batch, and cut it "
+                f"with shard_batch."
+            )
+
+
+def is_continued(edges: list[Edges], rank: int) -> bool:
+    """Whether a rank's first token belongs to the document that the rank before ends with."""
+    before, here = edges[rank - 1], edges[rank]
+    return bool(rank and before.tail and here.head and here.first == before.last + 1)
+
+
+def _tokens_elsewhere(edges: list[Edges]) -> tuple[list[int], list[int]]:
+    """For each rank, tokens of its first document on earlier ranks, and of its last one on later ranks."""
+    before, after = [0] * len(edges), [0] * len(edges)
+    for rank in range(1, len(edges)):
+        if is_continued(edges, rank):
+            one = edges[rank - 1]
+            before[rank] = one.tail + (before[rank - 1] if one.tail == one.length else 0)
+    for rank in reversed(range(len(edges) - 1)):
+        if is_continued(edges, rank + 1):
+            one = edges[rank + 1]
+            after[rank] = one.head + (after[rank + 1] if one.head == one.length else 0)
+    return before, after
+
+
+@dataclass(frozen=True, eq=False)
+class Halo:
+    """The plan of one forward on one rank. Pairs are for the straight and for the shifted half of the heads.
+
+    Attributes:
+        groups: the groups of this rank's stretch, without what other ranks hold of the first and of the last.
+        needs: tokens of earlier ranks in the group of the first token.
+        owns: tokens of that group on this rank, 0 if it begins here.
+        sends: own tokens that each rank needs. receives: where each rank's tokens belong in the halo.
+        is_needed: whether any rank needs anything; if not, nothing is exchanged.
+        group: the ranks that share the sequence.
+    """
+
+    groups: Groups
+    needs: tuple[int, int]
+    owns: tuple[int, int]
+    sends: Ranges
+    receives: Ranges
+    is_needed: bool
+    group: dist.ProcessGroup | None = None
+
+
+def plan_halo(
+    edges: list[Edges],
+    rank: int,
+    documents: Documents,
+    group: dist.ProcessGroup | None = None,
+) -> Halo:
+    """Who sends what to whom: the same arithmetic, with the same result, on every rank.
+
+    Args:
+        edges: everyone's, from `exchange_edges`.
+        rank: this one, in the order of the sequence.
+        documents: of this rank's stretch. group: the ranks, to exchange with.
+
+    Example: two ranks of 6 tokens of one document, G = 4: rank 1 begins with token 6, inside the straight group [4, 8)
+        and at the start of the shifted group [6, 10): it needs tokens 4 and 5 of the straight half, and nothing else.
+    """
+    group_size, pattern = edges[0].group_size, "s2" if edges[0].pattern else "local"
+    shifts = 0, group_size // 2 if pattern == "s2" else 0
+    before, after = _tokens_elsewhere(edges)
+    starts = [0, *accumulate(edge.length for edge in edges)]
+    needs = []
+    for one, edge in enumerate(edges):
+        whole = before[one] + edge.head + (after[one] if edge.head == edge.length else 0)
+        needs.append(tuple(before[one] and tokens_before(whole, group_size, shift, before[one]) for shift in shifts))
+
+    def overlap(holder: int, needer: int, half: int, origin: int) -> tuple[int, int]:
+        """Tokens of one rank's stretch in another's halo, counted from `origin`."""
+        first = max(starts[holder], starts[needer] - needs[needer][half])
+        last = min(starts[holder + 1], starts[needer])
+        return (first - origin, last - origin) if first < last else (0, 0)
+
+    ranks = range(len(edges))
+    sends = tuple(tuple(overlap(rank, other, half, starts[rank]) for half in (0, 1)) for other in ranks)
+    receives = tuple(
+        tuple(overlap(other, rank, half, starts[rank] - needs[rank][half]) for half in (0, 1)) for other in ranks
+    )
+    elsewhere = dict(before=before[rank], after=after[rank])
+    groups = plan_groups(1, edges[rank].length, group_size, pattern, documents=documents, **elsewhere)
+    first_ends = groups.straight[1], groups.shifted[1]
+    owns = tuple(end if need else 0 for need, end in zip(needs[rank], first_ends, strict=True))
+    return Halo(groups, needs[rank], owns, sends, receives, any(map(any, needs)), group)

@@ -1,0 +1,242 @@
+"""S2-Attn of a sequence that several ranks share: the exchange of the halo, and the kernels around it.
+
+Each rank holds a stretch of the sequence, and attends by the kernels of `halves` to the keys and values of it. Only
+the group that began before its first token needs more: the keys and values of that group's earlier tokens, its halo,
+at most a group of one half of the heads and half a group of the other, however long the sequence and however many the
+ranks. They come in one all-to-all meanwhile; then the rank's queries of that group attend to them too, and the two
+parts of each softmax are put together. The gradients of the halo go back in another all-to-all. Called by `shared`,
+with a plan of `neighbours`.
+
+In the forward a rank waits only for those before it, in the backward only for those after it, so a rank that is ahead
+stays ahead: the clocks of GPUs at their power limit vary by a few percent from one moment to the next, and ranks that
+wait for each other both ways in every layer pay for each other's slow moments. So recomputation (gradient
+checkpointing) exchanges nothing again: what a layer's forward had of other ranks is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from peft_longlora.kernels import attend as kernels
+from peft_longlora.kernels.backends import KERNELS, check_backend, pick_kernel
+from peft_longlora.kernels.cuts import regular_groups
+from peft_longlora.kernels.kernel import Kernel, Pieces
+from peft_longlora.kernels.launches import head_halves
+from peft_longlora.kernels.operators import attend_halves, attend_halves_backward
+from peft_longlora.sequence.edges import Halo, Ranges
+
+# Keys and values of the straight and of the shifted half of the heads.
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class Kept:
+    """What a forward had of other ranks, for its recomputation: of one layer, with half a group on either side of the
+    border (G/2) (H_kv + H/2) D numbers, however long the sequence. Empty until the forward fills it.
+
+    Attributes:
+        far: keys and values of the halo, (T, h_kv, D) and (T, h_kv, D_v) for each half.
+        rows: output (s, h, D_v) and log-sum-exp (h, s) of the queries that attend to it, for each half that has any.
+    """
+
+    far: Pairs = field(default_factory=list)
+    rows: Pairs = field(default_factory=list)
+
+
+def attend_shared(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    halo: Halo,
+    *,
+    kept: Kept | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """S2-Attn of this rank's stretch of a shared sequence: (1, H, S, D), (1, H_kv, S, D) -> (1, S, H, D_v).
+
+    Every rank of the group must call it, and its backward, in the same order.
+
+    Args:
+        kept: an empty one is filled. One that was filled by the same layer in the same forward is used, and nothing
+            is exchanged; if by one rank, then by all.
+        others: as `kernels.attend`.
+
+    Raises:
+        ValueError: tensors that do not fit together, or a backend that is unknown or not available.
+        NotImplementedError: no backend that takes a forward and a backward apart can run this call.
+    """
+    check_backend(backend)
+    kernels.check_dropout(dropout)
+    kernels.check_tensors(query, key, value)
+    query, key, value = kernels.cast(query, key, value)
+    softcap = softcap or 0.0
+    name = pick_kernel(query, key, value, halo.groups.is_regular, dropout, backend, softcap, sinks is not None)
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    # (1, H, S, D) -> (S, H, D); a view of what a projection gives
+    tensors = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    return _AttendShared.apply(*tensors, halo, kept or Kept(), scaling, softcap, name)[None]
+
+
+class _AttendShared(torch.autograd.Function):
+    """The kernels' forward and backward, and the exchanges, in the order in which they overlap."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, halo: Halo, kept: Kept, scaling: float, softcap: float, name: str) -> torch.Tensor:
+        """(S, H, D), (S, H_kv, D), (S, H_kv, D_v) -> (S, H, D_v)."""
+        ctx.halo, ctx.how = halo, (scaling, softcap, name)
+        is_first = not kept.far
+        travelling = _start(halo, halo.sends, halo.receives, _by_half(q, k, v)) if is_first else None
+        out, lse = attend_halves(q, k, v, *halo.groups.tensors(q.device), *ctx.how)
+        rows = [(half, q[own, heads], out[own, heads], lse[heads, own]) for half, own, heads in _borders(halo, q, k)]
+        if is_first:
+            kept.far = [_zeros(pair, needs) for pair, needs in zip(_by_half(q, k, v), halo.needs, strict=True)]
+            _add(halo.receives, kept.far, travelling)
+            for half, near_q, near_out, near_lse in rows:
+                merge(near_out, near_lse, *attend_far(near_q, *kept.far[half], *ctx.how))
+                kept.rows.append((near_out.clone(), near_lse.clone()))
+        else:
+            for (_, _, near_out, near_lse), (kept_out, kept_lse) in zip(rows, kept.rows, strict=True):
+                near_out.copy_(kept_out)
+                near_lse.copy_(kept_lse)
+        ctx.save_for_backward(q, k, v, out, lse, *(x for pair in kept.far for x in pair))
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: torch.Tensor):
+        """The far keys and values first: their gradients travel while the rest is computed."""
+        halo = ctx.halo
+        q, k, v, out, lse, k_straight, v_straight, k_shifted, v_shifted = ctx.saved_tensors
+        far = [(k_straight, v_straight), (k_shifted, v_shifted)]
+        q, dout = q.contiguous(), dout.contiguous()  # so slices of them and of out are laid out alike
+        gradients, near = list(far), []
+        for half, own, heads in _borders(halo, q, k):
+            one = dout[own, heads], q[own, heads], *far[half], out[own, heads], lse[heads, own]
+            dq_far, *gradients[half] = attend_far_backward(*one, *ctx.how)
+            near.append((own, heads, dq_far))
+        travelling = _start(halo, halo.receives, halo.sends, gradients)
+        dq, dk, dv = attend_halves_backward(dout, q, k, v, out, lse, *halo.groups.tensors(q.device), *ctx.how)
+        for own, heads, dq_far in near:
+            dq[own, heads] += dq_far
+        _add(halo.sends, _by_half(q, dk, dv), travelling)
+        return dq, dk, dv, None, None, None, None, None
+
+
+def _borders(halo: Halo, q: torch.Tensor, k: torch.Tensor) -> list[tuple[int, slice, slice]]:
+    """For each group that began on an earlier rank: its half, its tokens on this rank, and its query heads."""
+    heads, _ = head_halves(q.shape[1], k.shape[1])
+    return [
+        (half, slice(halo.owns[half]), slice(*heads[half]))
+        for half in (0, 1)
+        if halo.needs[half] and heads[half][0] < heads[half][1]
+    ]
+
+
+def merge(out: torch.Tensor, lse: torch.Tensor, far_out: torch.Tensor, far_lse: torch.Tensor) -> None:
+    """Make one softmax of two over different keys, in place of the first; computed in float32.
+
+    Args:
+        out, far_out: (S, H, D_v). lse, far_lse: (H, S), the log-sum-exp of the scores of each part.
+
+    Source: ring attention, arXiv:2310.01889; the parts of a flash kernel are put together the same way.
+    """
+    far = torch.sigmoid(far_lse - lse).T.unsqueeze(2)  # what the far keys weigh
+    torch.addcmul(out * (1 - far), far_out, far, out=out)
+    torch.logaddexp(lse, far_lse, out=lse)
+
+
+def attend_far(q, k, v, scaling: float, softcap: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every query attends to every key: (S, H, D), (T, H_kv, D), (T, H_kv, D_v) -> (S, H, D_v) and (H, S) sums.
+
+    Args: as `halves.attend_halves`, of one half.
+    """
+    kernel, as_taken, pieces = _one_call(q, k, backend)
+    out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    kernel.forward(*map(as_taken, (q, k, v, out, lse)), pieces, scaling, softcap)
+    return out, lse
+
+
+def attend_far_backward(dout, q, k, v, out, lse, scaling: float, softcap: float, backend: str) -> list[torch.Tensor]:
+    """What these keys contribute to dq, and dk and dv.
+
+    Args:
+        out, lse: of the whole softmax, which has other keys too. others: as `halves.attend_halves_backward`.
+    """
+    kernel, as_taken, pieces = _one_call(q, k, backend)
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    tensors = dout, q, k, v, out, lse.contiguous(), *grads
+    kernel.backward(*map(as_taken, tensors), pieces, scaling, softcap)
+    return grads
+
+
+def _one_call(q: torch.Tensor, k: torch.Tensor, backend: str) -> tuple[Kernel, Callable, Pieces]:
+    """The kernel, tensors as it takes them, and the one piece of the queries, with the one of the far keys."""
+    if backend == "cudnn" and 1 in (len(q), len(k)):  # which it refuses
+        backend = "varlen"
+    kernel = KERNELS[backend]
+    if kernel.takes_batches:
+        return kernel, lambda x: x[None], Pieces(None, len(q), Pieces(None, len(k)))
+    queries, keys = (Pieces(regular_groups(1, len(x), 2, "full").tensors(x.device)[1][:2], len(x)) for x in (q, k))
+    return kernel, lambda x: x, replace(queries, far=keys)
+
+
+def _zeros(pair: tuple[torch.Tensor, ...], tokens: int) -> tuple[torch.Tensor, ...]:
+    return tuple(x.new_zeros(tokens, *x.shape[1:]) for x in pair)
+
+
+def _by_half(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Pairs:
+    """Keys and values of the straight and of the shifted half; views."""
+    _, kv_heads = head_halves(q.shape[1], k.shape[1])
+    return [(k[:, first:last], v[:, first:last]) for first, last in kv_heads]
+
+
+class _Travelling(NamedTuple):
+    """An all-to-all under way, and what it will bring."""
+
+    buffer: torch.Tensor
+    work: dist.Work
+
+
+def _views(ranges: Ranges, halves: Pairs) -> list[torch.Tensor]:
+    """What goes to, or comes from, the ranks in turn: keys and values of the straight half, then of the shifted one."""
+    return [
+        x[first:last]
+        for of_rank in ranges
+        for (first, last), pair in zip(of_rank, halves, strict=True)
+        if first < last
+        for x in pair
+    ]
+
+
+def _start(halo: Halo, sends: Ranges, receives: Ranges, halves: Pairs) -> _Travelling | None:
+    """Start an all-to-all, or nothing if no rank needs anything."""
+    if not halo.is_needed:
+        return None
+    widths = [sum(x.shape[1] * x.shape[2] for x in pair) for pair in halves]
+
+    def sizes(ranges: Ranges) -> list[int]:
+        return [sum((last - first) * w for (first, last), w in zip(one, widths, strict=True)) for one in ranges]
+
+    nothing = halves[0][0].new_empty(0)
+    packed = torch.cat([nothing, *(x.flatten() for x in _views(sends, halves))])
+    buffer = nothing.new_empty(sum(sizes(receives)))
+    work = dist.all_to_all_single(buffer, packed, sizes(receives), sizes(sends), group=halo.group, async_op=True)
+    return _Travelling(buffer, work)
+
+
+def _add(ranges: Ranges, halves: Pairs, travelling: _Travelling | None) -> None:
+    """Add what came to where it belongs. A rank to which nothing comes waits for nobody, and may run ahead."""
+    if travelling is None or not travelling.buffer.numel():
+        return
+    travelling.work.wait()
+    parts = _views(ranges, halves)
+    for to, came in zip(parts, travelling.buffer.split([x.numel() for x in parts]), strict=True):
+        to += came.view(to.shape)

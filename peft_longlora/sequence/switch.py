@@ -1,0 +1,77 @@
+"""`parallelize_sequence` and `unshared`: whether the ranks of a mesh share each sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from peft_longlora.architecture import find_attention_modules, find_rotary_modules, is_local_layer
+from peft_longlora.attention.settings import settings_of
+from peft_longlora.sequence.layer import SharedSequence
+
+
+def parallelize_sequence(model: nn.Module, mesh: DeviceMesh | None) -> None:
+    """Make the attention of a model work on sequences that the ranks of a mesh share, in the order of the mesh.
+
+    Call it after the adapter was added, on every rank. S2-Attn exchanges a halo of at most 3/2 groups of half the
+    heads; where attention is dense (evaluation, `dense_layers`, pattern "full") the whole sequence of each head is
+    gathered on one rank. The weights and their gradients are left to DDP or FSDP over all ranks.
+
+    Args:
+        model: a model with S2-Attn, bare or PEFT.
+        mesh: a one-dimensional DeviceMesh; None switches sequence parallelism off.
+
+    Raises:
+        ValueError: a mesh of several dimensions, or a model without S2-Attn.
+        NotImplementedError: RoPE that depends on the length at hand, layers with a sliding window.
+    """
+    layers = find_attention_modules(model).values()
+    if not layers or any(module.config._attn_implementation != "s2_attn" for module in layers):
+        raise ValueError(
+            "This model does not use S2-Attn, so its ranks would attend to their own stretches only. Add a "
+            "LongLoraConfig adapter or call configure_attention first."
+        )
+    if mesh is not None:
+        if mesh.ndim != 1:
+            raise ValueError(f"mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}: give the one of the sequence.")
+        _check_model(model, layers)
+    for settings in map(settings_of, layers):
+        settings.sharing = None if mesh is None else SharedSequence(mesh)
+
+
+@contextmanager
+def unshared(model: nn.Module) -> Iterator[None]:
+    """Within the block each rank attends to whole sequences of its own: to generate, or to measure.
+
+    Args:
+        model: a model whose ranks share each sequence (`parallelize_sequence`), or any other.
+    """
+    layers = find_attention_modules(model).values()
+    found = [settings_of(module) for module in layers if module.config._attn_implementation == "s2_attn"]
+    before = [(settings, settings.sharing) for settings in found]
+    try:
+        for settings, _ in before:
+            settings.sharing = None
+        yield
+    finally:
+        for settings, sharing in before:
+            settings.sharing = sharing
+
+
+def _check_model(model: nn.Module, layers: Any) -> None:
+    for module in find_rotary_modules(model):
+        kinds = module.rope_type if isinstance(module.rope_type, dict) else {"": module.rope_type}
+        if lengthy := sorted({"dynamic", "longrope"} & set(kinds.values())):
+            raise NotImplementedError(
+                f"rope_type={lengthy[0]!r} chooses its frequencies by the longest position of a forward, which differs "
+                f"between the ranks of a sequence. Use 'yarn', 'linear', 'ntk' or 'llama3'."
+            )
+    if local := [module.layer_idx for module in layers if is_local_layer(module, module.config)]:
+        raise NotImplementedError(
+            f"Layers {local} have a sliding window, which would end at the border of a rank. Use a model without one "
+            f"(sliding_window=None), or train it without sequence parallelism."
+        )

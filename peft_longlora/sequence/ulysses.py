@@ -1,0 +1,75 @@
+"""Dense attention over a sequence that ranks share: each rank gets the whole sequence of some heads (Ulysses).
+
+For evaluation and for dense layers; PyTorch's DTensor does the exchange. Traffic grows with the sequence, as it must.
+Called by `shared`. Source: DeepSpeed-Ulysses, arXiv:2309.14509.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from peft_longlora.kernels import attend as kernels
+from peft_longlora.kernels.groups import Groups, plan_groups
+from peft_longlora.sequence.edges import Documents, Edges, is_continued
+
+
+def plan_whole(edges: list[Edges], documents: Documents, group: dist.ProcessGroup) -> Groups:
+    """The plan of dense attention inside each document of the whole sequence, the same on every rank.
+
+    Args:
+        edges: everyone's, from `neighbours.exchange_edges`. documents: of this rank's stretch.
+
+    Raises: ValueError: stretches of different lengths, on all ranks.
+    """
+    lengths = [edge.length for edge in edges]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"Dense attention over a shared sequence takes stretches of one length, and they are {lengths}. Cut the "
+            f"batch with shard_batch, which pads."
+        )
+    everyone: list[Documents | None] = [None] * len(edges)
+    dist.all_gather_object(everyone, documents, group)
+    whole: Documents = []
+    for rank, theirs in enumerate(everyone):
+        for index, (start, tokens, number) in enumerate(theirs):
+            if index == 0 and is_continued(edges, rank):
+                begin, so_far, _ = whole.pop()
+                whole.append((begin, so_far + tokens, number))
+            else:
+                whole.append((rank * lengths[0] + start, tokens, number))
+    return plan_groups(1, sum(lengths), 2, "full", documents=whole)
+
+
+def attend_whole(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: Groups, mesh: DeviceMesh, **how: Any
+) -> torch.Tensor:
+    """Dense causal attention: (1, H, S, D), (1, H_kv, S, D) of this rank -> (1, S, H, D_v) of this rank.
+
+    Args:
+        groups: from `plan_whole`. how: as `kernels.attend`.
+    """
+    ranks, heads, kv_heads = mesh.size(), query.shape[1], key.shape[1]
+    if heads % ranks or kv_heads % ranks:  # then KV heads go where their query heads go, more than once if they must
+        key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
+    # (1, H, S, D) -> (1, H / n, n S, D)
+    query, key, value = (_reshard(x, mesh, 2, 1, x.shape[2] * ranks) for x in (query, key, value))
+    if query.shape[1]:
+        out = kernels.attend(query, key, value, groups, **how)
+    else:  # fewer heads than ranks: this one has none, and goes along in the exchanges of the backward
+        out = value.transpose(1, 2) + query.sum() + key.sum()
+    # (1, n S, H / n, D_v) -> (1, S, H, D_v)
+    return _reshard(out, mesh, 2, 1, heads)
+
+
+def _reshard(x: torch.Tensor, mesh: DeviceMesh, source: int, target: int, size: int) -> torch.Tensor:
+    """From a part of dimension `source`, which is `size` in all, to a part of dimension `target`; differentiable."""
+    from torch.distributed.tensor import DTensor, Shard  # a second to import
+
+    shape = torch.Size([*x.shape[:source], size, *x.shape[source + 1 :]])
+    stride = torch.empty(shape, device="meta").stride()
+    whole = DTensor.from_local(x.contiguous(), mesh, [Shard(source)], run_check=False, shape=shape, stride=stride)
+    return whole.redistribute(placements=[Shard(target)]).to_local()

@@ -1,0 +1,111 @@
+"""Trained copies of embeddings and norms learn in float32 under a bfloat16 model, and compute as the base's would."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tests.helpers.configs import tiny_llama_config
+from torch import nn
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+from peft_longlora import LongLoraConfig
+from peft_longlora.adapter.precision import keep_in_float32, round_to_half
+
+TOKENS = torch.arange(3, 83).repeat(2, 1)
+
+
+def bf16_llama(**changes):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_llama_config(**changes)).to(torch.bfloat16)
+
+
+def trained_copies(model):
+    return {n: p for n, p in model.named_parameters() if ".modules_to_save." in n}
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 3)], ids=lambda m: type(m).__name__
+)
+def test_a_module_computes_the_same_and_its_gradients_are_float32(module):
+    module = module.to(torch.bfloat16)
+    x = torch.tensor([1, 5]) if isinstance(module, nn.Embedding) else torch.randn(3, 4, dtype=torch.bfloat16)
+    expected = module(x)
+    expected.float().pow(2).sum().backward()
+    expected_grad = module.weight.grad.clone()
+    module.weight.grad = None
+    weight = module.weight
+    keep_in_float32([module])
+    assert module.weight is weight and weight.dtype == torch.float32
+    out = module(x)
+    out.float().pow(2).sum().backward()
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    assert weight.grad.dtype == torch.float32 and torch.equal(weight.grad, expected_grad.float())
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(x), expected) and twin.weight is not weight
+    round_to_half(module)
+    assert type(module).__mro__[0] in (nn.Embedding, nn.LayerNorm, nn.Linear)
+    assert module.weight.dtype == torch.bfloat16 and torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_fresh_adapter_computes_what_the_base_does(tied):
+    base = bf16_llama(tie_word_embeddings=tied).eval()
+    expected = base(TOKENS).logits
+    model = get_peft_model(base, LongLoraConfig(r=4)).eval()
+    assert all(p.dtype == torch.float32 for p in trained_copies(model).values())
+    assert torch.equal(model(TOKENS).logits, expected)
+    if tied:
+        core = model.get_base_model()
+        assert core.lm_head.weight is core.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_small_steps_move_every_norm(tmp_path, autocast):
+    """At the paper's learning rate: with bfloat16 copies not one entry of the norms would change."""
+    model = get_peft_model(bf16_llama(), LongLoraConfig(r=4))
+    before = {n: p.detach().clone() for n, p in trained_copies(model).items()}
+    args = TrainingArguments(
+        tmp_path, max_steps=4, learning_rate=2e-5, bf16=autocast, use_cpu=True, report_to="none", save_strategy="no"
+    )
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
+    Trainer(model, args, train_dataset=rows).train()
+    after = trained_copies(model)
+    for name, weight in before.items():
+        changed = (after[name] != weight).float().mean()
+        assert changed > 0.95 if "norm" in name else changed > 0.5, (name, changed)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_load_and_merge(tmp_path, tied):
+    base = bf16_llama(tie_word_embeddings=tied)
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LongLoraConfig(r=4, context_length=128))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.01 * torch.randn_like(parameter)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    expected = model(TOKENS).logits
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    again = PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
+    assert torch.equal(again(TOKENS).logits, expected)
+    merged = again.merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert type(merged.model.norm).__name__ == "LlamaRMSNorm" and type(merged.model.embed_tokens) is nn.Embedding
+    assert merged.model.embed_tokens.weight.data_ptr() == merged.lm_head.weight.data_ptr() or not tied
+    difference = (merged(TOKENS).logits - expected).float().norm() / expected.float().norm()
+    assert difference < 0.03  # LoRA's product, rounded to bfloat16 once more
+
+
+def test_opting_out_leaves_the_copies_as_they_are():
+    model = get_peft_model(bf16_llama(), LongLoraConfig(r=4), autocast_adapter_dtype=False)
+    assert all(p.dtype == torch.bfloat16 for p in trained_copies(model).values())
+
+
+def test_a_cast_of_the_whole_model_is_what_it_says():
+    model = get_peft_model(bf16_llama(), LongLoraConfig(r=4)).eval()
+    assert model.float()(TOKENS).logits.dtype == torch.float32
+    assert model.to("cpu")(TOKENS).logits.dtype == torch.float32
+    assert model.bfloat16()(TOKENS).logits.dtype == torch.bfloat16

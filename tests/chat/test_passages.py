@@ -1,0 +1,125 @@
+"""Passages: the attention is that of one plain eager forward, and the best spans are the best."""
+
+import pytest
+import torch
+
+from peft_longlora.chat import passages
+from peft_longlora.chat.conversation import Conversation
+from peft_longlora.chat.kvcache import KVCache
+from tests.helpers.chat_models import a_document, a_model, a_reader
+
+IDS = torch.randint(3, 250, (180,), generator=torch.Generator().manual_seed(7)).tolist()
+
+
+def eager_truth(model, row, start, layers) -> torch.Tensor:
+    """output_attentions over the whole row, without a cache."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = base.config._attn_implementation
+    base.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(input_ids=torch.tensor([row]), output_attentions=True, use_cache=False).attentions
+    base.set_attn_implementation(before)
+    return torch.stack([weights[i][0, :, start - 1 : -1, :start].mean((0, 1)) for i in layers]).mean(0)
+
+
+@pytest.mark.parametrize(
+    "options, layers",
+    [
+        (dict(), [0, 1]),
+        (dict(adapter=False), [0, 1]),
+        (dict(num_hidden_layers=6), [2, 3, 4, 5]),
+        (dict(model_type="gpt_neox"), [0, 1]),
+        (dict(model_type="qwen3", head_dim=8), [0, 1]),
+        (
+            dict(
+                model_type="gemma3_text",
+                head_dim=8,
+                sliding_window=32,
+                layer_types=["full_attention", "sliding_attention"],
+            ),
+            [0],
+        ),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 100])
+def test_attention_is_that_of_one_eager_forward(options, layers, rows, monkeypatch):
+    model, start = a_model(**options), 150
+    monkeypatch.setattr(passages, "WEIGHTS", rows * 4 * len(IDS))  # so many rows of 4 heads at a time
+    before = model.config._attn_implementation
+    kv = KVCache(model, chunk_size=64)
+    kv.fill(IDS)
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    found = passages.document_attention(kv, IDS, start)
+    assert found.shape == (start,) and kv.ids == IDS[:-1]
+    assert model.config._attn_implementation == before
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    torch.testing.assert_close(found, eager_truth(model, IDS, start, layers), rtol=1e-4, atol=1e-6)
+
+
+def test_no_square_of_the_row_is_made():
+    """Every tensor that attention hands over has at most the answer's rows."""
+    model, shapes = a_model(), []
+    kv = KVCache(model, chunk_size=64)
+    kv.fill(IDS)
+    for layer in passages.find_attention_modules(model).values():
+        layer.register_forward_hook(
+            lambda m, args, out: shapes.append(tuple(out[1].shape)) if out[1] is not None else None
+        )
+    passages.document_attention(kv, IDS, 150)
+    assert shapes and all(rows <= len(IDS) - 150 + 1 for _, _, rows, _ in shapes)
+
+
+def test_the_best_spans_are_the_best(tmp_path):
+    text = "".join(f"Sentence {i} stands here.\n" for i in range(200))
+    dialogue = Conversation(a_reader(chat=True), a_document(tmp_path, text)).dialogue
+    scores = torch.zeros(len(dialogue.document_ids))
+    for rank, i in enumerate((120, 10, 60)):
+        at = text.index(f"Sentence {i} ")
+        scores[at : at + 20] = 3.0 - rank
+    found = passages.top_passages(scores, dialogue, 3)
+    assert [f"Sentence {i} " in p.text for p, i in zip(found, (120, 10, 60), strict=True)] == [True] * 3
+    assert [p.share for p in found] == pytest.approx([3 / 6, 2 / 6, 1 / 6])
+    for p in found:
+        first, last = (int(n) for n in p.place.removeprefix("lines ").split("-"))
+        assert p.text in "\n".join(text.splitlines()[first - 1 : last])
+    assert len(passages.top_passages(scores, dialogue, 9)) == 3  # nothing is shown that got no attention
+
+
+def test_a_planted_answer_is_found(tmp_path):
+    """A head that looks for the same byte: the answer's bytes stand in one line of the document alone."""
+    text = "aaaa bbbb cccc\n" * 40 + "zzzz zzzz zzzz zzzz\n" + "dddd eeee ffff\n" * 40
+    reader = a_reader(model=a_model(adapter=False, num_hidden_layers=1, tie_word_embeddings=True), chat=True)
+    layer = reader.model.model.layers[0].self_attn
+    with torch.no_grad():
+        for projection in (layer.q_proj, layer.k_proj):
+            size = projection.weight.shape[0]
+            projection.weight.copy_(torch.eye(32)[:size] * 6)
+        layer.q_proj.weight.copy_(torch.cat([torch.eye(32)[:8]] * 2 + [torch.eye(32)[8:16]] * 2) * 6)
+        reader.model.model.rotary_emb.inv_freq.zero_()
+    conversation = Conversation(reader, a_document(tmp_path, text), max_new_tokens=4)
+    list(conversation.ask("?"))
+    conversation._row = conversation._prompt + conversation.tokenizer("zzzzzz")["input_ids"]
+    best = conversation.passages(1)[0]
+    assert "zzzz" in best.text and "41" in best.place and best.share > 0.5
+
+
+def test_there_is_nothing_to_show_before_an_answer(tmp_path):
+    conversation = Conversation(a_reader(chat=True), a_document(tmp_path), max_new_tokens=8)
+    with pytest.raises(ValueError, match="no answer yet"):
+        conversation.passages()
+    conversation.dialogue.offsets = None
+    list(conversation.ask("Where?"))
+    with pytest.raises(ValueError, match="does not tell where"):
+        conversation.passages()
+
+
+def test_asking_goes_on_after_passages_as_if_none_had_been_shown(tmp_path):
+    found = []
+    for show in (False, True):
+        conversation = Conversation(a_reader(chat=True), a_document(tmp_path), max_new_tokens=16)
+        for question in ("Where?", "Why?"):
+            list(conversation.ask(question))
+            if show:
+                assert conversation.passages()
+        found.append(conversation._row)
+    assert found[0] == found[1]

@@ -1,0 +1,245 @@
+"""`longlora chat` as a user types it: answers on stdout, the rest on stderr, bad input with code 2 and one line."""
+
+import _thread
+import contextlib
+import io
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from peft_longlora.chat.conversation import Conversation
+from peft_longlora.chat.document import read_document
+from peft_longlora.cli import main as cli
+from peft_longlora.hub.loading import load_model
+from tests.eval.test_run import TOKENIZER
+from tests.helpers.chat_models import TEXT, a_model, make_pdf
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base, an adapter on it, both merged, and a book."""
+    folder = tmp_path_factory.mktemp("chat")
+    model = a_model(vocab_size=4096, context_length=1024, bos_token_id=0, eos_token_id=1)
+    model.save_pretrained(folder / "adapter")
+    merged = model.merge_and_unload()
+    merged.save_pretrained(folder / "merged")
+    a_model(adapter=False, vocab_size=4096, bos_token_id=0, eos_token_id=1).save_pretrained(folder / "base")
+    for name in ("base", "merged"):
+        AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder / name)
+    (folder / "book.txt").write_text(TEXT)
+    (folder / "book.pdf").write_bytes(make_pdf([TEXT, TEXT[:200]]))
+    return folder
+
+
+def chat(folder, *options, model="base", file="book.txt") -> int:
+    command = ["chat", "--model", folder / model, "--file", folder / file, "--device", "cpu", "--dtype", "float32"]
+    try:
+        return cli.main([str(option) for option in (*command, "--max-new-tokens", 12, *options)])
+    except SystemExit as error:
+        return error.code
+
+
+def answers_of(folder, model, adapter, questions, file="book.txt") -> str:
+    loaded = load_model(str(folder / model), adapter and str(folder / adapter), device="cpu", dtype="float32")
+    conversation = Conversation(loaded, read_document(folder / file), max_new_tokens=12)
+    return "".join("".join(conversation.ask(question)) + "\n" for question in questions)
+
+
+@pytest.mark.parametrize(
+    "model, adapter, file", [("base", None, "book.txt"), ("base", "adapter", "book.pdf"), ("merged", None, "book.txt")]
+)
+def test_questions_are_answered_in_turn(folder, model, adapter, file, capsys):
+    questions = ["Where is the key?", "Why?"]
+    options = ["--adapter", folder / adapter] if adapter else []
+    for question in questions:
+        options += ["--ask", question]
+    assert chat(folder, *options, "--chunk", 50, "--passages", 2, model=model, file=file) == 0
+    out, err = capsys.readouterr()
+    assert out == answers_of(folder, model, adapter, questions, file)
+    window = 64 if model == "base" and not adapter else 1024
+    assert f"of {window:,} tokens" in err and "KV cache: dense, " in err
+    assert ("Nothing is cut" in err) == ("PAST THE WINDOW" in err) == (window == 64)
+    assert ("page" if file.endswith("pdf") else "line") in err and "% " in err
+
+
+def test_adapter_and_merged_model_say_the_same(folder):
+    assert answers_of(folder, "base", "adapter", ["Why?"]) == answers_of(folder, "merged", None, ["Why?"])
+
+
+def test_questions_come_from_a_pipe_until_it_ends(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n\n/forget\nWhy?\n"))
+    assert chat(folder, model="merged") == 0
+    out, err = capsys.readouterr()
+    assert out == answers_of(folder, "merged", None, ["Why?"]) * 2 and "Forgotten" in err
+    monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n/quit\nWhy?\n"))
+    assert chat(folder, model="merged") == 0
+    assert capsys.readouterr().out == answers_of(folder, "merged", None, ["Why?"])
+
+
+def test_sampling_and_quantised_caches_are_options(folder, capsys):
+    pytest.importorskip("hqq")
+    options = ["--ask", "Why?", "--temperature", "3", "--top-p", "0.9", "--cache", "quantised", "--seed", "4"]
+    assert [chat(folder, *options, model="merged") for _ in range(2)] == [0, 0]
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :] and "KV cache: quantised (" in err
+
+
+BAD = {
+    "none.txt: no such file": dict(file="none.txt"),
+    "is a folder": dict(file="base"),
+    ".safetensors is none of .txt, .md, .pdf": dict(file="base/model.safetensors"),
+    "is no pdf, or a broken one": dict(file="broken.pdf"),
+    "is a url": ["--file", "https://example.com/a.txt"],
+    "none: no such folder": dict(model="none"),
+    "adapter is an adapter": dict(model="adapter"),
+    "no adapter_config.json": ["--adapter", "{folder}/base"],
+    "sees no gpu": ["--device", "cuda"],
+    "--device abacus": ["--device", "abacus"],
+    "offloaded keeps keys and values of a gpu": ["--cache", "offloaded"],
+    "invalid choice: 'static'": ["--cache", "static"],
+    "no number of 1 or more": ["--max-new-tokens", "0"],
+    "no number from 0 to 100": ["--temperature", "-1"],
+    "no number above 0 and up to 1": ["--top-p", "0"],
+    "--ask is empty": ["--ask", " "],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_ends_with_code_2_and_one_line(folder, message, capsys):
+    if message == "sees no gpu" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    (folder / "broken.pdf").write_bytes(b"%PDF-1.4 broken")
+    options = BAD[message] if isinstance(BAD[message], list) else []
+    where = BAD[message] if isinstance(BAD[message], dict) else {}
+    assert chat(folder, "--ask", "Why?", *[option.format(folder=folder) for option in options], **where) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if "error: " in line]
+    assert len(lines) == 1 and message in lines[0].lower() and out == ""
+
+
+def test_no_memory_is_said_with_what_helps(folder, capsys, monkeypatch):
+    def fail(self, *args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Conversation, "read", fail)
+    assert chat(folder, "--ask", "Why?") == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert "Tried to allocate" in line and "--cache quantised or offloaded" in line
+
+
+class Terminal:
+    """`longlora chat` in a process with a terminal of its own, typed at as a person does."""
+
+    def __init__(self, folder, *options):
+        self.fd, end = pty.openpty()
+        command = ["chat", "--model", folder / "merged", "--file", folder / "book.txt", "--device", "cpu", *options]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "peft_longlora.cli", *map(str, command)],
+            stdin=end,
+            stdout=end,
+            stderr=end,
+            start_new_session=True,
+        )
+        os.close(end)
+        self.text = ""
+
+    def wait_for(self, what: str, seconds: float = 120) -> str:
+        """What was printed up to and with `what`."""
+        deadline = time.monotonic() + seconds
+        while what not in self.text:
+            assert time.monotonic() < deadline, f"{what!r} never came: {self.text}"
+            if select.select([self.fd], [], [], 0.2)[0]:
+                try:
+                    self.text += os.read(self.fd, 4096).decode(errors="replace")
+                except OSError:  # the other end is closed
+                    break
+        before, found, self.text = self.text.partition(what)
+        assert found, f"{what!r} never came: {before}"
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+    def leave(self, end: str) -> None:
+        """Ctrl-C, again if need be (readline misses one that comes before it waits), or Ctrl-D."""
+        for _ in range(20):
+            self.interrupt() if end == "interrupt" else self.type(end)
+            with contextlib.suppress(AssertionError):
+                self.wait_for("Bye.", seconds=5)
+                return
+        pytest.fail(f"It never ended: {self.text}")
+
+
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+def test_ctrl_c_stops_an_answer_and_at_the_prompt_it_ends(folder, end, capsys, monkeypatch):
+    """The signal comes while the answer does; what was said then counts."""
+    lines, made, read = iter(["Where is the key?"]), [], Conversation.read
+
+    def type_line(prompt):
+        for line in lines:
+            return line
+        raise end
+
+    def read_and_arm(conversation, progress):
+        read(conversation, progress)
+
+        def interrupt(module, args, output):
+            made.append(1)
+            if len(made) == 12:
+                _thread.interrupt_main()
+
+        conversation.model.get_input_embeddings().register_forward_hook(interrupt)
+
+    monkeypatch.setattr("builtins.input", type_line)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(Conversation, "read", read_and_arm)
+    assert chat(folder, "--max-new-tokens", 100_000, model="merged") == 0
+    out, err = capsys.readouterr()
+    assert "Stopped here; what was said counts." in err and "Bye." in err and out.strip()
+    assert 12 <= len(made) < 1000
+
+
+@pytest.mark.parametrize("options, code", [(["--ask", "Why?"], 130), ([], 130)])
+def test_without_a_terminal_ctrl_c_ends_with_130(folder, options, code, capsys, monkeypatch):
+    def fail(conversation, question):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n"))
+    monkeypatch.setattr(Conversation, "ask", fail)
+    assert chat(folder, *options, model="merged") == code
+    assert "Stopped." in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["interrupt", "\x04"])
+def test_a_terminal_is_left_politely(folder, end):
+    """Ctrl-C stops an answer and the conversation goes on; at the prompt Ctrl-C and Ctrl-D end it, with code 0."""
+    terminal = Terminal(folder, "--max-new-tokens", "100000")
+    try:
+        terminal.wait_for("Ctrl-D ends.")
+        terminal.wait_for("> ")
+        terminal.type("Where is the key?\n")
+        terminal.wait_for("key?\r\n")
+        while len(terminal.text.strip()) < 20:
+            terminal.text += os.read(terminal.fd, 4096).decode(errors="replace")
+        terminal.interrupt()
+        terminal.wait_for("Stopped here; what was said counts.")
+        terminal.wait_for("> ")
+        terminal.leave(end)
+        assert terminal.process.wait(30) == 0
+    finally:
+        terminal.process.kill()
+        os.close(terminal.fd)

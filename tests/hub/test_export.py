@@ -1,0 +1,223 @@
+"""Out of our format and into it: plain LoRA adapters for servers, and the original project's adapters."""
+
+import json
+import os
+import re
+import shlex
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from tests.helpers.configs import tiny_llama_config
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_longlora import LongLoraConfig
+from peft_longlora.hub.export import export_lora
+from peft_longlora.hub.original import convert_original_adapter
+
+TOKENS = torch.arange(3, 83)[None]
+
+
+def adapt(base_folder, **fields) -> PeftModel:
+    torch.manual_seed(3)
+    base = LlamaForCausalLM.from_pretrained(base_folder, attn_implementation="s2_attn")
+    config = LongLoraConfig(**{"r": 2, "context_length": 256, "init_lora_weights": False, **fields})
+    model = get_peft_model(base, config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "yarn", "ntk"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_exported_adapter_is_plain_lora_and_its_card_says_how_to_load_it(base_folder, tmp_path, rope_type, use_dora):
+    model = adapt(base_folder, rope_type=rope_type, train_embeddings=False, train_norms=False, use_dora=use_dora)
+    folder = export_lora(model, tmp_path / "plain")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["modules_to_save"] is None
+    assert not config.keys() & {"context_length", "rope_type", "applied_rope_parameters", "group_size"}
+    text = (folder / "README.md").read_text()
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
+    assert torch.equal(logits(names["model"]), logits(model))
+    if use_dora:
+        assert "vllm serve" not in text and "vLLM takes no adapter with use_dora=True: serve the merged model" in text
+    else:
+        server = shlex.split(re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1])
+        assert json.loads(server[server.index("--hf-overrides") + 1]) == names["overrides"]
+        assert server[server.index("--max-lora-rank") + 1] == "8", "of the ranks that vLLM takes, the first above r=2"
+    # Without what the card says, another model answers.
+    plain = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base_folder), folder)
+    assert not torch.allclose(logits(plain), logits(model))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_and_norms_are_folded_into_a_base_or_refused(tmp_path, tied):
+    LlamaForCausalLM(tiny_llama_config(tie_word_embeddings=tied)).save_pretrained(tmp_path / "base")
+    model = adapt(str(tmp_path / "base"))
+    with pytest.raises(ValueError, match=r"trained tensors that are not LoRA's, .*Give fold_into=FOLDER"):
+        export_lora(model, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+    before = logits(model)
+    export_lora(model, tmp_path / "plain", fold_into=tmp_path / "folded")
+    assert torch.equal(logits(model), before), "the model in memory is as it was"
+    base = LlamaForCausalLM.from_pretrained(PeftConfig.from_pretrained(tmp_path / "plain").base_model_name_or_path)
+    assert base.config.tie_word_embeddings == tied
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "plain")), before)
+
+
+def test_an_init_that_changed_the_base_is_refused(base_folder, tmp_path):
+    model = adapt(base_folder, init_lora_weights="pissa", train_embeddings=False, train_norms=False)
+    with pytest.raises(ValueError, match=r"init_lora_weights='pissa' changed the base's own weights.*Merge instead"):
+        export_lora(model, tmp_path / "plain")
+
+
+def write_original(model: PeftModel, folder, pad_rows: int = 1) -> None:
+    """The files that the original project's get_trainable_weights.py leaves, from a model of ours."""
+    folder.mkdir()
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    lora = {key: tensor for key, tensor in state.items() if "lora" in key}
+    whole = {key[17:]: tensor.clone() for key, tensor in state.items() if "lora" not in key}
+    rows = whole["model.embed_tokens.weight"]
+    whole["model.embed_tokens.weight"] = torch.cat([rows, rows.mean(0, keepdim=True).expand(pad_rows, -1)])
+    torch.save(lora, folder / "adapter_model.bin")
+    torch.save(whole, folder / "trainable_params.bin")
+    config = {
+        **{"auto_mapping": None, "base_model_name_or_path": "meta-llama/Llama-2-7b-hf", "bias": "none"},
+        **{"fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "layers_pattern": None},
+        **{"layers_to_transform": None, "lora_alpha": 8, "lora_dropout": 0.0, "modules_to_save": None},
+        **{"peft_type": "LORA", "r": 2, "revision": None, "task_type": "CAUSAL_LM"},
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def original(tmp_path):
+    """An adapter in the original's layout, for a base of 512 tokens and 97 words, and the model it came from."""
+    LlamaForCausalLM(tiny_llama_config(max_position_embeddings=512)).save_pretrained(tmp_path / "base")
+    model = adapt(str(tmp_path / "base"), rope_type="linear", context_length=2048)
+    write_original(model, tmp_path / "Llama-2-7b-longlora-2k")
+    return tmp_path / "Llama-2-7b-longlora-2k", model
+
+
+TINY = {"base_context_length": 512, "vocab_size": 97}
+
+
+def test_original_adapter_becomes_ours_with_equal_logits(original, tmp_path, caplog):
+    folder, model = original
+    config = convert_original_adapter(folder, tmp_path / "ours", **TINY)
+    assert (config.context_length, config.rope_type) == (2048, "linear")
+    assert config.applied_rope_parameters == {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    assert not list((tmp_path / "ours").glob("*.bin"))
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "ours")), logits(model))
+    assert "from 512 to **2,048 tokens**" in (tmp_path / "ours" / "README.md").read_text()
+
+
+def test_rows_appended_for_padding_are_dropped_and_said(original, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("peft_longlora.hub.export.logger.warning", said.append)
+    convert_original_adapter(original[0], tmp_path / "ours", **TINY)
+    assert len(said) == 1 and re.search(r"embed_tokens.weight has 98 rows, the base 97: .*is dropped", said[0])
+    with pytest.raises(ValueError, match=r"has 98 rows, the base 99. Give the base's own vocab_size"):
+        convert_original_adapter(original[0], tmp_path / "more", base_context_length=512, vocab_size=99)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "trainable_params.bin"])
+def test_a_pickle_with_code_is_refused_and_never_run(original, tmp_path, name):
+    folder, _ = original
+    trap = tmp_path / "trap"
+
+    class Malicious:
+        def __reduce__(self):
+            return os.system, (f"touch {trap}",)
+
+    torch.save({"weight": Malicious()}, folder / name)
+    with pytest.raises(ValueError, match=rf"{name} is refused: .*do not open it with weights_only=False"):
+        convert_original_adapter(folder, tmp_path / "ours", **TINY)
+    assert not trap.exists() and not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", b"PK\x03\x04"])
+def test_a_damaged_pickle_is_refused(original, tmp_path, content):
+    (original[0] / "adapter_model.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"adapter_model.bin is refused: it is damaged, or"):
+        convert_original_adapter(original[0], tmp_path / "ours", **TINY)
+
+
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [("Llama-2-7b-longlora-8k", 8192), ("Llama-2-7b-longlora-100k-ft", 102400), ("Llama-2-70b-longlora-32k", 32768)],
+)
+def test_window_from_the_published_names(original, tmp_path, name, window):
+    folder = original[0].rename(tmp_path / name)
+    config = convert_original_adapter(folder, tmp_path / "ours", **TINY)
+    assert config.context_length == window
+    assert config.applied_rope_parameters["factor"] == window / 512
+
+
+def test_factor_given_and_rounded_up_as_the_original_does(original, tmp_path):
+    folder = original[0].rename(tmp_path / "adapter")
+    config = convert_original_adapter(folder, tmp_path / "ours", context_length=1100, **TINY)
+    assert (config.context_length, config.applied_rope_parameters["factor"]) == (1536, 3.0)
+    config = convert_original_adapter(folder, tmp_path / "ours", factor=2.5, **TINY)
+    assert (config.context_length, config.applied_rope_parameters["factor"]) == (1280, 2.5)
+    with pytest.raises(ValueError, match=r"factor=2.5 and context_length=1280 say the same"):
+        convert_original_adapter(folder, tmp_path / "ours", factor=2.5, context_length=1280, **TINY)
+    with pytest.raises(ValueError, match="factor=1 is not above 1"):
+        convert_original_adapter(folder, tmp_path / "ours", factor=1, **TINY)
+
+
+def test_a_base_that_is_nowhere_is_said(original, tmp_path, monkeypatch):
+    """The published adapters name a folder of their authors' machine."""
+    said = []
+    monkeypatch.setattr("peft_longlora.hub.export.logger.warning", said.append)
+    path = original[0] / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "/models/Llama-2-7b-hf"}))
+    convert_original_adapter(original[0], tmp_path / "ours", **TINY)
+    assert "names the base '/models/Llama-2-7b-hf', which is no folder here" in said[-1]
+    said.clear()
+    config = convert_original_adapter(original[0], tmp_path / "ours", base_model=str(tmp_path / "base"), **TINY)
+    assert len(said) == 1 and config.base_model_name_or_path == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\udc80"])
+def test_a_damaged_config_is_refused(original, tmp_path, content):
+    (original[0] / "adapter_config.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"adapter_config.json (is damaged|holds a list)"):
+        convert_original_adapter(original[0], tmp_path / "ours", **TINY)
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.bin", "trainable_params.bin"])
+def test_a_link_out_of_the_folder_is_refused(original, tmp_path, name):
+    (original[0] / name).rename(tmp_path / name)
+    (original[0] / name).symlink_to(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is a link to .*Put the file itself there"):
+        convert_original_adapter(original[0], tmp_path / "ours", **TINY)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_what_is_missing_is_said(original, tmp_path):
+    folder = original[0].rename(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"does not say its window in its name.* Give context_length"):
+        convert_original_adapter(folder, tmp_path / "ours", **TINY)
+    with pytest.raises(ValueError, match="context_length=256 is not above the base's window of 512"):
+        convert_original_adapter(folder, tmp_path / "ours", context_length=256, **TINY)
+    with pytest.raises(ValueError, match="nowhere: no such folder here, and no id of a repository"):
+        convert_original_adapter(tmp_path / "nowhere", tmp_path / "ours")
+    (folder / "trainable_params.bin").unlink()
+    with pytest.raises(ValueError, match=r"lacks trainable_params.bin, so it is no adapter of the original"):
+        convert_original_adapter(folder, tmp_path / "ours", context_length=2048, **TINY)
+
+
+def test_the_default_rope_theta_is_that_of_transformers_llama():
+    assert convert_original_adapter.__kwdefaults__["rope_theta"] == LlamaConfig().rope_parameters["rope_theta"]

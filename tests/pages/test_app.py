@@ -1,0 +1,206 @@
+"""examples/app.py in headless Chromium, as readers use it: `make browser`.
+
+The answers on the page are compared with those of plain `generate`, by their letters, because the page shows Markdown.
+"""
+
+import importlib.util
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_longlora.chat.dialogue import Dialogue, Turn
+from peft_longlora.chat.document import read_document
+from peft_longlora.hub.loading import load_model
+from tests.eval.test_run import TOKENIZER
+from tests.helpers.chat_models import make_pdf
+
+pytestmark = pytest.mark.browser
+gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'peft-longlora[app]'")
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+if not (CHROMIUM and shutil.which("chromedriver")):
+    pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)", allow_module_level=True)
+
+QUESTION = "What does this module do?"
+TOKENS = 24
+TEXTS = {
+    "parsing": '"""Command line parsing: options, arguments and help texts."""\n\nimport sys\n\n' * 3,
+    "sockets": '"""Sockets for the network: connect, send, receive and close."""\n\nimport os\n\n' * 3,
+}
+
+
+def load():
+    return load_model(str(TOKENIZER), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """Not the page's own: that one is read from behind a lock which the tests do not hold."""
+    return load()
+
+
+@pytest.fixture(scope="module")
+def url():
+    path = Path(__file__).parents[2] / "examples" / "app.py"
+    spec = importlib.util.spec_from_file_location("app", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    app = module.make_app(load(), "Read", max_new_tokens=TOKENS, chunk_size=64)
+    yield app.launch(prevent_thread_lock=True, quiet=True, css=module.CSS)[1]
+    app.close()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("files")
+    for name, text in TEXTS.items():
+        (folder / f"{name}.txt").write_text(text)
+    (folder / "book.pdf").write_bytes(make_pdf(["Chapter one.\nThe key is in the box.", "Chapter two.\nThe end."]))
+    (folder / "broken.pdf").write_bytes(make_pdf(["Chapter one."])[:120])
+    (folder / "long.txt").write_text(TEXTS["parsing"] * 20)
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture
+def driver():
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,900"):
+        options.add_argument(argument)
+    service = webdriver.chrome.service.Service(shutil.which("chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """One reader's tab."""
+
+    def __init__(self, driver, url: str):
+        self.driver = driver
+        driver.get(url)
+        self.find("#file input[type=file]")
+
+    def find(self, selector: str):
+        self.wait_until(lambda: self.driver.find_elements("css selector", selector), selector)
+        return self.driver.find_elements("css selector", selector)[0]
+
+    def text(self, selector: str) -> str:
+        return self.driver.execute_script("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
+
+    def wait_until(self, is_so, what: str, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not is_so():
+            assert time.monotonic() < deadline, f"{what}: never so; the page says {self.text('body')!r}"
+            time.sleep(0.1)
+
+    def drop(self, path: Path, sign: str) -> str:
+        """Hand over a file; what the page says of it, once `sign` stands there."""
+        self.find("#file input[type=file]").send_keys(str(path))
+        self.wait_until(lambda: sign in self.text("#usage"), f"{sign!r} about {path.name}")
+        return self.text("#usage")
+
+    def ask(self, question: str) -> None:
+        self.find("#question textarea").send_keys(question + "\n")
+
+    @property
+    def said(self) -> list[str]:
+        """What the model has said, answer by answer."""
+        script = "return [...document.querySelectorAll('#chat .bot .prose, #chat .bot .md')].map(e => e.innerText)"
+        return self.driver.execute_script(script)
+
+    def wait_for_passages(self) -> None:
+        self.wait_until(lambda: "%" in self.text("#passages .passage"), "passages")
+
+
+def letters(text: str) -> str:
+    return re.sub(r"[^A-Za-z]", "", text)
+
+
+@torch.no_grad()
+def plain_answer(loaded, path: Path, *turns: Turn) -> str:
+    """What `generate` says by itself, up to where it goes on with a question of its own."""
+    ids = torch.tensor([Dialogue(loaded.tokenizer, read_document(path)).ids([*turns, Turn(QUESTION)])])
+    out = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
+    text = loaded.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return text.partition("\nQuestion:")[0].strip()
+
+
+def test_drop_ask_and_see_answer_passages_and_tokens(driver, url, files, loaded):
+    page, path = Page(driver, url), files["parsing.txt"]
+    n = len(loaded.tokenizer(TEXTS["parsing"].strip(), add_special_tokens=False)["input_ids"])
+    before = page.drop(path, "of 512 tokens")
+    assert "parsing.txt" in before and f"{n + 1} of 512 tokens" in before and "dense KV cache" in before
+    page.ask(QUESTION)
+    page.wait_for_passages()
+    first = plain_answer(loaded, path)
+    assert letters(first) and letters(page.said[-1]) == letters(first)
+    assert re.search(r"lines? \d", page.text("#passages")) and page.text("#usage") != before
+    shown = page.text("#passages .passage p").strip()
+    assert letters(shown) in letters(TEXTS["parsing"])
+    assert page.text("#question textarea") == "" and str(path.parent) not in page.text("body")
+
+    page.ask(QUESTION)
+    page.wait_until(lambda: len(page.said) == 2, "a second answer")
+    page.wait_for_passages()
+    assert letters(page.said[-1]) == letters(plain_answer(loaded, path, Turn(QUESTION, first)))
+
+    page.find("#forget").click()
+    page.wait_until(lambda: not page.said and f"{n + 1} of 512" in page.text("#usage"), "a fresh start")
+
+
+def test_a_pdf_has_pages(driver, url, files, loaded):
+    page = Page(driver, url)
+    page.drop(files["book.pdf"], "of 512 tokens")
+    page.ask(QUESTION)
+    page.wait_for_passages()
+    assert letters(page.said[-1]) == letters(plain_answer(loaded, files["book.pdf"]))
+    assert re.search(r"pages? \d", page.text("#passages"))
+
+
+def test_a_broken_pdf_gives_a_message_and_nothing_to_ask(driver, url, files):
+    page = Page(driver, url)
+    message = page.drop(files["broken.pdf"], "broken.pdf is no PDF, or a broken one")
+    assert "/" not in message  # no paths of the machine that serves the page
+    page.ask(QUESTION)
+    page.wait_until(lambda: "Drop a document first" in page.text("body"), "a warning")
+    assert page.said == []
+    page.find("#file button[aria-label='Clear'], #file button[title='Clear']").click()
+    page.drop(files["sockets.txt"], "of 512 tokens")
+    page.ask(QUESTION)
+    page.wait_for_passages()
+
+
+def test_a_document_beyond_the_window_is_said(driver, url, files):
+    said = Page(driver, url).drop(files["long.txt"], "of 512 tokens")
+    assert "Nothing is cut" in said and float(re.search(r"\((\d+\.\d)%\)", said)[1]) > 100
+
+
+def test_two_readers_at_once_do_not_mix(driver, url, files, loaded):
+    """Two tabs are two sessions: both ask before either is answered, twice."""
+    pages, tabs = [], []
+    for name in TEXTS:
+        if tabs:
+            driver.switch_to.new_window("tab")
+        tabs.append(driver.current_window_handle)
+        pages.append(Page(driver, url))
+        pages[-1].drop(files[f"{name}.txt"], "of 512 tokens")
+    turns: list[list[Turn]] = [[], []]
+    for k in (1, 2):
+        for tab, page in zip(tabs, pages, strict=True):
+            driver.switch_to.window(tab)
+            page.ask(QUESTION)
+        for tab, page, name, said in zip(tabs, pages, TEXTS, turns, strict=True):
+            driver.switch_to.window(tab)
+            page.wait_until(lambda page=page, k=k: len(page.said) == k, "an answer")
+            page.wait_for_passages()
+            want = plain_answer(loaded, files[f"{name}.txt"], *said)
+            assert letters(page.said[-1]) == letters(want) != ""
+            assert letters(page.text("#passages .passage p")) in letters(TEXTS[name])
+            assert f"{name}.txt" in page.text("#usage")
+            said.append(Turn(QUESTION, want))
+    assert turns[0][0].answer != turns[1][0].answer

@@ -1,0 +1,50 @@
+"""The numbers in the pages are those that the benchmarks wrote."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import scaling_model  # noqa: E402
+from tables import tables  # noqa: E402
+
+PAGES = {
+    "docs/attention.md": [("attention_h200", "attention"), ("attention_h200", "growth"), ("variants_h200", "variants")],
+    "README.md": [("attention_h200", "short")],
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_hold_the_measured_numbers(page):
+    text = (ROOT / page).read_text()
+    for file, kind in PAGES[page]:
+        result = json.loads((ROOT / f"benchmarks/results/{file}.json").read_text())
+        lines = tables(result)[kind]
+        assert len(lines) > 3 and "\n".join(lines) in text, f"{kind} of {file}: run benchmarks/tables.py"
+
+
+def test_flex_and_evaluation_rows_hold_the_measured_numbers():
+    text = (ROOT / "docs/attention.md").read_text()
+    flex = json.loads((ROOT / "benchmarks/results/attention_flex_h200.json").read_text())
+    assert all(line in text for line in tables(flex)["attention"] if "flex |" in line)
+    rows = json.loads((ROOT / "benchmarks/results/evaluation_h200.json").read_text())["results"]
+    assert len(rows) == 3
+    for row in rows:
+        assert f"{row['seconds']:.3f}" in text and f"{row['tokens_per_second']:,.0f}" in text
+
+
+def test_scaling_holds_the_measured_numbers():
+    rows = scaling_model.read(sorted(map(str, (ROOT / "benchmarks/results").glob("scaling_2xh200*.json"))))
+    text = (ROOT / "docs/scaling.md").read_text()
+    for table in (scaling_model.shared_table(rows), scaling_model.dense_table(rows)):
+        assert len(table) > 4 and "\n".join(table) in text, "run benchmarks/scaling_model.py"
+
+
+@pytest.mark.parametrize("file", ["attention_h200", "attention_flex_h200", "variants_h200", "evaluation_h200"])
+def test_numbers_come_with_their_machine_and_their_command(file):
+    result = json.loads((ROOT / f"benchmarks/results/{file}.json").read_text())
+    assert {"command", "torch", "transformers", "device"} <= set(result.get("about", result))

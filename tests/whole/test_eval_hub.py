@@ -1,0 +1,106 @@
+"""Everything by its id on the Hub: model, adapter and books, over HTTP from a hub on 127.0.0.1 (loopback_hub.py)."""
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from peft_longlora.eval import Results
+from tests.eval.test_run import adapter, base, text  # noqa: F401
+from tests.helpers.loopback_hub import LoopbackHub
+from tests.hub.test_push import answer, start_process
+
+
+def read_folder(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+
+
+def parquet(rows: list[dict[str, str]]) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+def run(arguments: list[str]) -> tuple[int, list[str]]:
+    """`longlora` in the other process: its exit code and the lines of its errors."""
+    from peft_longlora.cli import main as cli
+
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+        code = cli.main(arguments)
+    return code, [line for line in error.getvalue().splitlines() if "error: " in line]
+
+
+@pytest.fixture(scope="module")
+def hub(base, adapter, text):  # noqa: F811
+    """PG19 as it lies on the Hub (parquet files by split), one dataset as a script, and the models."""
+    books = [path.read_text() for path in sorted(Path(text).iterdir())]
+    test = [{"short_book_title": f"Book {i}", "text": book} for i, book in enumerate(books)]
+    with LoopbackHub() as server:
+        server.put("me/base", read_folder(base))
+        server.put("me/adapter", read_folder(adapter))
+        files = {
+            "data/train-00000-of-00001.parquet": parquet(test[:1]),
+            "data/test-00000-of-00001.parquet": parquet(test),
+        }
+        server.put("me/pg19", files, kind="dataset")
+        server.put("me/proof-pile", {"proof-pile.py": b"import datasets\n"}, kind="dataset")
+        lines = "".join(json.dumps({"body": book}) + "\n" for book in books).encode()
+        server.put("me/lines", {"train.jsonl": lines}, kind="dataset")
+        yield server
+    assert not server.unknown, "calls that the loopback hub does not know"
+
+
+@pytest.fixture(scope="module")
+def longlora(hub, tmp_path_factory):
+    process = start_process(hub, tmp_path_factory.mktemp("home"))
+    yield lambda *arguments: process.submit(answer, run, [str(a) for a in arguments]).result()
+    process.shutdown()
+
+
+COMMON = ["--tasks", "perplexity", "--lengths", "128", "--dtype", "float32", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "more"),
+    [
+        ("pg19", "test", ["--split", "test"]),
+        pytest.param("lines", "train", ["--text-field", "body"], marks=pytest.mark.slow),
+    ],
+)
+def test_results_are_those_of_the_same_files(longlora, tmp_path, base, adapter, text, name, split, more):  # noqa: F811
+    from peft_longlora.cli import main as cli
+
+    here = ["eval", "--model", base, "--adapter", adapter, "--data", text, *COMMON, "--output", str(tmp_path / "here")]
+    assert cli.main(here) == 0
+    files = Results.load(tmp_path / "here")
+    there = ["eval", "--model", "me/base", "--adapter", "me/adapter", *COMMON]
+    assert longlora(*there, "--data", f"me/{name}", *more, "--output", tmp_path / name) == (0, [])
+    results = Results.load(tmp_path / name)
+    [data], [same] = results.data.values(), files.data.values()
+    assert (data["sha256"], data["documents"], data["sources"]) == (same["sha256"], 3, [f"me/{name} ({split})"])
+    assert [row.value for row in results.results] == [row.value for row in files.results]
+    assert (results.model["name"], results.model["adapter"]) == ("me/base", "me/adapter")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "me/nothing"], "me/nothing: no file or folder here, and not read from the Hub"),
+        (["--data", "me/pg19", "--split", "dev"], "me/pg19: .*dev.*train"),
+        (["--data", "me/pg19", "--text-field", "body"], r"me/pg19 \(train\), record 1: .*'body'"),
+        (["--data", "me/proof-pile"], "me/proof-pile: .*script"),
+        pytest.param(["--data", "me/pg19", "--data-config", "long"], "me/pg19: .*long", marks=pytest.mark.slow),
+        (["--model", "me/none", "--data", "me/pg19"], "--model me/none cannot be loaded: .*me/none"),
+        (["--adapter", "me/none", "--data", "me/pg19"], "--adapter me/none: no such folder, and no such repository"),
+    ],
+)
+def test_what_is_not_there_ends_with_code_2_and_one_line(longlora, tmp_path, options, message):
+    code, lines = longlora("eval", "--model", "me/base", *COMMON, *options, "--output", tmp_path / "out")
+    assert code == 2 and len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]

@@ -18,7 +18,7 @@ from peft.utils.transformers_weight_conversion import (
 )
 from torch import nn
 
-from peft_longlora.adapter import copies, fit, precision, trainable
+from peft_longlora.adapter import copies, fit, lowrank, precision, trainable
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.state import AdapterState
 from peft_longlora.architecture import check_architecture
@@ -77,6 +77,12 @@ class LongLoraModel(LoraModel):
             raise
         if before is not None:
             before.follow()
+
+    @staticmethod
+    def _create_new_module(config: LongLoraConfig, adapter_name: str, target: nn.Module, **options: Any) -> nn.Module:
+        layer = LoraModel._create_new_module(config, adapter_name, target, **options)
+        lowrank.compute_in_half(layer)
+        return layer
 
     def _resolve(self, config: LongLoraConfig, model: nn.Module) -> None:
         """Write into the config what its defaults mean for this architecture, before PEFT looks for ties."""

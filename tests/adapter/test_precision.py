@@ -6,12 +6,12 @@ import pickle
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tests.helpers.configs import tiny_llama_config
 from torch import nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from peft_longlora import LongLoraConfig
 from peft_longlora.adapter.precision import keep_in_float32, round_to_half
+from tests.helpers.configs import tiny_llama_config
 
 TOKENS = torch.arange(3, 83).repeat(2, 1)
 

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from tests.helpers.configs import tiny_llama_config
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -30,6 +29,7 @@ from peft_longlora.kernels import attend as kernels
 from peft_longlora.kernels import backends
 from peft_longlora.kernels import operators as halves
 from peft_longlora.reference import s2_attention_reference
+from tests.helpers.configs import tiny_llama_config
 from tests.helpers.plain_kernel import PlainKernel
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)

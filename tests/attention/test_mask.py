@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.helpers.configs import tiny_llama_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
@@ -10,6 +9,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from peft_longlora import configure_attention, use_attention
 from peft_longlora.attention.mask import S2Mask, s2_mask
 from peft_longlora.kernels.groups import plan_from_segment_ids
+from tests.helpers.configs import tiny_llama_config
 
 
 def config_of(implementation="s2_attn", **changes):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from tests.helpers.configs import tiny_llama_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_longlora import LongLoraConfig
 from peft_longlora.hub.export import export_lora
 from peft_longlora.hub.original import convert_original_adapter
+from tests.helpers.configs import tiny_llama_config
 
 TOKENS = torch.arange(3, 83)[None]
 

@@ -8,12 +8,12 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import get_peft_model
-from tests.helpers.configs import tiny_llama_config
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPTNeoXConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from peft_longlora import LongLoraConfig, restore_rope, scale_rope
 from peft_longlora.rope.parameters import window_of
+from tests.helpers.configs import tiny_llama_config
 
 WINDOW, LONGER, D = 64, 256, 8
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)

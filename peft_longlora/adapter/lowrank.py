@@ -1,0 +1,140 @@
+"""The low-rank product of an adapted projection in the base's half precision, added inside one matrix product.
+
+PEFT keeps LoRA's weights in float32 and computes with them in float32: each adapted projection casts its whole input,
+(B, S, in), and its whole output, (B, S, out), to float32 and back. In a 7B step at 32768 tokens that is a fifth of the
+time, and the cast inputs are kept for the backward. Here the float32 weights are rounded instead, r rows of them, and
+the product is added to the base's output where that lies, which is what cuBLAS's `beta` is for. Sums inside the
+products stay in float32, as those of the base's own projection do. The gradients of the weights are float32.
+
+It runs while a model trains and in its simple case, which `is_plain` states; PEFT's own forward runs otherwise, so
+evaluation, generation and merged weights give what they gave before. Called by `model`, when a layer is made.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class _AddLowRank(torch.autograd.Function):
+    """result += scaling * (x @ a.T) @ b.T, with a and b rounded to the dtype of x."""
+
+    @staticmethod
+    def forward(ctx, result, x, a, b, scaling):
+        flat = x.reshape(-1, x.shape[-1])  # (B, S, in) -> (B * S, in)
+        low = flat @ a.to(x.dtype).T  # (B * S, r)
+        result.view(-1, result.shape[-1]).addmm_(low, (b * scaling).to(x.dtype).T)
+        ctx.mark_dirty(result)
+        ctx.save_for_backward(x, low, a, b)
+        ctx.scaling = scaling
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, low, a, b = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_low = flat @ (b * ctx.scaling).to(x.dtype)  # (B * S, r)
+        grad_x = (grad_low @ a.to(x.dtype)).view(x.shape) if ctx.needs_input_grad[1] else None
+        grad_a = _product(grad_low.T, x.reshape(-1, x.shape[-1]), a) if ctx.needs_input_grad[2] else None
+        grad_b = _product(flat.T, low, b) * ctx.scaling if ctx.needs_input_grad[3] else None
+        return grad, grad_x, grad_a, grad_b, None
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A sum over all tokens, in the weight's dtype: rounded once if the device can give it so, twice if not."""
+    if left.is_cuda and weight.dtype == torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).to(weight.dtype)
+
+
+def add_low_rank(
+    result: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """The output of an adapted projection: result + scaling * (x @ a.T) @ b.T.
+
+    Args:
+        result: (..., out) float16 or bfloat16, of the base's projection; it is written into, and returned.
+        x: (..., in) of the same dtype. a: (r, in), b: (out, r), float32 or the same dtype.
+        scaling: LoRA's alpha / r.
+
+    Returns: (..., out), dtype of result.
+    """
+    if torch.compiler.is_compiling() or not result.is_contiguous() or result._is_view():
+        # A compiler fuses by itself, and a view must not be written into.
+        low = nn.functional.linear(x, a.to(x.dtype))
+        return result + nn.functional.linear(low, (b * scaling).to(x.dtype))
+    return _AddLowRank.apply(result, x, a, b, scaling)
+
+
+class HalfLowRank:
+    """Mixed into a LoRA layer's class: its forward while training goes through `add_low_rank`."""
+
+    original_class: type[LoraLayer]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The projection with its active adapters."""
+        if args or not is_plain(self, x, kwargs):
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x)
+        if result.dtype != x.dtype:  # a base that computes in another precision
+            return super().forward(x)
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                a, b = self.lora_A[name].weight, self.lora_B[name].weight
+                result = add_low_rank(result, self.lora_dropout[name](x), a, b, self.scaling[name])
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made on the fly, so pickle and copy are told how to make it again.
+        return _rebuild, (self.original_class,), self.__getstate__()
+
+
+def is_plain(layer: LoraLayer, x: torch.Tensor, options: dict[str, Any]) -> bool:
+    """Whether a call is the simple case: training in half precision, adapters on and unmerged, LoRA without variants.
+
+    Whether gradients are on is not asked: reentrant checkpointing computes without them first, and with them again.
+    Hooks on LoRA's own little layers mean that somebody else puts their weights in place (FSDP, DeepSpeed ZeRO-3,
+    accelerate's device maps): then they must be called, as PEFT does.
+    """
+    if not (layer.training and x.dtype in HALF) or layer.disable_adapters or layer.merged:
+        return False
+    if layer.lora_variant or any(value is not None for value in options.values()):
+        return False
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    parts = [part for name in names for part in (layer.lora_A[name], layer.lora_B[name])]
+    return bool(names) and all(_is_bare(part) and part.weight.dtype in (torch.float32, x.dtype) for part in parts)
+
+
+def _is_bare(part: nn.Module) -> bool:
+    is_hooked = part._forward_pre_hooks or part._forward_hooks or "forward" in vars(part)
+    is_whole = type(part.weight) is nn.Parameter and not hasattr(part.weight, "ds_id")
+    return type(part) is nn.Linear and part.bias is None and not is_hooked and is_whole
+
+
+@cache
+def _class_of(kind: type[LoraLayer]) -> type[LoraLayer]:
+    return type(kind.__name__, (HalfLowRank, kind), {"__module__": kind.__module__, "original_class": kind})
+
+
+def _rebuild(kind: type[LoraLayer]) -> nn.Module:
+    return kind.__new__(_class_of(kind))
+
+
+def compute_in_half(layer: nn.Module) -> None:
+    """Make a LoRA layer of a plain or a 4-bit projection compute in half precision while it trains.
+
+    Other layers (embeddings, convolutions, other quantisations) stay PEFT's own.
+    """
+    kind = type(layer)
+    is_4bit = kind.__name__ == "Linear4bit" and kind.__module__ == "peft.tuners.lora.bnb"
+    if kind is Linear or is_4bit:
+        layer.__class__ = _class_of(kind)

@@ -18,7 +18,6 @@ Example:
 from peft_longlora.eval.callback import LongContextEvalCallback
 from peft_longlora.eval.corpus import Corpus
 from peft_longlora.eval.processes import Processes
-from peft_longlora.eval.report.cells import Results
 from peft_longlora.eval.report.comparison import compare
 from peft_longlora.eval.run import Settings, evaluate
 from peft_longlora.eval.subject import Subject, load_subject
@@ -31,6 +30,7 @@ from peft_longlora.eval.tasks.passkey import Passkey
 from peft_longlora.eval.tasks.perplexity import Perplexity
 from peft_longlora.eval.tasks.ruler import Ruler
 from peft_longlora.eval.tasks.topics import Topics
+from peft_longlora.hub.results import Results
 
 __all__ = [
     "Books",

@@ -21,10 +21,11 @@ from transformers.utils import logging
 from peft_longlora.data.prefetch import prefetch
 from peft_longlora.eval.journal import Journal
 from peft_longlora.eval.processes import Processes
-from peft_longlora.eval.report.cells import RESULTS, Results, collect_cells, sort_key
+from peft_longlora.eval.report.cells import collect_cells, sort_key
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks.task import Item, Task
 from peft_longlora.hub.loading import is_out_of_memory
+from peft_longlora.hub.results import RESULTS, Results
 
 logger = logging.get_logger(__name__)
 

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from peft_longlora.adapter.files import hub_id
-from peft_longlora.hub.results import copy_results, eval_result, read_results, shown
+from peft_longlora.hub.results import Row, copy_results, read_results
 from peft_longlora.kernels.groups import group_size_of
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def try_card(config: LongLoraConfig, folder: str | os.PathLike, *where: str | No
 def make_card(
     config: LongLoraConfig,
     adapter: str,
-    results: list[dict[str, Any]] | None = None,
+    results: list[Row] | None = None,
     plots: list[str] | None = None,
     old: str = "",
     subfolder: str | None = None,
@@ -185,8 +185,7 @@ def make_card(
     if results:
         data = {k: v for k, v in data.items() if k != "model-index"}
         # The base's numbers are no claim of this model's, and what a length costs is one of the machine.
-        own = [row for row in results if row.get("variant", "adapter") == "adapter" and row["task"] != "cost"]
-        own = [eval_result(row) for row in own]
+        own = [row.eval_result() for row in results if row.variant == "adapter" and row.task != "cost"]
         data |= {"model_name": name, "eval_results": own} if own else {}
     datasets = data.get("datasets") or []
     variables = {
@@ -194,7 +193,7 @@ def make_card(
         "subfolder_literal": json.dumps(subfolder) if subfolder else None,
         "license": data.get("license"),
         "datasets": [datasets] if isinstance(datasets, str) else datasets,
-        "results": [{**row, "shown": shown(row)} for row in results or []],
+        "results": results or [],
         "plots": plots or [],
         **(extra or {}),
     }

@@ -1,6 +1,42 @@
-"""What a card shows of an evaluation: results.json and the plots beside it, as `longlora eval` leaves them.
+"""`results.json`: what an evaluation found, and how it was found.
 
-Called by `card`.
+`longlora eval` writes it, `longlora compare` and the model card read it; it lies in the folder of a run, and beside an
+adapter whose card shows it. Rows of a file that somebody wrote by hand need task, dataset, metric and value alone.
+
+Schema version 1, a JSON object:
+
+    schema_version  int, 1. A reader refuses a larger one
+    created         UTC time, ISO 8601
+    versions        {"peft_longlora", "transformers", "torch", "peft", "python": version}
+    hardware        {"device", "processes": n}
+    model           name, fingerprint, adapter (name or null), adapter_sha256 (or null), dtype, attention ("dense" or
+                    "sparse"), rope_parameters, native_window and window (tokens, before and after extension)
+    settings        {"seed", "bootstrap_replicates", "confidence"} and, by task, its parameters
+    data            {task: {"name", "sources", "documents" or "records", "characters", "sha256"}}
+    notes           sentences a reader must know: documents shorter than a window, truncated prompts, ...
+    results         the headline rows, which a model card shows
+    details         rows of the same kind by position, depth, place, ...: `group` is not null
+    speed           {task: {"tokens", "seconds"}} of this run's own work
+    unmeasured      tasks with their lengths that ran out of memory, such as "perplexity 262144 (documents)"; they have
+                    no rows
+
+Each row of `results` and `details`:
+
+    task            "perplexity", "passkey", "ruler_vt", "multidoc", an lm-eval task, ...
+    dataset         name of the data, or "generated"
+    protocol        which of the known ways of measuring: "longlora", "documents", "ruler", ...
+    variant         "base", "adapter", or "rescaled" (RoPE rescaled, nothing trained)
+    metric          "perplexity", "accuracy", "f1", "rougeL", ...
+    length          tokens of a window or prompt; null where the data decides
+    group           null, or what the row is restricted to: "512-1024", "depth 50%", "gold at 1 of 10", ...
+    value           finite number, rounded to 6 significant digits (whole numbers are not)
+    low, high       interval at `confidence`, or null where there are not two independent units
+    units           how many independent units (documents, prompts, questions) the interval is over
+    tokens          scored tokens, or the mean prompt length, or null
+    beyond_window   whether the length is above the window the model was made for
+    higher_is_better  bool
+
+Beside it lies samples.jsonl: one line for each window or prompt, from which `eval` can compute every row again.
 """
 
 from __future__ import annotations
@@ -8,21 +44,147 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
 
+from peft_longlora.adapter.files import refuse_link
+
 RESULTS = "results.json"
-SCHEMA = 1
+SCHEMA_VERSION = 1
+# What a row has that a file does not say.
+_UNSAID = dict.fromkeys(("length", "group", "low", "high", "tokens")) | {
+    "protocol": "",
+    "variant": "adapter",
+    "units": 0,
+    "beyond_window": False,
+    "higher_is_better": True,
+}
 
 
-def read_results(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of a folder's results.json and the names of its plots.
+@dataclass(frozen=True)
+class Row:
+    """One number with its interval; the fields are those of the schema above."""
 
-    Returns:
-        Rows with task, dataset, metric and value, and where they are given protocol, length (tokens), variant ("base",
-        "adapter", "rescaled"), low and high (an interval), beyond_window; names of files.
+    task: str
+    dataset: str
+    protocol: str
+    variant: str
+    metric: str
+    length: int | None
+    group: str | None
+    value: float
+    low: float | None
+    high: float | None
+    units: int
+    tokens: float | None
+    beyond_window: bool
+    higher_is_better: bool
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Row:
+        """A row of a file.
+
+        Raises: ValueError, TypeError, KeyError: it lacks a field, or a field is not what the schema says.
+        """
+        content = {**_UNSAID, **content}
+        for name in ("task", "dataset", "metric", "protocol", "variant"):
+            if not isinstance(content[name], str):
+                raise ValueError(f"{name} must be text in {content}")
+        for name in ("value", "low", "high"):
+            number = content[name]
+            if (number is not None or name == "value") and (isinstance(number, bool) or not math.isfinite(number)):
+                raise ValueError(f"{name} must be a finite number in {content}")
+        return cls(**{each.name: content[each.name] for each in fields(cls)})
+
+    @property
+    def name(self) -> tuple[Any, ...]:
+        """What the row measures: equal in two runs that can be compared. The variant is what they differ in."""
+        return (self.task, self.dataset, self.protocol, self.metric, self.length, self.group)
+
+    @property
+    def shown(self) -> str:
+        """The value with its interval, in five digits; large numbers whole."""
+        numbers = [self.value] if None in (self.low, self.high) else [self.value, self.low, self.high]
+        value, *interval = (f"{n:,.0f}" if abs(n) >= 1e5 else f"{n:.5g}" for n in numbers)
+        return f"{value} [{', '.join(interval)}]" if interval else value
+
+    def eval_result(self) -> EvalResult:
+        """The row as an entry of the Hub's `model-index`."""
+        details = [str(part) for part in (self.protocol or None, self.length) if part is not None]
+        details += ["beyond the window"] if self.beyond_window else []
+        return EvalResult(
+            task_type="text-generation",
+            task_name=self.task,
+            dataset_type=self.dataset,
+            dataset_name=self.dataset,
+            dataset_config=", ".join([self.task, *details]),  # results that differ in it stay apart
+            metric_type=self.metric,
+            metric_name=", ".join([self.metric, *details]),
+            metric_value=self.value,
+        )
+
+
+@dataclass
+class Results:
+    """The content of a results.json."""
+
+    created: str
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    notes: list[str]
+    results: list[Row]
+    details: list[Row]
+    speed: dict[str, Any]
+    unmeasured: list[str] = field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, whole or not at all."""
+        path = Path(path)
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        draft.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Results:
+        """Read a results.json, or the one in a folder.
+
+        Raises:
+            FileNotFoundError: there is none. ValueError: it is no results.json of this or an older schema.
+        """
+        path = Path(path)
+        path = path / RESULTS if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file. Give the results.json that `longlora eval` wrote.")
+        try:
+            content = _read(path)
+            return cls(**{**content, "details": [Row.of(row) for row in content["details"]]})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: no results.json of `longlora eval` ({type(error).__name__}: {error})."
+            ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a results.json, with its headline rows as `Row`s."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    version = content.get("schema_version", SCHEMA_VERSION)
+    if version > SCHEMA_VERSION:
+        raise ValueError(
+            f"schema_version {version} is newer than {SCHEMA_VERSION}, which this version of peft_longlora reads. "
+            f"Update it"
+        )
+    return {**content, "results": [Row.of(row) for row in content["results"]]}
+
+
+def read_results(folder: Path) -> tuple[list[Row], list[str]]:
+    """The headline rows of a folder's results.json, and the names of its plots.
 
     Raises:
         ValueError: results.json is no such file, or a link that leads out of the folder.
@@ -31,26 +193,14 @@ def read_results(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     path = folder / RESULTS
     if not path.exists():
         return [], plots
-    if path.resolve().parent != folder.resolve():
-        raise ValueError(
-            f"{path} is a link to {path.resolve()}, out of the adapter's folder. Put the file itself there."
-        )
+    refuse_link(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        rows = content["results"]
-        if content.get("schema_version", SCHEMA) > SCHEMA:
-            raise ValueError(f"schema_version {content['schema_version']} is newer than {SCHEMA}")
-        for row in rows:
-            if not all(isinstance(row[key], str) for key in ("task", "dataset", "metric")):
-                raise ValueError(f"task, dataset and metric must be text in {row}")
-            if isinstance(row["value"], bool) or not math.isfinite(row["value"]):
-                raise ValueError(f"value must be a finite number in {row}")
+        return _read(path)["results"], plots
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be used for the card: {type(error).__name__}: {error}. It must hold {{'schema_version': "
-            f"{SCHEMA}, 'results': [{{'task', 'dataset', 'metric', 'value', ...}}]}}. Correct or remove it."
+            f"{SCHEMA_VERSION}, 'results': [{{'task', 'dataset', 'metric', 'value', ...}}]}}. Correct or remove it."
         ) from error
-    return rows, plots
 
 
 def copy_results(source: Path, folder: Path) -> None:
@@ -66,25 +216,8 @@ def copy_results(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def shown(row: dict[str, Any]) -> str:
-    """A value with its interval, in five digits; large numbers whole."""
-    has_interval = row.get("low") is not None and row.get("high") is not None
-    numbers = [row[key] for key in ("value", "low", "high")[: 3 if has_interval else 1]]
-    value, *interval = (f"{n:,.0f}" if abs(n) >= 1e5 else f"{n:.5g}" for n in numbers)
-    return f"{value} [{', '.join(interval)}]" if interval else value
-
-
-def eval_result(row: dict[str, Any]) -> EvalResult:
-    """A row as an entry of the Hub's `model-index`."""
-    details = [str(row[key]) for key in ("protocol", "length") if row.get(key) is not None]
-    details += ["beyond the window"] if row.get("beyond_window") else []
-    return EvalResult(
-        task_type="text-generation",
-        task_name=row["task"],
-        dataset_type=row["dataset"],
-        dataset_name=row["dataset"],
-        dataset_config=", ".join([row["task"], *details]),  # results that differ in it stay apart
-        metric_type=row["metric"],
-        metric_name=", ".join([row["metric"], *details]),
-        metric_value=row["value"],
-    )
+def rounded(value: float | None) -> float | None:
+    """To the reported precision, 6 significant digits; a whole number, such as of bytes, stays as it is."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(value) if float(value).is_integer() else float(f"{value:.6g}")

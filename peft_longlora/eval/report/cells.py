@@ -1,82 +1,20 @@
-"""`results.json`: what an evaluation found, and how it was found. Read by `report`, `comparison` and the model card.
+"""The samples behind the rows of a results.json: gathered into cells, and computed.
 
-Schema version 1, a JSON object:
-
-    schema_version  int, 1. A reader refuses a larger one
-    created         UTC time, ISO 8601
-    versions        {"peft_longlora", "transformers", "torch", "peft", "python": version}
-    hardware        {"device", "processes": n}
-    model           name, fingerprint, adapter (name or null), adapter_sha256 (or null), dtype, attention ("dense" or
-                    "sparse"), rope_parameters, native_window and window (tokens, before and after extension)
-    settings        {"seed", "bootstrap_replicates", "confidence"} and, by task, its parameters
-    data            {task: {"name", "sources", "documents" or "records", "characters", "sha256"}}
-    notes           sentences a reader must know: documents shorter than a window, truncated prompts, ...
-    results         the headline rows, which a model card shows
-    details         rows of the same kind by position, depth, place, ...: `group` is not null
-    speed           {task: {"tokens", "seconds"}} of this run's own work
-    unmeasured      tasks with their lengths that ran out of memory, such as "perplexity 262144 (documents)"; they have
-                    no rows
-
-Each row of `results` and `details`:
-
-    task            "perplexity", "passkey", "ruler_vt", "multidoc", an lm-eval task, ...
-    dataset         name of the data, or "generated"
-    protocol        which of the known ways of measuring: "longlora", "documents", "ruler", ...
-    variant         "base", "adapter", or "rescaled" (RoPE rescaled, nothing trained)
-    metric          "perplexity", "accuracy", "f1", "rougeL", ...
-    length          tokens of a window or prompt; null where the data decides
-    group           null, or what the row is restricted to: "512-1024", "depth 50%", "gold at 1 of 10", ...
-    value           finite number, rounded to 6 significant digits (whole numbers are not)
-    low, high       interval at `confidence`, or null where there are not two independent units
-    units           how many independent units (documents, prompts, questions) the interval is over
-    tokens          scored tokens, or the mean prompt length, or null
-    beyond_window   whether the length is above the window the model was made for
-    higher_is_better  bool
-
-Beside it lies samples.jsonl: one line for each window or prompt (see `journal`), from which every row can be computed
-again; `comparison` does, to pair two runs.
+Called by `run` and `comparison`; the file's schema stands in `hub.results`.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft_longlora.eval.report import statistics
+from peft_longlora.hub.results import Row, rounded
 
-SCHEMA_VERSION = 1
-RESULTS, SAMPLES = "results.json", "samples.jsonl"
+SAMPLES = "samples.jsonl"
 LOWER_IS_BETTER = {"perplexity", "peak_memory_bytes", "kv_cache_bytes", "seconds_to_first_token"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One number with its interval; the fields are those of the schema above."""
-
-    task: str
-    dataset: str
-    protocol: str
-    variant: str
-    metric: str
-    length: int | None
-    group: str | None
-    value: float
-    low: float | None
-    high: float | None
-    units: int
-    tokens: float | None
-    beyond_window: bool
-    higher_is_better: bool
-
-    @property
-    def name(self) -> tuple[Any, ...]:
-        """What the row measures: equal in two runs that can be compared. The variant is what they differ in."""
-        return (self.task, self.dataset, self.protocol, self.metric, self.length, self.group)
 
 
 @dataclass
@@ -156,65 +94,7 @@ def collect_cells(records: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], Ce
     return cells
 
 
-@dataclass
-class Results:
-    """The content of a results.json."""
-
-    created: str
-    versions: dict[str, str]
-    hardware: dict[str, Any]
-    model: dict[str, Any]
-    settings: dict[str, Any]
-    data: dict[str, Any]
-    notes: list[str]
-    results: list[Row]
-    details: list[Row]
-    speed: dict[str, Any]
-    unmeasured: list[str] = field(default_factory=list)
-    schema_version: int = SCHEMA_VERSION
-
-    def save(self, path: str | Path) -> None:
-        """Write the file, whole or not at all."""
-        path = Path(path)
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        draft.replace(path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Results:
-        """Read a results.json, or the one in a folder.
-
-        Raises:
-            FileNotFoundError: there is none. ValueError: it is no results.json of this or an older schema.
-        """
-        path = Path(path)
-        path = path / RESULTS if path.is_dir() else path
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file. Give the results.json that `longlora eval` wrote.")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            version = content["schema_version"]
-            if version > SCHEMA_VERSION:
-                raise ValueError(
-                    f"schema_version {version} is newer than {SCHEMA_VERSION}, which this version of peft_longlora "
-                    f"reads. Update it"
-                )
-            rows = {part: [Row(**row) for row in content[part]] for part in ("results", "details")}
-            return cls(**{**content, **rows})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}: no results.json of `longlora eval` ({type(error).__name__}: {error})."
-            ) from error
-
-
 def sort_key(row: Row) -> tuple[Any, ...]:
     """Rows in a fixed order: numbers in a group's name count as numbers."""
     group = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row.group or "")]
     return (row.task, row.dataset, row.protocol, row.variant, row.metric, row.length or 0, row.group is not None, group)
-
-
-def rounded(value: float | None) -> float | None:
-    """To the reported precision, 6 significant digits; a whole number, such as of bytes, stays as it is."""
-    if value is None or not math.isfinite(value):
-        return None
-    return float(value) if float(value).is_integer() else float(f"{value:.6g}")

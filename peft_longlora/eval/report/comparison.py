@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_longlora.eval.report import statistics
-from peft_longlora.eval.report.cells import RESULTS, SAMPLES, Cell, Results, Row, collect_cells, rounded, sort_key
+from peft_longlora.eval.report.cells import SAMPLES, Cell, collect_cells, sort_key
 from peft_longlora.eval.report.tables import table
 from peft_longlora.eval.report.units import PERCENT, scale_of, show, show_length, show_metric
+from peft_longlora.hub.results import RESULTS, Results, Row, rounded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

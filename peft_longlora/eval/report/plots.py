@@ -13,8 +13,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
-from peft_longlora.eval.report.cells import Results, Row
 from peft_longlora.eval.report.units import UNITS, show_metric
+from peft_longlora.hub.results import Results, Row
 
 COLORS = ("#00798c", "#d1495b", "#edae49", "#66a182", "#2e4057", "#8d99ae")
 

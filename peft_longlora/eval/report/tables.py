@@ -6,8 +6,9 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from peft_longlora.eval.report.cells import Results, Row, sort_key
+from peft_longlora.eval.report.cells import sort_key
 from peft_longlora.eval.report.units import show, show_interval, show_length, show_metric
+from peft_longlora.hub.results import Results, Row
 
 REPORT = "results.md"
 logger = logging.get_logger(__name__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peft_longlora.eval.report.cells import Row
+from peft_longlora.hub.results import Row
 
 PERCENT = {"accuracy", "recall", "f1", "rougeL"}
 UNITS = {

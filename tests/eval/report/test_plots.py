@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
-from peft_longlora.eval.report.cells import Row
 from peft_longlora.eval.report.comparison import Difference, make_comparison, plot_comparison
 from peft_longlora.eval.report.plots import draw_perplexity
 from peft_longlora.eval.report.units import show
+from peft_longlora.hub.results import Row
 
 
 def row(value, length=512, task="perplexity", metric="perplexity", variant="base", group=None, **options) -> Row:

@@ -1,6 +1,6 @@
 """What the package does with each architecture of transformers: the cases, the examination and the table it makes.
 
-`python tests/architectures.py` examines all and writes docs/architectures.md; test_architectures.py runs the same
+`python -m tests.helpers.architectures` examines all and writes docs/architectures.md; test_architectures.py runs the same
 examination, and compares the file with what it finds.
 
 The truth of a supported architecture needs no file of this package but reference.py: the adapter is trained, merged and
@@ -300,7 +300,7 @@ def row(case: Case, found: dict[str, object]) -> str:
 
 HEADER = """# Architectures
 
-Made by `python tests/architectures.py`; the tests compare it with what they find. Each model is tiny and has random
+Made by `python -m tests.helpers.architectures`; the tests compare it with what they find. Each model is tiny and has random
 weights, in float32 on a CPU. "Supported" means that it trains (gradients in LoRA, embeddings and norms), that its
 logits in training mode equal those of plain transformers with the dense-mask definition of S2-Attn as attention, and
 that it is saved, loaded, switched off, merged, and read again by plain transformers with equal logits and ties.

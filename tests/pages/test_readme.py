@@ -1,5 +1,6 @@
 """The README tells the truth: its code runs, its tables and its file map are those of the package."""
 
+import ast
 import dataclasses
 import re
 from pathlib import Path
@@ -64,24 +65,36 @@ def test_links_and_images_exist():
 
 
 def test_file_map_is_the_tree():
-    """Every file of the package, and every folder, has its line; no line names what is not there."""
+    """One line a folder: every folder of the package and of the repository, and no line for what is not there."""
     block = next(b for b in code_blocks("text") if "peft_longlora/" in b)
     paths, folder = set(), ""
-    for line in block.splitlines():
-        if not line.strip():
-            continue
-        name = line.split()[0]
-        assert len(line.split(maxsplit=1)) == 2, f"{name} has no purpose line"
-        folder = folder if line.startswith("  ") else ""
+    for line in filter(str.strip, block.splitlines()):
+        name, *purpose = line.split(maxsplit=1)
+        assert purpose, f"{name} has no purpose line"
+        if not line.startswith("  "):
+            folder = name if name.endswith("/") else ""
         path = folder + name if line.startswith("  ") else name
-        if name.endswith("/") and not line.startswith("  "):
-            folder = name
         assert (ROOT / path).exists(), path
         paths.add(path)
-    package = {str(p.relative_to(ROOT)) for p in (ROOT / "peft_longlora").glob("*.py")}
-    assert package <= paths, package - paths
-    examples = {str(p.relative_to(ROOT)) for p in (ROOT / "examples").glob("*.py")}
-    assert examples <= paths, examples - paths
+    package = ROOT / "peft_longlora"
+    rooms = {f"peft_longlora/{init.parent.name}/" for init in package.glob("*/__init__.py")}
+    files = {f"peft_longlora/{path.name}" for path in package.glob("*.py")}
+    others = {"benchmarks/", "docs/", "examples/", "model_cards/", "tests/"}
+    assert rooms | files | others <= paths, (rooms | files | others) - paths
+
+
+def test_every_room_says_what_it_is_for():
+    """The map has one line a folder; the folder's own paragraph carries the rest."""
+    inits = list((ROOT / "peft_longlora").rglob("*/__init__.py"))
+    assert len(inits) > 8
+    for init in inits:
+        assert (ast.get_docstring(ast.parse(init.read_text())) or "").strip(), init
+
+
+def test_every_example_is_listed():
+    listed = (ROOT / "examples/README.md").read_text()
+    for path in (ROOT / "examples").glob("*.py"):
+        assert f"`{path.name}`" in listed, path.name
 
 
 def test_architecture_table_says_what_the_test_found():

@@ -1,0 +1,35 @@
+"""Every file that a page names is there: pages outlive moves only if somebody checks."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = "benchmarks|docs|examples|experiments|model_cards|peft_longlora|tests"
+PATH = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./*-]*[\w*/]")
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in (".", "docs", "examples", "examples/assets", "model_cards", "benchmarks")
+    for path in (ROOT / folder).glob("*.md")
+    if path.name != "CHANGELOG.md"  # it tells of files as they were
+)
+
+
+def test_there_are_pages():
+    assert {"README.md", "docs/attention.md", "examples/README.md"} <= set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_named_in_the_text_exist(page):
+    found = PATH.findall((ROOT / page).read_text())
+    missing = [path for path in found if not any(ROOT.glob(path.rstrip("/")))]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page):
+    folder = (ROOT / page).parent
+    missing = [target for target in LINK.findall((ROOT / page).read_text()) if not (folder / target).exists()]
+    assert not missing

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from peft_longlora.chat.dialogue import Dialogue, Turn
 from peft_longlora.chat.document import Document
 from peft_longlora.chat.kvcache import KVCache
 from peft_longlora.chat.passages import Passage, document_attention, top_passages
+from peft_longlora.hub.generation import decoding
 from peft_longlora.hub.loading import Loaded
 
 
@@ -63,9 +64,7 @@ class Conversation:
         self.dialogue = Dialogue(self.tokenizer, document, plain)
         self.kv = KVCache(self.model, cache, chunk_size)
         self.max_new_tokens, self.seed = max_new_tokens, seed
-        self.sampling: dict[str, Any] = dict(do_sample=False, temperature=1.0, top_p=1.0)
-        if temperature > 0:
-            self.sampling = dict(do_sample=True, temperature=temperature, top_p=top_p)
+        self.sampling = dict(temperature=temperature, top_p=top_p)
         self.lock = lock or threading.Lock()
         self.turns: list[Turn] = []
         self._stop: _Stop | None = None
@@ -177,18 +176,7 @@ class Conversation:
         self.kv.fill(prompt[:-1], stop.check)  # generate needs one token that is not in the cache
         inputs = torch.tensor([prompt], device=self.model.device)
         torch.manual_seed(self.seed + len(self.turns))
-        pad = self.tokenizer.pad_token_id
-        # All that models bring defaults of their own for, but the tokens that end an answer.
-        config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            min_new_tokens=0,
-            num_beams=1,
-            top_k=0 if self.sampling["do_sample"] else 50,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            pad_token_id=0 if pad is None else pad,
-            **self.sampling,
-        )
+        config = decoding(self.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **self.sampling)
         try:
             row = self.model.generate(
                 input_ids=inputs,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache
 
+from peft_longlora.hub.generation import cache_bytes
 from peft_longlora.rope.parameters import base_rope
 
 CACHES = ("dense", "quantised", "offloaded")
@@ -127,8 +128,7 @@ class KVCache:
 
     def nbytes(self) -> int:
         """Bytes of the keys and values held, wherever they are; a kept copy not included."""
-        names = ("keys", "values", "_quantized_keys", "_quantized_values")
-        return sum(_nbytes(getattr(layer, name, None)) for layer in self.cache.layers for name in names)
+        return cache_bytes(self.cache)
 
     def _go_back(self, length: int) -> None:
         if length == len(self.ids):
@@ -203,14 +203,3 @@ def shared_prefix(first: list[int], second: list[int]) -> int:
     if first[:n] == second[:n]:
         return n
     return next(i for i in range(n) if first[i] != second[i])
-
-
-def _nbytes(value: Any) -> int:
-    """Of a tensor, of the parts of one that is packed (a tensor subclass), or of a container of tensors."""
-    if isinstance(value, torch.Tensor):
-        if hasattr(value, "__tensor_flatten__") and type(value) is not torch.Tensor:
-            return sum(_nbytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
-        return value.nbytes
-    if isinstance(value, dict):
-        value = list(value.values())
-    return sum(map(_nbytes, value)) if isinstance(value, list | tuple) else 0

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from peft_longlora.architecture import find_attention_modules
@@ -20,6 +20,7 @@ from peft_longlora.attention.configure import configure_attention, use_attention
 from peft_longlora.attention.settings import settings_of
 from peft_longlora.data.encoding import encode_all
 from peft_longlora.eval.losses import TokenLosses
+from peft_longlora.hub.generation import decoding
 from peft_longlora.hub.loading import check_tokenizer, load_model
 from peft_longlora.rope.parameters import base_rope, window_of
 from peft_longlora.rope.scale import switch_rope
@@ -88,19 +89,7 @@ class Subject:
     def answer(self, ids: list[int], max_new_tokens: int) -> str:
         """What the model writes after a prompt: greedy, one token after the other, special tokens left out."""
         inputs = torch.tensor([ids], device=self.model.device)
-        # All that could make decoding other than greedy is set, because models bring defaults of their own.
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,
-            min_new_tokens=0,
-            pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0,
-        )
+        config = decoding(max_new_tokens, pad_token_id=self.tokenizer.pad_token_id)
         out = self.model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
         return self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks.task import Item
+from peft_longlora.hub.generation import cache_bytes, decoding
 
 NEW_TOKENS = 32
 
@@ -98,21 +98,8 @@ class Cost:
         }
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values in a cache of transformers, each tensor counted once."""
-    tensors = {
-        id(tensor): tensor
-        for layer in cache.layers
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if isinstance(tensor, torch.Tensor)
-    }
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
 def _generate(model: Any, ids: torch.Tensor, n: int) -> Any:
-    config = GenerationConfig(
-        max_new_tokens=n, min_new_tokens=n, do_sample=False, return_dict_in_generate=True, pad_token_id=0
-    )
+    config = decoding(n, min_new_tokens=n, return_dict_in_generate=True)
     return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
 
 

@@ -1,0 +1,10 @@
+"""What fits into a GPU's memory, and what makes it fit: which blocks are computed twice, and what they keep.
+
+Read `keep`, `blocks`, `fit`. Imports `architecture` alone.
+"""
+
+from peft_longlora.memory.blocks import checkpoint_blocks
+from peft_longlora.memory.fit import MemoryPlan, fit_memory
+from peft_longlora.memory.keep import keep_attention
+
+__all__ = ["MemoryPlan", "checkpoint_blocks", "fit_memory", "keep_attention"]

@@ -34,7 +34,16 @@ from peft_longlora.memory import checkpoint_blocks, fit_memory
 
 SHAPES = {"llama-2-7b": LLAMA_2_7B, "llama-3.1-8b": LLAMA_3_8B, "tiny": TINY}
 PEAK_TFLOPS = 989  # dense bf16 of an H100 or H200, by the datasheet
-ROWS = ("float32 low rank", "half low rank", "attention kept", "liger", "memory filled")
+ROWS = (
+    "float32 low rank",
+    "half low rank",
+    "attention kept",
+    "liger",
+    "memory filled",
+    "offloaded",
+    "offloaded, tiled",
+)
+WITH_LIGER = ROWS[3:]
 
 
 def make_model(shape: dict, length: int, group_size: int, device: str) -> torch.nn.Module:
@@ -58,7 +67,10 @@ def apply(row: str, model: torch.nn.Module, length: int) -> dict:
         plan = fit_memory(model, length)
         print(plan, flush=True)
         return dict(free_blocks=plan.free, expected_gib=plan.peak / 2**30)
-    checkpoint_blocks(model, keep=row in ("attention kept", "liger", "memory filled"))
+    is_offloaded = row.startswith("offloaded")
+    tile = 16384 if row == "offloaded, tiled" else None
+    keep = row in ("attention kept", "liger", "memory filled")
+    checkpoint_blocks(model, keep=keep, offload=is_offloaded, tile_tokens=tile)
     return {}
 
 
@@ -158,7 +170,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768])
     parser.add_argument("--group-size", type=int, default=8192)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS[:5]))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="print where the time goes, kernel by kernel")
     parser.add_argument("--tiny", action="store_true", help="a toy shape on the CPU, to see that it runs")
@@ -175,13 +187,13 @@ def main() -> None:
     results, is_liger = [], False
     for length in args.lengths:
         for row in args.rows:
-            if row in ("liger", "memory filled") and not is_liger and device == "cuda":
+            if row in WITH_LIGER and not is_liger and device == "cuda":
                 try:
                     use_liger()
                     is_liger = True
                 except ImportError as error:
                     print(f"{row}: without Liger ({error})", flush=True)
-                    if row == "liger":
+                    if row != "memory filled":
                         continue
             try:
                 results.append(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.memory.keep import keep_attention
+from peft_longlora.memory.offload import Offload
+from peft_longlora.memory.tile import find_feed_forwards, tile
 
 
 def find_blocks(model: nn.Module) -> list[GradientCheckpointingLayer]:
@@ -19,18 +24,29 @@ def find_blocks(model: nn.Module) -> list[GradientCheckpointingLayer]:
     ]
 
 
-def checkpoint_blocks(model: nn.Module, *, free: int = 0, keep: bool = True) -> None:
+def checkpoint_blocks(
+    model: nn.Module,
+    *,
+    free: int = 0,
+    keep: bool = True,
+    offload: bool = False,
+    tile_tokens: int | None = None,
+) -> None:
     """Checkpoint all blocks but the last `free` ones, which keep everything.
 
     The last ones, because their backward comes first: what they keep is gone when the other blocks are computed again.
+    A second call replaces what the first one set.
 
     Args:
         model: a model of transformers, bare or PEFT.
         free: number of blocks that are not checkpointed.
         keep: whether checkpointed blocks keep the outputs of attention.
+        offload: whether the inputs of checkpointed blocks wait in the host's memory (`Offload`).
+        tile_tokens: tokens at a time in feed-forward layers (`tile`); None: whole rows.
 
     Raises:
-        ValueError: more free blocks than there are, or a model whose blocks transformers cannot checkpoint.
+        ValueError: more free blocks than there are, a tile below 1 token, or a model whose blocks transformers cannot
+            checkpoint.
     """
     blocks = find_blocks(model)
     if not blocks:
@@ -40,10 +56,18 @@ def checkpoint_blocks(model: nn.Module, *, free: int = 0, keep: bool = True) -> 
         )
     if not 0 <= free <= len(blocks):
         raise ValueError(f"free={free} is outside 0 to {len(blocks)}, the number of this model's blocks.")
+    if tile_tokens is not None and tile_tokens < 1:
+        raise ValueError(f"tile_tokens={tile_tokens} must be 1 or more tokens, or None for whole rows.")
     options = {"use_reentrant": False, **({"context_fn": keep_attention} if keep else {})}
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     # transformers 5.24 renames it, and warns of the old name.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable(options)
+    offloaded = Offload(partial(checkpoint, **options)) if offload else None
+    for block in blocks:
+        if offloaded is not None:
+            block._gradient_checkpointing_func = offloaded
+        for module in find_feed_forwards(block):
+            tile(module, tile_tokens)
     for block in blocks[len(blocks) - free :]:
         block.gradient_checkpointing = False

@@ -1,5 +1,7 @@
 """Checkpointed and free blocks: the same step, and attention computed once."""
 
+import copy
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,17 +29,30 @@ def step(model):
     model.train()
     model.zero_grad()
     with _Count() as counted:
-        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        loss = model(input_ids=IDS.to(model.device), labels=IDS.to(model.device), use_cache=False).loss
         loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, counted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("free", "keep"), [(0, False), (0, True), (1, True), (2, True), (1, False)])
-def test_loss_and_gradients_are_those_of_the_plain_step(dtype, free, keep):
-    model = extend(make(dtype=dtype), group_size=16)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(free=0, keep=False),
+        dict(free=0),
+        dict(free=1),
+        dict(free=2),
+        dict(free=1, tile_tokens=40),
+        dict(free=0, keep=False, offload=True, tile_tokens=7),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_loss_and_gradients_are_those_of_the_plain_step(dtype, options, device, monkeypatch):
+    monkeypatch.setattr("peft_longlora.memory.offload.LEAST_BYTES", 1)
+    model = extend(make(dtype=dtype), group_size=16).to(device)
     loss, grads, _ = step(model)
-    checkpoint_blocks(model, free=free, keep=keep)
+    checkpoint_blocks(model, **options)
     again, found, _ = step(model)
     assert torch.equal(loss, again) and grads.keys() == found.keys()
     for name, grad in grads.items():
@@ -68,5 +83,54 @@ def test_blocks_are_found_in_order(model_type):
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="free=3 is outside 0 to 2"):
         checkpoint_blocks(make(), free=3)
+    with pytest.raises(ValueError, match="tile_tokens=0 must be 1 or more tokens"):
+        checkpoint_blocks(make(), tile_tokens=0)
     with pytest.raises(ValueError, match="no blocks that transformers can checkpoint"):
         checkpoint_blocks(torch.nn.Linear(2, 2))
+
+
+def test_a_tile_is_all_that_the_inner_width_is_there_for():
+    model = extend(make(), group_size=16)
+    widest = []
+    for block in find_blocks(model):
+        block.mlp.down_proj.register_forward_pre_hook(lambda _, args: widest.append(args[0].shape[1]))
+    checkpoint_blocks(model, tile_tokens=40)
+    step(model)
+    assert set(widest) == {40, 16}  # of 96 tokens
+    widest.clear()
+    checkpoint_blocks(model)  # whole rows again
+    step(model)
+    assert set(widest) == {96}
+    assert type(find_blocks(model)[0].mlp).__mro__[1] is torch.nn.Module
+
+
+def test_a_tiled_model_evaluates_whole_and_is_copied():
+    model = extend(make(), group_size=16).eval()
+    logits = model(IDS).logits
+    checkpoint_blocks(model, tile_tokens=40)
+    assert torch.equal(model.eval()(IDS).logits, logits)
+    copied = copy.deepcopy(model)
+    assert find_blocks(copied)[0].mlp.tile_tokens == 40
+    assert torch.equal(step(copied)[0], step(model)[0])
+
+
+@pytest.mark.gpu
+def test_offloaded_inputs_leave_the_gpu_and_come_back(monkeypatch):
+    sizes = dict(hidden_size=512, intermediate_size=512, num_hidden_layers=16, num_attention_heads=8)
+    model = extend(make(dtype=torch.bfloat16, **sizes, num_key_value_heads=8), context_length=16384).cuda().train()
+    ids = torch.randint(97, (1, 16384), device="cuda")
+    found = {}
+    for offload in (False, True):
+        checkpoint_blocks(model, keep=False, offload=offload)
+        grads = []
+        for _ in range(3):  # host buffers are used again
+            torch.cuda.reset_peak_memory_stats()
+            model.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        found[offload] = torch.cuda.max_memory_allocated(), grads
+    for again in found[True][1]:
+        for name, grad in found[False][1][0].items():
+            torch.testing.assert_close(again[name], grad, msg=name)
+    inputs = 16 * 16384 * 512 * 2
+    assert found[False][0] - found[True][0] > 0.7 * inputs

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_longlora import LongLoraConfig, configure_attention, restore_rope, scale_rope
-from tests.helpers.tiny import assert_same, extend, logits, make, snapshot, train
+from tests.helpers.tiny import EXPERTS, assert_same, extend, logits, make, snapshot, train
 
 ROPE_TYPES = ["linear", "ntk", "dynamic", "yarn", "llama3"]
 BASES = {
@@ -435,12 +435,6 @@ VARIANTS = {
     "token indices": dict(train_embeddings=False, trainable_token_indices=[5, 6]),
     "bias": dict(bias="lora_only", train_norms=False),
     "one layer": dict(layers_to_transform=[1]),
-}
-EXPERTS = {
-    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
-    "qwen3_moe": dict(
-        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8, decoder_sparse_step=1
-    ),
 }
 
 

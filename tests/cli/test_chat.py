@@ -20,8 +20,8 @@ from peft_longlora.chat.conversation import Conversation
 from peft_longlora.chat.document import read_document
 from peft_longlora.cli import main as cli
 from peft_longlora.hub.loading import load_model
-from tests.eval.test_run import TOKENIZER
 from tests.helpers.chat_models import TEXT, a_model, make_pdf
+from tests.helpers.paths import EMBEDDED
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     merged.save_pretrained(folder / "merged")
     a_model(adapter=False, vocab_size=4096, bos_token_id=0, eos_token_id=1).save_pretrained(folder / "base")
     for name in ("base", "merged"):
-        AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder / name)
     (folder / "book.txt").write_text(TEXT)
     (folder / "book.pdf").write_bytes(make_pdf([TEXT, TEXT[:200]]))
     return folder

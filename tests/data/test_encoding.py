@@ -3,7 +3,6 @@
 import argparse
 import inspect
 import logging
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -12,8 +11,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from peft_longlora.data import encoding
 from peft_longlora.data.encoding import encode_all
 from tests.helpers.memory import forget, highest, needs_linux
+from tests.helpers.paths import EMBEDDED
 
-EMBEDDED = Path(__file__).parents[2] / "examples/assets/stdlib-llama-512"
 CODE = inspect.getsource(argparse)  # 100,000 characters
 UMLAUTS = "".join(f"Ähre {i}, 漢字 und 🙂\n\n\tnaïve  Zeile…" for i in range(1000))
 

@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
-from peft_longlora.data import windows as data
+from peft_longlora.data import documents
 from peft_longlora.data.documents import read_documents, read_records
 from peft_longlora.data.windows import Counts, to_windows, tokenize_record, tokenize_records
 from tests.helpers.configs import tiny_llama_config
+from tests.helpers.paths import EMBEDDED, REAL_DATA
 
-TOKENIZER = Path(__file__).parents[2] / "examples" / "assets" / "stdlib-llama-512"
-REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -31,7 +30,7 @@ RECORD = {"instruction": "What is the colour?", "input": "", "output": "Blue."}
 
 @pytest.fixture
 def tokenizer():
-    return AutoTokenizer.from_pretrained(TOKENIZER)
+    return AutoTokenizer.from_pretrained(EMBEDDED)
 
 
 @pytest.fixture
@@ -214,7 +213,7 @@ def test_records_are_no_plain_text(tmp_path):
 def test_local_files_need_neither_datasets_nor_trl(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "trl", None)
-    module = runpy.run_path(data.__file__, run_name="data_alone")
+    module = runpy.run_path(documents.__file__, run_name="data_alone")
     assert len(list(module["read_documents"](write(tmp_path / "a.jsonl", lines(*ROWS))))) == 3
 
 
@@ -233,7 +232,7 @@ def test_real_data(tokenizer):
 
 @cache
 def shared_tokenizer():
-    return AutoTokenizer.from_pretrained(TOKENIZER)
+    return AutoTokenizer.from_pretrained(EMBEDDED)
 
 
 @settings(max_examples=60, deadline=None)

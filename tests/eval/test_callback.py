@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArgume
 from peft_longlora.attention.settings import settings_of
 from peft_longlora.eval import Corpus, LongContextEvalCallback, Passkey, Perplexity, Topics, evaluate
 from peft_longlora.eval.subject import Subject
-from tests.eval.test_run import TOKENIZER
+from tests.helpers.paths import EMBEDDED
 from tests.helpers.tiny import extend, make
 
 
@@ -35,7 +35,7 @@ def make_trainer(tmp_path, **options) -> Trainer:
         learning_rate=1e-2,
         **options,
     )
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     return Trainer(model, args, train_dataset=rows, eval_dataset=rows[:1], processing_class=tokenizer)
 
 

@@ -15,45 +15,30 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
+from peft_longlora.cli import compare as compare_command
 from peft_longlora.cli import main as cli
 from peft_longlora.eval import Corpus, Passkey, Perplexity, Processes, Results, Topics, compare, evaluate
 from peft_longlora.eval.subject import Subject, load_subject
 from tests.helpers.answering_models import Bigrams, letter_tokenizer, read_passkey, scripted_subject
+from tests.helpers.evaluated import save_adapter, save_base, save_texts
 from tests.helpers.tiny import extend, make
 
-TOKENIZER = Path(__file__).parents[2] / "examples" / "assets" / "stdlib-llama-512"
 P = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25], [0.05, 0.05, 0.45, 0.45]])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
-    """A small model with a real tokenizer."""
-    folder = tmp_path_factory.mktemp("model") / "base"
-    make(vocab_size=4096).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
-    return str(folder)
+    return save_base(tmp_path_factory.mktemp("model") / "base")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def adapter(tmp_path_factory, base) -> str:
-    folder = tmp_path_factory.mktemp("adapter")
-    model = extend(load_subject(base).model, context_length=256)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.05)
-    model.save_pretrained(folder)
-    return str(folder)
+    return save_adapter(tmp_path_factory.mktemp("adapter"), base)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("text") / "modules"
-    folder.mkdir()
-    for name in ("cli", "data", "rope"):
-        source = Path(cli.__file__).with_name(f"{name}.py").read_text()
-        (folder / f"{name}.txt").write_text(source[:1500])
-    return str(folder)
+    return save_texts(tmp_path_factory.mktemp("text") / "modules")
 
 
 def scored(path) -> list:
@@ -477,7 +462,7 @@ def test_a_reader_that_has_seen_enough_of_the_output_is_no_error(tmp_path, monke
     capsys.readouterr()
     with (tmp_path / "pipe").open("w") as pipe:
         monkeypatch.setattr("sys.stdout", pipe)
-        monkeypatch.setattr(cli, "print", print_into_a_closed_pipe, raising=False)
+        monkeypatch.setattr(compare_command, "print", print_into_a_closed_pipe, raising=False)
         assert longlora("compare", tmp_path / "a", tmp_path / "a", "--output", tmp_path / "pair") == 141
     assert sorted(path.name for path in (tmp_path / "pair").iterdir()) == ["compare.md", "compare.png"]
     assert capsys.readouterr().err == ""

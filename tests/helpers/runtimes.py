@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from peft_longlora import LongLoraConfig
+from tests.helpers import paths
 
-EMBEDDED = str(Path(__file__).parents[2] / "examples" / "assets" / "stdlib-llama-512")
+EMBEDDED = str(paths.EMBEDDED)
 BASE_WINDOW, WINDOW = 512, 2048
 PROMPT, ANSWER = 1500, 64  # tokens: most of the prompt lies beyond the base's window
 

@@ -9,6 +9,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peft_longlora import LongLoraConfig
 from tests.helpers.configs import tiny_llama_config
 
+EXPERTS = {
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "qwen3_moe": dict(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8, decoder_sparse_step=1
+    ),
+}
 IDS = torch.randint(3, 97, (2, 96), generator=torch.Generator().manual_seed(3))
 
 

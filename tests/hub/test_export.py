@@ -8,13 +8,13 @@ import shlex
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_longlora import LongLoraConfig
 from peft_longlora.hub.export import export_lora
 from peft_longlora.hub.original import convert_original_adapter
 from tests.helpers.configs import tiny_llama_config
+from tests.helpers.original import write_original
 
 TOKENS = torch.arange(3, 83)[None]
 
@@ -79,26 +79,6 @@ def test_an_init_that_changed_the_base_is_refused(base_folder, tmp_path):
         export_lora(model, tmp_path / "plain")
 
 
-def write_original(model: PeftModel, folder, pad_rows: int = 1) -> None:
-    """The files that the original project's get_trainable_weights.py leaves, from a model of ours."""
-    folder.mkdir()
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    lora = {key: tensor for key, tensor in state.items() if "lora" in key}
-    whole = {key[17:]: tensor.clone() for key, tensor in state.items() if "lora" not in key}
-    rows = whole["model.embed_tokens.weight"]
-    whole["model.embed_tokens.weight"] = torch.cat([rows, rows.mean(0, keepdim=True).expand(pad_rows, -1)])
-    torch.save(lora, folder / "adapter_model.bin")
-    torch.save(whole, folder / "trainable_params.bin")
-    config = {
-        **{"auto_mapping": None, "base_model_name_or_path": "meta-llama/Llama-2-7b-hf", "bias": "none"},
-        **{"fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "layers_pattern": None},
-        **{"layers_to_transform": None, "lora_alpha": 8, "lora_dropout": 0.0, "modules_to_save": None},
-        **{"peft_type": "LORA", "r": 2, "revision": None, "task_type": "CAUSAL_LM"},
-        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
 @pytest.fixture
 def original(tmp_path):
     """An adapter in the original's layout, for a base of 512 tokens and 97 words, and the model it came from."""
@@ -124,7 +104,7 @@ def test_original_adapter_becomes_ours_with_equal_logits(original, tmp_path, cap
 
 def test_rows_appended_for_padding_are_dropped_and_said(original, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("peft_longlora.hub.export.logger.warning", said.append)
+    monkeypatch.setattr("peft_longlora.hub.original.logger.warning", said.append)
     convert_original_adapter(original[0], tmp_path / "ours", **TINY)
     assert len(said) == 1 and re.search(r"embed_tokens.weight has 98 rows, the base 97: .*is dropped", said[0])
     with pytest.raises(ValueError, match=r"has 98 rows, the base 99. Give the base's own vocab_size"):
@@ -179,7 +159,7 @@ def test_factor_given_and_rounded_up_as_the_original_does(original, tmp_path):
 def test_a_base_that_is_nowhere_is_said(original, tmp_path, monkeypatch):
     """The published adapters name a folder of their authors' machine."""
     said = []
-    monkeypatch.setattr("peft_longlora.hub.export.logger.warning", said.append)
+    monkeypatch.setattr("peft_longlora.hub.original.logger.warning", said.append)
     path = original[0] / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "/models/Llama-2-7b-hf"}))
     convert_original_adapter(original[0], tmp_path / "ours", **TINY)

@@ -10,17 +10,13 @@ import contextlib
 import copy
 import io
 import json
-import multiprocessing
 import os
 import re
 import resource
 import runpy
 import sys
 import tempfile
-import time
-import types
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -35,8 +31,10 @@ from peft_longlora.hub.card import BEGIN
 from peft_longlora.hub.original import convert_original_adapter
 from peft_longlora.hub.trainers import push_adapter, push_card, use_longlora_card
 from tests.helpers.configs import tiny_llama_config
-from tests.helpers.loopback_hub import TOKEN, LoopbackHub
-from tests.hub.test_export import write_original
+from tests.helpers.hub_process import Failure, answer, start_process
+from tests.helpers.loopback_hub import LoopbackHub
+from tests.helpers.original import write_original
+from tests.helpers.paths import EMBEDDED, EXAMPLES
 
 TOKENS = torch.arange(3, 63).view(2, 30)
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -52,29 +50,6 @@ def hub():
         server.put("me/base", {**files, "README.md": b"---\nlicense: llama2\n---\nA base.\n"})
         yield server
     assert not server.unknown, "huggingface_hub made calls that the loopback hub does not know"
-
-
-def start_process(hub: LoopbackHub, home: Path) -> ProcessPoolExecutor:
-    environment = {
-        "HF_ENDPOINT": hub.url,
-        "HF_TOKEN": TOKEN,
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    before = dict(os.environ)
-    os.environ.update(environment)
-    try:
-        process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        process.submit(os.getpid)  # starts it with this environment
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    return process
 
 
 @pytest.fixture(scope="module")
@@ -93,27 +68,6 @@ def pusher(processes):
 @pytest.fixture(scope="module")
 def puller(processes):
     return lambda function, *args, **kwargs: processes[1].submit(answer, function, *args, **kwargs).result()
-
-
-def answer(function, *args, **kwargs):
-    """In the other process: call; an error comes back as text, since not all of them can be pickled."""
-    # The client waits 1, 2, 4 ... seconds between its attempts at a broken upload.
-    from huggingface_hub.utils import _http
-
-    _http.time = types.SimpleNamespace(sleep=lambda seconds: None, time=time.time, monotonic=time.monotonic)
-    try:
-        return function(*args, **kwargs)
-    except Exception as error:
-        names = [base.__name__ for base in type(error).__mro__]
-        return Failure(names, str(error), str(error.__cause__))
-
-
-class Failure:
-    def __init__(self, types: list[str], message: str, cause: str) -> None:
-        self.types, self.message, self.cause = types, message, cause
-
-    def __repr__(self) -> str:
-        return f"Failure({self.types[0]}: {self.message} <- {self.cause})"
 
 
 def new_adapter(**fields) -> PeftModel:
@@ -238,7 +192,7 @@ def longalpaca_records() -> list[dict]:
 
 def run_longalpaca(*data):
     """What examples/sft_longalpaca.py prints."""
-    script = Path(__file__).parents[2] / "examples" / "sft_longalpaca.py"
+    script = EXAMPLES / "sft_longalpaca.py"
     settings = {"--model": "me/coder", "--max-length": 512, "--max-steps": 2, "--accumulation": 1, "--eval-records": 1}
     settings |= {"--learning-rate": 1e-2, "--warmup-steps": 1, "--output": tempfile.mkdtemp()}
     arguments = [str(part) for setting in settings.items() for part in setting]
@@ -253,7 +207,7 @@ def coder(hub, tmp_path_factory):
     """On the hub: a tiny model with a tokenizer."""
     folder = tmp_path_factory.mktemp("coder")
     torch.manual_seed(1)
-    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "examples" / "assets" / "stdlib-llama-512")
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     LlamaForCausalLM(tiny_llama_config(vocab_size=len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     hub.put("me/coder", {path.name: path.read_bytes() for path in folder.iterdir()})

@@ -15,8 +15,8 @@ import torch
 from peft_longlora.chat.dialogue import Dialogue, Turn
 from peft_longlora.chat.document import read_document
 from peft_longlora.hub.loading import load_model
-from tests.eval.test_run import TOKENIZER
 from tests.helpers.chat_models import make_pdf
+from tests.helpers.paths import EMBEDDED
 
 pytestmark = pytest.mark.browser
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'peft-longlora[app]'")
@@ -34,7 +34,7 @@ TEXTS = {
 
 
 def load():
-    return load_model(str(TOKENIZER), device="cpu", dtype="float32")
+    return load_model(str(EMBEDDED), device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def test_wheel_runs_in_an_empty_environment(tmp_path):
     wheel = build(tmp_path)
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
-    assert "peft_longlora/py.typed" in names and "peft_longlora/templates/adapter_card.md" in names
+    assert "peft_longlora/py.typed" in names and "peft_longlora/hub/templates/adapter_card.md" in names
     assert not [n for n in names if n.startswith(("tests", "examples", "benchmarks"))]
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python"

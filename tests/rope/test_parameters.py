@@ -1,7 +1,6 @@
 """The window that RoPE parameters give: one rule, for bases that are scaled already too, and no token lost."""
 
 import json
-from pathlib import Path
 
 import pytest
 from peft import PeftModel, get_peft_model
@@ -14,11 +13,11 @@ from peft_longlora.attention.settings import settings_of
 from peft_longlora.eval.subject import Subject
 from peft_longlora.rope.parameters import window_of
 from tests.helpers.configs import tiny_llama_config
+from tests.helpers.paths import EMBEDDED
 from tests.helpers.tiny import logits, make
 
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 SCALED = {**LINEAR, "factor": 8.0}
-ASSET = str(Path(__file__).parents[2] / "examples/assets/stdlib-llama-512")
 
 
 def group_size(model) -> int:
@@ -144,8 +143,8 @@ def test_an_adapter_that_states_the_length_before_scaling_still_loads(tmp_path):
 
 
 def test_evaluation_names_the_window_of_a_scaled_base():
-    tokenizer = AutoTokenizer.from_pretrained(ASSET)
-    model = AutoModelForCausalLM.from_pretrained(ASSET, rope_parameters=LINEAR)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, rope_parameters=LINEAR)
     subject = Subject.of(get_peft_model(model, LongLoraConfig(rope_parameters=SCALED)), tokenizer)
     assert (subject.native_window, subject.window) == (512 * 4, 512 * 8)
     with subject.as_base() as base:

@@ -13,8 +13,7 @@ import transformers
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
-from tests.adapter.test_model import EXPERTS
-from tests.helpers.tiny import IDS, extend, logits, make, train
+from tests.helpers.tiny import EXPERTS, IDS, extend, logits, make, train
 
 EXPERT_PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 # of the base, of the adapter

@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from peft_longlora.eval import Results
-from tests.eval.test_run import adapter, base, text  # noqa: F401
+from tests.helpers.evaluated import save_adapter, save_base, save_texts
+from tests.helpers.hub_process import answer, start_process
 from tests.helpers.loopback_hub import LoopbackHub
-from tests.hub.test_push import answer, start_process
 
 
 def read_folder(folder) -> dict[str, bytes]:
@@ -37,7 +37,22 @@ def run(arguments: list[str]) -> tuple[int, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def hub(base, adapter, text):  # noqa: F811
+def base(tmp_path_factory) -> str:
+    return save_base(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, base) -> str:
+    return save_adapter(tmp_path_factory.mktemp("adapter"), base)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    return save_texts(tmp_path_factory.mktemp("text") / "modules")
+
+
+@pytest.fixture(scope="module")
+def hub(base, adapter, text):
     """PG19 as it lies on the Hub (parquet files by split), one dataset as a script, and the models."""
     books = [path.read_text() for path in sorted(Path(text).iterdir())]
     test = [{"short_book_title": f"Book {i}", "text": book} for i, book in enumerate(books)]
@@ -73,7 +88,7 @@ COMMON = ["--tasks", "perplexity", "--lengths", "128", "--dtype", "float32", "--
         pytest.param("lines", "train", ["--text-field", "body"], marks=pytest.mark.slow),
     ],
 )
-def test_results_are_those_of_the_same_files(longlora, tmp_path, base, adapter, text, name, split, more):  # noqa: F811
+def test_results_are_those_of_the_same_files(longlora, tmp_path, base, adapter, text, name, split, more):
     from peft_longlora.cli import main as cli
 
     here = ["eval", "--model", base, "--adapter", adapter, "--data", text, *COMMON, "--output", str(tmp_path / "here")]

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from peft_longlora.cli import main as cli
 from peft_longlora.eval import Results
 from peft_longlora.eval.subject import load_subject
-from tests.eval.test_run import TOKENIZER
+from tests.helpers.paths import EMBEDDED
 from tests.helpers.tiny import extend, make
 
 CHOICES = [[" + b", " import", " while"], ["(10)", " class", "]"]]
@@ -23,7 +23,7 @@ def base(request, tmp_path_factory) -> str:
     """A small model with a real tokenizer; lm-eval ties the output embeddings of each model it is given."""
     folder = tmp_path_factory.mktemp("model") / "base"
     make(vocab_size=4096, tie_word_embeddings=request.param).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
     return str(folder)
 
 

@@ -3,13 +3,13 @@
 The data path, which is also the reading order:
 
     input_ids -> transformers model
-      -> mask.py        once a forward: who is padding, who belongs to which document
-      -> attention.py   each layer: sparse while training, dense otherwise (settings.py says how)
-      -> groups.py      where the groups start
-      -> kernels.py     s2_attention and its backends (sdpa.py, ...); reference.py is the definition of correct
-      -> loss           the Trainer's
-      -> model.py       what an adapter holds (config.py, trainable.py, rope.py, precision.py, fit.py)
-      -> hub.py         its card (card.py) and its way out (export.py)
+      -> attention/mask.py      once a forward: who is padding, who belongs to which document
+      -> attention/forward.py   each layer: sparse while training, dense otherwise (attention/settings.py says how)
+      -> kernels/groups.py      where the groups start
+      -> kernels/attend.py      s2_attention and its backends; reference.py is the definition of correct
+      -> loss                   the Trainer's
+      -> adapter/model.py       what an adapter trains and saves (adapter/config.py says what)
+      -> hub/card.py            what its README says
 
 Importing this package registers `LongLoraConfig` with peft and "s2_attn" with transformers (register.py).
 """

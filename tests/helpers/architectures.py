@@ -1,7 +1,7 @@
 """What the package does with each architecture of transformers: the cases, the examination and the table it makes.
 
-`python -m tests.helpers.architectures` examines all and writes docs/architectures.md; test_architectures.py runs the same
-examination, and compares the file with what it finds.
+`python -m tests.helpers.architectures` examines all and writes docs/architectures.md; test_architectures.py runs the
+same examination, and compares the file with what it finds.
 
 The truth of a supported architecture needs no file of this package but reference.py: the adapter is trained, merged and
 saved, the folder is loaded by plain transformers with `truth_attention` as its attention, and must compute the same.
@@ -300,8 +300,8 @@ def row(case: Case, found: dict[str, object]) -> str:
 
 HEADER = """# Architectures
 
-Made by `python -m tests.helpers.architectures`; the tests compare it with what they find. Each model is tiny and has random
-weights, in float32 on a CPU. "Supported" means that it trains (gradients in LoRA, embeddings and norms), that its
+Made by `python -m tests.helpers.architectures`; the tests compare it with what they find. Each model is tiny and
+has random weights, in float32 on a CPU. "Supported" means that it trains (gradients in LoRA, embeddings and norms), that its
 logits in training mode equal those of plain transformers with the dense-mask definition of S2-Attn as attention, and
 that it is saved, loaded, switched off, merged, and read again by plain transformers with equal logits and ties.
 

@@ -4,7 +4,8 @@ Repositories of models and data sets, branches, regular and LFS uploads (Git LFS
 repositories and one token, and faults on demand. Kept in memory. What it is not: the Hub's own checks of a card's
 metadata are only repeated as far as `validate` says, and Xet is left out (set HF_HUB_DISABLE_XET=1).
 
-Use it by hand: `python tests/helpers/loopback_hub.py 8000`, then HF_ENDPOINT=http://127.0.0.1:8000 HF_TOKEN=hf_loopback.
+Use it by hand: `python tests/helpers/loopback_hub.py 8000`, then
+HF_ENDPOINT=http://127.0.0.1:8000 HF_TOKEN=hf_loopback.
 """
 
 from __future__ import annotations

@@ -300,10 +300,10 @@ def row(case: Case, found: dict[str, object]) -> str:
 
 HEADER = """# Architectures
 
-Made by `python -m tests.helpers.architectures`; the tests compare it with what they find. Each model is tiny and
-has random weights, in float32 on a CPU. "Supported" means that it trains (gradients in LoRA, embeddings and norms), that its
-logits in training mode equal those of plain transformers with the dense-mask definition of S2-Attn as attention, and
-that it is saved, loaded, switched off, merged, and read again by plain transformers with equal logits and ties.
+Made by `python -m tests.helpers.architectures`; the tests compare it with what they find. Each model is tiny and has
+random weights, in float32 on a CPU. "Supported" means that it trains (gradients in LoRA, embeddings and norms), that
+its logits in training mode equal those of plain transformers with the dense-mask definition of S2-Attn as attention,
+and that it is saved, loaded, switched off, merged, and read again by plain transformers with equal logits and ties.
 
 | architecture | odd about it | result |
 |---|---|---|

@@ -21,6 +21,7 @@ ARROWS = {
     "data": set(),
     "kernels": set(),
     "rope": {"architecture"},
+    "memory": {"architecture"},
     "attention": {"kernels", "rope", "architecture"},
     "sequence": {"attention", "kernels", "data", "architecture"},
     "adapter": {"attention", "rope", "kernels.groups", "architecture"},

@@ -1,7 +1,7 @@
 """What the package does with each architecture of transformers: the cases, the examination and the table it makes.
 
-`python -m tests.helpers.architectures` examines all and writes docs/architectures.md; test_architectures.py runs the
-same examination, and compares the file with what it finds.
+`python -m tests.helpers.architectures` examines all cases and writes docs/architectures.md. test_architectures.py runs
+the same examination and compares the file with what it finds.
 
 The truth of a supported architecture needs no file of this package but reference.py: the adapter is trained, merged and
 saved, the folder is loaded by plain transformers with `truth_attention` as its attention, and must compute the same.
@@ -65,11 +65,11 @@ SLIDING = ["sliding_attention", "full_attention"]
 
 CASES = [
     Case("llama", dict(hidden_size=72, num_attention_heads=9, num_key_value_heads=3), "9 query and 3 KV heads"),
-    Case("mistral", dict(sliding_window=None, num_key_value_heads=1), "one KV head; without its window"),
+    Case("mistral", dict(sliding_window=None, num_key_value_heads=1), "one KV head; without its sliding window"),
     Case(
         "mistral (window)",
         dict(sliding_window=48),
-        "a window of its own in every layer",
+        "a sliding window in every layer",
         (0, 1),
         warns="S2-Attn changes none",
         model_type="mistral",
@@ -98,7 +98,7 @@ CASES = [
     Case("olmoe", MOE, "experts"),
     Case("starcoder2", dict(sliding_window=None), "biases, tied embeddings"),
     Case("smollm3", dict(no_rope_layers=[1, 0]), "a layer without RoPE"),
-    Case("granite", {}, "scales of its own"),
+    Case("granite", {}, "its own scaling factors"),
     Case("granitemoe", MOE, "experts"),
     Case("cohere", dict(use_qk_norm=True), "interleaved rotary, q and k norms"),
     Case("cohere2", dict(sliding_window=16, layer_types=SLIDING), "sliding layers, a layer without RoPE", (0,)),
@@ -125,7 +125,7 @@ CASES = [
             first_k_dense_replace=1,
             **MOE,
         ),
-        "latent attention, values wider than rotary part",
+        "latent attention, values wider than the rotary part",
     ),
     Case(
         "gpt_oss",
@@ -135,8 +135,8 @@ CASES = [
     ),
     Case("gpt2", GPT2, "learned positions", refused=NO_ROPE),
     Case("opt", dict(word_embed_proj_dim=64, ffn_dim=48), "learned positions", refused=NO_ROPE),
-    Case("gptj", GPT2, "rotary of its own", refused=NO_INTERFACE),
-    Case("falcon", {}, "attention of its own", refused=NO_INTERFACE),
+    Case("gptj", GPT2, "its own rotary code", refused=NO_INTERFACE),
+    Case("falcon", {}, "its own attention code", refused=NO_INTERFACE),
     Case("bloom", dict(n_layer=2, n_head=4), "ALiBi", refused=NO_INTERFACE),
     Case("mpt", dict(d_model=64, n_heads=4, n_layers=2), "ALiBi", refused=NO_INTERFACE),
     Case("mamba", {}, "no attention", refused=NO_INTERFACE),
@@ -300,12 +300,13 @@ def row(case: Case, found: dict[str, object]) -> str:
 
 HEADER = """# Architectures
 
-Made by `python -m tests.helpers.architectures`; the tests compare it with what they find. Each model is tiny and has
-random weights, in float32 on a CPU. "Supported" means that it trains (gradients in LoRA, embeddings and norms), that
-its logits in training mode equal those of plain transformers with the dense-mask definition of S2-Attn as attention,
-and that it is saved, loaded, switched off, merged, and read again by plain transformers with equal logits and ties.
+`python -m tests.helpers.architectures` makes this table, and the tests compare it with what they find. Each model is
+tiny and has random weights, in float32 on a CPU. "Supported" means that three things hold. The model trains: LoRA,
+embeddings and norms get gradients. Its logits in training mode equal those of plain transformers with the dense-mask
+definition of S2-Attn as attention. It can be saved, loaded, switched off and merged, and plain transformers reads the
+merged folder with equal logits and ties.
 
-| architecture | odd about it | result |
+| architecture | what is unusual | result |
 |---|---|---|
 """
 

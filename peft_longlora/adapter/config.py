@@ -14,6 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.utils import logging
 
 from peft_longlora.adapter.files import _AGAIN, AdapterFile, read_json, refuse_link
+from peft_longlora.attention.schedule import check_dense_every
 from peft_longlora.kernels.groups import PATTERNS, check_pattern
 from peft_longlora.rope.parameters import check_rope
 
@@ -67,6 +68,12 @@ class LongLoraConfig(LoraConfig):
     )
     dense_layers: list[int] | None = field(
         default=None, metadata={"help": "Indices of layers that stay dense while training."}
+    )
+    dense_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "One training forward in so many, the last of them, is dense in every layer. None or 0: none is."
+        },
     )
     train_embeddings: bool = field(
         default=True, metadata={"help": "Train a copy of the input embeddings, saved with the adapter."}
@@ -145,6 +152,7 @@ class LongLoraConfig(LoraConfig):
             isinstance(self.dense_layers, list | tuple) and all(type(i) is int and i >= 0 for i in self.dense_layers)
         ):
             raise ValueError(f"dense_layers={self.dense_layers!r} must be a list of layer indices, 0 or more.")
+        check_dense_every(self.dense_every)
         if self.layer_replication and self.dense_layers:
             raise ValueError(
                 f"dense_layers={self.dense_layers!r} and layer_replication={self.layer_replication!r} cannot be used "

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from peft_longlora.adapter import trainable
 from peft_longlora.adapter.config import LongLoraConfig
+from peft_longlora.adapter.count import without_count
 from peft_longlora.adapter.state import AdapterState
 from peft_longlora.architecture import rows_of
 from peft_longlora.rope import state as rotary
@@ -150,7 +151,7 @@ def check_file(
     """
     if config._file is None:
         return
-    found, path = config._file.shapes, config._file.path
+    found, path = without_count(config._file.shapes), config._file.path
     if missing := sorted(wanted.keys() - found.keys()):
         raise ValueError(
             f"{path} lacks {len(missing)} of the {len(wanted)} tensors that this model's adapter has, the first "

@@ -18,7 +18,7 @@ from peft.utils.transformers_weight_conversion import (
 )
 from torch import nn
 
-from peft_longlora.adapter import copies, fit, lowrank, precision, trainable
+from peft_longlora.adapter import copies, count, fit, lowrank, precision, trainable
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.state import AdapterState
 from peft_longlora.architecture import check_architecture
@@ -157,6 +157,7 @@ class LongLoraModel(LoraModel):
             group_size=group_size_of(config.group_size, config.group_size_ratio, window),
             pattern=config.attention_pattern,
             dense_layers=sorted(set(config.dense_layers or ())),
+            dense_every=config.dense_every or 0,
         )
 
     def _prepare_model(self, peft_config: LongLoraConfig, model: nn.Module) -> None:
@@ -189,7 +190,7 @@ class LongLoraModel(LoraModel):
     def _shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
         """Names, as they are in files, and shapes of the tensors of an adapter."""
         state = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
-        return {f"base_model.{name}": tuple(tensor.shape) for name, tensor in state.items()}
+        return {f"base_model.{name}": tuple(tensor.shape) for name, tensor in count.without_count(state).items()}
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """What PEFT does to LoRA's weights, float32 for the optimiser, done to embeddings and norms as well."""
@@ -211,7 +212,14 @@ class LongLoraModel(LoraModel):
     @classmethod
     def _get_adapter_state_dict(cls, *, adapter_name: str, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         fit.check_whole(state_dict, adapter_name)
-        return super()._get_adapter_state_dict(adapter_name=adapter_name, state_dict=state_dict, **kwargs)
+        state = super()._get_adapter_state_dict(adapter_name=adapter_name, state_dict=state_dict, **kwargs)
+        count.add_count(state, kwargs["model"])
+        return state
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, state_dict: dict[str, Any], **kwargs: Any) -> Any:
+        count.take_count(state_dict, model)
+        return super()._remap_adapter_state_dict_for_load(model=model, state_dict=state_dict, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -14,6 +14,7 @@ from peft_longlora.architecture import (
     find_attention_modules,
     is_local_layer,
 )
+from peft_longlora.attention.schedule import Schedule, check_dense_every
 from peft_longlora.attention.settings import _SETTINGS, S2_ATTN, AttentionSettings, Mode, _replace_settings, settings_of
 from peft_longlora.kernels import attend as kernels
 from peft_longlora.kernels import backends
@@ -33,6 +34,7 @@ def configure_attention(
     group_size_ratio: float = 0.25,
     pattern: str = "s2",
     dense_layers: list[int] | None = None,
+    dense_every: int | None = None,
     dense_attention: str | None = None,
     backend: str | None = None,
 ) -> AttentionSettings:
@@ -44,6 +46,9 @@ def configure_attention(
         group_size_ratio: in (0, 1], of the model's window, also when `scale_rope` changes it later.
         pattern: "s2", "local" or "full".
         dense_layers: indices of layers that stay dense while training.
+        dense_every: one training forward in n, the n-th, the 2n-th and so on, is dense in every layer, through the
+            kernel of `backend`; the others use the pattern. None or 0: never. `AttentionSettings.training_forwards`
+            says what is counted, and how training is resumed.
         dense_attention: the transformers attention wherever S2-Attn does not run ("sdpa", "flash_attention_2", ...).
             None: what the model runs now, or would run had it not been loaded with "s2_attn". "fastest": the same as
             None where there is a cache, a window or a mask that is not causal; elsewhere (evaluation, prefill) the
@@ -69,6 +74,7 @@ def configure_attention(
         )
     size = group_size_of(group_size, group_size_ratio, window_of(config))
     kernels.check_pattern(size, pattern)
+    check_dense_every(dense_every)
     previous = config._attn_implementation
     known = next((getattr(m, _SETTINGS) for m in layers.values() if hasattr(m, _SETTINGS)), None)
     if dense_attention in (None, FASTEST):
@@ -91,6 +97,7 @@ def configure_attention(
         backend,
         is_fastest,
         sharing=known.sharing if known else None,
+        schedule=Schedule(dense_every or 0, known.training_forwards if known else 0),
     )
     backends.check_model(config, layers.values(), settings.backend)
     if layers and all(is_local_layer(module, config) for module in layers.values()):

@@ -55,15 +55,16 @@ def s2_attention_forward(
     is_sparse = _is_sparse(module, settings, query, key, attention_mask, kwargs)
     if not is_sparse and settings.sharing is None:
         return _attend_densely(module, settings, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    is_masked = isinstance(attention_mask, S2Mask)
     if attention_mask is None:  # a model that makes no mask has no padding and no packed rows
         attention_mask = S2Mask(dict(batch_size=query.shape[0], q_length=query.shape[2], device=query.device))
     how = dict(scaling=scaling, dropout=dropout, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
     how["backend"] = settings.backend
+    is_dense_forward = attention_mask.is_dense_forward if is_masked else settings.schedule.is_dense
+    pattern = settings.pattern_of(module, is_dense_forward) if is_sparse else "full"
     if settings.sharing is not None:
-        return settings.sharing.attend(
-            module, settings, query, key, value, attention_mask, is_sparse, how, kwargs
-        ), None
-    pattern, positions = settings.pattern_of(module), _positions(settings, attention_mask, kwargs)
+        return settings.sharing.attend(module, settings, query, key, value, attention_mask, pattern, how, kwargs), None
+    positions = _positions(settings, attention_mask, kwargs)
     return _attend(query, key, value, attention_mask, settings.group_size, pattern, positions, how), None
 
 
@@ -104,7 +105,7 @@ def _is_sparse(
     """
     if isinstance(mask, S2Mask):
         if mask.is_sparse is None:
-            mask.is_sparse = settings.is_sparse(module.training)
+            mask.is_sparse, mask.is_dense_forward = settings.is_sparse(module.training), settings.schedule.is_dense
         is_sparse, is_local, is_causal = mask.is_sparse, mask.is_local, mask.is_causal
     else:
         is_sparse, is_local, is_causal = settings.is_sparse(module.training), False, True

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from peft_longlora.architecture import find_text_model
+from peft_longlora.attention.schedule import Schedule
 
 
 @dataclass
@@ -35,12 +36,12 @@ class Call:
     caller: int | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
 
-    def follow(self, model: PreTrainedModel) -> None:
-        """Note every call of `model` from now on."""
+    def follow(self, model: PreTrainedModel, schedule: Schedule) -> None:
+        """Note every call of `model` from now on, and begin a forward of `schedule` with each."""
         # The backbone too: trainers that compute the loss themselves do not call the whole model.
         models = [model, getattr(model, "base_model", model), find_text_model(model)]
         for number, one in enumerate(dict.fromkeys(models)):
-            before, after = _Before(self, number, _index_of_positions(one)), _After(self, number)
+            before, after = _Before(self, schedule, number, _index_of_positions(one)), _After(self, number)
             self.handles.append(one.register_forward_pre_hook(before, with_kwargs=True))
             self.handles.append(one.register_forward_hook(after, always_call=True))
 
@@ -70,6 +71,7 @@ class _Before:
     """Hook: a followed module is called."""
 
     call: Call
+    schedule: Schedule
     number: int
     index: int | None
 
@@ -80,6 +82,7 @@ class _Before:
         if call.caller is None:
             call.caller, call.position_ids, call.cu_seq_lens = self.number, position_ids, cu_seq_lens
             call.has_cache = kwargs.get("past_key_values") is not None
+            self.schedule.begin(module.training)
         else:  # by another one, which may keep to itself what it was given
             call.position_ids = call.position_ids if position_ids is None else position_ids
             call.cu_seq_lens = call.cu_seq_lens if cu_seq_lens is None else cu_seq_lens

@@ -33,6 +33,7 @@ class S2Mask:
         is_sparse: whether this forward is sparse; None until the first layer decides. Kept here and not asked of each
             layer, so that gradient checkpointing recomputes what the forward computed, whatever the model's mode is
             by then.
+        is_dense_forward: whether it is one of `dense_every`; kept here for the same reason.
     """
 
     def __init__(self, arguments: dict[str, Any]):
@@ -41,6 +42,7 @@ class S2Mask:
         self.is_local = arguments.get("local_size") is not None
         self.is_causal = "allow_is_bidirectional_skip" not in arguments
         self.is_sparse: bool | None = None
+        self.is_dense_forward = False
         self._arguments = arguments
         self._dense: dict[str, Any] = {}
         self._made: dict[Any, Any] = {}

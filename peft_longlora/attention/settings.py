@@ -20,6 +20,7 @@ from peft_longlora.architecture import (
     is_causal_layer,
 )
 from peft_longlora.attention.inputs import Call
+from peft_longlora.attention.schedule import Schedule
 from peft_longlora.kernels.groups import group_size_of
 from peft_longlora.rope.parameters import window_of
 
@@ -41,7 +42,7 @@ class Sharing(Protocol):
         key: torch.Tensor,
         value: torch.Tensor,
         mask: Any,
-        is_sparse: bool,
+        pattern: str,
         how: dict[str, Any],
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
@@ -63,6 +64,7 @@ class AttentionSettings:
         mode: "auto" (sparse while training), "sparse" or "dense"; set by `use_attention`.
         sharing: the ranks that share each sequence (`sequence.parallelize_sequence`), or None.
         is_enabled: False while the adapter that brought these settings is switched off: then all is as without it.
+        schedule: which training forwards are dense in every layer.
         call: what the model was last called with.
     """
 
@@ -77,6 +79,7 @@ class AttentionSettings:
     mode: Mode = "auto"
     sharing: Sharing | None = field(default=None, repr=False, compare=False)
     is_enabled: bool = True
+    schedule: Schedule = field(default_factory=Schedule)
     call: Call = field(default_factory=Call, repr=False, compare=False)
 
     @property
@@ -84,9 +87,23 @@ class AttentionSettings:
         """G, tokens; it follows the window where it is a fraction of it."""
         return group_size_of(self.given_size, self.group_size_ratio, window_of(self.config))
 
-    def pattern_of(self, module: nn.Module) -> str:
-        """The pattern of a layer in a sparse forward."""
-        return "full" if getattr(module, "layer_idx", None) in self.dense_layers else self.pattern
+    @property
+    def training_forwards(self) -> int:
+        """How many training forwards (see `Schedule`) the model has made, counted if `dense_every` is set.
+
+        An adapter's checkpoint holds this number. Without an adapter, set it where training is resumed:
+        `settings.training_forwards = trainer_state.global_step * gradient_accumulation_steps`.
+        """
+        return self.schedule.training_forwards
+
+    @training_forwards.setter
+    def training_forwards(self, count: int) -> None:
+        self.schedule.training_forwards = count
+
+    def pattern_of(self, module: nn.Module, is_dense_forward: bool = False) -> str:
+        """The pattern of a layer in a sparse forward, or in one that is dense as one in `dense_every` is."""
+        is_dense = is_dense_forward or getattr(module, "layer_idx", None) in self.dense_layers
+        return "full" if is_dense else self.pattern
 
     def is_sparse(self, training: bool) -> bool:
         """Whether a forward of a module in this mode is sparse."""
@@ -145,4 +162,4 @@ def _replace_settings(model: PreTrainedModel, settings: dict[str, AttentionSetti
         if name in settings:
             setattr(module, _SETTINGS, settings[name])
     for one in {id(s): s for s in settings.values()}.values():
-        one.call.follow(model)
+        one.call.follow(model, one.schedule)

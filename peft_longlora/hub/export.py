@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from peft_longlora.adapter.config import LongLoraConfig
+from peft_longlora.adapter.count import without_count
 from peft_longlora.hub.card import README, CardOptions, make_card
 
 LORA_TEMPLATE = Path(__file__).parent / "templates" / "lora_card.md"
@@ -61,7 +62,7 @@ def export_lora(model: PeftModel, folder: str | os.PathLike, *, fold_into: str |
             f"init_lora_weights={config.init_lora_weights!r} changed the base's own weights, which a server would not. "
             f"Merge instead: model.merge_and_unload().save_pretrained(folder)."
         )
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    state = without_count(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     weights = {key: tensor.contiguous() for key, tensor in state.items() if "lora_" in key}
     if (whole := sorted(state.keys() - weights.keys())) and fold_into is None:
         raise ValueError(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from peft_longlora.kernels.groups import Groups, plan_groups, tokens_before
+from peft_longlora.kernels.groups import PATTERNS, Groups, plan_groups, tokens_before
 
 # For each rank and half of the heads, tokens from and to.
 Ranges = tuple[tuple[tuple[int, int], tuple[int, int]], ...]
@@ -27,7 +27,7 @@ class Edges(NamedTuple):
     Attributes:
         length: tokens. head, tail: tokens of its first and of its last document, 0 if that is padding.
         first, last: positions of the first and of the last token.
-        group_size, pattern: G, and 0 for "local" or 1 for "s2": the same on all ranks.
+        group_size, pattern: G, and the pattern's place among `groups.PATTERNS`: the same on all ranks.
     """
 
     length: int
@@ -53,7 +53,7 @@ def exchange_edges(
     """
     length = position_ids.shape[1]
     (_, head, number), (_, tail, last_number) = (documents[0], documents[-1]) if length else ((0, 0, 0),) * 2
-    mine = [length, head * bool(number), tail * bool(last_number), 0, 0, group_size, int(pattern == "s2")]
+    mine = [length, head * bool(number), tail * bool(last_number), 0, 0, group_size, PATTERNS.index(pattern)]
     mine = torch.tensor(mine).to(position_ids.device)
     if length:
         mine[3:5] = position_ids[0, [0, -1]]
@@ -77,8 +77,8 @@ def _check_edges(edges: list[Edges]) -> None:
         )
     if len({edge[-2:] for edge in edges}) > 1:
         raise ValueError(
-            f"The ranks that share a sequence attend in different ways, (group_size, is shifted) = "
-            f"{[(edge.group_size, bool(edge.pattern)) for edge in edges]}. Configure all of them alike."
+            f"The ranks that share a sequence attend in different ways, (group_size, pattern) = "
+            f"{[(edge.group_size, PATTERNS[edge.pattern]) for edge in edges]}. Configure all of them alike."
         )
     for rank in range(1, len(edges)):
         last, first = edges[rank - 1].last, edges[rank].first
@@ -149,7 +149,7 @@ def plan_halo(
     Example: two ranks of 6 tokens of one document, G = 4: rank 1 begins with token 6, inside the straight group [4, 8)
         and at the start of the shifted group [6, 10): it needs tokens 4 and 5 of the straight half, and nothing else.
     """
-    group_size, pattern = edges[0].group_size, "s2" if edges[0].pattern else "local"
+    group_size, pattern = edges[0].group_size, PATTERNS[edges[0].pattern]
     shifts = 0, group_size // 2 if pattern == "s2" else 0
     before, after = _tokens_elsewhere(edges)
     starts = [0, *accumulate(edge.length for edge in edges)]

@@ -38,15 +38,14 @@ class SharedSequence:
         key: torch.Tensor,
         value: torch.Tensor,
         mask: S2Mask | torch.Tensor,
-        is_sparse: bool,
+        pattern: str,
         how: dict[str, Any],
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         """Attention of this rank's stretch of the sequence: (1, H, S, D), (1, H_kv, S, D) -> (1, S, H, D_v).
 
         Args:
-            is_sparse: whether this forward is one for S2-Attn; if not, and for the pattern "full", it is dense over
-                the whole sequence.
+            pattern: "s2" or "local"; "full" is dense over the whole sequence.
             how: scaling, dropout, softcap, sinks and backend. kwargs: as the architecture passes them.
             others: as `attention.s2_attention_forward`.
 
@@ -55,7 +54,6 @@ class SharedSequence:
             NotImplementedError: a cache, a sliding window, an attention that is not causal.
         """
         _check(module, settings, query, key, mask, kwargs)
-        pattern = settings.pattern_of(module) if is_sparse else "full"
         group = self.mesh.get_group()
         documents = mask.documents(settings.call.position_ids)
 

@@ -1,0 +1,287 @@
+"""`dense_every`: a model with it trains as one whose forwards are switched by hand, and goes on where it stopped."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from peft_longlora import LongLoraConfig, configure_attention, export_lora, use_attention
+from peft_longlora.adapter.model import LongLoraModel
+from peft_longlora.architecture import find_attention_modules
+from peft_longlora.attention.settings import settings_of
+from peft_longlora.sequence import parallelize_sequence, shard_batch
+from tests.helpers.plain_kernel import PlainKernel
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import extend, make
+
+GENERATOR = torch.Generator().manual_seed(5)
+ROWS = [torch.randint(3, 97, (1, 96), generator=GENERATOR) for _ in range(8)]
+PACKED = torch.cat([torch.arange(50), torch.arange(46)])[None]
+EVERY = 3
+
+
+def step(model, ids, **inputs):
+    """Loss and gradients of one forward and backward."""
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids, use_cache=False, **inputs).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def by_hand(model, number: int, ids, **inputs):
+    with use_attention(model, "dense" if number % EVERY == 0 else "auto"):
+        return step(model, ids, **inputs)
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=2e-3, atol=1e-4 * gradient.abs().max().item())
+
+
+def of_kind(kind: str):
+    """A model with the schedule, and the same without it."""
+    if kind == "adapter":
+        settings = dict(group_size=16, init_lora_weights=False)
+        return extend(make(), dense_every=EVERY, **settings).train(), extend(make(), **settings).train()
+    models = make(), make()
+    for model, every in zip(models, (EVERY, None), strict=True):
+        configure_attention(model, group_size=16, dense_every=every)
+        model.train()
+    return models
+
+
+# -- which forwards are dense ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["adapter", "whole model"])
+def test_losses_and_gradients_are_those_of_forwards_switched_by_hand(kind, packed):
+    model, plain = of_kind(kind)
+    inputs = dict(position_ids=PACKED) if packed else {}
+    for number, ids in enumerate(ROWS, 1):
+        expected = by_hand(plain, number, ids, **inputs)
+        assert_same(step(model, ids, **inputs), expected)
+        if number % EVERY == 0:
+            assert abs(step(plain, ids, **inputs)[0] - expected[0]) > 1e-3
+
+
+def test_a_layer_with_a_window_of_its_own_keeps_it():
+    model = make("gemma3_text", head_dim=8, sliding_window=16, num_hidden_layers=6)
+    plain = copy.deepcopy(model)
+    configure_attention(model, group_size=16, dense_every=1)
+    assert_same(step(model.train(), ROWS[0]), step(plain.train(), ROWS[0]))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputed_forward_runs_as_it_ran(reentrant):
+    """Also when others were made meanwhile: each of three losses has its own kind of forward."""
+    model, plain = of_kind("adapter")
+    for one in (model, plain):
+        one.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for number, ids in enumerate(ROWS[:4], 1):
+        assert_same(step(model, ids), by_hand(plain, number, ids))
+    expected = [by_hand(plain, number, ids) for number, ids in enumerate(ROWS[4:], 5)]
+    losses = [model(input_ids=ids, labels=ids, use_cache=False).loss for ids in ROWS[4:]]
+    for loss, truth in zip(losses, expected, strict=True):
+        model.zero_grad()
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        assert_same((loss.detach(), gradients), truth)
+
+
+def test_evaluation_and_sampling_are_not_counted():
+    model, plain = of_kind("adapter")
+    for number, ids in enumerate(ROWS, 1):
+        assert_same(step(model, ids), by_hand(plain, number, ids))
+        model.eval()(input_ids=ids, labels=ids).loss.backward()
+        model.train()
+        with torch.no_grad():  # as the reference logits of online RL
+            torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+        model.generate(ids[:, :8], max_new_tokens=2)
+    assert settings_of(next(iter(find_attention_modules(model).values()))).training_forwards == len(ROWS)
+
+
+def test_a_backbone_called_by_itself_is_counted_once():
+    model, plain = of_kind("whole model")
+    found = [one.model(input_ids=ROWS[0]).last_hidden_state for one in [model] * 6 + [plain]]
+    with use_attention(plain, "dense"):
+        dense = plain.model(input_ids=ROWS[0]).last_hidden_state
+    assert [torch.allclose(x, dense, atol=1e-5) for x in found] == [False, False, True, False, False, True, False]
+
+
+def test_a_second_adapter_keeps_the_count():
+    model, _ = of_kind("adapter")
+    for ids in ROWS[:2]:
+        step(model, ids)
+    model.add_adapter("second", LongLoraConfig(r=4, context_length=128, group_size=16, dense_every=EVERY))
+    model.set_adapter("second")
+    with use_attention(model, "dense"):
+        dense = model(input_ids=ROWS[2]).logits
+    settings = settings_of(next(iter(find_attention_modules(model).values())))
+    assert settings.training_forwards == 3
+    settings.training_forwards = 2
+    torch.testing.assert_close(model(input_ids=ROWS[2]).logits, dense)
+
+
+@pytest.mark.parametrize("value", [-1, 2.0, True, "3"])
+def test_what_is_no_number_of_forwards_is_refused(value):
+    for make_one in (lambda: LongLoraConfig(dense_every=value), lambda: configure_attention(make(), dense_every=value)):
+        with pytest.raises(ValueError, match="must be a whole number of training forwards"):
+            make_one()
+
+
+@pytest.mark.parametrize("none", [None, 0])
+def test_no_schedule(none):
+    model = extend(make(), dense_every=none).train()
+    plain = extend(make()).train()
+    for ids in ROWS[:3]:
+        assert torch.equal(step(model, ids)[0], step(plain, ids)[0])
+    assert not [name for name in saved_names(model) if "forwards" in name]
+
+
+def saved_names(model) -> list[str]:
+    return list(LongLoraModel._get_adapter_state_dict(
+        model=model, config=model.peft_config["default"], adapter_name="default", state_dict=model.state_dict(),
+        unwanted_adapter_names=[],
+    ))  # fmt: skip
+
+
+# -- compiled --------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_model_has_two_graphs(monkeypatch):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    from peft_longlora.kernels import backends
+
+    monkeypatch.setitem(backends.KERNELS, "plain", PlainKernel(True, True))
+    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "plain"))
+    monkeypatch.setattr(PlainKernel, "missing", lambda self, device: None)
+    monkeypatch.setattr(PlainKernel, "lacks", lambda self, call: None)
+    torch._dynamo.reset()
+    model, plain = make(), make()
+    configure_attention(model, group_size=16, dense_every=EVERY, backend="plain")
+    configure_attention(plain, group_size=16, backend="plain")
+    counter = CompileCounterWithBackend("eager")
+    model.train().compile(backend=counter)
+    frames = []
+    for number, ids in enumerate([*ROWS, *ROWS], 1):
+        assert_same(step(model, ids), by_hand(plain.train(), number, ids))
+        frames.append(counter.frame_count)
+    assert frames[-1] == frames[5], frames  # nothing is compiled again once both kinds were seen twice
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def train(folder, model, resume=None):
+    data = Dataset.from_dict(
+        {"input_ids": [row[0].tolist() for row in ROWS], "labels": [row[0].tolist() for row in ROWS]}
+    )
+    args = TrainingArguments(
+        output_dir=str(folder), max_steps=6, save_steps=4, save_strategy="steps", per_device_train_batch_size=1,
+        gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=1, logging_steps=1, learning_rate=0.01,
+        report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        model, args, train_dataset=data, eval_dataset=data.select([0]), data_collator=default_data_collator
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_resumed_adapter_has_the_losses_of_an_uninterrupted_one(tmp_path):
+    whole = train(tmp_path / "whole", of_kind("adapter")[0])
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    rest = train(tmp_path / "rest", of_kind("adapter")[0], resume=str(checkpoint))
+    assert rest == whole
+    tensors = load_file(checkpoint / "adapter_model.safetensors")
+    assert tensors["base_model.model.longlora_training_forwards"].tolist() == [8]
+    without = train(tmp_path / "without", of_kind("adapter")[1], resume=str(checkpoint))
+    assert without[:4] == whole[:4] and without[4:] != whole[4:]
+
+
+def test_a_resumed_whole_model_has_the_losses_of_an_uninterrupted_one(tmp_path):
+    """The user says how many forwards there were, in one line."""
+    whole = train(tmp_path / "whole", of_kind("whole model")[0])
+    model = make()
+    settings = configure_attention(model, group_size=16, dense_every=EVERY)
+    settings.training_forwards = 4 * 2  # trainer_state.global_step * gradient_accumulation_steps
+    rest = train(tmp_path / "rest", model.train(), resume=str(tmp_path / "whole" / "checkpoint-4"))
+    assert rest == whole
+
+
+def test_the_count_comes_with_the_adapter_and_stays_out_of_exports(tmp_path):
+    model, _ = of_kind("adapter")
+    for ids in ROWS[:5]:
+        step(model, ids)
+    model.save_pretrained(tmp_path / "saved")
+    again = PeftModel.from_pretrained(make(), tmp_path / "saved", is_trainable=True).train()
+    for ids in ROWS[5:]:
+        assert torch.equal(step(model, ids)[0], step(again, ids)[0])
+    export_lora(model, tmp_path / "exported", fold_into=tmp_path / "base")
+    assert all(
+        "lora_" in name and "forwards" not in name
+        for name in load_file(tmp_path / "exported/adapter_model.safetensors")
+    )
+
+
+# -- shared sequences ------------------------------------------------------------------------------------------------
+
+
+def shared() -> list[tuple[float, float]]:
+    """Differences of loss and gradients to a model on one rank, forward by forward."""
+    mesh = init_device_mesh("cpu", (2,))
+    model, plain = of_kind("adapter")
+    parallelize_sequence(model, mesh)
+    found = []
+    for number, ids in enumerate(ROWS[:4], 1):
+        batch = dict(input_ids=ids, position_ids=PACKED, labels=ids)
+        loss, gradients = by_hand(plain, number, ids, position_ids=PACKED)
+        mine = shard_batch(batch, mesh.get_local_rank(), 2)
+        model.zero_grad()
+        labels = ids.shape[1] - 1
+        part = model(**mine, num_items_in_batch=torch.tensor(labels), use_cache=False).loss
+        part.backward()
+        total = part.detach().clone()
+        torch.distributed.all_reduce(total)
+        errors = []
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                torch.distributed.all_reduce(parameter.grad)
+                scale = gradients[name].abs().max().clamp(min=1e-6)
+                errors.append(((parameter.grad - gradients[name]).abs().max() / scale).item())
+        found.append((abs(total - loss).item(), max(errors)))
+    return found
+
+
+def apart() -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    model, _ = of_kind("adapter")
+    parallelize_sequence(model, mesh)
+    settings_of(next(iter(find_attention_modules(model).values()))).training_forwards = mesh.get_local_rank()
+    batch = dict(input_ids=ROWS[0], position_ids=PACKED)
+    for _ in range(2):
+        try:
+            model(**shard_batch(batch, mesh.get_local_rank(), 2))
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def test_ranks_that_share_a_sequence_are_dense_together():
+    for found in run_ranks(2, shared):
+        assert all(loss < 1e-5 and gradient < 5e-5 for loss, gradient in found), found
+
+
+def test_ranks_that_count_differently_say_so_on_all_of_them():
+    for message in run_ranks(2, apart):
+        assert "(16, 's2'), (16, 'full')" in message

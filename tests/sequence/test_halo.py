@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from peft_longlora.kernels.groups import find_documents, plan_groups
+from peft_longlora.kernels.groups import PATTERNS, find_documents, plan_groups
 from peft_longlora.kernels.operators import attend_halves, attend_halves_backward
 from peft_longlora.reference import s2_attention_reference
 from peft_longlora.sequence.edges import Edges, exchange_edges, plan_halo
@@ -15,6 +15,7 @@ from peft_longlora.sequence.halo import attend_far, attend_far_backward, attend_
 from tests.helpers.ranks import Traffic, run_ranks
 
 DIM = 4
+S2 = PATTERNS.index("s2")
 HEADS = [(4, 2), (4, 1), (9, 3), (4, 4), (1, 1), (5, 1)]
 
 # Stretches of each number of ranks, in tokens, and the documents: a negative length is padding.
@@ -194,7 +195,7 @@ def stretches_of(lengths: list[int], documents: list[int]) -> list[tuple[Edges, 
         own = find_documents(segments[:, first:last])
         (_, head, number), (_, tail, last_number) = own[0], own[-1]
         ends = positions[0, first].item(), positions[0, last - 1].item()
-        found.append((Edges(last - first, head * bool(number), tail * bool(last_number), *ends, 8, 1), own))
+        found.append((Edges(last - first, head * bool(number), tail * bool(last_number), *ends, 8, S2), own))
     return found
 
 
@@ -232,7 +233,7 @@ def test_the_plans_of_all_ranks_fit_together():
 def test_a_thousand_ranks_are_planned_like_two():
     """100 million tokens on 1024 GPUs: nobody lists the groups of the whole sequence, and only neighbours talk."""
     stretch, group_size = 2**17, 8192
-    edges = [Edges(stretch, stretch, stretch, i * stretch, (i + 1) * stretch - 1, group_size, 1) for i in range(1024)]
+    edges = [Edges(stretch, stretch, stretch, i * stretch, (i + 1) * stretch - 1, group_size, S2) for i in range(1024)]
     plan = plan_halo(edges, 700, [(0, stretch, 1)])
     assert plan.needs == (0, group_size // 2)
     talking = [rank for rank in range(1024) if any(b > a for a, b in (*plan.sends[rank], *plan.receives[rank]))]
@@ -267,13 +268,13 @@ def test_stretches_that_do_not_fit_are_refused_on_every_rank():
         nothing, positions, sizes, tokens = found
         assert nothing == "nothing"
         assert "rank 0 ends at position 5, and rank 1 begins at 9" in positions and "shard_batch" in positions
-        assert "[(8, True), (10, True)]" in sizes
+        assert "[(8, 's2'), (10, 's2')]" in sizes
         assert "stretches of [6, 0] tokens" in tokens
 
 
 def test_kernels_that_only_autograd_can_run_are_refused():
     q = torch.randn(1, 2, 8, DIM)
-    plan = plan_halo([Edges(8, 8, 8, 0, 7, 4, 1)], 0, [(0, 8, 1)])
+    plan = plan_halo([Edges(8, 8, 8, 0, 7, 4, S2)], 0, [(0, 8, 1)])
     with pytest.raises(NotImplementedError, match="backend='flex' cannot attend to a sequence that ranks share"):
         attend_shared(q, q, q, plan, backend="flex")
     with pytest.raises(NotImplementedError, match="no dropout"):

@@ -1,8 +1,8 @@
 """Render the cards of this folder: `python model_cards/make.py` (no network, no weights, some seconds).
 
-Each entry states the base as its published config.json does (window, RoPE, vocabulary), and the `LongLoraConfig` for
-it. A model of that architecture, a few channels wide, is made from it and the adapter is added to it by the package's
-own code; so what a card says is what training with that config would say.
+Each entry describes the base as its published config.json does (window, RoPE, vocabulary), and gives a `LongLoraConfig`
+for it. The script makes a model of that architecture, a few channels wide, and the package's own code adds the adapter
+to it. So a card says what it would say after training with that config.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ NARROW = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-HEAD = """> A template: there are no weights behind this card, and nothing was measured. It shows what an adapter of
-> this base says about itself, and at the end the config that makes one."""
+HEAD = """> A template: there are no weights behind this card, and nothing was measured. It shows the card that an
+> adapter of this base gets. The config that makes such an adapter is at the end."""
 TAIL = """## The config that makes such an adapter
 
 ```python

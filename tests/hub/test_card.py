@@ -132,7 +132,7 @@ def test_card_says_what_the_model_does(base_folder, tmp_path, fields, window, gr
     assert row(text, "input embeddings").startswith("yes") == any("embed_tokens" in name for name in trained)
     assert row(text, "norms").startswith("yes") == any("norm" in name for name in trained)
     on = {name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if any(f"{name}.lora_A" in t for t in trained)}
-    assert set(re.findall(r"`(\w+)`", row(text, "on"))) == on
+    assert set(re.findall(r"`(\w+)`", row(text, "LoRA on"))) == on
 
 
 def test_card_of_a_base_that_is_scaled_already(tmp_path):

@@ -2,6 +2,6 @@
 
 import sys
 
-from peft_longlora.cli.main import main
+from .main import main
 
 sys.exit(main())

@@ -1,11 +1,37 @@
-"""What command lines share: a parser with errors on one line, and numbers."""
+"""What commands share: how one is described, numbers on a command line, options of a model, and names in errors."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of `longlora`.
+
+    Attributes:
+        summary: its line in `longlora --help`. description, epilog: of its own help.
+        add_options: puts its options into a parser. run: called with the parsed options; gives the exit code.
+        interrupted: what is said when the user stops it.
+        options: names of options by the parameter of the library that they set, where the two differ.
+    """
+
+    name: str
+    summary: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    description: str | None = None
+    epilog: str | None = None
+    interrupted: str = "Stopped."
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,47 +42,84 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def _numbers(text: str) -> list[int]:
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the model that a command loads."""
+    model = parser.add_argument_group("model")
+    add = model.add_argument
+    add("--model", required=True, help="folder or Hub id of a base, or of a merged model")
+    add("--adapter", help="folder or Hub id of a PEFT adapter")
+    add("--tokenizer", help="folder or Hub id; the model's otherwise")
+    add("--dtype", default="auto", choices=DTYPES, help="auto: the file's (%(default)s)")
+    add("--device", help="cuda, cpu, ...; the GPU if there is one")
+    add("--attn-implementation", help="of dense attention: sdpa, flash_attention_2, ...")
+
+
+def model_options(args: argparse.Namespace) -> dict[str, str | None]:
+    """The options of `add_model_options`, as `hub.load_model` takes them; the device is left to the command."""
+    names = ("model", "adapter", "tokenizer", "dtype", "attn_implementation")
+    return {name: getattr(args, name) for name in names}
+
+
+def say_options(text: str, args: argparse.Namespace, names: Mapping[str, str]) -> str:
+    """An error of the library in the words of the command line: "model='x'" becomes "--model x".
+
+    Args:
+        names: as `Command.options`.
+    """
+    known = {name: name for name in vars(args)} | dict(names)
+    for parameter, option in known.items():
+        flag = f"--{option.replace('_', '-')}"
+        text = re.sub(rf"(?<![\w-]){parameter}=(?:True\b|\.\.\.)", flag, text)
+        text = re.sub(rf"(?<![\w-]){parameter}='([^']*)'", lambda found, flag=flag: f"{flag} {found[1]}", text)
+        text = re.sub(rf"(?<![\w-]){parameter}=(?=\S)", f"{flag} ", text)
+    return text
+
+
+def numbers(text: str) -> list[int]:
+    """Numbers of 1 or more, such as 4096,8192 or 4k,8k."""
     parts = text.lower().split(",")
     try:
-        numbers = [int(part.removesuffix("k")) * (1024 if part.endswith("k") else 1) for part in parts]
+        found = [int(part.removesuffix("k")) * (1024 if part.endswith("k") else 1) for part in parts]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 4096,8192 or 4k,8k") from None
-    if min(numbers) < 1:
+    if min(found) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} holds a number below 1")
-    return numbers
+    return found
 
 
-def _percents(text: str) -> list[float]:
+def percents(text: str) -> list[float]:
+    """Shares from 0 to 1, given as percents."""
     try:
-        numbers = [float(part) / 100 for part in text.split(",")]
+        found = [float(part) / 100 for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of percents such as 0,50,100") from None
-    if not all(0 <= number <= 1 for number in numbers):
+    if not all(0 <= number <= 1 for number in found):
         raise argparse.ArgumentTypeError(f"{text!r} holds a percentage outside 0 to 100")
-    return numbers
+    return found
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A number of 0 or more."""
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is no number of 0 or more")
     return int(text)
 
 
-def refuse_file(output: Path) -> None:
-    """Refuse an --output that is a file, or lies in one, before there is anything to write.
-
-    Raises: ValueError.
-    """
-    if found := next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None):
-        raise ValueError(f"--output {output}: {found} is a file. Give a folder.")
-
-
 def positive(text: str) -> int:
-    """A number of 1 or more, for argparse."""
+    """A number of 1 or more."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
     return int(text)
+
+
+def temperature(text: str) -> float:
+    """0 to 100."""
+    return _number(text, 0, 100, "from 0 to 100")
+
+
+def share(text: str) -> float:
+    """Above 0 and up to 1."""
+    return _number(text, 1e-6, 1, "above 0 and up to 1")
 
 
 def _number(text: str, low: float, high: float, rule: str) -> float:
@@ -66,9 +129,10 @@ def _number(text: str, low: float, high: float, rule: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is no number {rule}")
 
 
-def _temperature(text: str) -> float:
-    return _number(text, 0, 100, "from 0 to 100")
+def refuse_file(output: Path) -> None:
+    """Refuse an --output that is a file, or lies in one, before there is anything to write.
 
-
-def _share(text: str) -> float:
-    return _number(text, 1e-6, 1, "above 0 and up to 1")
+    Raises: ValueError.
+    """
+    if found := next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None):
+        raise ValueError(f"--output {output}: {found} is a file. Give a folder.")

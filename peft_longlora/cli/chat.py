@@ -1,6 +1,6 @@
 """`longlora chat`: a document, questions on the command line or one after the other, answers as they come.
 
-Answers go to stdout, everything else to stderr. Called by cli.py.
+Answers go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -10,24 +10,19 @@ import contextlib
 import logging
 import sys
 
-from peft_longlora.chat.kvcache import CACHES
-from peft_longlora.cli.arguments import _share, _temperature, positive
+from .arguments import Command, add_model_options, model_options, positive, say_options, share, temperature
 
+CACHES = ("dense", "quantised", "offloaded")
 FORGET, QUIT = "/forget", ("/quit", "/exit")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `longlora chat`."""
     add = parser.add_argument
-    add("--model", required=True, help="folder or Hub id of a base, or of a merged model")
-    add("--adapter", help="folder or Hub id of a PEFT adapter")
-    add("--tokenizer", help="folder or Hub id; the model's otherwise")
     add("--file", required=True, help="the document: a path to a .txt, .md or .pdf file")
     add("--ask", action="append", metavar="QUESTION", help="answer this and end; may be given several times")
     add("--plain", action="store_true", help="use no chat template, also where the tokenizer has one")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    add("--device", help="cuda, cpu, ...; the GPU if there is one")
-    add("--attn-implementation", help="of dense attention: sdpa, flash_attention_2, ...")
+    add_model_options(parser)
     memory = parser.add_argument_group("memory")
     memory.add_argument(
         "--cache",
@@ -38,14 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--chunk", type=positive, default=2048, help="tokens of the document forwarded at a time")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--max-new-tokens", type=positive, default=256)
-    answers.add_argument("--temperature", type=_temperature, default=0.0, help="0: always the likeliest token")
-    answers.add_argument("--top-p", type=_share, default=1.0, help="with a temperature: of the likeliest tokens")
+    answers.add_argument("--temperature", type=temperature, default=0.0, help="0: always the likeliest token")
+    answers.add_argument("--top-p", type=share, default=1.0, help="with a temperature: of the likeliest tokens")
     answers.add_argument("--seed", type=int, default=0)
     answers.add_argument("--passages", type=positive, metavar="N", help="show the N passages attended to most")
 
 
-def run_chat(args: argparse.Namespace) -> int:
-    """`longlora chat`; returns the exit code.
+def run(args: argparse.Namespace) -> int:
+    """Read the document and answer the questions.
 
     Raises:
         ValueError, ImportError, OSError: of files, models and caches that cannot be used.
@@ -58,14 +53,7 @@ def run_chat(args: argparse.Namespace) -> int:
     if any(not question.strip() for question in args.ask or []):
         raise ValueError("--ask is empty.")
     document = read_document(args.file)  # what cannot be read is said before a model is loaded
-    loaded = load_model(
-        args.model,
-        args.adapter,
-        tokenizer=args.tokenizer,
-        dtype=args.dtype,
-        device=args.device,
-        attn_implementation=args.attn_implementation,
-    )
+    loaded = load_model(**model_options(args), device=args.device)
     conversation = Conversation(
         loaded,
         document,
@@ -78,7 +66,7 @@ def run_chat(args: argparse.Namespace) -> int:
         plain=args.plain,
     )
     for text in [*loaded.notes, *conversation.warnings()]:
-        _say(f"warning: {text}")
+        _say(f"warning: {say_options(text, args, COMMAND.options)}")
     _say(f"{document.name}: {conversation.document_tokens:,} tokens; {conversation.usage}")
     try:
         conversation.read(_progress)
@@ -149,3 +137,6 @@ def _progress(done: int, total: int) -> None:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+COMMAND = Command("chat", "ask questions of a long document", add_options, run, options={"chunk_size": "chunk"})

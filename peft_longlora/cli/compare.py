@@ -1,22 +1,38 @@
-"""`longlora compare`."""
+"""`longlora compare`: two runs of `longlora eval` side by side."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from peft_longlora.cli.arguments import refuse_file
+from .arguments import Command, refuse_file
 
 
-def run_compare(args: argparse.Namespace) -> None:
-    """`longlora compare`."""
-    from peft_longlora.eval.report import comparison as pairs
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `longlora compare`."""
+    add = parser.add_argument
+    add("first", help="results.json, or its folder")
+    add("second", help="the same of the run that is set beside it")
+    add("--labels", nargs=2, default=["first", "second"], help="names for the two (first second)")
+    add("--output", type=Path, default=Path("compare"), help="folder of table and plot (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, print the table, and write it with its plot."""
+    from peft_longlora.eval.report import comparison
 
     refuse_file(args.output)
-    differences, notes = pairs.compare(args.first, args.second)
-    labels = tuple(args.labels)
-    text = pairs.make_comparison(differences, notes, labels)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / pairs.REPORT).write_text(text, encoding="utf-8")
-    pairs.plot_comparison(differences, labels).savefig(args.output / pairs.PLOT)
-    print(text)
-    print(f"{args.output}: {pairs.REPORT} and {pairs.PLOT}")
+    found = comparison.compare(args.first, args.second)
+    print(comparison.write_comparison(*found, tuple(args.labels), args.output))
+    print(f"{args.output}: {comparison.REPORT} and {comparison.PLOT}")
+    return 0
+
+
+COMMAND = Command(
+    "compare",
+    "set two results.json side by side",
+    add_options,
+    run,
+    description="Set two runs of longlora eval side by side, with differences and their intervals: as a table on the "
+    "terminal and in compare.md, and as a plot in compare.png.",
+)

@@ -1,83 +1,81 @@
-"""`longlora eval`."""
+"""`longlora eval`: measure a model, with or without an adapter."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
-from peft_longlora import LongLoraConfig
-from peft_longlora.cli.arguments import refuse_file
+from .arguments import Command, add_model_options, count, model_options, numbers, percents, positive, refuse_file
+from .tasks import OWN_TASKS, make_tasks, tasks_that_read
 
 INCOMPLETE = 3  # the exit code of an evaluation that lacks what ran out of memory
 
 
-OWN_TASKS = ("perplexity", "native", "passkey", "needle", "ruler", "topics", "multidoc", "longqa", "cost")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `longlora eval`."""
+    add = parser.add_argument
+    add(
+        "--tasks",
+        default="perplexity,passkey",
+        help=f"of {', '.join(OWN_TASKS)}; one RULER task such as ruler_vt; any task of lm-eval (default: %(default)s)",
+    )
+    add("--lengths", type=numbers, default=[4096], help="tokens of windows and prompts, as 4096,8192 or 4k,8k (4k)")
+    add("--output", required=True, type=Path, help="folder of results; one that holds the same run goes on")
+    add("--overwrite", action="store_true", help="throw away what --output holds")
+    add("--card", action="store_true", help="show the results in the adapter's card (README.md)")
+    add("--seed", type=int, default=0, help="of generated prompts and of the intervals (%(default)s)")
+    add_model_options(parser)
+    _add_extension(parser)
+    _add_documents(parser)
+    _add_prompts(parser)
+    _add_harness(parser)
 
 
-def make_tasks(args: argparse.Namespace) -> list[Any]:
-    """The tasks that were asked for.
+def _add_extension(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("the window").add_argument
+    add("--attention", default="dense", choices=["dense", "sparse"], help="sparse: the adapter's pattern (dense)")
+    add("--context-length", type=positive, help="rescale RoPE to so many tokens, without an adapter")
+    add("--rope-type", help="how --context-length rescales: yarn, ntk, linear, ... (yarn)")
 
-    Raises: ValueError, ImportError: an unknown task, or data it needs is missing.
-    """
+
+def _add_documents(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(f"documents ({', '.join(tasks_that_read('data'))})").add_argument
+    add("--data", nargs="+", help=".txt, .jsonl, .json (each also .gz), folders of those, or a dataset's id")
+    add("--split", default="train", help="of a dataset on the Hub (%(default)s)")
+    add("--data-config", help="of a dataset on the Hub")
+    add("--text-field", default="text", help="of records, where the document is (%(default)s)")
+    add("--protocol", default="documents", choices=["documents", "longlora", "both"], help="of perplexity (documents)")
+    add("--stride", type=count, help="of windows; documents: half one, longlora: 256; 0: no overlap")
+    add("--buckets", type=numbers, help="edges between positions; 512 and its doublings otherwise")
+    add("--max-windows", type=positive, help="the first so many of each document; all otherwise")
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("prompts").add_argument
+    quarters = [0, 0.25, 0.5, 0.75, 1]
+    add("--depths", type=percents, default=quarters, help="of passkey and needle, percents (0,25,50,75,100)")
+    add("--seeds", type=positive, default=2, help="keys for each length and depth (%(default)s)")
+    add("--samples", type=positive, help="prompts a ruler task and length (20), records a file (all)")
+    add("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
+    add("--topics", help="LongChat's records")
+    add("--multidoc", help="lost-in-the-middle's records")
+    add("--places", type=percents, default=quarters, help="of the gold passage, percents (0,25,50,75,100)")
+    add("--longqa", help="LongAlpaca's or LongBench's records")
+    add("--longqa-prompts", help="LongBench's config/dataset2prompt.json")
+
+
+def _add_harness(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("lm-eval").add_argument
+    add("--limit", type=positive, help="the first so many questions of each task")
+    add("--include-path", help="a folder of task files")
+    add("--num-fewshot", type=count, help="examples before a question; the task's own number otherwise")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write the results and print the table."""
     from peft_longlora import eval as suite
-    from peft_longlora.eval.tasks import ruler
-
-    def need(option: str) -> Any:
-        value = getattr(args, option)
-        if value is None:
-            raise ValueError(f"Task {name!r} needs --{option}.")
-        return value
-
-    source = suite.Corpus(args.data, args.split, args.data_config, args.text_field) if args.data else None
-
-    def corpus() -> suite.Corpus:
-        need("data")
-        return source
-
-    cut = dict(stride=args.stride, buckets=args.buckets, max_windows=args.max_windows)
-    lengths, tasks = sorted(set(args.lengths)), []
-    books = suite.Books(source, lengths[-1]) if source else None
-    for name in dict.fromkeys(part.strip() for part in args.tasks.split(",") if part.strip()):
-        if name == "perplexity":
-            for protocol in ("longlora", "documents") if args.protocol == "both" else (args.protocol,):
-                tasks.append(suite.Perplexity(corpus(), lengths, protocol, **cut))
-        elif name == "native":
-            tasks.append(suite.Perplexity(corpus(), [], with_base=True, name="native", max_windows=args.max_windows))
-        elif name in ("passkey", "needle"):
-            if name == "needle":
-                need("data")
-            hay = books if name == "needle" else None
-            tasks.append(
-                suite.Passkey(
-                    chat=args.chat, lengths=lengths, depths=args.depths, seeds=args.seeds, seed=args.seed, books=hay
-                )
-            )
-        elif name == "ruler" or name.removeprefix("ruler_") in ruler.TASKS:
-            for kind in ruler.TASKS if name == "ruler" else [name.removeprefix("ruler_")]:
-                options = dict(samples=args.samples or 20, seed=args.seed, books=books)
-                tasks.append(suite.Ruler(chat=args.chat, kind=kind, lengths=lengths, **options))
-        elif name == "topics":
-            tasks.append(suite.Topics(chat=args.chat, source=need("topics"), samples=args.samples))
-        elif name == "multidoc":
-            options = dict(samples=args.samples, places=args.places)
-            tasks.append(suite.MultiDoc(chat=args.chat, source=need("multidoc"), **options))
-        elif name == "longqa":
-            options = dict(samples=args.samples, max_length=lengths[-1], prompts=args.longqa_prompts)
-            tasks.append(suite.LongQA(chat=args.chat, source=need("longqa"), **options))
-        elif name == "cost":
-            tasks.append(suite.Cost(lengths))
-        else:
-            tasks.append(suite.Harness(name, args.limit, args.include_path, args.num_fewshot))
-    if not tasks:
-        raise ValueError(f"--tasks {args.tasks!r} names no task.")
-    return tasks
-
-
-def run_eval(args: argparse.Namespace) -> int:
-    """`longlora eval`; returns the exit code."""
-    from peft_longlora.eval import Perplexity, Processes, Settings, evaluate, load_subject
+    from peft_longlora.eval.report.tables import make_report
 
     if args.card and (args.adapter is None or not Path(args.adapter).is_dir()):
         raise ValueError(f"--card needs an adapter in a folder, not {args.adapter!r}.")
@@ -85,33 +83,19 @@ def run_eval(args: argparse.Namespace) -> int:
     refuse_file(args.output)
     for task in tasks:
         task.data()  # what cannot be read is said before a model is loaded
-    processes = Processes.of_environment(args.device)
-    subject = load_subject(
-        args.model,
-        args.adapter,
-        tokenizer=args.tokenizer,
-        dtype=args.dtype,
-        device=processes.device,
-        attention=args.attention,
-        attn_implementation=args.attn_implementation,
-        context_length=args.context_length,
-        rope_type=args.rope_type,
+    processes = suite.Processes.of_environment(args.device)
+    window = {name: getattr(args, name) for name in ("attention", "context_length", "rope_type")}
+    subject = suite.load_subject(**model_options(args), **window, device=processes.device)
+    config = _config_of_card(args.adapter) if args.card else None
+    settings = suite.Settings(seed=args.seed)
+    results = suite.evaluate(
+        subject, tasks, args.output, settings=settings, overwrite=args.overwrite, processes=processes
     )
-    config = LongLoraConfig.from_pretrained(args.adapter) if args.card else None
-    if config is not None and not isinstance(config, LongLoraConfig):
-        raise ValueError(f"--card is for LongLoRA's adapters; {args.adapter} is one of type {config.peft_type.value}.")
-    for task in tasks:
-        if isinstance(task, Perplexity) and task.name == "native":
-            task.lengths = [subject.native_window]
-    settings = Settings(seed=args.seed)
-    results = evaluate(subject, tasks, args.output, settings=settings, overwrite=args.overwrite, processes=processes)
     if results is None:
         return 0
-    from peft_longlora.eval.report.tables import make_report
-
     written = f"{args.output}: results.json, results.md, samples.jsonl and plots"
     if config is not None:
-        written += f"\nCard: {write_card(config, args.adapter, args.output)}"
+        written += f"\nCard: {_write_card(config, args.adapter, args.output)}"
     print(make_report(results), written, sep="\n")
     if not results.unmeasured:
         return 0
@@ -123,13 +107,37 @@ def run_eval(args: argparse.Namespace) -> int:
     return INCOMPLETE
 
 
-def write_card(config: LongLoraConfig, adapter: str, output: Path) -> Path:
-    """Put results.json and the plots into the adapter's folder, and write its card anew."""
-    import shutil
+def _config_of_card(adapter: str):
+    """The config of an adapter that can have a card.
 
-    from peft_longlora.hub import card
+    Raises: ValueError: it is not LongLoRA's.
+    """
+    from peft_longlora import LongLoraConfig
 
-    for path in [output / "results.json", *output.glob("*.png")]:
-        if path.resolve().parent != Path(adapter).resolve():
-            shutil.copyfile(path, Path(adapter) / path.name)
+    config = LongLoraConfig.from_pretrained(adapter)
+    if not isinstance(config, LongLoraConfig):
+        raise ValueError(f"--card is for LongLoRA's adapters; {adapter} is one of type {config.peft_type.value}.")
+    return config
+
+
+def _write_card(config, adapter: str, output: Path) -> Path:
+    """Put the results and their plots into the adapter's folder, and write its card anew."""
+    from peft_longlora.hub import card, results
+
+    results.copy_results(output, Path(adapter))
     return card.write_card(config, adapter)
+
+
+COMMAND = Command(
+    "eval",
+    "measure a model, with or without an adapter",
+    add_options,
+    run,
+    description="Measure what a model's window is worth: perplexity, retrieval, question answering, cost. Writes "
+    "results.json, a table and plots; a run that was stopped goes on when the same command is given again.",
+    epilog="Example: longlora eval --model meta-llama/Llama-2-7b-hf --adapter my-32k-adapter --tasks "
+    "perplexity,native,passkey --data books/ --lengths 4k,8k,16k,32k --output out/. docs/evaluation.md explains "
+    "the tasks and protocols.",
+    interrupted="Stopped. The same command goes on where this one ended.",
+    options={"books": "data", "corpus": "data", "max_length": "lengths", "prompts": "longqa-prompts"},
+)

@@ -1,14 +1,14 @@
-"""Evaluation of long context, with the protocols of the field: `longlora eval`, and the same from Python.
+"""What a window is worth, measured with the protocols of the field: `longlora eval`, and the same from Python.
 
-    subject.py      a model, its tokenizer (encoding.py), and what is asked of them: losses (losses.py) and answers
-    tasks.py        what a task is: items, each one window or prompt, each giving one sample
-      corpus.py     documents and windows      -> perplexity.py
-      prompts.py    prompts that fill a length -> passkey.py, ruler.py (haystack.py, words.py), records.py -> longqa.py
-      cost.py       time and memory              harness.py   lm-eval's tasks      metrics.py   scores of answers
-    run.py          items shared among processes (processes.py), journalled (journal.py), gathered
-    results.py      rows with intervals (statistics.py), results.json's schema
-    report.py       results.md (units.py); plots.py draws; comparison.py sets two runs side by side
-    callback.py     the same during training
+Reading order: `run.py` (evaluate: check, open, measure, gather), then what it calls.
+
+    subject.py      a model with its tokenizer, and what is asked of it: losses (losses.py) and answers
+    corpus.py       documents, and the windows that perplexity is measured in
+    tasks/          what is measured: each task gives items, each item one sample
+    share.py        one process's share of a task (processes.py); journal.py keeps its samples
+    gather.py       samples become rows and notes
+    report/         tables, plots, and two runs side by side
+    callback.py     the same while a model trains
 
 Example:
     >>> subject = load_subject("base", "adapter")

@@ -185,7 +185,7 @@ class Corpus:
         if not index:
             raise ValueError(
                 f"{', '.join(self.sources)}: {end} tokens in all give no window of {length} tokens (protocol "
-                f"'longlora' needs more than {length + stride}). Use shorter --lengths or more text."
+                f"'longlora' needs more than {length + stride}). Use shorter lengths=... or more text."
             )
 
 

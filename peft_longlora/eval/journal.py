@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peft_longlora.eval.report.cells import SAMPLES
-
-RUN = "run.json"
+RUN, SAMPLES = "run.json", "samples.jsonl"
 
 
 class Journal:

@@ -30,7 +30,7 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(device=find_device(device))
         if device not in (None, "cpu", "cuda"):
-            raise ValueError(f"--device {device}: each process takes a GPU of its own. Leave it out, or say cpu.")
+            raise ValueError(f"device={device!r}: each process takes a GPU of its own. Leave it out, or say cpu.")
         from accelerate import PartialState
 
         # Processes finish at different times, and the default of ten minutes would end the slower one's run.

@@ -73,7 +73,7 @@ def load_model(
     check_rope(rope_type or DEFAULT_ROPE, None)
     if rope_type and not context_length:
         raise ValueError(
-            f"--rope-type {rope_type} does nothing without --context-length"
+            f"rope_type={rope_type!r} does nothing without context_length=..."
             + (": an adapter brings its own scaling. Leave it out." if adapter else ". Give both, or neither.")
         )
     if adapter and context_length:
@@ -81,7 +81,9 @@ def load_model(
             f"context_length={context_length} and an adapter exclude each other: an adapter brings its own."
         )
     if (Path(model) / "adapter_config.json").is_file():
-        raise ValueError(f"--model {model} is an adapter. Give its base with --model, and the adapter with --adapter.")
+        raise ValueError(
+            f"model={model!r} is an adapter. Give its base with model=..., and the adapter with adapter=..."
+        )
     base = _load(AutoModelForCausalLM, model, "model", dtype=dtype, attn_implementation=attn_implementation)
     words = _load(AutoTokenizer, tokenizer or model, "tokenizer")
     check_tokenizer(base, words)
@@ -91,14 +93,14 @@ def load_model(
     if known < PADDED * rows:
         notes.append(
             f"The tokenizer knows {known} tokens and the model has {rows} embeddings: it may be another model's. "
-            f"Give the one that belongs to it with --tokenizer."
+            f"Give the one that belongs to it with tokenizer=..."
         )
     if adapter:
         base = _add_adapter(base, adapter, model, notes)
     elif context_length:
         if context_length <= native:
             raise ValueError(
-                f"--context-length {context_length} is not above the model's own window of {native} tokens: there is "
+                f"context_length={context_length} is not above the model's own window of {native} tokens: there is "
                 f"nothing to rescale. Leave it out, or give more tokens."
             )
         scale_rope(base, context_length, rope_type=rope_type or DEFAULT_ROPE)
@@ -114,11 +116,11 @@ def find_device(name: str | torch.device | None) -> torch.device:
     try:
         place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if place.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"--device {name}: PyTorch sees no GPU here.")
+            raise ValueError(f"device={str(name)!r}: PyTorch sees no GPU here.")
         if torch.empty(1, device=place).is_meta:
-            raise ValueError(f"--device {name} holds no numbers. Use cpu, cuda or another that does.")
+            raise ValueError(f"device={str(name)!r} holds no numbers. Use cpu, cuda or another that does.")
     except (RuntimeError, AssertionError) as error:  # which of them depends on the device
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device={str(name)!r}: {str(error).splitlines()[0]}") from None
     return place
 
 
@@ -137,19 +139,19 @@ def check_tokenizer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) 
     if largest >= rows:
         raise ValueError(
             f"The tokenizer ({tokenizer.name_or_path}) knows token {largest}, but the model has {rows} embeddings. "
-            f"Give the tokenizer that belongs to the model with --tokenizer."
+            f"Give the tokenizer that belongs to the model with tokenizer=..."
         )
 
 
 def _load(factory: Any, name: str, what: str, **options: Any) -> Any:
     if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).is_dir():
-        raise ValueError(f"--{what} {name}: no such folder.")
+        raise ValueError(f"{what}={name!r}: no such folder.")
     options = {key: value for key, value in options.items() if value is not None}
     try:
         return factory.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"--{what} {name} cannot be loaded: {reason}") from error
+        raise ValueError(f"{what}={name!r} cannot be loaded: {reason}") from error
 
 
 def _add_adapter(base: PreTrainedModel, adapter: str, model: str, notes: list[str]) -> PeftModel:
@@ -159,7 +161,7 @@ def _add_adapter(base: PreTrainedModel, adapter: str, model: str, notes: list[st
         loaded = PeftModel.from_pretrained(base, adapter)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"--adapter {adapter} cannot be loaded on {model}: {reason[:600]}") from error
+        raise ValueError(f"adapter={adapter!r} cannot be loaded on {model}: {reason[:600]}") from error
     if named and Path(named).name != Path(model).name:
         notes.append(f"The adapter names {named!r} as its base and is put on {model!r}.")
     return loaded
@@ -170,34 +172,34 @@ def _find_adapter(adapter: str) -> None:
     folder = Path(adapter)
     if folder.exists():
         if not (folder / CONFIG_NAME).is_file():
-            raise ValueError(f"--adapter {adapter}: no {CONFIG_NAME} in it, so it is no adapter.")
+            raise ValueError(f"adapter={adapter!r}: no {CONFIG_NAME} in it, so it is no adapter.")
         names = [SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME]
         if not any((folder / name).is_file() for name in names):
-            raise ValueError(f"--adapter {adapter}: no {names[0]} in it. Copy it there, or save the adapter again.")
+            raise ValueError(f"adapter={adapter!r}: no {names[0]} in it. Copy it there, or save the adapter again.")
         path: str | Path = folder / CONFIG_NAME
         refuse_link(Path(path))
     elif hub_id(adapter) is None:
-        raise ValueError(f"--adapter {adapter}: no such folder, and no id on the Hub ('owner/name').")
+        raise ValueError(f"adapter={adapter!r}: no such folder, and no id on the Hub ('owner/name').")
     else:
         try:
             path = hf_hub_download(adapter, CONFIG_NAME)
         except RepositoryNotFoundError as error:  # which the Hub also says of what one may not see
             raise ValueError(
-                f"--adapter {adapter}: no such folder, and no such repository on the Hub. Check the name; if it is "
+                f"adapter={adapter!r}: no such folder, and no such repository on the Hub. Check the name; if it is "
                 f"private or gated, log in with `hf auth login` or set HF_TOKEN."
             ) from error
         except LocalEntryNotFoundError as error:
-            raise ValueError(f"--adapter {adapter}: no such folder, and the Hub is not reached: {error}") from error
+            raise ValueError(f"adapter={adapter!r}: no such folder, and the Hub is not reached: {error}") from error
         except EntryNotFoundError as error:
-            raise ValueError(f"--adapter {adapter}: no {CONFIG_NAME} in that repository; it is no adapter.") from error
+            raise ValueError(f"adapter={adapter!r}: no {CONFIG_NAME} in that repository; it is no adapter.") from error
         except (HfHubHTTPError, OSError) as error:
-            raise ValueError(f"--adapter {adapter}: the Hub refuses: {' '.join(str(error).split())[:300]}") from error
+            raise ValueError(f"adapter={adapter!r}: the Hub refuses: {' '.join(str(error).split())[:300]}") from error
     try:
         config = read_json(Path(path))
     except ValueError as error:
-        raise ValueError(f"--adapter {adapter}: {error}") from error
+        raise ValueError(f"adapter={adapter!r}: {error}") from error
     if "peft_type" not in config:
         raise ValueError(
-            f"--adapter {adapter}: its {CONFIG_NAME} names no peft_type, so its kind of adapter is not known. Get it "
+            f"adapter={adapter!r}: its {CONFIG_NAME} names no peft_type, so its kind of adapter is not known. Get it "
             f"again, or save the adapter anew."
         )

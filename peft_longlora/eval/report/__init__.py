@@ -1,1 +1,11 @@
-"""What is said of the measurements: cells, statistics, tables, plots and comparisons."""
+"""What is said of the samples.
+
+`cells.py` gathers them into the rows of results.json, with intervals by `statistics.py`. `tables.py` writes results.md and has `plots.py` draw (numbers shown by `units.py`); `comparison.py` sets two runs side
+by side, question by question.
+"""
+
+from peft_longlora.eval.report.cells import Cell, collect_cells
+from peft_longlora.eval.report.comparison import Difference, compare
+from peft_longlora.eval.report.tables import make_report
+
+__all__ = ["Cell", "Difference", "collect_cells", "compare", "make_report"]

@@ -13,7 +13,6 @@ from typing import Any
 from peft_longlora.eval.report import statistics
 from peft_longlora.hub.results import Row, rounded
 
-SAMPLES = "samples.jsonl"
 LOWER_IS_BETTER = {"perplexity", "peak_memory_bytes", "kv_cache_bytes", "seconds_to_first_token"}
 
 
@@ -27,7 +26,7 @@ class Cell:
     tokens: float = 0.0
     samples: int = 0
     beyond_window: bool = False
-    interval: tuple[float, float] | None = None  # where lm-eval gives one, over so many questions
+    standard_error: float | None = None  # where lm-eval gives one, over so many questions
     questions: int | None = None
     higher_is_better: bool = True
 
@@ -42,7 +41,7 @@ class Cell:
         self.tokens += tokens or 0
         self.samples += 1
         self.beyond_window |= bool(record.get("beyond_window"))
-        self.interval = record.get("intervals", {}).get(self.name[3]) or self.interval
+        self.standard_error = record.get("standard_errors", {}).get(self.name[3], self.standard_error)
         self.questions = record.get("questions") or self.questions
         self.higher_is_better &= self.name[3] not in record.get("lower_is_better", ())
 
@@ -59,7 +58,9 @@ class Cell:
     def row(self, seed: int, replicates: int, confidence: float) -> Row:
         """The cell as a row."""
         _, ratios = self.sums()
-        low, high = self.interval or ratios.interval(seed, replicates, confidence)
+        low, high = ratios.interval(seed, replicates, confidence)
+        if self.standard_error is not None:
+            low, high = statistics.around(ratios.value(), self.standard_error, confidence)
         tokens = self.tokens if self.is_perplexity else self.tokens / self.samples
         task, dataset, protocol, metric, length, group = self.name
         return Row(

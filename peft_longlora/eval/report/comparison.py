@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_longlora.eval.journal import SAMPLES
 from peft_longlora.eval.report import statistics
-from peft_longlora.eval.report.cells import SAMPLES, Cell, collect_cells, sort_key
+from peft_longlora.eval.report.cells import Cell, collect_cells, sort_key
 from peft_longlora.eval.report.tables import table
 from peft_longlora.eval.report.units import PERCENT, scale_of, show, show_length, show_metric
 from peft_longlora.hub.results import RESULTS, Results, Row, rounded
@@ -128,6 +129,15 @@ def _notes(first: Results, second: Results) -> list[str]:
         if ours != theirs:
             notes.append(f"{key}: {ours} and {theirs}.")
     return notes
+
+
+def write_comparison(differences: list[Difference], notes: list[str], labels: tuple[str, str], folder: Path) -> str:
+    """Write table and plot into a folder; returns the table."""
+    text = make_comparison(differences, notes, labels)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / REPORT).write_text(text, encoding="utf-8")
+    plot_comparison(differences, labels).savefig(folder / PLOT)
+    return text
 
 
 def make_comparison(differences: list[Difference], notes: list[str], labels: tuple[str, str]) -> str:

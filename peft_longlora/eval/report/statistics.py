@@ -68,6 +68,12 @@ def percentiles(replicates: np.ndarray, confidence: float) -> tuple[float | None
     return float(low), float(high)
 
 
+def around(value: float, standard_error: float, confidence: float) -> tuple[float, float]:
+    """The normal interval of a value with a known standard error."""
+    half = NormalDist().inv_cdf(0.5 + confidence / 2) * standard_error
+    return value - half, value + half
+
+
 def wilson(successes: int, trials: int, confidence: float) -> tuple[float, float]:
     """Wilson's score interval, which stays honest at 0% and 100%.
 

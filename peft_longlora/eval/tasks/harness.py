@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from statistics import NormalDist
 from typing import Any
 
 from peft_longlora.eval.subject import Subject
@@ -28,7 +27,6 @@ class Harness:
     limit: int | None = None
     include_path: str | None = None
     num_fewshot: int | None = None
-    confidence: float = 0.95
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -96,8 +94,7 @@ class Harness:
         """The sample of a variant, from what lm-eval found."""
         values = found["groups" if self.task in found.get("groups", {}) else "results"][self.task]
         is_higher_better = found["higher_is_better"].get(self.task, {})
-        measures, intervals, lower_is_better = [], {}, []
-        z = NormalDist().inv_cdf(0.5 + self.confidence / 2)
+        measures, errors, lower_is_better = [], {}, []
         for name, value in values.items():
             metric, _, kind = name.partition(",")
             if "_stderr" in metric or not isinstance(value, int | float) or isinstance(value, bool) or not kind:
@@ -108,7 +105,7 @@ class Harness:
             lower_is_better += [shown] if is_higher_better.get(metric) is False else []
             error = values.get(f"{metric}_stderr,{kind}")
             if isinstance(error, int | float):
-                intervals[shown] = [value - z * error, value + z * error]
+                errors[shown] = error
         return {
             "key": f"{self.name}/{variant}",
             "task": self.name,
@@ -118,7 +115,7 @@ class Harness:
             "length": None,
             "unit": self.task,
             "measures": measures,
-            "intervals": intervals,
+            "standard_errors": errors,
             "lower_is_better": lower_is_better,
             "questions": found["n-samples"].get(self.task, {}).get("effective"),
         }

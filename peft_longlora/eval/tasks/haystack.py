@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from peft_longlora.eval.corpus import Corpus
 
@@ -11,40 +12,71 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
+CHARACTERS_A_TOKEN = 10  # more than a prompt can need, so that seeds begin at other places
+
+
 class Books:
-    """Words of documents in order, as a haystack; read once, no more of them than the longest prompt can need.
+    """Words of documents in order, as haystacks; read once, and no further than the longest prompt needs.
 
     Args:
         corpus: the documents.
-        length: of the longest prompt, tokens. Ten characters a token are read, so that seeds begin at other places.
+        length: tokens of the longest prompt that may be made of them; None: any.
     """
 
-    def __init__(self, corpus: Corpus, length: int):
-        self.corpus, self._characters = corpus, 10 * length
-        self._words: list[str] | None = None
-
-    def words(self) -> list[str]:
-        """The words, line ends taken out as RULER does."""
-        if self._words is None:
-            self._words, characters = [], 0
-            for document in self.corpus.documents():
-                self._words += document["text"].split()
-                characters += len(document["text"])
-                if characters >= self._characters:
-                    break
-        return self._words
-
-    def text(self, n: int, offset: float = 0.0) -> str:
-        """n words from a place on, given as a part of the whole; the end is followed by the beginning."""
-        words = self.words()
-        start = int(offset * len(words))
-        repeats = (start + n) // len(words) + 1
-        return " ".join((words * repeats)[start : start + n])
+    def __init__(self, corpus: Corpus, length: int | None = None):
+        self.corpus, self.length = corpus, length
+        self._documents = None
+        self._words: list[str] = []
+        self._ends: list[tuple[int, int]] = []  # of the documents read: characters and words up to each one's end
+        self._excerpts: dict[int, Excerpt] = {}
 
     @property
     def name(self) -> str:
         """Of the corpus."""
         return self.corpus.summary().name
+
+    def up_to(self, length: int) -> Excerpt:
+        """The haystack of prompts of a length: the first documents, the same whatever other lengths are asked for.
+
+        Raises: ValueError: the length is above the longest that was named, or there are no words.
+        """
+        if self.length is not None and length > self.length:
+            raise ValueError(f"Books for prompts of up to {self.length} tokens hold too little for {length}.")
+        if length not in self._excerpts:
+            needed = CHARACTERS_A_TOKEN * length
+            self._read(needed)
+            words = next((words for characters, words in self._ends if characters >= needed), len(self._words))
+            if not words:
+                raise ValueError(f"{self.name} holds no words to hide anything between. Give more text as books=...")
+            self._excerpts[length] = Excerpt(self.name, self._words[:words])
+        return self._excerpts[length]
+
+    def _read(self, characters: int) -> None:
+        if self._documents is None:
+            self._documents = self.corpus.documents()
+        while not self._ends or self._ends[-1][0] < characters:
+            document = next(self._documents, None)
+            if document is None:
+                return
+            self._words += document["text"].split()  # line ends are taken out, as RULER does
+            before = self._ends[-1][0] if self._ends else 0
+            self._ends.append((before + len(document["text"]), len(self._words)))
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """The words that prompts of one length are hidden in. name: of the corpus."""
+
+    name: str
+    words: list[str]
+
+    def text(self, n: int, offset: float = 0.0) -> str:
+        """n words from a place on, given as a part of the whole; the end is followed by the beginning."""
+        start = int(offset * len(self.words))
+        taken = self.words[start : start + n]
+        while len(taken) < n:
+            taken += self.words[: n - len(taken)]
+        return " ".join(taken)
 
 
 def split_sentences(text: str) -> list[str]:

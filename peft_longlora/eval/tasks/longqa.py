@@ -113,7 +113,7 @@ class LongQA(RecordTask):
             if window <= tokens:
                 raise ValueError(
                     f"{self.name}: answers of {kind or 'LongAlpaca'} take {tokens} tokens, which leaves none of "
-                    f"{window} for a prompt. Use longer --lengths."
+                    f"{window} for a prompt. Use a larger max_length=..."
                 )
 
     def make_prompt(self, row: dict[str, Any]) -> Prompt:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from peft_longlora.eval.subject import Subject
-from peft_longlora.eval.tasks.haystack import NOISE, insert_at, split_sentences
+from peft_longlora.eval.tasks.haystack import NOISE, Excerpt, insert_at, split_sentences
 from peft_longlora.eval.tasks.prompts import GeneratedTask, Prompt, Question
 
 TASK = (
@@ -56,25 +56,27 @@ class Passkey(GeneratedTask):
 
     def make_prompt(self, subject: Subject, length: int, depth: float, seed: int) -> Prompt:
         """The prompt that fills `length` less the answer."""
+        books = self.books and self.books.up_to(length)
         rng = random.Random(f"{self.seed} passkey {length} {depth:.4f} {seed}")
         key = str(rng.randint(1, 49999) if self.books is None else rng.randint(10000, 99999))
         offset = rng.random()
 
         def build(n: int) -> Prompt:
-            return Prompt("\n".join(self._lines(n, depth, key, offset)), [key], PREFIX)
+            return Prompt("\n".join(_lines(books, n, depth, key, offset)), [key], PREFIX)
 
         return self.fill(subject, length, build)
-
-    def _lines(self, n: int, depth: float, key: str, offset: float) -> list[str]:
-        needle = NEEDLE.format(key=key)
-        if self.books is None:
-            filler = " ".join([NOISE] * (n // len(NOISE) + 1))
-            prefix = int(n * depth)
-            # As in the original, both parts of the filler begin at its beginning.
-            return [TASK, filler[:prefix], needle, filler[: n - prefix], QUESTION]
-        return [TASK, insert_at(split_sentences(self.books.text(n, offset)), [needle], [depth]), QUESTION]
 
     def score(self, answer: str, prompt: Prompt) -> dict[str, float]:
         """1 where the first number of the answer is the key."""
         number = re.search(r"\d+", answer)
         return {"accuracy": float(number is not None and number.group() == prompt.answers[0])}
+
+
+def _lines(books: Excerpt | None, n: int, depth: float, key: str, offset: float) -> list[str]:
+    needle = NEEDLE.format(key=key)
+    if books is None:
+        filler = " ".join([NOISE] * (n // len(NOISE) + 1))
+        prefix = int(n * depth)
+        # As in the original, both parts of the filler begin at its beginning.
+        return [TASK, filler[:prefix], needle, filler[: n - prefix], QUESTION]
+    return [TASK, insert_at(split_sentences(books.text(n, offset)), [needle], [depth]), QUESTION]

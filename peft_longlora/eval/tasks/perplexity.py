@@ -23,7 +23,7 @@ class Perplexity:
 
     Args:
         corpus: the documents.
-        lengths: of windows, tokens.
+        lengths: of windows, tokens; None: the window that the model was made for.
         protocol: "longlora" or "documents".
         stride: tokens between windows; None: 256 for "longlora", half the window for "documents"; 0: the window itself,
             so that none overlap.
@@ -33,7 +33,7 @@ class Perplexity:
     """
 
     corpus: Corpus
-    lengths: list[int]
+    lengths: list[int] | None
     protocol: str = "documents"
     stride: int | None = None
     buckets: list[int] | None = None
@@ -47,7 +47,7 @@ class Perplexity:
             raise ValueError(f"protocol={self.protocol!r} is unknown. Use {' or '.join(map(repr, PROTOCOLS))}.")
         if self.buckets is not None and self.buckets != sorted(set(self.buckets)):
             raise ValueError(f"buckets={self.buckets} must be edges in rising order, such as 2048,8192.")
-        for length in self.lengths:
+        for length in self.lengths or []:
             if length < 2:
                 raise ValueError(f"A window of {length} tokens predicts nothing. Use lengths of 2 or more.")
             if self.stride is not None and not 0 <= self.stride <= length:
@@ -72,12 +72,12 @@ class Perplexity:
 
         Raises: ValueError: too little text for a window ("longlora").
         """
-        for length in self.lengths:
+        for length in self._lengths(subject):
             next(self._windows(subject, length))
 
     def items(self, subject: Subject) -> Iterator[Item]:
         """One item a window; the tokens are at hand when it is yielded."""
-        for length in self.lengths:
+        for length in self._lengths(subject):
             for variant in ["base", subject.variant] if self.with_base and subject.variant != "base" else [None]:
                 short: dict[int, str] = {}
                 count, left_out, document = 0, 0, None
@@ -101,6 +101,9 @@ class Perplexity:
                         f"{self.name}, {length} tokens: {len(short)} of {self.corpus.summary().documents} documents "
                         f"are shorter than the window and were scored whole ({names})."
                     )
+
+    def _lengths(self, subject: Subject) -> list[int]:
+        return [subject.native_window] if self.lengths is None else self.lengths
 
     def _note(self, text: str) -> None:
         """Say it once, however often the windows are gone through."""
@@ -147,7 +150,7 @@ class Perplexity:
                 where = f"token {window.start + place + 1} of all documents, in the window that begins in {window.name}"
             raise ValueError(
                 f"The loss is {losses[place - window.first].item()} in {where}, position {place + 1} of a window of "
-                f"{length}. The model computes no number there: check its weights, or use --dtype float32."
+                f"{length}. The model computes no number there: check its weights, or use dtype='float32'."
             )
         measures = []
         edges = [0, *(e for e in self._edges(length) if e < length), length]

@@ -157,7 +157,7 @@ def encode_prompt(subject: Subject, prompt: Prompt, chat: bool) -> list[int]:
     if not chat:
         return subject.encode(prompt.text + prompt.prefix)
     if subject.tokenizer.chat_template is None:
-        raise ValueError("--chat: the tokenizer has no chat template. Leave it out, or give another --tokenizer.")
+        raise ValueError("chat=True: the tokenizer has no chat template. Leave it out, or give another tokenizer=...")
     turns = [{"role": "user", "content": prompt.text}]
     text = subject.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     return subject.tokenizer(text + prompt.prefix.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
@@ -178,7 +178,7 @@ def fit_filler(count_tokens: Callable[[int], int], budget: int) -> int:
     low, low_tokens = 0, count_tokens(0)
     if low_tokens > budget:
         raise ValueError(
-            f"The prompt alone has {low_tokens} tokens, the length leaves room for {budget}. Use longer --lengths."
+            f"The prompt alone has {low_tokens} tokens, the length leaves room for {budget}. Use longer lengths=..."
         )
     empty, slack = low_tokens, max(4, budget // 200)
     high: int | None = None

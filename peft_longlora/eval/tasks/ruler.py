@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from peft_longlora.eval.subject import Subject
-from peft_longlora.eval.tasks.haystack import NOISE, Books, insert_at, split_sentences
+from peft_longlora.eval.tasks.haystack import NOISE, Excerpt, insert_at, split_sentences
 from peft_longlora.eval.tasks.metrics import contains_all
 from peft_longlora.eval.tasks.prompts import GeneratedTask, Prompt, Question
 from peft_longlora.eval.tasks.words import draw_words
@@ -76,7 +76,7 @@ class Ruler(GeneratedTask):
         if self.kind in NO_BOOKS:
             self.books = None
         elif self.books is None:
-            raise ValueError(f"ruler_{self.kind} hides its needles in real text. Give books with --data.")
+            raise ValueError(f"ruler_{self.kind} hides its needles in real text. Give books=...")
         self.name = f"ruler_{self.kind}"
         self.max_new_tokens = ANSWER_TOKENS.get(self.kind, 128)
 
@@ -93,13 +93,14 @@ class Ruler(GeneratedTask):
     def make_prompt(self, subject: Subject, length: int, number: int) -> Prompt:
         """The prompt that fills `length` less the answer; of one random state, however often it is built."""
         seed = f"{self.seed} {self.name} {length} {number}"
+        books = self.books and self.books.up_to(length)
         make: Callable[[random.Random, int], Prompt]
         if self.kind in NEEDLES:
-            make = partial(make_needles, NEEDLES[self.kind], self.books)
+            make = partial(make_needles, NEEDLES[self.kind], books)
         elif self.kind == "vt":
             make = partial(make_chains, length < 4096)
         elif self.kind == "cwe":
-            make = partial(make_words, self.books, length < 4096)
+            make = partial(make_words, books, length < 4096)
         else:
             make = partial(make_code, length // 50)
 
@@ -113,7 +114,7 @@ class Ruler(GeneratedTask):
         return {"recall": contains_all(answer, prompt.answers)}
 
 
-def make_needles(task: Needles, books: Books | None, rng: random.Random, n: int) -> Prompt:
+def make_needles(task: Needles, books: Excerpt | None, rng: random.Random, n: int) -> Prompt:
     """Needles in n lines of noise, n words of books, or n other needles."""
     keys = _draw(rng, task.key_kind, task.keys)
     values = [_draw(rng, task.value_kind, task.values) for _ in keys]
@@ -197,17 +198,17 @@ def _chain(rng: random.Random, n: int, name_length: int) -> tuple[Prompt, list[s
     return Prompt(text, chain, prefix), chain
 
 
-def make_words(books: Books, is_short: bool, rng: random.Random, n: int) -> Prompt:
+def make_words(books: Excerpt, is_short: bool, rng: random.Random, n: int) -> Prompt:
     """Ten words that are said often among n that are said seldom, after a short example of the same.
 
     Raises: ValueError: the books have too few words, even when they are put together in pairs.
     """
-    vocabulary = sorted({word for word in books.words() if re.fullmatch("[a-z]{4,12}", word)})
+    vocabulary = sorted({word for word in books.words if re.fullmatch("[a-z]{4,12}", word)})
     size, lacking = len(vocabulary), n + 60 - len(vocabulary)
     if lacking > size**2:
         raise ValueError(
             f"ruler_cwe asks about {n + 60} different words or more, and {books.name} holds {size} of 4 to 12 letters. "
-            f"Give more text with --data."
+            f"Give more text as books=..."
         )
     if lacking > 0:
         vocabulary += [vocabulary[p // size] + vocabulary[p % size] for p in rng.sample(range(size**2), lacking)]

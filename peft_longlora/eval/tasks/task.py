@@ -57,3 +57,9 @@ class Task(Protocol):
 
     def items(self, subject: Subject) -> Iterator[Item]:
         """Items in a fixed order, equal in all processes of a run."""
+
+
+def name_of(task: Task) -> str:
+    """A task's name, with its protocol where it has a choice of them."""
+    protocol = task.parameters.get("protocol")
+    return f"{task.name} ({protocol})" if protocol else task.name

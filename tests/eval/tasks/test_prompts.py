@@ -347,7 +347,7 @@ def longbench(path, prompts=None, max_length=None, **change) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: Ruler(kind="niah_single_2"), "needs|Give books with --data"),
+        (lambda p: Ruler(kind="niah_single_2"), "Give books="),
         (lambda p: Ruler(kind="qa_1"), "'qa_1' is unknown"),
         (lambda p: Passkey(depths=[1.5]), "depth 150% is outside"),
         (lambda p: Topics(source=str(p / "no.jsonl")).data(), "no such file"),

@@ -1,0 +1,170 @@
+"""The tasks of `longlora eval`: what each is called, which options it reads, and how it is made of them.
+
+A new task is one entry of TASKS; the names in `--help`, and what must be given, follow from it.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peft_longlora.eval import Books, Corpus
+    from peft_longlora.eval.tasks.task import Task
+
+RULER = "ruler_"
+
+
+class Options:
+    """The options of a command line, and what several tasks make of them: one corpus, read once.
+
+    Attributes:
+        args: the options. lengths: in rising order, each once.
+    """
+
+    def __init__(self, args: Namespace):
+        self.args = args
+        self.lengths = sorted(set(args.lengths))
+
+    @cached_property
+    def corpus(self) -> Corpus | None:
+        """The documents of --data, if any."""
+        from peft_longlora.eval import Corpus
+
+        args = self.args
+        return Corpus(args.data, args.split, args.data_config, args.text_field) if args.data else None
+
+    @cached_property
+    def books(self) -> Books | None:
+        """The same as a haystack."""
+        from peft_longlora.eval import Books
+
+        return Books(self.corpus) if self.corpus else None
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """One task of the command line.
+
+    Attributes:
+        make: gives the tasks of the library, of the options and the name that was asked for.
+        reads: options that it reads besides those of every task. needs: those that must be given.
+    """
+
+    make: Callable[[Options, str], list[Task]]
+    reads: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+
+
+def make_tasks(args: Namespace) -> list[Task]:
+    """The tasks that were asked for.
+
+    Raises: ValueError, ImportError: an unknown task, or data it needs is missing.
+    """
+    options, tasks = Options(args), []
+    for name in dict.fromkeys(part.strip() for part in args.tasks.split(",") if part.strip()):
+        entry = TASKS.get(name) or (_RULER_TASK if _is_ruler(name) else _HARNESS_TASK)
+        for option in entry.needs:
+            if getattr(args, option) is None:
+                raise ValueError(f"Task {name!r} needs --{option}.")
+        tasks += entry.make(options, name)
+    if not tasks:
+        raise ValueError(f"--tasks {args.tasks!r} names no task.")
+    return tasks
+
+
+def tasks_that_read(option: str) -> list[str]:
+    """Names of the tasks that an option is for."""
+    return [name for name, entry in TASKS.items() if option in (*entry.reads, *entry.needs)]
+
+
+def _is_ruler(name: str) -> bool:
+    from peft_longlora.eval.tasks import ruler
+
+    return name.startswith(RULER) and name.removeprefix(RULER) in ruler.TASKS
+
+
+def _perplexity(options: Options, name: str) -> list[Task]:
+    from peft_longlora.eval import Perplexity
+
+    args = options.args
+    cut = dict(stride=args.stride, buckets=args.buckets, max_windows=args.max_windows)
+    protocols = ("longlora", "documents") if args.protocol == "both" else (args.protocol,)
+    return [Perplexity(options.corpus, options.lengths, protocol, **cut) for protocol in protocols]
+
+
+def _native(options: Options, name: str) -> list[Task]:
+    from peft_longlora.eval import Perplexity
+
+    return [Perplexity(options.corpus, None, with_base=True, name=name, max_windows=options.args.max_windows)]
+
+
+def _passkey(options: Options, name: str) -> list[Task]:
+    from peft_longlora.eval import Passkey
+
+    args = options.args
+    books = options.books if name == "needle" else None
+    hidden = dict(lengths=options.lengths, depths=args.depths, seeds=args.seeds, seed=args.seed, books=books)
+    return [Passkey(chat=args.chat, **hidden)]
+
+
+def _ruler(options: Options, name: str) -> list[Task]:
+    from peft_longlora.eval import Ruler
+    from peft_longlora.eval.tasks import ruler
+
+    args = options.args
+    kinds = ruler.TASKS if name == "ruler" else [name.removeprefix(RULER)]
+    made = dict(lengths=options.lengths, samples=args.samples or 20, seed=args.seed, books=options.books)
+    return [Ruler(chat=args.chat, kind=kind, **made) for kind in kinds]
+
+
+def _topics(options: Options, name: str) -> list[Task]:
+    from peft_longlora.eval import Topics
+
+    return [Topics(chat=options.args.chat, source=options.args.topics, samples=options.args.samples)]
+
+
+def _multidoc(options: Options, name: str) -> list[Task]:
+    from peft_longlora.eval import MultiDoc
+
+    args = options.args
+    return [MultiDoc(chat=args.chat, source=args.multidoc, samples=args.samples, places=args.places)]
+
+
+def _longqa(options: Options, name: str) -> list[Task]:
+    from peft_longlora.eval import LongQA
+
+    args = options.args
+    asked = dict(samples=args.samples, max_length=options.lengths[-1], prompts=args.longqa_prompts)
+    return [LongQA(chat=args.chat, source=args.longqa, **asked)]
+
+
+def _cost(options: Options, name: str) -> list[Task]:
+    from peft_longlora.eval import Cost
+
+    return [Cost(options.lengths)]
+
+
+def _harness(options: Options, name: str) -> list[Task]:
+    from peft_longlora.eval import Harness
+
+    return [Harness(name, options.args.limit, options.args.include_path, options.args.num_fewshot)]
+
+
+TASKS = {
+    "perplexity": TaskEntry(_perplexity, ("protocol", "stride", "buckets", "max_windows"), needs=("data",)),
+    "native": TaskEntry(_native, ("max_windows",), needs=("data",)),
+    "passkey": TaskEntry(_passkey, ("depths", "seeds", "chat")),
+    "needle": TaskEntry(_passkey, ("depths", "seeds", "chat"), needs=("data",)),
+    "ruler": TaskEntry(_ruler, ("data", "samples", "chat")),
+    "topics": TaskEntry(_topics, ("samples", "chat"), needs=("topics",)),
+    "multidoc": TaskEntry(_multidoc, ("samples", "places", "chat"), needs=("multidoc",)),
+    "longqa": TaskEntry(_longqa, ("samples", "longqa_prompts", "chat"), needs=("longqa",)),
+    "cost": TaskEntry(_cost),
+}
+OWN_TASKS = tuple(TASKS)
+_RULER_TASK = TASKS["ruler"]  # one of them, such as ruler_vt
+_HARNESS_TASK = TaskEntry(_harness, ("limit", "include_path", "num_fewshot"))

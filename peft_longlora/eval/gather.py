@@ -1,0 +1,115 @@
+"""The results of a run: rows of its samples, and notes of what a reader must know."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peft_longlora.eval.report.cells import collect_cells, sort_key
+from peft_longlora.eval.tasks.task import name_of
+from peft_longlora.hub.results import Results, Row
+
+if TYPE_CHECKING:
+    from peft_longlora.eval.run import Run
+
+
+def gather(run: Run) -> Results:
+    """Results from the samples of this run's items, without what is not measured in full."""
+    samples = _Samples(run)
+    settings = run.settings
+    cells = collect_cells(samples.measured())
+    rows = [
+        cell.row(settings.seed, settings.bootstrap_replicates, settings.confidence)
+        for cell in cells.values()
+        if any(denominator for _, denominator in cell.units.values())
+    ]
+    rows.sort(key=sort_key)
+    device = run.subject.model.device
+    return Results(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=versions(),
+        hardware={
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
+            "threads": torch.get_num_threads(),
+            "processes": run.processes.count,
+        },
+        model=run.subject.description,
+        settings={**asdict(settings), **{name_of(task): task.parameters for task in run.tasks}},
+        data={name: entry for name, entry in run.data.items() if entry},
+        notes=list(dict.fromkeys(_notes(run, rows, samples))),
+        results=[row for row in rows if row.group is None],
+        details=[row for row in rows if row.group is not None],
+        speed=run.speed,
+        unmeasured=samples.unmeasured,
+    )
+
+
+class _Samples:
+    """The samples of this run's items, and what is noted while they are gone through.
+
+    Attributes:
+        unmeasured: places that lack samples.
+        cut: tokens that each prompt lost, by task and data. above: whether each prompt was above the window, of those
+            whose length the data decides.
+    """
+
+    def __init__(self, run: Run):
+        self._records, self._places = run.journal.records, run.places
+        found = Counter(self._places[record["key"]] for record in self._records() if record["key"] in self._places)
+        self.unmeasured = [place for place, n in Counter(self._places.values()).items() if found[place] < n]
+        self.cut: dict[str, list[int]] = {}
+        self.above: dict[str, list[bool]] = {}
+
+    def measured(self) -> Iterator[dict[str, Any]]:
+        """Those of places that are measured in full."""
+        for record in self._records():
+            if self._places.get(record["key"]) in (None, *self.unmeasured):
+                continue
+            name = f"{record['task']} {record['dataset']}"
+            if "cut_tokens" in record:
+                self.cut.setdefault(name, []).append(record["cut_tokens"])
+            if record["length"] is None and "beyond_window" in record:
+                self.above.setdefault(name, []).append(record["beyond_window"])
+            yield record
+
+
+def _notes(run: Run, rows: list[Row], samples: _Samples) -> Iterator[str]:
+    yield from run.subject.notes
+    for task in run.tasks:
+        yield from task.notes
+    for name, tokens in samples.cut.items():
+        if any(tokens):
+            yield (
+                f"{name}: {sum(n > 0 for n in tokens)} of {len(tokens)} prompts were too long and lost their middle, "
+                f"{sum(tokens)} tokens in all."
+            )
+    made_for = f"the window of {run.subject.window} tokens that the model was made for"
+    if beyond := sorted({row.length for row in rows if row.beyond_window and row.length}):
+        yield f"Above {made_for}: {', '.join(map(str, beyond))} tokens (marked †)."
+    for name, are_above in samples.above.items():
+        if any(are_above):
+            yield (
+                f"{name}: {sum(are_above)} of {len(are_above)} prompts, with their answers, were above {made_for} "
+                f"(marked †)."
+            )
+    if samples.unmeasured:
+        yield f"Out of memory, and so not measured: {', '.join(samples.unmeasured)}."
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that the numbers depend on."""
+    found = {"python": platform.python_version(), "peft_longlora": sys.modules["peft_longlora"].__version__}
+    for name in ("transformers", "torch", "peft", "tokenizers", "datasets", "lm_eval", "rouge-score"):
+        try:
+            found[name.replace("-", "_")] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

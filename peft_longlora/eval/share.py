@@ -1,0 +1,107 @@
+"""One process's share of one task: its items in order, a bar, a clock, and what happens where memory runs out."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from peft_longlora.data.prefetch import prefetch
+from peft_longlora.eval.tasks.task import Item, Task, name_of
+from peft_longlora.hub.loading import is_out_of_memory
+
+if TYPE_CHECKING:
+    from peft_longlora.eval.run import Run
+
+logger = logging.get_logger(__name__)
+
+
+class Share:
+    """Every n-th of a task's items that no earlier run has finished.
+
+    An item that can be started is finished when the next one has been, so that a GPU never waits for this thread.
+    Where memory runs out the rest of the label is left out, a task at one length in most cases.
+    """
+
+    def __init__(self, run: Run, task: Task, show_progress: bool):
+        self.run, self.task, self.show_progress = run, task, show_progress
+        self._protocol = name_of(task).removeprefix(task.name)
+        self._pending = self._count = 0
+        self._label: str | None = None
+        self._bar: tqdm | None = None
+        self._has_room = True
+        self._started: list[tuple[Item, Callable[[], dict[str, Any]]]] = []
+
+    def measure(self) -> None:
+        """Measure the share; samples go to the journal."""
+        processes = self.run.processes
+        try:
+            for item in prefetch(self.task.items(self.run.subject)):
+                if item.label != self._label:
+                    self._begin_label(item.label)
+                self._show(item)
+                if item.key not in self.run.done:
+                    self._pending += 1
+                    if self._has_room and self._pending % processes.count == processes.rank:
+                        self._attempt(self._begin, item)
+                self._bar.update(1)
+            self._attempt(self._finish)
+        finally:
+            if self._bar is not None:
+                self._bar.close()  # an error stands on a line of its own
+
+    @property
+    def _place(self) -> str:
+        return f"{self._label}{self._protocol}"
+
+    def _begin_label(self, label: str) -> None:
+        self._attempt(self._finish)
+        if self._bar is not None:
+            self._bar.close()
+        self._label, self._count, self._has_room, self._began = label, 0, True, time.perf_counter()
+        columns = min(100, shutil.get_terminal_size().columns)  # 80 where a terminal does not say
+        self._bar = tqdm(desc=label, disable=not self.show_progress, ncols=columns)
+
+    def _show(self, item: Item) -> None:
+        self.run.places[item.key] = self._place
+        self._count += 1
+        self._bar.total = max(self._count, round(self._count / max(item.progress, 1e-9)))
+
+    def _begin(self, item: Item) -> None:
+        try:
+            rest = item.start() if item.start else item.measure
+        finally:
+            self._finish()
+        self._started.append((item, rest))
+
+    def _finish(self) -> None:
+        for item, rest in self._started:
+            record = rest()
+            self.run.journal.write(record)
+            self._clock(item, record)
+        self._started.clear()
+
+    def _attempt(self, step: Callable[..., None], *arguments: Item) -> None:
+        try:
+            return step(*arguments)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Out here, because the error holds on to the tensors of the frames that it came through.
+        self._has_room = False
+        self._started.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._bar.close()
+        logger.warning(f"{self._place}: out of memory, left out.")
+
+    def _clock(self, item: Item, record: dict[str, Any]) -> None:
+        """Count the tokens read and the time since the label's first item was at hand."""
+        entry = self.run.speed.setdefault(item.label, {"tokens": 0, "seconds": 0.0})
+        entry["tokens"] += record.get("inputs") or record.get("tokens") or 0
+        entry["seconds"] = round(time.perf_counter() - self._began, 3)

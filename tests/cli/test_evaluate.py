@@ -1,0 +1,153 @@
+"""`longlora eval` as a user types it: numbers, cards, what has no room, and several processes."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from peft_longlora.eval import Perplexity, Results, compare, evaluate, load_subject
+from tests.helpers.evaluated import P, Small, letter_subject, letters, longlora, save_adapter, save_base, save_texts
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return save_base(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, base) -> str:
+    return save_adapter(tmp_path_factory.mktemp("adapter"), base)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    return save_texts(tmp_path_factory.mktemp("text") / "modules")
+
+
+def test_a_length_that_runs_out_of_memory_is_left_out_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    """Whatever comes after it is measured; the same command goes on with it, and is complete without it."""
+    model, corpus = Small(P), letters(tmp_path)
+    (tmp_path / "letters" / "0.txt").write_text("abca")  # fits whatever the window is: half of a length is no result
+    monkeypatch.setattr("peft_longlora.eval.load_subject", lambda *_, **__: letter_subject(model))
+
+    def run(lengths: str) -> tuple[int, Results, str]:
+        command = ["eval", "--model", "small", "--tasks", "perplexity", "--data", tmp_path / "letters"]
+        command += ["--protocol", "both", "--stride", 4, "--lengths", lengths, "--output", tmp_path / "out"]
+        code = longlora(*command)
+        return code, Results.load(tmp_path / "out"), capsys.readouterr().err.splitlines()[-1]
+
+    code, results, said = run("8,17,16,24")
+    names = [f"perplexity {n} ({protocol})" for protocol in ("longlora", "documents") for n in (17, 24)]
+    assert code == 3 and results.unmeasured == names and all(name in said for name in names)
+    assert [(row.protocol, row.length) for row in results.results] == [
+        (protocol, length) for protocol in ("documents", "longlora") for length in (8, 16)
+    ]
+    assert {row.length for row in results.details} == {8, 16}
+    assert f"Out of memory, and so not measured: {', '.join(names)}." in results.notes
+    finished = (tmp_path / "out" / "samples.jsonl").read_text()
+    assert '"perplexity/documents/24/base/000000/000000"' in finished, "what did fit is kept"
+    code, shorter, _ = run("8,16")
+    assert code == 0 and shorter.results == results.results and not shorter.unmeasured
+    assert (tmp_path / "out" / "samples.jsonl").read_text() == finished, "nothing is measured twice, nothing lost"
+    model.has_room = True
+    code, whole, _ = run("8,16,17,24")
+    assert code == 0 and len(whole.results) == 8 and not whole.unmeasured
+    assert (tmp_path / "out" / "samples.jsonl").read_text().startswith(finished)
+    tasks = [Perplexity(corpus, [8, 16, 17, 24], p, stride=4) for p in ("longlora", "documents")]
+    plain = evaluate(letter_subject(), tasks, tmp_path / "plain")
+    assert whole.results == plain.results and whole.details == plain.details
+
+
+def test_a_model_without_room_ends_with_code_2(tmp_path, monkeypatch, capsys):
+    def load(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("peft_longlora.eval.load_subject", load)
+    assert longlora("eval", "--model", "large", "--tasks", "cost", "--output", tmp_path / "out") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("longlora eval: error: The model does not fit into memory (CUDA out of memory.")
+
+
+def test_adapter_and_base_from_the_command_line(tmp_path, base, adapter, text, capsys):
+    """Perplexity equals the plain computation with transformers and peft; a card shows it; compare finds the base."""
+    common = ["--data", text, "--lengths", "128,512", "--stride", 128, "--dtype", "float32", "--device", "cpu"]
+    command = ["eval", "--model", base, "--tasks", "perplexity,native,passkey", "--seeds", 1, "--depths", "0,100"]
+    assert longlora(*command, *common, "--adapter", adapter, "--output", tmp_path / "tuned", "--card") == 0
+    rows = {(r.task, r.variant, r.length): r for r in Results.load(tmp_path / "tuned").results}
+
+    subject = load_subject(base, adapter, dtype="float32", device="cpu")
+    total = n = 0
+    for path in sorted(Path(text).iterdir()):
+        ids = torch.tensor([subject.tokenizer(path.read_text())["input_ids"]])
+        for start in range(0, ids.shape[1] - 1, 128):
+            part = ids[:, start : start + 129]
+            with torch.no_grad():
+                logits = subject.model(part[:, :-1]).logits[0]
+            total += torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="sum").item()
+            n += part.shape[1] - 1
+    assert rows["perplexity", "adapter", 128].value == pytest.approx(math.exp(total / n), rel=1e-4)
+    assert rows["perplexity", "adapter", 128].tokens == n
+    assert rows["native", "base", 64].value != rows["native", "adapter", 64].value
+    assert [rows["perplexity", "adapter", k].beyond_window for k in (128, 512)] == [False, True]
+    assert "512†" in (tmp_path / "tuned" / "results.md").read_text()
+    card = ModelCard.load(Path(adapter) / "README.md")
+    shown = {(r.task_name, r.metric_type): r.metric_value for r in card.data.eval_results if "128" in r.metric_name}
+    assert shown["perplexity", "perplexity"] == rows["perplexity", "adapter", 128].value
+    assert "![passkey.png](passkey.png)" in card.text
+
+    assert longlora(*command, *common, "--output", tmp_path / "plain") == 0
+    out = capsys.readouterr().out
+    assert "documents are shorter than the window and were scored whole" in out
+    assert longlora("compare", tmp_path / "plain", tmp_path / "tuned", "--output", tmp_path / "pair") == 0
+    found, _ = compare(tmp_path / "plain", tmp_path / "tuned" / "results.json")
+    headline = next(
+        d for d in found if d.first.task == "perplexity" and d.first.group is None and d.first.length == 128
+    )
+    assert headline.is_paired and headline.first.variant == "base" and headline.second.variant == "adapter"
+    # rows are rounded to six digits, of perplexities above 1000 to the second place
+    assert headline.value == pytest.approx(headline.second.value - headline.first.value, abs=0.011)
+    assert headline.low <= headline.value <= headline.high
+    assert f"{headline.value:+.5g}" in capsys.readouterr().out
+    assert (tmp_path / "pair" / "compare.png").stat().st_size > 10_000
+
+
+def test_sparse_attention_and_rescaled_rope_are_measured_as_told(tmp_path, base, text):
+    rows = {}
+    for name, options in {
+        "dense": [],
+        "sparse": ["--attention", "sparse"],
+        "yarn": ["--context-length", 256],
+        "linear": ["--context-length", 256, "--rope-type", "linear"],
+    }.items():
+        out = tmp_path / name
+        command = ["eval", "--model", base, "--tasks", "perplexity", "--data", text, "--lengths", 64, "--output", out]
+        assert longlora(*command, "--dtype", "float32", *options) == 0
+        rows[name] = Results.load(out)
+    values = {name: results.results[0].value for name, results in rows.items()}
+    assert len(set(values.values())) == 4
+    assert rows["sparse"].model["attention"] == "sparse (s2, groups of 16)"
+    assert rows["linear"].results[0].variant == "rescaled" and rows["linear"].model["window"] == 256
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_result_of_one(tmp_path, base, text):
+    found = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        # "multi_gpu" is accelerate's word for several processes; --device cpu keeps them off any GPU
+        launch = ["-m", "accelerate.commands.launch", "--num_processes", str(count), "--num_machines", "1"]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+        launch += ["--multi_gpu", "--main_process_port", "0"] if count > 1 else ["--cpu"]
+        command = ["-m", "peft_longlora.cli", "eval", "--model", base, "--data", text, "--dtype", "float32"]
+        command += ["--tasks", "perplexity,passkey", "--lengths", "128,192", "--protocol", "both", "--output", str(out)]
+        command += ["--device", "cpu", "--max-windows", "5"]
+        run = subprocess.run([sys.executable, *launch, *command], capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr
+        results = Results.load(out)
+        assert results.hardware["processes"] == count
+        found.append((results.results, results.details))
+    assert found[0] == found[1]

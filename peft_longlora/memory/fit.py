@@ -1,7 +1,8 @@
 """`fit_memory`: as much speed as a GPU's memory has room for. It measures a few short steps and extrapolates.
 
-A step's peak memory grows linearly with the row, because no kernel here makes an S x S matrix. So two short steps tell
-the peak of a long one, with whatever kernels, quantisation and loss it has; two more, with some blocks that keep
+A step's peak memory grows linearly with the row, because no kernel here makes an S x S matrix. So short steps tell the
+peak of a long one, with whatever kernels, quantisation and loss it has: the row is doubled until the growth is steady,
+because the peak of a very short step is that of the embeddings' gradient. Two more steps, with some blocks that keep
 everything, tell what a block costs. Nothing is assumed of the architecture.
 """
 
@@ -18,9 +19,13 @@ from peft_longlora.memory.blocks import checkpoint_blocks, find_blocks
 
 logger = logging.get_logger(__name__)
 
+# From a model and ids, (1, S), what a step calls `backward` on.
+Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+
 # Of a GPU's memory that a plan fills: the allocator loses some to fragments, and cuBLAS and NCCL take theirs.
 FILLED = 0.94
-PROBES = (1024, 3072)  # tokens of the short steps
+SHORTEST = 2048  # tokens of the first step that is measured
+STEADY = 0.05  # two slopes that differ by less are one
 FREE_PROBES = (4, 8)  # blocks that keep everything in two more steps
 ADAM_BYTES = 8  # two float32 moments a trained number
 
@@ -88,7 +93,7 @@ def fit_memory(
     length: int,
     budget: int | None = None,
     *,
-    loss: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
+    loss: Loss | None = None,
 ) -> MemoryPlan:
     """Choose how many blocks are checkpointed, so that a step of `length` tokens fills the GPU and no more.
 
@@ -99,20 +104,20 @@ def fit_memory(
         model: a model of transformers with its adapter, on its GPU, ready to train with AdamW.
         length: tokens of a step on this GPU: rows times their length.
         budget: bytes that may be used. None: 94% of what the GPU has, less what other programs hold.
-        loss: computes what a step calls `backward` on, from the model and ids (1, S). None: the model's own loss, whose
+        loss: how the training computes its loss, from the model and ids (1, S). None: the model's own way, whose
             logits, (1, S, V) float32, are then a part of the plan.
 
     Returns: the plan that is now in force; it is also logged.
 
     Raises:
         ValueError: the model is not on a CUDA device, or has no blocks to checkpoint.
-        MemoryError: not even a step with every block checkpointed fits. The model is then checkpointed wholly.
+        MemoryError: not even a step with every block checkpointed fits. All blocks are then checkpointed.
     """
     device = next(model.parameters()).device
     if device.type != "cuda":
         raise ValueError(f"The model is on {device.type!r}: fit_memory measures on the GPU that is to be filled.")
-    if length < PROBES[1]:
-        raise ValueError(f"length={length} is below {PROBES[1]} tokens, which is what fit_memory measures with.")
+    if length < 2 * SHORTEST:
+        raise ValueError(f"length={length} is below {2 * SHORTEST} tokens: a step so short needs no plan.")
     loss = loss or (lambda model, ids: model(input_ids=ids, labels=ids).loss)
     if budget is None:
         free, total = torch.cuda.mem_get_info(device)
@@ -120,14 +125,18 @@ def fit_memory(
         budget = int(total * FILLED) - others
     blocks = len(find_blocks(model))
     checkpoint_blocks(model)
-    _peak(model, PROBES[0], loss)  # kernels are compiled
-    short, long = (_peak(model, tokens, loss) for tokens in PROBES)
-    some, more = (min(free, blocks) for free in FREE_PROBES)
-    with_some, with_more = (_with_free(model, free, loss) for free in (some, more))
-    a_token = (long - short) / (PROBES[1] - PROBES[0])
-    a_block = (with_more - with_some) / max(1, more - some) / PROBES[1]
-    bare = short - PROBES[0] * a_token
-    a_loss = (with_some - bare) / PROBES[1] - some * a_block
+    try:
+        tokens, peak, a_token = _growth(model, length, loss)
+        some, more = (min(free, blocks) for free in FREE_PROBES)
+        with_some, with_more = (_with_free(model, free, tokens, loss) for free in (some, more))
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(
+            f"fit_memory measures steps of {SHORTEST} to {length // 2} tokens to plan for {length}, and one ran "
+            f"out of memory. Use shorter rows, a 4-bit base, or a loss that makes no logits of the whole row. ({error})"
+        ) from error
+    bare = peak - tokens * a_token
+    a_block = (with_more - with_some) / max(1, more - some) / tokens
+    a_loss = (with_some - bare) / tokens - some * a_block
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     fixed = round(bare) + ADAM_BYTES * trained
     plan = choose(MemoryPlan(length, budget, fixed, a_token, a_loss, a_block, blocks))
@@ -136,16 +145,32 @@ def fit_memory(
     return plan
 
 
-def _with_free(model: nn.Module, free: int, loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> int:
-    """`_peak` of the longer short step with some free blocks."""
+def _growth(model: nn.Module, length: int, loss: Loss) -> tuple[int, int, float]:
+    """A number of tokens from which on the peak grows steadily, the peak there, and a token's bytes."""
+    # A checkpointed block keeps its input at least; growth below that is no growth of the blocks.
+    least = len(find_blocks(model)) * model.config.get_text_config().hidden_size * 2
+    tokens, slope = SHORTEST, 0.0
+    _peak(model, tokens, loss)  # kernels are compiled
+    peak = _peak(model, tokens, loss)
+    while 4 * tokens <= length or not slope:
+        longer = _peak(model, 2 * tokens, loss)
+        before, slope = slope, (longer - peak) / tokens
+        tokens, peak = 2 * tokens, longer
+        if slope >= least and abs(slope - before) < STEADY * slope:
+            break
+    return tokens, peak, slope
+
+
+def _with_free(model: nn.Module, free: int, tokens: int, loss: Loss) -> int:
+    """`_peak` with some free blocks."""
     checkpoint_blocks(model, free=free)
     try:
-        return _peak(model, PROBES[1], loss)
+        return _peak(model, tokens, loss)
     finally:
         checkpoint_blocks(model)
 
 
-def _peak(model: nn.Module, tokens: int, loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> int:
+def _peak(model: nn.Module, tokens: int, loss: Loss) -> int:
     """Bytes at the peak of a forward and a backward, gradients included. The model and the random numbers stay."""
     device = next(model.parameters()).device
     was_training = model.training

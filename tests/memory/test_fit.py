@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_longlora.memory import MemoryPlan, fit_memory
+from peft_longlora.memory import MemoryPlan, fit, fit_memory
 from peft_longlora.memory.fit import choose
 from tests.helpers.tiny import extend, make
 
@@ -39,6 +39,21 @@ def test_the_table_holds_the_numbers():
 def test_it_measures_on_a_gpu_only():
     with pytest.raises(ValueError, match="The model is on 'cpu'"):
         fit_memory(extend(make()), 4096)
+
+
+@pytest.mark.parametrize(("length", "measured"), [(4096, 4096), (32768, 16384), (10**6, 32768)])
+def test_the_row_is_doubled_until_its_blocks_decide_the_peak(monkeypatch, length, measured):
+    """The embeddings' gradient takes 3 GB whatever the row; the blocks take 400 kB a token, more from 5 k on."""
+    seen = []
+
+    def peak(model, tokens, loss):
+        seen.append(tokens)
+        return int(max(3e9 + 100 * tokens, 1e9 + 400_000 * tokens))
+
+    monkeypatch.setattr(fit, "_peak", peak)
+    tokens, found, slope = fit._growth(extend(make()), length, None)
+    assert tokens == max(seen) == measured and found == peak(None, tokens, None)
+    assert slope == (100 if length == 4096 else 400_000)
 
 
 @pytest.mark.gpu

@@ -12,53 +12,21 @@ same documents. R = 1 means that S2 costs exactly its share.
 """
 
 import argparse
-import gc
 import json
-import platform
 import statistics
 import sys
-import time
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, pairwise
 
 import torch
-import transformers
-from torch.nn.functional import scaled_dot_product_attention
+from measure import Case, error, inputs, measure, replay, versions
+from ways import permute_varlen, roll, two_calls_fa4
 
 from peft_longlora.kernels import attend as kernels
 from peft_longlora.kernels import backends
-from peft_longlora.kernels.groups import Groups, plan_groups, split_heads
+from peft_longlora.kernels.groups import Groups
 from peft_longlora.kernels.kernel import Call
 from peft_longlora.reference import s2_attention_reference
-
-
-@dataclass
-class Case:
-    name: str
-    heads: int
-    kv_heads: int
-    dim: int
-    tokens: int
-    group: int
-    documents: list[int] | None = None
-
-    def plan(self, pattern: str) -> Groups:
-        lengths = self.documents or [self.tokens]
-        starts = accumulate(lengths, initial=0)
-        documents = [(start, length, 1) for start, length in zip(starts, lengths, strict=False)]
-        return plan_groups(1, self.tokens, self.group, pattern, documents=documents)
-
-    def pairs(self, pattern: str) -> float:
-        """Query-key pairs over all heads: the causal work."""
-        plan = self.plan(pattern)
-        straight, _ = split_heads(self.heads, self.kv_heads)
-        halves = (plan.straight, straight), (plan.shifted, self.heads - straight)
-        return sum(n * sum((b - a) * (b - a + 1) / 2 for a, b in pairwise(cuts)) for cuts, n in halves)
-
-    @property
-    def share(self) -> float:
-        return self.pairs("s2") / self.pairs("full")
 
 
 def packed_documents(count: int, total: int, shortest: int, longest: int) -> list[int]:
@@ -87,76 +55,6 @@ def cases(is_tiny: bool) -> list[Case]:
         Case("9/3, D 64, N 32768, G 8192", 9, 3, 64, 32768, 8192),
         Case("32/8, 32 documents of 256 to 16384, 131072 in all, G 8192", 32, 8, 128, 131072, 8192, documents),
     ]
-
-
-def repeat_kv(x: torch.Tensor, heads: int) -> torch.Tensor:
-    return x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def roll(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case) -> torch.Tensor:
-    """The way of LongLoRA without flash attention, and of LLaMA-Factory. Its last shifted group wraps around."""
-    batch, heads, length, dim = q.shape
-    group = case.group
-
-    def shift(x: torch.Tensor) -> torch.Tensor:
-        x = repeat_kv(x, heads)
-        x = torch.cat((x[:, : heads // 2], x[:, heads // 2 :].roll(-group // 2, 2)), 1)
-        return x.transpose(1, 2).reshape(batch * length // group, group, heads, dim).transpose(1, 2)
-
-    out = scaled_dot_product_attention(shift(q), shift(k), shift(v), is_causal=True)
-    out = out.transpose(1, 2).reshape(batch, length, heads, dim)
-    return torch.cat((out[:, :, : heads // 2], out[:, :, heads // 2 :].roll(group // 2, 1)), 2)
-
-
-def permute_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case, slices=True) -> torch.Tensor:
-    """The way of LongLoRA with FlashAttention-2: repeat KV, stack, permute, one call with cumulative lengths.
-
-    `slices`: q, k and v are cut out of the stack one by one, whose backward is a zero-fill and an add for each;
-    otherwise by one `unbind`, as far as that way can be mended without changing it.
-    """
-    _, heads, length, dim = q.shape
-    plan = case.plan("s2")
-    qkv = torch.stack((q, repeat_kv(k, heads), repeat_kv(v, heads)), 2).transpose(1, 3)  # (1, N, 3, H, D)
-    qkv = qkv.reshape(1, length, 3, 2, heads // 2, dim).permute(0, 3, 1, 2, 4, 5).reshape(2 * length, 3, -1, dim)
-    parts = (qkv[:, 0], qkv[:, 1], qkv[:, 2]) if slices else qkv.unbind(1)
-    cuts = [*plan.straight, *(x + length for x in plan.shifted[1:])]
-    if q.is_cuda:
-        cu = torch.tensor(cuts, dtype=torch.int32).pin_memory().to(q.device, non_blocking=True)
-        out = torch_varlen(*parts, cu, plan.max_length)
-    else:
-        pieces = (x.transpose(0, 1)[None] for x in parts)
-        lengths = [b - a for a, b in pairwise(cuts)]
-        parts = zip(*(x.split(lengths, 2) for x in pieces), strict=True)
-        out = torch.cat([scaled_dot_product_attention(*x, is_causal=True) for x in parts], 2)[0].transpose(0, 1)
-    return out.reshape(1, 2, length, heads // 2, dim).transpose(1, 2).reshape(1, length, heads, dim)
-
-
-def torch_varlen(q, k, v, cu_seqlens: torch.Tensor, longest: int) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    try:
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
-    except TypeError:  # torch before 2.12
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, is_causal=True)
-
-
-def two_calls_fa4(q, k, v, case: Case) -> torch.Tensor:
-    """The plain way on FlashAttention-4: its public function for each half of the heads, then a concatenation."""
-    from flash_attn.cute import flash_attn_varlen_func
-
-    h, h_kv = split_heads(case.heads, case.kv_heads)
-    plan = case.plan("s2")
-    q, k, v = (x.transpose(1, 2)[0] for x in (q, k, v))
-    parts = []
-    for cuts, heads, kv in (
-        (plan.straight, slice(0, h), slice(0, h_kv)),
-        (plan.shifted, slice(h, None), slice(h_kv, None)),
-    ):
-        cu = torch.tensor(cuts, dtype=torch.int32).pin_memory().to(q.device, non_blocking=True)
-        cut = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=plan.max_length, max_seqlen_k=plan.max_length)
-        out = flash_attn_varlen_func(q[:, heads], k[:, kv], v[:, kv], causal=True, **cut)
-        parts.append(out[0] if isinstance(out, tuple) else out)
-    return torch.cat(parts, 1)[None]
 
 
 @dataclass
@@ -201,26 +99,18 @@ def methods(case: Case, device: torch.device, dtype: torch.dtype, only: list[str
     return found
 
 
-def inputs(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """q, k, v as a projection gives them, (B, S, H, D) in memory, and the gradient of the output."""
-    shapes = case.heads, case.kv_heads, case.kv_heads, case.heads
-    q, k, v, dout = (torch.randn(1, case.tokens, h, case.dim, device=device, dtype=dtype) for h in shapes)
-    return [x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v)], dout
-
-
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got.float() - want.float()).norm() / want.float().norm()).item()
-
-
 def check(case: Case, found: list[Method], device: torch.device, dtype: torch.dtype) -> None:
     """Fill in relative errors of output, dq, dk, dv against the float32 reference, on a short case of these heads."""
-    documents = [100, 300, 1000, 648] if case.documents else None
-    short = Case("check", case.heads, case.kv_heads, case.dim, 2048, 512, documents)
+    tokens = min(2048, case.tokens)
+    group, documents = tokens // 4, None
+    if case.documents:
+        documents = [tokens * length // 2048 for length in (100, 300, 1000, 648)]
+    short = Case("check", case.heads, case.kv_heads, case.dim, tokens, group, documents)
     qkv, dout = inputs(short, device, dtype)
     plain = [x.detach().float().requires_grad_() for x in qkv]
     ids = torch.repeat_interleave(torch.arange(1, 5), torch.tensor(documents))[None].to(device) if documents else None
     for pattern in ("s2", "full"):
-        want = s2_attention_reference(*plain, 512, segment_ids=ids, pattern=pattern)
+        want = s2_attention_reference(*plain, group, segment_ids=ids, pattern=pattern)
         want = [want, *torch.autograd.grad(want, plain, dout.float())]
         for method in found:
             if method.name.startswith("full") == (pattern == "full"):
@@ -230,79 +120,6 @@ def check(case: Case, found: list[Method], device: torch.device, dtype: torch.dt
                 most = 1e-5 if dtype == torch.float32 else 0.01
                 if method.is_exact and not max(method.errors) < most:  # NaN is wrong too
                     raise SystemExit(f"{method.name} is wrong: relative errors {method.errors}, {case.name}")
-
-
-def measure(call, qkv: list[torch.Tensor], dout: torch.Tensor, seconds: float) -> dict[str, float]:
-    """Medians of forward and of forward + backward in ms, the host's ms an iteration, and peak memory above inputs."""
-    is_cuda = dout.is_cuda
-
-    def step(mark=lambda: None):
-        mark()
-        out = call(*qkv)
-        mark()
-        torch.autograd.grad(out, qkv, dout)
-        mark()
-
-    step()
-    gc.collect()
-    before, peak = 0, 0
-    if is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    start = time.perf_counter()
-    step()
-    if is_cuda:
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-    once = time.perf_counter() - start
-    count = max(3, min(1000, int(seconds / once)))
-    for _ in range(count):  # to the clock that lasts
-        step()
-    if is_cuda:
-        events = []
-
-        def mark():
-            events.append(torch.cuda.Event(enable_timing=True))
-            events[-1].record()
-
-        start = time.perf_counter()
-        for _ in range(count):
-            step(mark)
-        host = (time.perf_counter() - start) / count * 1e3
-        torch.cuda.synchronize()
-        times = [(a.elapsed_time(b), a.elapsed_time(c)) for a, b, c in zip(*[iter(events)] * 3, strict=True)]
-    else:
-        stamps = []
-        for _ in range(count):
-            step(lambda: stamps.append(time.perf_counter()))
-        times = [((b - a) * 1e3, (c - a) * 1e3) for a, b, c in zip(*[iter(stamps)] * 3, strict=True)]
-        host = 0.0
-    forward, both = (statistics.median(x) for x in zip(*times, strict=True))
-    return dict(forward_ms=forward, both_ms=both, host_ms=host, peak_mib=peak / 2**20)
-
-
-def replay(call, qkv: list[torch.Tensor], dout: torch.Tensor, seconds: float) -> float:
-    """Median ms of forward + backward replayed as one CUDA graph: the device's time without the host's."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            torch.autograd.grad(call(*qkv), qkv, dout)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        torch.autograd.grad(call(*qkv), qkv, dout)
-    times = []
-    stop = time.perf_counter() + 2 * seconds
-    while time.perf_counter() < stop or len(times) < 6:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
-        for event in events:
-            event.record()
-            graph.replay()
-        torch.cuda.synchronize()
-        times.extend(a.elapsed_time(b) for a, b in pairwise(events))
-    return statistics.median(times[len(times) // 2 :])
 
 
 def run_case(case: Case, device, dtype, args) -> dict:
@@ -376,23 +193,6 @@ def run_growth(device, dtype, args) -> list[dict]:
               f"{row['keys_a_token']:.0f} keys a token, {row['ns_a_key']:.4f} ns a key, "
               f"peak {row['peak_mib']:.0f} MiB", flush=True)  # fmt: skip
     return rows
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    for name in ("flash-attn-4", "flash-attn", "triton"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-        found["cudnn"] = str(torch.backends.cudnn.version())
-    else:
-        found["device"] = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    return found
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from functools import cache
 from itertools import pairwise
 
 import torch
-from attention import Case, error, inputs, measure, replay, two_calls_fa4, versions
+from measure import Case, error, inputs, measure, replay, versions
+from ways import two_calls_fa4
 
 from peft_longlora.kernels.backends import KERNELS
 from peft_longlora.kernels.flash import FlashAttention4
@@ -31,8 +32,8 @@ class WithPacking(FlashAttention4):
     """FlashAttention-4 as it comes: its forward puts the query heads of a KV head into one tile."""
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
-        more = dict(softmax_scale=scaling, causal=True, out=out, lse=lse)
-        self.load()._flash_attn_fwd(q, k, v, **self._cuts(pieces), **more)
+        more = dict(softmax_scale=scaling, out=out, lse=lse)
+        self.load()._flash_attn_fwd(q, k, v, **self._where(pieces), **more)
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ def full(kernel: Kernel):
     return call
 
 
+@cache
 def by_block_sparsity():
     """One launch for both halves: all heads, with FlashAttention-4's list of blocks for each head."""
     import cutlass.cute as cute
@@ -248,15 +250,11 @@ def by_block_sparsity():
     return call
 
 
-def is_right(call, case: Case, device: torch.device, dtype: torch.dtype) -> list[float]:
-    """Relative errors of output, dq, dk, dv on a short case of these heads."""
-    short = Case("check", case.heads, case.kv_heads, case.dim, 2048, 512)
-    qkv, dout = inputs(short, device, dtype)
+def truth(case: Case, qkv: list[torch.Tensor], dout: torch.Tensor) -> list[torch.Tensor]:
+    """Output, dq, dk, dv in float32, by the definition."""
     plain = [x.detach().float().requires_grad_() for x in qkv]
-    want = s2_attention_reference(*plain, 512)
-    want = [want, *torch.autograd.grad(want, plain, dout.float())]
-    got = call(*qkv, short)
-    return [error(a, b) for a, b in zip([got, *torch.autograd.grad(got, qkv, dout)], want, strict=True)]
+    want = s2_attention_reference(*plain, case.group)
+    return [want.detach(), *torch.autograd.grad(want, plain, dout.float())]
 
 
 def profile(call, qkv: list[torch.Tensor], dout: torch.Tensor) -> dict[str, list[float]]:
@@ -304,15 +302,21 @@ def main() -> None:
         if can[way.forward] and can[way.backward]:
             calls[name] = by_way(way, WithPacking() if way.packs and is_fa4 else kernel)
     if is_fa4:
-        calls["one launch, FlashAttention-4's block sparsity"] = by_block_sparsity()
+        calls["one launch, FlashAttention-4's block sparsity"] = lambda *given: by_block_sparsity()(*given)
     if args.only:
         calls = {n: x for n, x in calls.items() if n.startswith("full") or any(word in n for word in args.only)}
     result = dict(command="python " + " ".join(sys.argv), **versions(device), case=case.name, share=case.share, rows={})
     print("\n".join(f"{key}: {value}" for key, value in result.items() if isinstance(value, str)), flush=True)
+    length = min(2048, tokens)
+    check = Case("check", heads, kv_heads, dim, length, length // 4)
+    short, short_dout = inputs(check, device, dtype)
+    want = truth(check, short, short_dout)
     for name, call in list(calls.items()):
         if name.startswith("full"):
             continue
-        errors = is_right(call, case, device, dtype)
+        got = call(*short, check)
+        got = [got, *torch.autograd.grad(got, short, short_dout)]
+        errors = [error(a, b) for a, b in zip(got, want, strict=True)]
         if not max(errors) < (1e-5 if dtype == torch.float32 else 0.01):  # NaN is wrong too
             raise SystemExit(f"{name} is wrong: relative errors {errors}")
     qkv, dout = inputs(case, device, dtype)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from peft_longlora.kernels.kernel import Kernel
+from peft_longlora.kernels.kernel import Kernel, Pieces
 
 
 def forward(q, k, v, scaling, is_causal=True):
@@ -55,3 +55,30 @@ class PlainKernel(Kernel):
         for *tensors, dq_, dk_, dv_ in self._each(pieces, dout, q, k, v, out, dq, dk, dv):
             for grad, given in zip((dq_, dk_, dv_), backward(*tensors, scaling), strict=True):
                 grad.copy_(given)
+
+
+class FlashAttention4Interface:
+    """The two functions of flash_attn.cute.interface that this package calls, and the public one, on a CPU."""
+
+    _kernel = PlainKernel(True, True)
+
+    @staticmethod
+    def _pieces(q, causal, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None):
+        assert causal and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
+        return Pieces(cu_seqlens_q, q.shape[1] if cu_seqlens_q is None else max_seqlen_q)
+
+    def _flash_attn_fwd(self, q, k, v, *, softmax_scale, causal, out, lse, softcap=None, pack_gqa=None, **cuts):
+        assert not softcap
+        self._kernel.forward(q, k, v, out, lse, self._pieces(q, causal, **cuts), softmax_scale, 0.0)
+
+    def _flash_attn_bwd(
+        self, q, k, v, out, dout, lse, *, softmax_scale, causal, dq, dk, dv, softcap=0.0, deterministic=False, **cuts
+    ):
+        assert not softcap
+        pieces = self._pieces(q, causal, **cuts)
+        self._kernel.backward(dout, q, k, v, out, lse, dq, dk, dv, pieces, softmax_scale, 0.0)
+
+    def flash_attn_varlen_func(self, q, k, v, *, causal, cu_seqlens_q, **cuts):
+        self._pieces(q, causal, cu_seqlens_q, **cuts)
+        parts = [forward(*part, q.shape[-1] ** -0.5)[0].transpose(0, 1) for part in cut(cu_seqlens_q, q, k, v)]
+        return torch.cat(parts)

@@ -31,7 +31,7 @@ def test_flex_and_evaluation_rows_hold_the_measured_numbers():
     text = (ROOT / "docs/attention.md").read_text()
     flex = json.loads((ROOT / "benchmarks/results/attention_flex_h200.json").read_text())
     assert all(line in text for line in tables(flex)["attention"] if "flex |" in line)
-    rows = json.loads((ROOT / "benchmarks/results/evaluation_h200.json").read_text())["results"]
+    rows = json.loads((ROOT / "benchmarks/results/dense_forward_h200.json").read_text())["results"]
     assert len(rows) == 3
     for row in rows:
         assert f"{row['seconds']:.3f}" in text and f"{row['tokens_per_second']:,.0f}" in text
@@ -44,7 +44,7 @@ def test_scaling_holds_the_measured_numbers():
         assert len(table) > 4 and "\n".join(table) in text, "run benchmarks/scaling_model.py"
 
 
-@pytest.mark.parametrize("file", ["attention_h200", "attention_flex_h200", "variants_h200", "evaluation_h200"])
+@pytest.mark.parametrize("file", ["attention_h200", "attention_flex_h200", "variants_h200", "dense_forward_h200"])
 def test_numbers_come_with_their_machine_and_their_command(file):
     result = json.loads((ROOT / f"benchmarks/results/{file}.json").read_text())
     assert {"command", "torch", "transformers", "device"} <= set(result.get("about", result))

@@ -5,7 +5,7 @@ in nothing but their size: every 16 MB hold four documents each of 4 KB, 8 KB, .
 (word n as often as 1/n). The model is loaded, but its forward left out: it would take weeks on a CPU, and its memory
 depends on the window alone.
 
-    python benchmarks/corpus_memory.py --megabytes 16 64 256 1024
+    python benchmarks/eval_memory.py --megabytes 16 64 256 1024
 
 Linux; a minute for 100 MB and protocol on two cores. `--data` measures a corpus that is there already.
 """

@@ -3,9 +3,9 @@
 A Llama-3-8B shape with random weights, bf16, batch 1, no cache, logits of the last token only. "sdpa" is the model
 without this package; "s2_attn" the same model with it, as it comes; "fastest" with dense_attention="fastest".
 
-    python benchmarks/evaluation.py --lengths 32768 65536 --output evaluation.json
+    python benchmarks/dense_forward.py --lengths 32768 65536 --output dense_forward.json
 
-Hardware: one GPU with 40 GB or more. On a CPU: python benchmarks/evaluation.py --tiny
+Hardware: one GPU with 40 GB or more. On a CPU: python benchmarks/dense_forward.py --tiny
 """
 
 import argparse

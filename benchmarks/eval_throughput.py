@@ -4,11 +4,11 @@ The bare loop is what anyone would write: `model(input_ids)` for one window afte
 away, no loss, no results. Its windows lie ready as tokens; the suite reads the files, makes tokens, scores every one
 and writes its journal in the time that is given for it, which begins when the first window is at hand.
 
-    python benchmarks/perplexity.py --model SmolLM2-135M --data books/ --lengths 8192 32768
+    python benchmarks/eval_throughput.py --model SmolLM2-135M --data books/ --lengths 8192 32768
 
 `--random-weights` needs only the model's config and tokenizer: time and memory do not hang on the weights.
 Hardware: any; half a minute on one H200. On a CPU:
-    python benchmarks/perplexity.py --model examples/assets/stdlib-llama-512 --data books/ --lengths 512
+    python benchmarks/eval_throughput.py --model examples/assets/stdlib-llama-512 --data books/ --lengths 512
 """
 
 from __future__ import annotations

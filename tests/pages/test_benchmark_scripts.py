@@ -1,0 +1,158 @@
+"""Every script of benchmarks/ runs, on shapes for a CPU: it says what it measured, and what it computed is right."""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+
+from peft_longlora.kernels.flash import FlashAttention4
+from tests.helpers.paths import EMBEDDED, ROOT
+from tests.helpers.plain_kernel import FlashAttention4Interface
+from tests.helpers.ranks import run_ranks
+
+FOLDER = ROOT / "benchmarks"
+LIBRARIES = {"measure.py", "shapes.py", "ways.py"}  # imported by the scripts
+
+
+def run(script: str, *arguments) -> None:
+    """`python benchmarks/<script> <arguments>`, without the imports of a new process."""
+    path = str(FOLDER / script)
+    with (
+        mock.patch.object(sys, "argv", [path, *map(str, arguments)]),
+        mock.patch.object(sys, "path", [str(FOLDER), *sys.path]),
+    ):
+        runpy.run_path(path, run_name="__main__")
+
+
+def test_every_script_is_run_here():
+    text = Path(__file__).read_text()
+    assert not [
+        path.name for path in FOLDER.glob("*.py") if path.name not in LIBRARIES and f'"{path.name}"' not in text
+    ]
+
+
+def test_attention(tmp_path):
+    """It ends with an error where a method is wrong."""
+    run("attention.py", "--tiny", "--device", "cpu", "--seconds", 0.001, "--json", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [case["name"] for case in found["cases"]] == ["tiny 4/2", "tiny packed"] and len(found["growth"]) == 3
+    for case in found["cases"]:
+        assert {"full sdpa", "S2 sdpa", "S2 cpu", "S2 permute + varlen (original)"} & set(case["rows"])
+        assert all(row["R"] > 0 for name, row in case["rows"].items() if name.startswith("S2"))
+
+
+VARIANTS = ("--device", "cpu", "--seconds", 0.001, "--rounds", 1, "--shape", 4, 2, 16, 256, 64)
+
+
+def test_variants(tmp_path):
+    run("variants.py", *VARIANTS, "--kernel", "cpu", "--json", tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) > 8 and all(row["both_ms"] > 0 for row in rows.values())
+
+
+def test_variants_of_flash_attention_4(tmp_path, monkeypatch):
+    """Its functions are computed by a formula here; block sparsity, which is a program for a GPU, is left out."""
+    interface = FlashAttention4Interface()
+    monkeypatch.setattr(FlashAttention4, "load", lambda self: interface)
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", interface)
+    monkeypatch.setattr("torch.Tensor.pin_memory", lambda tensor: tensor)
+    words = ("public", "output", "stream", "batches", "engine")
+    run("variants.py", *VARIANTS, "--only", *words, "--json", tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert {"full attention, heads of a KV head packed into a tile", "batches, streams of falling priority"} <= set(
+        rows
+    )
+    assert len(rows) == 17
+
+
+def test_dense_forward(tmp_path):
+    run("dense_forward.py", "--tiny", "--repeats", 1, "--output", tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [row["attention"].partition(":")[0] for row in rows] == ["sdpa", "s2_attn", "fastest"]
+    assert rows[1]["equals_sdpa"] and rows[2]["error"] < 0.02
+
+
+def test_training_step(tmp_path):
+    run("training_step.py", "--tiny", "--repeats", 1, "--output", tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [row["attention"] for row in rows] == ["full", "s2"] and all(row["seconds"] > 0 for row in rows)
+
+
+def test_training(tmp_path):
+    """Each row changes time and memory alone: the losses are those of the row before, but for bfloat16's rounding."""
+    run("training.py", "--tiny", "--repeats", 1, "--output", tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(rows) > 2
+    assert all(row["losses"] == pytest.approx(rows[0]["losses"], abs=0.05) for row in rows)
+
+
+def test_generation(tmp_path):
+    run("generation.py", "--tiny", "--new-tokens", 3, "--caches", "dense", "whole", "--output", tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["cache"], row["length"]) for row in rows] == [(c, n) for n in (200, 600) for c in ("dense", "whole")]
+    assert all("error" not in row and row["kv_bytes"] > 0 for row in rows)
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    (tmp_path / "texts").mkdir()
+    for name in ("CHANGELOG.md", "README.md"):
+        (tmp_path / "texts" / f"{name}.txt").write_text((ROOT / name).read_text()[:6000])
+    return tmp_path / "texts"
+
+
+def test_eval_throughput(texts, capsys):
+    run("eval_throughput.py", "--model", EMBEDDED, "--data", texts, "--lengths", 128, "--repeats", 1)
+    [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 128 |")]
+    assert int(row.split("|")[2]) > 10
+
+
+def test_eval_memory(texts, capsys):
+    for protocol in ("documents", "longlora"):
+        run("eval_memory.py", "--one", "--data", texts, "--length", 128, "--protocols", protocol)
+        found = json.loads(capsys.readouterr().out)
+        assert found["documents"] == 2 and found["windows"] > 10 and found["speed"] > 0
+        assert len(found["memory"]) == 7 and found["memory"][-1] >= max(found["memory"][:-1]) > 0
+
+
+@pytest.mark.slow
+def test_eval_memory_of_invented_words():
+    """In processes of its own; 16 MB in full."""
+    run("eval_memory.py", "--megabytes", 16, "--protocols", "documents")
+
+
+def share(folder: str) -> None:
+    # The group of processes is there already.
+    with mock.patch.object(dist, "init_process_group"), mock.patch.object(dist, "destroy_process_group"):
+        output = Path(folder, f"{os.environ['RANK']}.json")
+        rows = [f"{attention}:256:0" for attention in ("alone", "s2", "ulysses")]  # ring: on GPUs alone
+        run("scaling.py", "--tiny", "--check", "--group-size", 64, "--rows", *rows, "--output", output)
+
+
+def test_scaling_on_two_processes(tmp_path):
+    run_ranks(2, share, str(tmp_path))
+    found = json.loads((tmp_path / "0.json").read_text())
+    assert [row["attention"] for row in found["rows"]] == ["alone", "s2", "ulysses"]
+    assert found["check"]["shared_to_alone"] < 0.1
+
+
+def test_scaling_model(capsys):
+    run("scaling_model.py", *sorted((FOLDER / "results").glob("scaling_2xh200*.json")))
+    assert "S2-Attn: c = " in capsys.readouterr().out
+
+
+def test_tables(capsys):
+    run("tables.py", FOLDER / "results/attention_h200.json", FOLDER / "results/variants_h200.json")
+    assert capsys.readouterr().out.count("| --- |") >= 3
+
+
+def test_plot_pattern(tmp_path):
+    run("plot_pattern.py", tmp_path / "pattern.png")
+    assert (tmp_path / "pattern.png").read_bytes().startswith(b"\x89PNG")

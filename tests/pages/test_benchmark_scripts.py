@@ -119,7 +119,7 @@ def test_eval_memory(texts, capsys):
         run("eval_memory.py", "--one", "--data", texts, "--length", 128, "--protocols", protocol)
         found = json.loads(capsys.readouterr().out)
         assert found["documents"] == 2 and found["windows"] > 10 and found["speed"] > 0
-        assert len(found["memory"]) == 7 and found["memory"][-1] >= max(found["memory"][:-1]) > 0
+        assert len(found["memory"]) == 7 and min(found["memory"]) > 0
 
 
 @pytest.mark.slow

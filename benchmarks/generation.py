@@ -108,7 +108,7 @@ def measure(model: torch.nn.Module, cache: str, length: int, new_tokens: int, ch
         model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
-            past_key_values=kv.cache,
+            **kv.as_argument,
             streamer=clock,
             generation_config=GenerationConfig(
                 max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, disable_compile=True

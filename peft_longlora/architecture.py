@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -12,6 +15,15 @@ def find_text_model(model: nn.Module) -> nn.Module:
     if not isinstance(config, PreTrainedConfig) or config.get_text_config() is config:
         return model
     return model.get_decoder()
+
+
+def cache_name(model: nn.Module) -> str:
+    """What a model calls its cache, as an argument and in its output: transformers 5.24 renamed it.
+
+    Returns: "cache", or "past_key_values" before transformers 5.24 and in code on the Hub that was written for it.
+    """
+    model = model.get_base_model() if isinstance(model, PeftModel) else model  # PEFT's forward takes any name
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def find_attention_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from peft_longlora.architecture import find_text_model
 from peft_longlora.attention.schedule import Schedule
 
+CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
+
 
 @dataclass
 class Call:
@@ -81,7 +83,7 @@ class _Before:
             position_ids = args[self.index]
         if call.caller is None:
             call.caller, call.position_ids, call.cu_seq_lens = self.number, position_ids, cu_seq_lens
-            call.has_cache = kwargs.get("past_key_values") is not None
+            call.has_cache = any(kwargs.get(name) is not None for name in CACHE_NAMES)
             self.schedule.begin(module.training)
         else:  # by another one, which may keep to itself what it was given
             call.position_ids = call.position_ids if position_ids is None else position_ids

@@ -181,7 +181,7 @@ class Conversation:
             row = self.model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
-                past_key_values=self.kv.cache,
+                **self.kv.as_argument,
                 generation_config=config,
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([stop]),

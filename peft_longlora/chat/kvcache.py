@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache
 
+from peft_longlora.architecture import cache_name
 from peft_longlora.hub.generation import cache_bytes
 from peft_longlora.rope.parameters import base_rope
 
@@ -25,9 +26,9 @@ QUANTISERS = {"hqq": "hqq", "quanto": "optimum.quanto"}
 class OffloadedCache(DynamicCache):
     """transformers' `DynamicCache(offloading=True)`, whose layers come back only after they have gone.
 
-    Its layers leave for the CPU on the stream of the model, and are fetched on another one, which does not wait for it
-    (`Cache.update` in transformers' cache_utils.py, 5.17 to 5.23). Where the CPU is far ahead of the GPU, as it is with
-    long rows, a layer is fetched before it has arrived, and attention sees what was in that memory before.
+    Its layers leave for the CPU on the stream of the model, and are fetched on another one. Before transformers 5.24
+    that one does not wait (`Cache.update` in its cache_utils.py). Where the CPU is far ahead of the GPU, as it is with
+    long rows, a layer is then fetched before it has arrived, and attention sees what was in that memory before.
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,7 @@ class KVCache:
 
     Attributes:
         ids: the tokens whose keys and values are held.
-        cache: transformers' own, for `generate(past_key_values=...)`; call `sync` after it.
+        cache: transformers' own. as_argument: it, for the model's `generate(**kv.as_argument)`; call `sync` after it.
     """
 
     def __init__(
@@ -79,6 +80,11 @@ class KVCache:
         return OffloadedCache() if self.kind == "offloaded" else DynamicCache()
 
     @property
+    def as_argument(self) -> dict[str, Cache]:
+        """The cache under the name that the model takes it by."""
+        return {cache_name(self.model): self.cache}
+
+    @property
     def label(self) -> str:
         """The kind, and by which package with how many bits."""
         return f"quantised ({self.backend}, 4 bits)" if self.backend else self.kind
@@ -106,7 +112,7 @@ class KVCache:
             chunk, ids = ids[:chunk_size], ids[chunk_size:]
             inputs = torch.tensor([chunk], device=self.model.device)
             try:
-                self.model(input_ids=inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                self.model(input_ids=inputs, **self.as_argument, use_cache=True, logits_to_keep=1)
             except BaseException:
                 self.clear()  # some layers may hold the chunk, and some not
                 raise

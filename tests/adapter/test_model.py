@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_longlora import LongLoraConfig, configure_attention, restore_rope, scale_rope
+from tests.helpers.releases import own_adapters
 from tests.helpers.tiny import EXPERTS, assert_same, extend, logits, make, snapshot, train
 
 ROPE_TYPES = ["linear", "ntk", "dynamic", "yarn", "llama3"]
@@ -332,6 +333,7 @@ def test_a_config_of_another_architecture_is_refused():
 # -- through transformers' own doors -------------------------------------------------------------------------------
 
 
+@own_adapters
 def test_add_adapter_of_transformers(tmp_path):
     model = make()
     before = snapshot(model)
@@ -358,20 +360,25 @@ def test_add_adapter_of_transformers(tmp_path):
     assert torch.equal(logits(model), before["logits"])
 
 
-def test_a_base_that_no_peft_model_holds_takes_adapters_one_by_one():
-    """transformers' add_adapter and PEFT's inject_adapter_in_model make a tuner each; get_peft_model may follow."""
-    for add in (
-        lambda model, config, name: model.add_adapter(config, name),
+@pytest.mark.parametrize(
+    "add",
+    [
+        pytest.param(lambda model, config, name: model.add_adapter(config, name), marks=own_adapters),
         lambda model, config, name: inject_adapter_in_model(config, model, name),
-    ):
-        model = make()
-        for name in ("a", "b"):
-            add(model, LongLoraConfig(r=4, context_length=128), name)
-        wrapped = extend(model, "c")
-        assert sorted(wrapped.peft_config) == ["a", "b", "c"]
-        assert logits(wrapped).isfinite().all()
+    ],
+    ids=["add_adapter", "inject_adapter_in_model"],
+)
+def test_a_base_that_no_peft_model_holds_takes_adapters_one_by_one(add):
+    """transformers' add_adapter and PEFT's inject_adapter_in_model make a tuner each; get_peft_model may follow."""
+    model = make()
+    for name in ("a", "b"):
+        add(model, LongLoraConfig(r=4, context_length=128), name)
+    wrapped = extend(model, "c")
+    assert sorted(wrapped.peft_config) == ["a", "b", "c"]
+    assert logits(wrapped).isfinite().all()
 
 
+@own_adapters
 def test_a_plain_lora_beside_it_is_refused():
     model = make()
     model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="plain")

@@ -31,6 +31,7 @@ from peft_longlora.kernels import operators as halves
 from peft_longlora.reference import s2_attention_reference
 from tests.helpers.configs import tiny_llama_config
 from tests.helpers.plain_kernel import PlainKernel
+from tests.helpers.releases import CACHE, checkpoint_activations
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 SIZES |= dict(max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -279,9 +280,7 @@ def test_decoding_with_a_cache_is_dense_while_training():
         with use_attention(model, "dense"):
             mine = model(tokens[:, :-1], use_cache=True)
         theirs = stock(tokens[:, :-1], use_cache=True)
-        step, expected = (
-            m(tokens[:, -1:], past_key_values=out.past_key_values) for m, out in ((model, mine), (stock, theirs))
-        )
+        step, expected = (m(tokens[:, -1:], **{CACHE: out[CACHE]}) for m, out in ((model, mine), (stock, theirs)))
     assert torch.equal(step.logits, expected.logits)
 
 
@@ -340,7 +339,7 @@ def cache_of(kind: str, model) -> dict:
     return {
         "dynamic": {},
         "static": dict(cache_implementation="static"),
-        "quantised": dict(past_key_values=Cache(layers=[Int8Layer(residual_length=4) for _ in range(layers)])),
+        "quantised": {CACHE: Cache(layers=[Int8Layer(residual_length=4) for _ in range(layers)])},
         "none": dict(use_cache=False),
     }[kind]
 
@@ -482,7 +481,7 @@ def test_sparse_prefill_then_dense_decoding():
     with torch.no_grad(), use_attention(model, "sparse"):
         prefill = model(tokens, use_cache=True)
         assert torch.equal(prefill.logits, model(tokens, use_cache=False).logits)
-        assert model(tokens[:, :1], past_key_values=prefill.past_key_values).logits.isfinite().all()
+        assert model(tokens[:, :1], **{CACHE: prefill[CACHE]}).logits.isfinite().all()
 
 
 # -- gradient checkpointing ----------------------------------------------------------------------------------------
@@ -497,7 +496,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, mode, reentrant):
     model = sparse(name)
     with use_attention(model, mode):
         expected = logits_and_gradients(model, inputs, segment_ids > 0)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpoint_activations(model, reentrant)
     with use_attention(model, mode):
         logits = model(**inputs).logits[segment_ids > 0]
     model.zero_grad()

@@ -10,6 +10,7 @@ from peft_longlora import configure_attention, use_attention
 from peft_longlora.attention.mask import S2Mask, s2_mask
 from peft_longlora.kernels.groups import plan_from_segment_ids
 from tests.helpers.configs import tiny_llama_config
+from tests.helpers.releases import CACHE, checkpoint_activations
 
 
 def config_of(implementation="s2_attn", **changes):
@@ -24,7 +25,7 @@ def mask_for(batch, length, attention_mask=None, position_ids=None, cache=None, 
         config=config_of(implementation),
         inputs_embeds=torch.zeros(batch, length, 8),
         attention_mask=attention_mask,
-        past_key_values=cache,
+        **{CACHE: cache},
         position_ids=position_ids,
         **kwargs,
     )
@@ -130,7 +131,7 @@ def test_sliding_layers_get_their_own_window():
             config=config_of(name, sliding_window=4),
             inputs_embeds=torch.zeros(1, 9, 8),
             attention_mask=None,
-            past_key_values=None,
+            **{CACHE: None},
             position_ids=torch.arange(9)[None],
         )
     assert masks["s2_attn"].is_local and not mask_for(1, 9).is_local
@@ -228,7 +229,7 @@ def test_sparse_training_makes_no_quadratic_tensor(name):
     elif "cache" in name:
         inputs |= dict(position_ids=packed, attention_mask=torch.ones(1, length), use_cache=True)
     elif name == "checkpointed":
-        model.gradient_checkpointing_enable()
+        checkpoint_activations(model)
         inputs |= dict(position_ids=packed)
     with LargestTensor() as largest:
         model(**inputs).logits.sum().backward()

@@ -10,6 +10,7 @@ from peft_longlora.chat.conversation import Conversation, _from_first_word, _Sto
 from peft_longlora.chat.dialogue import Turn
 from peft_longlora.chat.kvcache import quantiser_options
 from tests.helpers.chat_models import TEXT, a_document, a_model, a_reader
+from tests.helpers.releases import CACHE
 
 QUESTIONS = ["Where is the key?", "And the coin?", "Why?"]
 
@@ -71,10 +72,10 @@ def test_a_quantised_cache_gives_the_tokens_of_transformers_own_quantised_cache(
     inputs = torch.tensor([row])
     cache = QuantizedCache("hqq", reader.model.config, **quantiser_options("hqq", reader.model.config))
     with torch.no_grad():
-        reader.model(inputs[:, : len(conversation.dialogue.start)], past_key_values=cache, use_cache=True)
-        reader.model(inputs[:, len(conversation.dialogue.start) : -1], past_key_values=cache, use_cache=True)
+        reader.model(inputs[:, : len(conversation.dialogue.start)], **{CACHE: cache}, use_cache=True)
+        reader.model(inputs[:, len(conversation.dialogue.start) : -1], **{CACHE: cache}, use_cache=True)
     want = reader.model.generate(
-        inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, max_new_tokens=24, do_sample=False
+        inputs, attention_mask=torch.ones_like(inputs), **{CACHE: cache}, max_new_tokens=24, do_sample=False
     )
     for _ in range(2):
         list(conversation.ask("Why?"))

@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 from peft_longlora.chat.kvcache import KVCache, check_cache, shared_prefix
 from tests.helpers.chat_models import a_model
+from tests.helpers.releases import CACHE
 
 IDS = torch.randint(3, 250, (300,), generator=torch.Generator().manual_seed(7)).tolist()
 OTHER = [*IDS[:200], 9, 8, 7, 6, 5]
@@ -33,7 +34,7 @@ MODELS = {
 @torch.no_grad()
 def whole(model, ids) -> DynamicCache:
     cache = DynamicCache()
-    model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
+    model(input_ids=torch.tensor([ids]), **{CACHE: cache}, use_cache=True)
     return cache
 
 
@@ -78,9 +79,7 @@ def test_quantised_caches_go_back_to_what_was_kept():
     def generate(kv, ids):
         kv.fill(ids[:-1])
         inputs = torch.tensor([ids])
-        out = model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), past_key_values=kv.cache, max_new_tokens=40
-        )
+        out = model.generate(inputs, attention_mask=torch.ones_like(inputs), **kv.as_argument, max_new_tokens=40)
         kv.sync(out[0].tolist())
         assert kv.ids == out[0, : kv.cache.get_seq_length()].tolist()
         return out[0, len(ids) :].tolist()

@@ -135,7 +135,7 @@ CASES = [
     ),
     Case("gpt2", GPT2, "learned positions", refused=NO_ROPE),
     Case("opt", dict(word_embed_proj_dim=64, ffn_dim=48), "learned positions", refused=NO_ROPE),
-    Case("gptj", GPT2, "its own rotary code", refused=NO_INTERFACE),
+    Case("gptj", GPT2, "its own rotary code", refused=NO_ROPE),  # before transformers 5.24: no interface
     Case("falcon", {}, "its own attention code", refused=NO_INTERFACE),
     Case("bloom", dict(n_layer=2, n_head=4), "ALiBi", refused=NO_INTERFACE),
     Case("mpt", dict(d_model=64, n_heads=4, n_layers=2), "ALiBi", refused=NO_INTERFACE),

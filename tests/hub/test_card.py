@@ -20,6 +20,7 @@ from peft_longlora.attention.settings import settings_of
 from peft_longlora.hub.card import BEGIN, END, TEMPLATE, is_draft, make_card, write_card
 from peft_longlora.hub.trainers import use_longlora_card
 from tests.helpers.configs import tiny_llama_config
+from tests.helpers.releases import own_adapters
 
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
@@ -75,6 +76,7 @@ def test_metadata_of_a_base_on_the_hub(adapted, tmp_path):
     assert 'base = "me/base"' in CODE.search(card.text)[1]
 
 
+@own_adapters
 def test_an_adapter_of_a_plain_transformers_model_has_the_card_too(base_folder, tmp_path):
     model = LlamaForCausalLM.from_pretrained(base_folder, attn_implementation="s2_attn").eval()
     model.add_adapter(LongLoraConfig(r=2, context_length=256, init_lora_weights=False))

@@ -20,6 +20,7 @@ from peft_longlora.sequence.batch import SequenceCollator, shard_batch
 from peft_longlora.sequence.switch import parallelize_sequence, unshared
 from peft_longlora.sequence.trainer import SequenceParallelMixin
 from tests.helpers.ranks import Traffic, run_ranks
+from tests.helpers.releases import checkpoint_activations
 from tests.helpers.tiny import extend, make
 
 IGNORED = -100
@@ -132,7 +133,7 @@ def models(ranks: int) -> dict:
             model.train()
             for reentrant in (False, True):
                 model.enable_input_require_grads()
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+                checkpoint_activations(model, reentrant)
                 found[f"checkpointing {reentrant}", "packed"] = difference(model, batch_of("packed"), mesh)
     return found
 
@@ -166,7 +167,7 @@ def recomputed() -> dict:
     for kind in ("as it is", "reentrant", "in blocks", "one layer, run twice"):
         model = extend(make(), group_size=16, init_lora_weights=False).train()
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})
+        checkpoint_activations(model, kind == "reentrant")
         backbone = model.get_base_model().model
         if kind == "in blocks":
             backbone.layers = torch.nn.ModuleList([Block(backbone.layers)])

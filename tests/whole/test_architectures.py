@@ -5,6 +5,8 @@ The cases and the truth are in architectures.py, which also writes docs/architec
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -27,6 +29,8 @@ def warnings_seen(monkeypatch):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_an_architecture_is_supported_or_refused_with_the_reason(case, warnings_seen):
+    if case.name == "gptj" and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("The table says why the newest gptj is refused.")
     found = examine(case)
     assert row(case, found) in TABLE.read_text().splitlines(), (
         "docs/architectures.md is old: run python -m tests.helpers.architectures"

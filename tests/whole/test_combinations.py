@@ -10,6 +10,7 @@ from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention import forward as attention
 from peft_longlora.attention.settings import settings_of
 from tests.helpers.architectures import GROUP, Truth
+from tests.helpers.releases import CACHE
 from tests.helpers.tiny import IDS, logits, make, train
 
 METHODS = {
@@ -117,7 +118,7 @@ def test_prefix_tuning_is_dense_and_says_so(monkeypatch):
     said.clear()
     with torch.no_grad():  # decoding with a cache is no training, whatever the mode
         start = model.train().base_model(input_ids=IDS[:, :40], use_cache=True)
-        model.base_model(input_ids=IDS[:, 40:50], past_key_values=start.past_key_values)
+        model.base_model(input_ids=IDS[:, 40:50], **{CACHE: start[CACHE]})
     assert not said
 
 

@@ -13,6 +13,7 @@ from transformers import DynamicCache, TextIteratorStreamer
 from peft_longlora.chat.kvcache import KVCache, OffloadedCache, quantiser_options
 from tests.helpers.answering_models import byte_tokenizer
 from tests.helpers.chat_models import a_model
+from tests.helpers.releases import CACHE
 
 IDS = torch.randint(3, 250, (1, 150), generator=torch.Generator().manual_seed(11))
 BATCH = torch.randint(3, 250, (2, 150), generator=torch.Generator().manual_seed(12))
@@ -84,10 +85,10 @@ def test_keys_and_values_serve_a_second_prompt(adapted, merged):
     """Computed once, cropped to what two rows share, gone on with."""
     cache = DynamicCache()
     with torch.no_grad():
-        adapted(IDS[:, :100], past_key_values=cache, use_cache=True)
+        adapted(IDS[:, :100], **{CACHE: cache}, use_cache=True)
     for tail in (IDS[:, 100:], IDS[:, :20], IDS[:, 100:]):
         ids = torch.cat([IDS[:, :100], tail], dim=1)
-        assert tokens(adapted, ids, past_key_values=cache) == tokens(merged, ids)
+        assert tokens(adapted, ids, **{CACHE: cache}) == tokens(merged, ids)
         cache.crop(100 - cache.get_seq_length())
 
 
@@ -97,13 +98,15 @@ SINKS = '''
 import torch
 from transformers import DynamicCache
 
+from peft_longlora.architecture import cache_name
+
 
 @torch.no_grad()
 def generate(model, inputs, window_length=256, num_sink_tokens=4, max_new_tokens=16, **kwargs):
     cache, input_ids = DynamicCache(), inputs
     for step in range(input_ids.shape[1] + max_new_tokens - 1):
         position = torch.tensor([[step]], device=input_ids.device)
-        out = model(input_ids[:, step : step + 1], position_ids=position, past_key_values=cache, use_cache=True)
+        out = model(input_ids[:, step : step + 1], position_ids=position, use_cache=True, **{cache_name(model): cache})
         if step >= input_ids.shape[1] - 1:
             input_ids = torch.cat([input_ids, out.logits[:, -1:].argmax(-1)], dim=1)
         for layer in cache.layers if cache.get_seq_length() == window_length else []:
@@ -155,12 +158,12 @@ def test_sink_style_streaming_of_kvpress(adapted, merged):
     cache, length = DynamicCache(), ids.shape[1]
     with torch.no_grad(), kvpress.StreamingLLMPress(compression_ratio=0.6, n_sink=sinks)(adapted.get_base_model()):
         # kvpress asks for the cache_position that older versions of transformers handed to each layer
-        out = adapted(ids, past_key_values=cache, use_cache=True, cache_position=torch.tensor([length - 1]))
+        out = adapted(ids, **{CACHE: cache}, use_cache=True, cache_position=torch.tensor([length - 1]))
     kept = cache.get_seq_length()
     assert kept == 32
     first = out.logits[:, -1:].argmax(-1)
     mask, positions = torch.ones(1, kept + 1, dtype=torch.long), torch.tensor([[length]])
-    options = dict(attention_mask=mask, position_ids=positions, past_key_values=cache, max_new_tokens=n - 1)
+    options = dict(attention_mask=mask, position_ids=positions, **{CACHE: cache}, max_new_tokens=n - 1)
     found = first[0].tolist() + tokens(adapted, first, **options)[0]
     row = ids
     for _ in range(n):
@@ -188,7 +191,7 @@ def slow_gpu(adapted, merged):
 def test_an_offloaded_cache_gives_the_same_tokens(slow_gpu):
     want = tokens(slow_gpu[1])
     for model in slow_gpu:
-        assert tokens(model, past_key_values=OffloadedCache()) == want
+        assert tokens(model, **{CACHE: OffloadedCache()}) == want
 
 
 @pytest.mark.gpu
@@ -212,7 +215,7 @@ def test_caches_filled_in_chunks_work_on_a_gpu(adapted, kind):
     kv = KVCache(model, kind, chunk_size=32)
     for ids in (IDS[0].tolist(), IDS[0, :100].tolist() + [7] * 30):
         kv.fill(ids[:-1])
-        found = tokens(model, torch.tensor([ids]), past_key_values=kv.cache)
+        found = tokens(model, torch.tensor([ids]), **kv.as_argument)
         kv.sync(ids + found[0])
         if kind != "quantised":
             assert found == tokens(model, torch.tensor([ids]))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from peft_longlora.architecture import cache_name
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks.task import Item
 from peft_longlora.hub.generation import cache_bytes, decoding
@@ -74,7 +75,7 @@ class Cost:
             torch.cuda.reset_peak_memory_stats(device)
         first, out = _time(device, lambda: _generate(model, ids, 1))
         peak = torch.cuda.max_memory_allocated(device) if is_cuda else _process_peak()
-        kv_cache = cache_bytes(out.past_key_values)
+        kv_cache = cache_bytes(getattr(out, cache_name(model)))
         del out
         total, _ = _time(device, lambda: _generate(model, ids, 1 + NEW_TOKENS))
         measures = [

@@ -9,6 +9,7 @@ import pytest
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
 
 from peft_longlora import LongLoraConfig
+from peft_longlora.kernels.groups import PATTERNS
 
 # The field table of the contract.
 DEFAULTS = {
@@ -69,7 +70,7 @@ def test_every_new_field_has_a_help_text():
         dict(rope_parameters={"rope_type": "linear", "factor": 4.0}),
         dict(context_length=1, group_size=2, group_size_ratio=1, dense_layers=[]),
         *(dict(rope_type=kind) for kind in ("linear", "ntk", "dynamic", "yarn", "llama3")),
-        *(dict(attention_pattern=pattern) for pattern in ("s2", "local", "full")),
+        *(dict(attention_pattern=pattern) for pattern in PATTERNS),
     ],
     ids=str,
 )

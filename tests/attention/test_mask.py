@@ -8,7 +8,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from peft_longlora import configure_attention, use_attention
 from peft_longlora.attention.mask import S2Mask, s2_mask
-from peft_longlora.kernels.groups import plan_from_segment_ids
+from peft_longlora.kernels.groups import PATTERNS, plan_from_segment_ids
 from tests.helpers.configs import tiny_llama_config
 from tests.helpers.releases import CACHE, checkpoint_activations
 
@@ -82,7 +82,7 @@ def test_documents_and_padding_are_found(name, with_cache):
     cache = DynamicCache(config=config_of()) if with_cache else None
     mask = mask_for(*expected.shape, attention_mask, position_ids, cache)
     assert isinstance(mask, S2Mask)
-    for pattern in ("s2", "local", "full"):
+    for pattern in PATTERNS:
         groups = mask.groups(4, pattern, position_ids)
         truth = plan_from_segment_ids(expected, 4, pattern)
         assert (groups.straight, groups.shifted) == (truth.straight, truth.shifted)

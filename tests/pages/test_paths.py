@@ -8,6 +8,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = "benchmarks|docs|examples|experiments|model_cards|peft_longlora|tests"
 PATH = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./*-]*[\w*/]")
+FILE = re.compile(r"`((?:[a-z_]+/)*\w+\.py)`")
+FOREIGN = {"eval.py"}  # the original project's
+FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS.split("|") for path in (ROOT / folder).rglob("*.py")]
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
@@ -26,6 +29,13 @@ def test_paths_named_in_the_text_exist(page):
     found = PATH.findall((ROOT / page).read_text())
     missing = [path for path in found if not any(ROOT.glob(path.rstrip("/")))]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_scripts_named_without_their_folder_exist(page):
+    """Such as `mask.py` or `attention/mask.py`: the end of a path."""
+    named = set(FILE.findall((ROOT / page).read_text())) - FOREIGN
+    assert not {name for name in named if not any(f"/{path}".endswith(f"/{name}") for path in FILES)}
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -15,10 +15,11 @@ needs a GPU: not measured. The Trainer holds the logits of a whole window (windo
 over), which TRL's SFTTrainer does not.
 """
 
-import argparse
+import json
 from pathlib import Path
 
 import torch
+from command_line import Parser, check_output, checkpointing, count, positive, rate
 from datasets import IterableDataset
 from peft import get_peft_model
 from transformers import (
@@ -34,43 +35,63 @@ from peft_longlora import LongLoraConfig
 from peft_longlora.data import Counts, read_documents, to_windows
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--model", required=True, help="a rotary causal language model: folder or Hub id")
     parser.add_argument("--data", required=True, nargs="+", help="files, folders or Hub ids")
     parser.add_argument("--eval-data", nargs="+", default=[], help="the same, for the loss before and after (dense)")
-    parser.add_argument("--eval-windows", type=int, default=16, help="of --eval-data; a multiple of the GPUs")
+    parser.add_argument("--eval-windows", type=positive, default=16, help="of --eval-data; a multiple of the GPUs")
     parser.add_argument("--split", default="train", help="split of Hub datasets")
     parser.add_argument("--config", help="configuration of Hub datasets")
     parser.add_argument("--text-field", default="text")
     parser.add_argument("--skip-empty", action="store_true", help="go on after an empty document")
     parser.add_argument("--output", default="runs/extend_context")
-    parser.add_argument("--context-length", type=int, default=32768, help="the window to extend to, tokens")
+    parser.add_argument("--context-length", type=positive, default=32768, help="the window to extend to, tokens")
     parser.add_argument("--rope-type", default="yarn", help="linear (the paper's), ntk, dynamic, yarn, llama3")
-    parser.add_argument("--group-size", type=int, help="tokens; default: a quarter of the window")
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rope-parameters", type=json.loads, help="as JSON, for bases whose RoPE is scaled already")
+    parser.add_argument("--group-size", type=positive, help="tokens; default: a quarter of the window")
+    parser.add_argument("--rank", type=positive, default=8)
     parser.add_argument("--four-bit", action="store_true", help="keep the base in 4 bits (bitsandbytes, nf4)")
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
-    parser.add_argument("--max-steps", type=int, default=1000)
-    parser.add_argument("--warmup-steps", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=1, help="windows a device and step")
-    parser.add_argument("--accumulation", type=int, default=8, help="steps whose gradients are summed")
-    parser.add_argument("--save-steps", type=int, default=100)
+    parser.add_argument("--learning-rate", type=rate, default=2e-5)
+    parser.add_argument("--max-steps", type=positive, default=1000)
+    parser.add_argument("--warmup-steps", type=count, default=20)
+    parser.add_argument("--batch-size", type=positive, default=1, help="windows a device and step")
+    parser.add_argument("--accumulation", type=positive, default=8, help="steps whose gradients are summed")
+    parser.add_argument("--save-steps", type=positive, default=100)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    args = parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     torch.manual_seed(args.seed)
     has_gpu = torch.cuda.is_available()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    options = dict(split=args.split, config=args.config, field=args.text_field, skip_empty=args.skip_empty)
+    # The state is written last: a checkpoint without it was cut short, by a full disk or a killed process.
+    whole = [path.parent for path in Path(args.output).glob("checkpoint-*/trainer_state.json")]
+    last = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    with parser.refusing():
+        check_output(args.output)
+        if args.resume and last is None:
+            raise ValueError(f"--resume: there is no whole checkpoint in {args.output}.")
+        for sources in (args.data, args.eval_data):
+            next(read_documents(sources, **options), None)  # is it there, and is it text?
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        config = LongLoraConfig(
+            r=args.rank,
+            lora_alpha=2 * args.rank,
+            context_length=args.context_length,
+            rope_type=args.rope_type,
+            rope_parameters=args.rope_parameters,
+            group_size=args.group_size,
+            task_type="CAUSAL_LM",
+        )
     if tokenizer.pad_token is None:  # the labels say what is padding, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
 
     def windows(sources: list[str], counts: Counts):
-        options = dict(split=args.split, config=args.config, field=args.text_field, skip_empty=args.skip_empty)
         return to_windows(read_documents(sources, **options), tokenizer, args.context_length, counts)
 
     counts = Counts()
@@ -85,7 +106,7 @@ def main() -> None:
         per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=1,
         gradient_accumulation_steps=args.accumulation, learning_rate=args.learning_rate, adam_beta2=0.95,
         lr_scheduler_type="constant_with_warmup", warmup_steps=args.warmup_steps, bf16=has_gpu,
-        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
+        **checkpointing(),
         accelerator_config={"dispatch_batches": False},  # rows differ in length: each process reads its own
         logging_steps=1 if args.max_steps < 100 else 10, eval_on_start=bool(args.eval_data),
         dataloader_pin_memory=has_gpu,
@@ -95,16 +116,9 @@ def main() -> None:
     if args.four_bit:  # stored as the other weights are, so that FSDP can share them out
         four_bit = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype)
         four_bit = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **four_bit)}
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="s2_attn", **four_bit)
-    config = LongLoraConfig(
-        r=args.rank,
-        lora_alpha=2 * args.rank,
-        context_length=args.context_length,
-        rope_type=args.rope_type,
-        group_size=args.group_size,
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, config)
+    with parser.refusing():
+        base = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="s2_attn", **four_bit)
+        model = get_peft_model(base, config)
     model.print_trainable_parameters()
 
     trainer = Trainer(
@@ -114,10 +128,7 @@ def main() -> None:
         eval_dataset=eval_data.take(args.eval_windows) if args.eval_data else None,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
-    # The state is written last: a checkpoint without it was cut short, by a full disk or a killed process.
-    whole = [path.parent for path in Path(args.output).glob("checkpoint-*/trainer_state.json")]
-    last = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-    trainer.train(resume_from_checkpoint=str(last) if args.resume and last else args.resume)
+    trainer.train(resume_from_checkpoint=str(last) if args.resume else None)
     say = trainer.accelerator.print
     if args.eval_data:
         before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)

@@ -12,10 +12,10 @@ examples/assets/stdlib-llama-512 --context-length 2048 --group-size 512 --max-st
 2), takes 0.9 minutes; docs/scaling.md says what fits on GPUs, where this script itself was not run.
 """
 
-import argparse
 import json
 
 import torch
+from command_line import Parser, check_output, checkpointing, count, positive, rate
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -29,47 +29,52 @@ class LongTrainer(SequenceParallelMixin, SFTTrainer):
     """TRL's trainer, which never holds the logits of a whole sequence, with sequences that processes share."""
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--model", required=True, help="a rotary causal language model: folder or Hub id")
     parser.add_argument("--data", required=True, nargs="+", help="files, folders or Hub ids")
-    parser.add_argument("--eval-rows", type=int, default=0, help="last rows, held out for the loss before and after")
+    parser.add_argument("--eval-rows", type=count, default=0, help="last rows, held out for the loss before and after")
     parser.add_argument("--output", default="runs/long_sequence")
     parser.add_argument(
-        "--context-length", type=int, required=True, help="of a row, and the window to extend to; tokens"
+        "--context-length", type=positive, required=True, help="of a row, and the window to extend to; tokens"
     )
-    parser.add_argument("--group-size", type=int, help="tokens; default: a quarter of the window")
+    parser.add_argument("--group-size", type=positive, help="tokens; default: a quarter of the window")
     parser.add_argument("--rope-parameters", type=json.loads, help="as JSON; for bases whose RoPE is scaled already")
-    parser.add_argument("--sequence-parallel", type=int, help="processes that share a sequence; default: all")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--max-steps", type=int, default=100)
-    parser.add_argument("--accumulation", type=int, default=1, help="steps whose gradients are summed")
+    parser.add_argument("--sequence-parallel", type=positive, help="processes that share a sequence; default: all")
+    parser.add_argument("--rank", type=positive, default=8)
+    parser.add_argument("--learning-rate", type=rate, default=2e-4)
+    parser.add_argument("--max-steps", type=positive, default=100)
+    parser.add_argument("--accumulation", type=positive, default=1, help="steps whose gradients are summed")
     parser.add_argument("--offload", action="store_true", help="keep what layers save for the backward in host memory")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    args = parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     set_seed(args.seed)
     has_gpu = torch.cuda.is_available()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    with parser.refusing():
+        check_output(args.output)
+        config = LongLoraConfig(
+            r=args.rank,
+            lora_alpha=2 * args.rank,
+            context_length=args.context_length,
+            rope_parameters=args.rope_parameters,
+            group_size=args.group_size,
+            task_type="CAUSAL_LM",
+        )
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        windows = to_windows(read_documents(args.data), tokenizer, args.context_length, Counts())
+        rows = [{"input_ids": row["input_ids"]} for row in windows]
+        if args.eval_rows >= len(rows):
+            raise ValueError(f"--eval-rows {args.eval_rows} of {len(rows)} rows leaves none to train on.")
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=torch.bfloat16 if has_gpu else torch.float32, attn_implementation="s2_attn"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    windows = to_windows(read_documents(args.data), tokenizer, args.context_length, Counts())
-    rows = [{"input_ids": row["input_ids"]} for row in windows]
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=torch.bfloat16 if has_gpu else torch.float32, attn_implementation="s2_attn"
-    )
-    config = LongLoraConfig(
-        r=args.rank,
-        lora_alpha=2 * args.rank,
-        context_length=args.context_length,
-        rope_parameters=args.rope_parameters,
-        group_size=args.group_size,
-        task_type="CAUSAL_LM",
-    )
     trainer = LongTrainer(
         model,
         SFTConfig(
@@ -83,6 +88,7 @@ def main() -> None:
             bf16=has_gpu,
             use_cpu=not has_gpu,
             activation_offloading=args.offload,
+            **checkpointing(),
             dataloader_pin_memory=has_gpu,
             logging_steps=1,
             eval_on_start=bool(args.eval_rows),

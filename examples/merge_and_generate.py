@@ -6,14 +6,14 @@ Hardware: 0.2 minutes on one CPU core for the embedded model; else what it takes
 The merged folder is what inference servers take: an ordinary checkpoint whose config.json holds the longer window.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from peft import AutoPeftModelForCausalLM
+from command_line import Parser, check_output, positive
+from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoTokenizer
 
 import peft_longlora  # noqa: F401  registers the adapter type: without it PEFT raises KeyError 'LONGLORA'
@@ -36,30 +36,39 @@ print(json.dumps({"tokens": tokens.tolist(), "text": tokenizer.decode(tokens, sk
 """
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--adapter", required=True, help="folder or Hub id; it names its base")
     parser.add_argument("--tokenizer", help="folder or Hub id; default: the adapter's, else its base's")
     parser.add_argument("--output", type=Path, default=Path("runs/merged"))
     parser.add_argument("--prompt", default="Once upon a time")
     parser.add_argument("--prompt-file", type=Path, help="a file with the prompt, instead of --prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--dtype", default="float32", help="float32 merges exactly; bfloat16 rounds, on both sides")
-    return parser.parse_args()
+    parser.add_argument("--max-new-tokens", type=positive, default=32)
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="float32 merges exactly; bfloat16 rounds, on both sides",
+    )
+    return parser
 
 
-def load_tokenizer(args: argparse.Namespace, base: str):
-    if args.tokenizer is None and not (Path(args.adapter) / "tokenizer_config.json").exists():
+def load_tokenizer(adapter: str, tokenizer: str | None, base: str):
+    if tokenizer is None and not (Path(adapter) / "tokenizer_config.json").exists():
         return AutoTokenizer.from_pretrained(base)
-    return AutoTokenizer.from_pretrained(args.tokenizer or args.adapter)
+    return AutoTokenizer.from_pretrained(tokenizer or adapter)
 
 
 def main() -> None:
-    args = parse_args()
-    model = AutoPeftModelForCausalLM.from_pretrained(args.adapter, dtype=getattr(torch, args.dtype)).eval()
+    parser = make_parser()
+    args = parser.parse_args()
+    with parser.refusing():
+        check_output(args.output)
+        prompt = args.prompt_file.read_text(encoding="utf-8") if args.prompt_file else args.prompt
+        base = PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+        tokenizer = load_tokenizer(args.adapter, args.tokenizer, base)
+        model = AutoPeftModelForCausalLM.from_pretrained(args.adapter, dtype=getattr(torch, args.dtype)).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(args, model.peft_config["default"].base_model_name_or_path)
-    prompt = args.prompt_file.read_text(encoding="utf-8") if args.prompt_file else args.prompt
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)[0].tolist()
 

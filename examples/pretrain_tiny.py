@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from command_line import Parser, check_output, positive, rate
 from stdlib_text import by_position, cut_windows, perplexity, read_stdlib, token_losses
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -53,28 +54,35 @@ def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) ->
     return LlamaForCausalLM(config)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/stdlib-llama-512"))
     parser.add_argument("--stdlib", type=Path, help="folder of a standard library; default: the running Python's")
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--batch-size", type=int, default=64, help="windows of 512 tokens a step")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--vocab-size", type=positive, default=4096)
+    parser.add_argument("--steps", type=positive, default=900)
+    parser.add_argument("--batch-size", type=positive, default=64, help="windows of 512 tokens a step")
+    parser.add_argument("--learning-rate", type=rate, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=2.0)
     parser.add_argument("--attention-dropout", type=float, default=0.1)
-    parser.add_argument("--warmup-steps", type=int, default=100)
-    parser.add_argument("--eval-steps", type=int, default=100, help="steps between two looks at the held-out modules")
+    parser.add_argument("--warmup-steps", type=positive, default=100)
+    parser.add_argument(
+        "--eval-steps", type=positive, default=100, help="steps between two looks at the held-out modules"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    args = parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     start = time.time()
     torch.manual_seed(args.seed)
-    train_texts, held_out = read_stdlib(args.stdlib)
+    with parser.refusing():
+        check_output(args.output)
+        train_texts, held_out = read_stdlib(args.stdlib)
+        if args.vocab_size < 259:
+            raise ValueError(f"--vocab-size {args.vocab_size}: 256 bytes and 3 special tokens need 259.")
     tokenizer = train_tokenizer(train_texts.values(), args.vocab_size)
     documents = [torch.tensor(tokenizer(t)["input_ids"] + [tokenizer.eos_token_id]) for t in train_texts.values()]
     stream = torch.cat(documents).to(args.device)

@@ -9,7 +9,6 @@ Here it is trained, with S2-Attn, on the library's long modules, and measured, w
 has never seen.
 """
 
-import argparse
 import json
 import resource
 import subprocess
@@ -18,7 +17,8 @@ import time
 from pathlib import Path
 
 import torch
-from peft import AutoPeftModelForCausalLM, get_peft_model
+from command_line import Parser, check_output, positive, rate
+from peft import AutoPeftModelForCausalLM, PeftConfig, get_peft_model
 from stdlib_text import by_position, cut_windows, plot, read_stdlib, token_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
@@ -27,20 +27,27 @@ from peft_longlora import LongLoraConfig
 BASE = Path(__file__).resolve().parent / "assets" / "stdlib-llama-512"
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder of the adapter")
-    parser.add_argument("--context-length", type=int, default=4096, help="window to extend to, in tokens")
-    parser.add_argument("--max-steps", type=int, default=70, help="training steps, one window each")
-    parser.add_argument("--learning-rate", type=float, default=4e-4)
-    parser.add_argument("--windows", type=int, default=2, help="windows to measure of each held-out module")
+    parser.add_argument("--context-length", type=positive, default=4096, help="window to extend to, in tokens")
+    parser.add_argument("--max-steps", type=positive, default=70, help="training steps, one window each")
+    parser.add_argument("--learning-rate", type=rate, default=4e-4)
+    parser.add_argument("--windows", type=positive, default=2, help="windows to measure of each held-out module")
     parser.add_argument("--evaluate", action="store_true", help="only load the adapter in --output and measure it")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    args = parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     start = time.time()
+    with parser.refusing():
+        check_output(args.output)
+        if args.evaluate:
+            PeftConfig.from_pretrained(args.output)
+    if not args.evaluate and (args.output / "adapter_config.json").exists():
+        print(f"The adapter that lies in {args.output} will be written over (--output names another folder).")
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     train_texts, held_out = read_stdlib()

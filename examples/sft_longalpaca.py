@@ -14,10 +14,11 @@ Hardware: on one CPU core the embedded model (--model examples/assets/stdlib-lla
 needs a GPU: not measured.
 """
 
-import argparse
+import json
 
 import numpy as np
 import torch
+from command_line import Parser, check_output, checkpointing, count, positive, rate
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
@@ -27,42 +28,58 @@ from peft_longlora import LongLoraConfig
 from peft_longlora.data import Counts, read_records, tokenize_records
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--model", required=True, help="a rotary causal language model: folder or Hub id")
     parser.add_argument("--data", required=True, nargs="+", help="files, folders or Hub ids")
     parser.add_argument("--split", default="train", help="split of Hub datasets")
-    parser.add_argument("--eval-records", type=int, default=0, help="last records, held out for the loss before/after")
+    parser.add_argument(
+        "--eval-records", type=count, default=0, help="last records, held out for the loss before/after"
+    )
     parser.add_argument("--output", default="runs/sft_longalpaca")
-    parser.add_argument("--max-length", type=int, default=32768, help="of a row, and the window to extend to; tokens")
+    parser.add_argument(
+        "--max-length", type=positive, default=32768, help="of a row, and the window to extend to; tokens"
+    )
     parser.add_argument("--too-long", default="truncate", choices=["truncate", "drop", "error"],
                         help="of longer records: cut the prompt's middle out, leave them out, or stop")  # fmt: skip
     parser.add_argument("--no-packing", action="store_true", help="one record a row")
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rope-parameters", type=json.loads, help="as JSON, for bases whose RoPE is scaled already")
+    parser.add_argument("--rank", type=positive, default=8)
     parser.add_argument("--four-bit", action="store_true", help="keep the base in 4 bits (bitsandbytes, nf4)")
-    parser.add_argument("--learning-rate", type=float, default=2e-5, help="the paper's; 2e-4 trains LoRA faster")
-    parser.add_argument("--epochs", type=float, default=5)
-    parser.add_argument("--max-steps", type=int, default=-1, help="instead of --epochs")
-    parser.add_argument("--warmup-steps", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=1, help="rows a device and step")
-    parser.add_argument("--accumulation", type=int, default=8, help="steps whose gradients are summed")
+    parser.add_argument("--learning-rate", type=rate, default=2e-5, help="the paper's; 2e-4 trains LoRA faster")
+    parser.add_argument("--epochs", type=rate, default=5)
+    parser.add_argument("--max-steps", type=positive, default=-1, help="instead of --epochs")
+    parser.add_argument("--warmup-steps", type=count, default=20)
+    parser.add_argument("--batch-size", type=positive, default=1, help="rows a device and step")
+    parser.add_argument("--accumulation", type=positive, default=8, help="steps whose gradients are summed")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    args = parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     set_seed(args.seed)
     has_gpu = torch.cuda.is_available()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    counts = Counts()
+    with parser.refusing():
+        check_output(args.output)
+        config = LongLoraConfig(
+            r=args.rank,
+            lora_alpha=2 * args.rank,
+            context_length=args.max_length,
+            rope_parameters=args.rope_parameters,
+            task_type="CAUSAL_LM",
+        )
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        records = read_records(args.data, split=args.split)
+        rows = tokenize_records(records, tokenizer, args.max_length, too_long=args.too_long, counts=counts)
+        rows = [{name: np.array(ids, dtype=np.int32) for name, ids in row.items()} for row in rows]
+        split = len(rows) - args.eval_records
+        if split < 1:
+            raise ValueError(f"--eval-records {args.eval_records} of {len(rows)} rows leaves none to train on.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-
-    counts = Counts()
-    records = read_records(args.data, split=args.split)
-    rows = tokenize_records(records, tokenizer, args.max_length, too_long=args.too_long, counts=counts)
-    rows = [{name: np.array(ids, dtype=np.int32) for name, ids in row.items()} for row in rows]
-    split = len(rows) - args.eval_records
     print(f"{counts.documents} records read, {split} to train on, {args.eval_records} held out")
 
     # Before the model: DeepSpeed ZeRO-3 shares its weights out while they are loaded.
@@ -81,7 +98,7 @@ def main() -> None:
         warmup_steps=args.warmup_steps,
         adam_beta2=0.95,
         bf16=has_gpu,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **checkpointing(),
         logging_steps=1,
         dataloader_pin_memory=has_gpu,
         report_to="none",
@@ -93,11 +110,9 @@ def main() -> None:
     if args.four_bit:  # stored as the other weights are, so that FSDP can share them out
         four_bit = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype)
         four_bit = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **four_bit)}
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="s2_attn", **four_bit)
-    config = LongLoraConfig(
-        r=args.rank, lora_alpha=2 * args.rank, context_length=args.max_length, task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(model, config)
+    with parser.refusing():
+        base = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="s2_attn", **four_bit)
+        model = get_peft_model(base, config)
     model.print_trainable_parameters()
 
     trainer = SFTTrainer(

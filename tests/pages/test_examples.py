@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 import pytest
@@ -68,13 +69,16 @@ def prose(words: int, seed: int) -> str:
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run an example in this process; returns what it printed."""
+    """Run an example in this process; returns what it printed. A dependency's deprecation on the screen is an error."""
     monkeypatch.syspath_prepend(EXAMPLES)
 
     def run(script: str, *args) -> str:
         monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
         capsys.readouterr()
-        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("default")
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        assert not [str(w.message) for w in shown if issubclass(w.category, FutureWarning)]
         return capsys.readouterr().out
 
     return run
@@ -163,6 +167,71 @@ def test_extend_context_names_a_bad_document(run, base, tmp_path):
     path.write_text(json.dumps({"text": prose(300, 0)}) + "\n" + json.dumps({"text": ""}) + "\n")
     with pytest.raises(ValueError, match=r"a\.jsonl:2: 'text' is empty"):
         run("extend_context.py", "--model", base, "--data", path, "--output", tmp_path / "out", *EXTEND)
+
+
+DATA = ("--data", "{data}")
+BAD_OPTIONS = {  # what is said, and the command line that brings it about
+    "extend_context.py": [
+        ("--context-length: '0' is no number of 1 or more", ["--model", "{base}", *DATA, "--context-length", 0]),
+        ("none.txt: no such file or folder", ["--model", "{base}", "--data", "none.txt"]),
+        ("no/such/model", ["--model", "no/such/model", *DATA]),
+        ("group_size=31 ", ["--model", "{base}", *DATA, "--group-size", 31]),
+        ("rope_type='cubic' ", ["--model", "{base}", *DATA, "--rope-type", "cubic"]),
+        ("is a file. Give a folder", ["--model", "{base}", *DATA, "--output", "{data}"]),
+        ("there is no whole checkpoint in {out}", ["--model", "{base}", *DATA, "--output", "{out}", "--resume"]),
+        ("argument --rope-parameters: invalid loads value", ["--model", "{base}", *DATA, "--rope-parameters", "{"]),
+    ],
+    "sft_longalpaca.py": [
+        ("a.txt: records come as .jsonl or .json", ["--model", "{base}", *DATA]),
+        ("--learning-rate: '-1' is no number above 0", ["--model", "{base}", *DATA, "--learning-rate=-1"]),
+        ("--eval-records 9 of 2 rows", ["--model", "{base}", "--data", "{records}", "--eval-records", 9]),
+    ],
+    "long_sequence.py": [
+        (
+            "--sequence-parallel: 'two' is",
+            ["--model", "{base}", *DATA, "--context-length", 64, "--sequence-parallel", "two"],
+        ),
+        ("--eval-rows 99 of 4 rows", ["--model", "{base}", *DATA, "--context-length", 64, "--eval-rows", 99]),
+    ],
+    "merge_and_generate.py": [
+        ("no/adapter", ["--adapter", "no/adapter"]),
+        ("none.txt", ["--adapter", "{base}", "--prompt-file", "none.txt"]),
+        ("invalid choice: 'float8'", ["--adapter", "{base}", "--dtype", "float8"]),
+    ],
+    "quickstart.py": [
+        ("--max-steps: '1.5' is no number", ["--max-steps", 1.5]),
+        ("{out}", ["--evaluate", "--output", "{out}"]),
+    ],
+    "pretrain_tiny.py": [
+        ("under {out}: pass the folder of a complete standard library", ["--stdlib", "{out}"]),
+        ("--vocab-size 9: ", ["--vocab-size", 9]),
+    ],
+}
+
+
+@pytest.mark.parametrize("script, said, args", [(s, *case) for s, cases in BAD_OPTIONS.items() for case in cases])
+def test_bad_options_end_with_one_line_and_code_2_before_a_model_is_there(
+    run, monkeypatch, capsys, base, tmp_path, script, said, args
+):
+    (tmp_path / "a.txt").write_text(prose(200, 0))
+    records = [{"instruction": prose(9, n), "output": prose(6, 1)} for n in range(2)]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    names = {"base": base, "data": tmp_path / "a.txt", "records": tmp_path / "a.json", "out": tmp_path / "out"}
+
+    def fill(text) -> str:
+        return re.sub(r"\{(\w+)\}", lambda found: str(names[found[1]]), str(text))
+
+    def no_model(*args, **kwargs):
+        raise AssertionError("a model was made")
+
+    for name in ("from_pretrained", "_from_config", "__init__"):
+        monkeypatch.setattr(LlamaForCausalLM, name, no_model)
+    with pytest.raises(SystemExit) as end:
+        run(script, *map(fill, args))
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert fill(said) in lines[-1] and lines[-1].startswith(f"{script}: error: ")
+    assert not [line for line in lines if "Traceback" in line or "usage:" in line]
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "unpacked"])

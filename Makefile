@@ -3,15 +3,17 @@
 
 PYTHON ?= python3
 VENV := .venv
+LOWEST := .venv-lowest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 WORKERS ?= auto
 
-.PHONY: help demo test browser lint format wheel clean
+.PHONY: help demo test test-lowest browser lint format wheel clean
 
 help:
 	@echo "make demo    extend the embedded model from 512 to 4096 tokens and plot it (3 to 5 minutes on 2 cores)"
 	@echo "make test    run the tests that need no GPU (about 3 minutes on 2 cores)"
+	@echo "make test-lowest  the same with the lowest supported versions, in .venv-lowest"
 	@echo "make browser run the tests of examples/app.py; they need chromium and chromedriver"
 	@echo "make lint    check format and style"
 	@echo "make format  apply format and safe fixes"
@@ -24,6 +26,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	@echo "== tests: CPU, offline; add ARGS='-m gpu' on a machine with a GPU"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-lowest: $(LOWEST)/.test
+	@echo "== tests with the lowest versions: $$($(LOWEST)/bin/python -m peft_longlora --version)"
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 browser: $(VENV)/.browser
 	@echo "== browser: examples/app.py in headless Chromium (Debian: apt-get install chromium chromium-driver)"
@@ -42,7 +48,7 @@ wheel: $(VENV)/.test
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) runs dist build
+	rm -rf $(VENV) $(LOWEST) runs dist build
 
 $(VENV)/bin/python:
 	@echo "== making $(VENV) with $$($(PYTHON) --version)"
@@ -57,6 +63,12 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "== installing the package and what the tests need (the first time takes minutes)"
 	$(PIP) -e ".[test]"
+	@touch $@
+
+$(LOWEST)/.test: pyproject.toml constraints-lowest.txt
+	@echo "== making $(LOWEST) with the lowest versions (the first time takes minutes)"
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check -c constraints-lowest.txt -e ".[test]"
 	@touch $@
 
 $(VENV)/.browser: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
@@ -48,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     args = make_parser().parse_args(argv)
     command = COMMANDS[args.command]
+    # Who runs a command can do nothing about names that are old for one of its libraries and not for another.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         return command.run(args)
     except BrokenPipeError:  # `| head` has seen enough; without this Python complains when it flushes

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -62,7 +63,10 @@ def test_questions_are_answered_in_turn(folder, model, adapter, file, capsys):
     options = ["--adapter", folder / adapter] if adapter else []
     for question in questions:
         options += ["--ask", question]
-    assert chat(folder, *options, "--chunk", 50, "--passages", 2, model=model, file=file) == 0
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        assert chat(folder, *options, "--chunk", 50, "--passages", 2, model=model, file=file) == 0
+    assert not [w for w in shown if issubclass(w.category, FutureWarning)]  # deprecations of dependencies
     out, err = capsys.readouterr()
     assert out == answers_of(folder, model, adapter, questions, file)
     window = 64 if model == "base" and not adapter else 1024

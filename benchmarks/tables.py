@@ -1,4 +1,4 @@
-"""The tables of docs/attention.md and of the README, from the numbers that the benchmarks wrote.
+"""The tables of docs/attention.md, docs/performance.md and the README, from the numbers that the benchmarks wrote.
 
     python benchmarks/tables.py benchmarks/results/attention_h200.json benchmarks/results/variants_h200.json
 
@@ -62,8 +62,24 @@ def variants_table(result: dict) -> list[str]:
     return table(["", "fwd ms", "fwd + bwd ms", "R fwd", "R bwd", "R", "as CUDA graph ms", "host ms"], rows)
 
 
+def training_table(result: dict) -> list[str]:
+    """Steps of training, one means more in each row."""
+    head = ["", "tokens", "s a step", "tokens/s", "of the peak rate", "peak GiB", "expected GiB"]
+    rows = []
+    for row in result["results"]:
+        if row["seconds"] is None:
+            rows.append([row["row"], f"{row['length']:,}", "out of memory", "", "", "", ""])
+            continue
+        cells = f"{row['seconds']:.2f}", f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.0%}"
+        cells += f"{row['peak_gib']:.1f}", number(row, "expected_gib", 1)
+        rows.append([row["row"], f"{row['length']:,}", *cells])
+    return table(head, rows)
+
+
 def tables(result: dict) -> dict[str, list[str]]:
     """The tables that the numbers of one file make."""
+    if "results" in result:
+        return {"training": training_table(result)}
     if "rows" in result:
         return {"variants": variants_table(result)}
     found = {"attention": attention_table(result)}
@@ -76,7 +92,7 @@ def tables(result: dict) -> dict[str, list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", help="what attention.py or variants.py wrote")
+    parser.add_argument("files", nargs="+", help="what attention.py, variants.py or training.py wrote")
     for path in parser.parse_args().files:
         with open(path) as file:
             for name, lines in tables(json.load(file)).items():

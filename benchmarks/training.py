@@ -42,6 +42,7 @@ ROWS = (
     "memory filled",
     "offloaded",
     "offloaded, tiled",
+    "half offloaded, tiled",
 )
 WITH_LIGER = ROWS[3:]
 
@@ -67,10 +68,10 @@ def apply(row: str, model: torch.nn.Module, length: int) -> dict:
         plan = fit_memory(model, length)
         print(plan, flush=True)
         return dict(free_blocks=plan.free, expected_gib=plan.peak / 2**30)
-    is_offloaded = row.startswith("offloaded")
-    tile = 16384 if row == "offloaded, tiled" else None
+    offload = 2 if row.startswith("half offloaded") else row.startswith("offloaded")
+    tile = 16384 if row.endswith("tiled") else None
     keep = row in ("attention kept", "liger", "memory filled")
-    checkpoint_blocks(model, keep=keep, offload=is_offloaded, tile_tokens=tile)
+    checkpoint_blocks(model, keep=keep, offload=offload, tile_tokens=tile)
     return {}
 
 

@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.memory.keep import keep_attention
-from peft_longlora.memory.offload import Offload
+from peft_longlora.memory.offload import HostMemory, Offload
 from peft_longlora.memory.tile import find_feed_forwards, tile
 
 
@@ -29,7 +29,7 @@ def checkpoint_blocks(
     *,
     free: int = 0,
     keep: bool = True,
-    offload: bool = False,
+    offload: bool | int = False,
     tile_tokens: int | None = None,
 ) -> None:
     """Checkpoint all blocks but the last `free` ones, which keep everything.
@@ -41,7 +41,9 @@ def checkpoint_blocks(
         model: a model of transformers, bare or PEFT.
         free: number of blocks that are not checkpointed.
         keep: whether checkpointed blocks keep the outputs of attention.
-        offload: whether the inputs of checkpointed blocks wait in the host's memory (`Offload`).
+        offload: whether the inputs of checkpointed blocks wait in the host's memory (`Offload`). 2: those of every
+            second block; the block before computes the others again. That takes half the host's memory, and half a
+            forward more.
         tile_tokens: tokens at a time in feed-forward layers (`tile`); None: whole rows.
 
     Raises:
@@ -56,6 +58,8 @@ def checkpoint_blocks(
         )
     if not 0 <= free <= len(blocks):
         raise ValueError(f"free={free} is outside 0 to {len(blocks)}, the number of this model's blocks.")
+    if offload not in (0, 1, 2):
+        raise ValueError(f"offload={offload!r} must be True or False, or 2 for every second block.")
     if tile_tokens is not None and tile_tokens < 1:
         raise ValueError(f"tile_tokens={tile_tokens} must be 1 or more tokens, or None for whole rows.")
     options = {"use_reentrant": False, **({"context_fn": keep_attention} if keep else {})}
@@ -63,10 +67,11 @@ def checkpoint_blocks(
     # transformers 5.24 renames it, and warns of the old name.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable(options)
-    offloaded = Offload(partial(checkpoint, **options)) if offload else None
-    for block in blocks:
-        if offloaded is not None:
-            block._gradient_checkpointing_func = offloaded
+    host, before = HostMemory(), None
+    for number, block in enumerate(blocks):
+        if offload:
+            before = Offload(partial(checkpoint, **options), host, before if number % int(offload) else None)
+            block._gradient_checkpointing_func = before
         for module in find_feed_forwards(block):
             tile(module, tile_tokens)
     for block in blocks[len(blocks) - free :]:

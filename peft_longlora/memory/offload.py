@@ -9,7 +9,7 @@ added to the step. Called by `blocks`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
@@ -53,46 +53,50 @@ class _Away:
         return self.here
 
 
-class Offload:
-    """Wraps a checkpoint function, so that what it saves waits in the host's memory until the backward is near.
+@dataclass(frozen=True)
+class _Again:
+    """A tensor that is not kept at all: the block before computes it from its own input.
+
+    Attributes:
+        function: the block before, with all its arguments but the input. packed: its input.
+        random: the states of the random number generators when it ran, for dropout.
+    """
+
+    function: Callable[..., Any]
+    packed: Any
+    random: tuple[torch.Tensor, torch.Tensor | None]
+
+
+class HostMemory:
+    """Tensors that wait in the host's memory, in the order of the forward. All blocks of a model share one.
 
     Args:
-        checkpoint: as `torch.utils.checkpoint.checkpoint`, with its options filled in; not reentrant.
         ahead: how many tensors are on their way back at a time.
     """
 
-    def __init__(self, checkpoint: Callable[..., Any], ahead: int = 1):
-        self.checkpoint, self.ahead = checkpoint, ahead
-        self._away: list[ref[_Away]] = []  # in the order of the forward; a graph that is dropped takes its own along
+    def __init__(self, ahead: int = 1):
+        self.ahead = ahead
+        self._away: list[ref[_Away]] = []  # a graph that is dropped takes its own along
         self._spare: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
         self._stream: torch.cuda.Stream | None = None
 
-    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call `function` on `args`, and compute it again in the backward."""
-        is_on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in args)
-        with saved_tensors_hooks(self._pack, self._unpack) if is_on_gpu else nullcontext():
-            return self.checkpoint(function, *args)
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Away:
-        is_large = tensor.is_cuda and tensor.nbytes >= LEAST_BYTES
-        if not is_large or isinstance(tensor, torch.nn.Parameter):
-            return tensor
+    def put(self, tensor: torch.Tensor) -> _Away:
+        """Start to copy a tensor of a GPU to the host."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
         away = _Away(tensor, self._room(tensor), self._stream)
         self._away = [one for one in self._away if one() is not None] + [ref(away)]
         return away
 
-    def _unpack(self, packed: torch.Tensor | _Away) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
-        tensor = packed.get()
+    def get(self, away: _Away) -> torch.Tensor:
+        """The tensor on its device; those that the backward needs next start to come back."""
+        tensor = away.get()
         waiting = [one() for one in self._away if one() is not None]
-        if packed in waiting:  # the first time
-            waiting = waiting[: waiting.index(packed)]
+        if away in waiting:  # the first time
+            waiting = waiting[: waiting.index(away)]
             self._away = [ref(one) for one in waiting]
-            self._spare.setdefault((packed.host.shape, packed.host.dtype), []).append(packed.host)
-        for one in waiting[-self.ahead :]:
+            self._spare.setdefault((away.host.shape, away.host.dtype), []).append(away.host)
+        for one in waiting[max(0, len(waiting) - self.ahead) :]:
             one.fetch()
         return tensor
 
@@ -101,3 +105,62 @@ class Offload:
         if spare := self._spare.get((tensor.shape, tensor.dtype)):
             return spare.pop()  # one stream makes all copies, so one out of it comes before the next one into it
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+
+class Offload:
+    """Wraps the checkpoint function of one block, so that the block's input leaves the GPU until the backward is near.
+
+    Args:
+        checkpoint: as `torch.utils.checkpoint.checkpoint`, with its options filled in; not reentrant.
+        host: where inputs wait.
+        before: the `Offload` of the block before, if it is to compute this block's input again; None: the input waits
+            in the host's memory. Half the host's memory for half a forward more, if every second block has one.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], host: HostMemory, before: Offload | None = None):
+        self.checkpoint, self.host, self.before = checkpoint, host, before
+        self._is_followed = False
+        self._last: _Again | None = None  # for the block that follows, until it has run
+        if before is not None:
+            before._is_followed = True
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call `function` on `args`, and compute it again in the backward."""
+        input_of_this = args[0]
+
+        def pack(tensor: torch.Tensor) -> Any:
+            is_input = tensor is input_of_this or tensor.data_ptr() == input_of_this.data_ptr()
+            if is_input and self.before is not None and self.before._last is not None:
+                packed: Any = self.before._last
+            elif tensor.is_cuda and tensor.nbytes >= LEAST_BYTES and not isinstance(tensor, torch.nn.Parameter):
+                packed = self.host.put(tensor)
+            else:
+                packed = tensor
+            if is_input and self._is_followed:
+                self._last = _Again(function, packed, _random_states(tensor.device))
+            return packed
+
+        with saved_tensors_hooks(pack, self._unpack):
+            out = self.checkpoint(function, *args)
+        if self.before is not None:
+            self.before._last = None
+        return out
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed, _Away):
+            return self.host.get(packed)
+        if not isinstance(packed, _Again):
+            return packed
+        tensor = self._unpack(packed.packed)
+        devices = [tensor.device] if tensor.is_cuda else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            cpu, gpu = packed.random
+            torch.set_rng_state(cpu)
+            if gpu is not None:
+                torch.cuda.set_rng_state(gpu, tensor.device)
+            out = packed.function(tensor)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def _random_states(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None

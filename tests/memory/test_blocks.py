@@ -28,6 +28,7 @@ class _Count(TorchDispatchMode):
 def step(model):
     model.train()
     model.zero_grad()
+    torch.manual_seed(3)  # dropout
     with _Count() as counted:
         loss = model(input_ids=IDS.to(model.device), labels=IDS.to(model.device), use_cache=False).loss
         loss.backward()
@@ -44,13 +45,14 @@ def step(model):
         dict(free=2),
         dict(free=1, tile_tokens=40),
         dict(free=0, keep=False, offload=True, tile_tokens=7),
+        dict(free=0, keep=False, offload=2),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_loss_and_gradients_are_those_of_the_plain_step(dtype, options, device, monkeypatch):
     monkeypatch.setattr("peft_longlora.memory.offload.LEAST_BYTES", 1)
-    model = extend(make(dtype=dtype), group_size=16).to(device)
+    model = extend(make(dtype=dtype, num_hidden_layers=3), group_size=16, lora_dropout=0.2).to(device)
     loss, grads, _ = step(model)
     checkpoint_blocks(model, **options)
     again, found, _ = step(model)
@@ -83,10 +85,23 @@ def test_blocks_are_found_in_order(model_type):
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="free=3 is outside 0 to 2"):
         checkpoint_blocks(make(), free=3)
+    with pytest.raises(ValueError, match="offload=3 must be True or False, or 2"):
+        checkpoint_blocks(make(), offload=3)
     with pytest.raises(ValueError, match="tile_tokens=0 must be 1 or more tokens"):
         checkpoint_blocks(make(), tile_tokens=0)
     with pytest.raises(ValueError, match="no blocks that transformers can checkpoint"):
         checkpoint_blocks(torch.nn.Linear(2, 2))
+
+
+def test_every_second_input_is_computed_by_the_block_before():
+    model = extend(make(num_hidden_layers=4), group_size=16)
+    *_, plain = step(model)
+    checkpoint_blocks(model, keep=False)
+    *_, once = step(model)
+    checkpoint_blocks(model, keep=False, offload=2)
+    *_, twice = step(model)
+    # 4 blocks forward, then 4 again; and 2 of them a third time
+    assert (once.attention, twice.attention) == (2 * plain.attention, 2.5 * plain.attention)
 
 
 def test_a_tile_is_all_that_the_inner_width_is_there_for():
@@ -120,7 +135,7 @@ def test_offloaded_inputs_leave_the_gpu_and_come_back(monkeypatch):
     model = extend(make(dtype=torch.bfloat16, **sizes, num_key_value_heads=8), context_length=16384).cuda().train()
     ids = torch.randint(97, (1, 16384), device="cuda")
     found = {}
-    for offload in (False, True):
+    for offload in (False, True, 2):
         checkpoint_blocks(model, keep=False, offload=offload)
         grads = []
         for _ in range(3):  # host buffers are used again
@@ -129,9 +144,21 @@ def test_offloaded_inputs_leave_the_gpu_and_come_back(monkeypatch):
             model(input_ids=ids, labels=ids).loss.backward()
             grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         found[offload] = torch.cuda.max_memory_allocated(), grads
-    for again in found[True][1]:
-        for name, grad in found[False][1][0].items():
-            # the embeddings' gradient is summed in another order each time
-            assert (again[name] - grad).norm() < 1e-3 * grad.norm(), name
     inputs = 16 * 16384 * 512 * 2
-    assert found[False][0] - found[True][0] > 0.7 * inputs
+    for offload in (True, 2):
+        for again in found[offload][1]:
+            for name, grad in found[False][1][0].items():
+                # the embeddings' gradient is summed in another order each time
+                assert (again[name] - grad).norm() < 1e-3 * grad.norm(), name
+        assert found[False][0] - found[offload][0] > 0.7 * inputs
+
+
+@pytest.mark.parametrize("offload", [1, 2])
+def test_nothing_is_held_once_the_backward_is_over(offload):
+    model = extend(make(num_hidden_layers=3), group_size=16)
+    checkpoint_blocks(model, keep=False, offload=offload)
+    step(model)
+    for block in find_blocks(model):
+        held = block._gradient_checkpointing_func._last
+        # The last block is followed by none, and each that is followed has handed its input on.
+        assert held is None

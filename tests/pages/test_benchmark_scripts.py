@@ -156,3 +156,15 @@ def test_tables(capsys):
 def test_plot_pattern(tmp_path):
     run("plot_pattern.py", tmp_path / "pattern.png")
     assert (tmp_path / "pattern.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_step(tmp_path):
+    """The kernels of the committed run, each counted once."""
+    numbers = FOLDER / "results" / "training_32k_h100.json"
+    run("plot_step.py", numbers, tmp_path / "step.png")
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+    by_kind = runpy.run_path(str(FOLDER / "plot_step.py"))["by_kind"]
+    for row in json.loads(numbers.read_text())["results"]:
+        kinds = by_kind(row["profile"])
+        assert sum(kinds.values()) == pytest.approx(sum(ms for _, ms in row["profile"]))
+        assert kinds["matrix products"] > kinds["attention"] > kinds["optimiser"]

@@ -1,0 +1,109 @@
+"""What is measured of a trained model, always with dense attention: perplexity by position, and hidden keys.
+
+The protocols are those of the figures that the study is compared with: validation books cut into whole windows from
+their beginning, and five-digit keys hidden at even depths of a validation book. Called by `run`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from itertools import pairwise
+from typing import Any
+
+import torch
+from books import Books
+from losses import hidden_states, output_layer, token_losses
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from peft_longlora import use_attention
+
+BEFORE = "There is a pass key hidden in the book below. Find it and memorize it.\n\n"
+NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
+QUESTION = "\n\nWhat is the pass key? The pass key is "
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, books: Books, window: int, evaluation: dict[str, Any]
+) -> dict[str, Any]:
+    """All metrics of a cell, through the fastest dense attention there is.
+
+    Args:
+        books: for validation. window: tokens of a row.
+        evaluation: `edges` of the positions reported apart, `native_window`, `passkey_lengths`, `passkeys` a length.
+    """
+    model.eval()
+    with use_attention(model, "dense", dense_attention="fastest"):
+        whole = perplexity(model, books, window, evaluation["edges"])
+        native = evaluation["native_window"]
+        metrics: dict[str, Any] = dict(
+            perplexity=whole["all"],
+            perplexity_by_position={name: value for name, value in whole.items() if name != "all"},
+            perplexity_native=perplexity(model, books, native, [0, native])["all"],
+        )
+        rng, metrics["passkey"] = random.Random(0), {}
+        for length in evaluation["passkey_lengths"]:
+            found = passkeys(model, tokenizer, books, length, evaluation["passkeys"], rng)
+            metrics["passkey"][str(length)] = found
+    return metrics
+
+
+def perplexity(model: nn.Module, books: Books, window: int, edges: list[int]) -> dict[str, float]:
+    """Perplexity of whole windows, of all tokens and of those predicted from positions between two edges.
+
+    Returns: "all" and "start-end" of each pair of edges.
+
+    Raises: ValueError: no book is longer than a window.
+    """
+    sums, counts = [0.0] * (len(edges) - 1), [0] * (len(edges) - 1)
+    for book in books:
+        for start in range(0, len(book) - window, window):
+            losses = token_losses(model, _to_ids(model, book[start : start + window].astype("int64").tolist()))
+            for i, (first, last) in enumerate(pairwise(edges)):
+                sums[i] += losses[first:last].double().sum().item()
+                counts[i] += losses[first:last].numel()
+    if not all(counts):
+        raise ValueError(f"window={window}, edges={edges}: the validation books give {counts} tokens; all must be > 0.")
+    return {
+        "all": math.exp(sum(sums) / sum(counts)),
+        **{
+            f"{first}-{last}": math.exp(total / count)
+            for (first, last), total, count in zip(pairwise(edges), sums, counts, strict=True)
+        },
+    }
+
+
+def passkeys(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, books: Books, length: int, count: int, rng: random.Random
+) -> dict[str, Any]:
+    """Hide `count` keys at even depths of `length` tokens; right means that argmax gives every token of the key.
+
+    Returns: "right", "of", and "loss": mean sum of the losses of a key's tokens, nats.
+    """
+    long = [book for book in books if len(book) > length]
+    if not long:
+        raise ValueError(f"passkey_lengths: no validation book is longer than {length} tokens. Leave it out.")
+    head, right, loss = output_layer(model), 0, 0.0
+    for number in range(count):
+        key = str(rng.randint(10000, 99999))
+        before, needle, question, answer = (
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (BEFORE, NEEDLE.format(key=key), QUESTION, key)
+        )
+        book = long[rng.randrange(len(long))]
+        body = length - sum(map(len, (before, needle, question, answer))) - 2
+        start, depth = rng.randrange(0, len(book) - body), int(body * (number + 0.5) / count)
+        hay = book[start : start + body].astype("int64").tolist()
+        ids = _to_ids(model, before + hay[:depth] + needle + hay[depth:] + question + answer)
+        states = hidden_states(model, ids)[:, -len(answer) - 1 : -1]
+        logits = head(states)[0].float()
+        targets = ids[0, -len(answer) :]
+        right += int((logits.argmax(-1) == targets).all())
+        loss += nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+    return dict(right=right, of=count, loss=loss / count)
+
+
+def _to_ids(model: nn.Module, tokens: list[int]) -> torch.Tensor:
+    return torch.tensor([tokens], device=next(model.parameters()).device)

@@ -1,0 +1,194 @@
+"""The tables and plots of docs/results.md, from the lines of experiments/results.
+
+    python experiments/report.py            # writes them between the page's marker comments, and the plots
+    python experiments/report.py --check    # says whether the page holds what the lines say
+
+Prose around the markers stays. A test compares page and lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from cells import Cell, Study, line_of, read_lines, read_study
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "results.md"
+NOTHING = "No cell of this study has been run yet."
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def lines_by_row(study: Study, lines: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The lines of each (cell, budget), of all seeds; rows without a line are left out."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for name, budget, _ in study.rows:
+        cells = [cell for cell in study.cells if (cell.name, cell.budget) == (name, budget)]
+        if mine := [line for cell in cells if (line := line_of(cell, lines)) is not None]:
+            found[name, budget] = mine
+    return found
+
+
+def spread(values: list[float | None], digits: int = 2) -> str:
+    """Mean and sample standard deviation. Example: [22.5, 22.7] -> "22.60 ± 0.14"; one value has no spread."""
+    if any(value is None for value in values):
+        return ""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def metric(line: dict[str, Any], name: str) -> float:
+    """A figure of a line: "perplexity", "perplexity_native", or a pair of edges such as "0-2048"."""
+    metrics = line["metrics"]
+    return metrics[name] if name.startswith("perplexity") else metrics["perplexity_by_position"][name]
+
+
+def positions(study: Study) -> list[str]:
+    """Names of the positions that are reported apart."""
+    return [f"{first}-{last}" for first, last in pairwise(study.edges)]
+
+
+def short(name: str) -> str:
+    """Edges in thousands where they are whole ones. Example: "2048-8192" -> "2k-8k"."""
+    return "-".join(f"{int(x) // 1024}k" if int(x) % 1024 == 0 and int(x) else x for x in name.split("-"))
+
+
+def quality_table(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
+    """Perplexity and keys of each cell: means over seeds."""
+    lengths = list(map(str, study.passkey_lengths))
+    head = ["training attention", "budget", "seeds", "perplexity", *map(short, positions(study)), "native window"]
+    rows = []
+    for name, budget, label in study.rows:
+        if not (mine := found.get((name, budget))):
+            continue
+        figures = [spread([metric(line, one) for line in mine]) for one in ("perplexity", *positions(study))]
+        native = spread([metric(line, "perplexity_native") for line in mine])
+        keys = [statistics.fmean(line["metrics"]["passkey"][length]["right"] for line in mine) for length in lengths]
+        rows.append([label, budget, str(len(mine)), *figures, native, *(f"{key:.3g}" for key in keys)])
+    return table([*head, *(f"keys {short(length)}" for length in lengths)], rows)
+
+
+def cost_table(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
+    """What each cell cost."""
+    rows = []
+    for name, budget, label in study.rows:
+        mine = [line for line in found.get((name, budget), []) if line["steps"]]
+        if not mine:
+            continue
+        share, peak = mine[0]["attention_share"], max(line["peak_gib"] or 0 for line in mine)
+        seconds = [spread([line[key] for line in mine], 3) for key in ("median_step_seconds", "mean_step_seconds")]
+        whole = spread([line["training_seconds"] for line in mine], 0)
+        device = ", ".join(sorted({line["hardware"]["device"] for line in mine}))
+        cells = [str(mine[0]["steps"]), f"{share:.3f}" if share is not None else "", *seconds, whole]
+        rows.append([label, budget, *cells, f"{peak:.1f}" if peak else "", device])
+    head = ["training attention", "budget", "steps", "share of attention work", "median s/step", "mean s/step"]
+    return table([*head, "training, s", "peak GiB", "device"], rows)
+
+
+def differences(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[tuple[str, str], list[float]]:
+    """Percent by which each row's mean perplexity differs from the reference's: overall, then by position."""
+    if not (reference := found.get((study.reference, "tokens"))):
+        return {}
+    names = ("perplexity", *positions(study))
+    base = [statistics.fmean(metric(line, name) for line in reference) for name in names]
+    return {
+        row: [
+            100 * (statistics.fmean(metric(line, name) for line in mine) / value - 1)
+            for name, value in zip(names, base, strict=True)
+        ]
+        for row, mine in found.items()
+        if row != (study.reference, "tokens")
+    }
+
+
+def difference_table(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
+    """`differences` as a table; none without the reference."""
+    percents = differences(study, found)
+    rows = [
+        [label, budget, *(f"{percent:+.2f}" for percent in percents[name, budget])]
+        for name, budget, label in study.rows
+        if (name, budget) in percents
+    ]
+    reference = next(label for name, _, label in study.rows if name == study.reference)
+    head = [f"% above {reference}", "budget", "all", *map(short, positions(study))]
+    return table(head, rows) if rows else []
+
+
+def block(study: Study, lines: list[dict[str, Any]]) -> list[str]:
+    """What stands between a study's markers."""
+    found = lines_by_row(study, lines)
+    if not found:
+        return [NOTHING]
+    parts = [quality_table(study, found), difference_table(study, found), cost_table(study, found)]
+    if len(found) > 1 and differences(study, found):
+        parts.append([f"![{study.title}](images/results_{study.name}.png)"])
+    return [line for part in parts if part for line in (*part, "")][:-1]
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The comments around a study's tables."""
+    return f"<!-- results of {name}: python experiments/report.py -->", f"<!-- end of {name} -->"
+
+
+def fill(text: str, studies: list[tuple[Study, list[dict[str, Any]]]]) -> str:
+    """The page with each study's block between its markers.
+
+    Raises: ValueError: a study without markers.
+    """
+    for study, lines in studies:
+        first, last = markers(study.name)
+        pattern = re.compile(f"{re.escape(first)}\n.*?{re.escape(last)}", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"The page has no place for {study.name}: put the lines {first!r} and {last!r} in it.")
+        whole = "\n".join((first, "", *block(study, lines), "", last))
+        text = pattern.sub(lambda match, whole=whole: whole, text)
+    return text
+
+
+def read_all(folder: Path = ROOT / "experiments") -> list[tuple[Study, list[dict[str, Any]]]]:
+    """Every study of a folder with its lines."""
+    studies = map(read_study, sorted(folder.glob("*.yaml")))
+    return [(study, read_lines(folder / "results" / f"{study.name}.jsonl")) for study in studies]
+
+
+def strangers(study: Study, lines: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
+    """Keys of lines that no cell of the study stands behind."""
+    known = {cell.key for cell in study.cells}
+    return [key for line in lines if (key := (line["cell"], line["budget"], line["seed"])) not in known]
+
+
+def missing(study: Study, lines: list[dict[str, Any]]) -> list[Cell]:
+    """Cells that have no line yet."""
+    return [cell for cell in study.cells if line_of(cell, lines) is None]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is out of date")
+    args = parser.parse_args()
+    studies, text = read_all(), PAGE.read_text(encoding="utf-8")
+    new = fill(text, studies)
+    for study, lines in studies:
+        print(f"{study.name}: {len(lines)} lines, {len(missing(study, lines))} cells to run", flush=True)
+    if args.check:
+        return int(new != text)
+    PAGE.write_text(new, encoding="utf-8")
+    for study, lines in studies:
+        if any(line.startswith("![") for line in block(study, lines)):
+            from plots import plot  # matplotlib
+
+            plot(study, lines_by_row(study, lines), PAGE.parent / "images" / f"results_{study.name}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

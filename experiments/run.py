@@ -1,0 +1,206 @@
+"""Run a study: each finished cell is one JSON line; a cell whose line exists is not run again.
+
+    python experiments/run.py experiments/schedules.yaml --model FOLDER --tokens FOLDER
+    python experiments/run.py experiments/schedules.yaml --list
+
+README.md beside it says what a study is, and how to make FOLDER and its tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from books import Books, train_rows
+from cells import Cell, Study, line_of, read_lines, read_study, steps_of
+from measure import measure
+from train import make_model, train
+from transformers import AutoTokenizer
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "peft_longlora", "flash-attn-4", "triton", "numpy")
+HERE = Path(__file__).parent
+# Seconds, until a line says better: to load, for a step of full attention, to measure.
+GUESS = dict(loading=15, step=0.7, measuring=45)
+
+
+class Kernels(logging.Handler):
+    """Notes which kernels the package says that it runs on."""
+
+    def __init__(self):
+        super().__init__(logging.INFO)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "runs on backend" in (message := record.getMessage()):
+            self.found.append(message)
+            print(f"  {message}", flush=True)
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="+", help="YAML files, one after the other")
+    parser.add_argument("--model", help="the base: a transformers folder or a Hub id")
+    parser.add_argument("--tokens", help="the folder that books.py wrote train and validation to")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    parser.add_argument("--results", default=HERE / "results", type=Path, help="folder of the lines, NAME.jsonl")
+    parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds; no cell that takes longer")
+    parser.add_argument("--only", nargs="+", help="names of cells")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds to run, of those in the file")
+    parser.add_argument("--budgets", nargs="+", choices=["tokens", "time"], help="budgets to run")
+    parser.add_argument("--save", type=Path, help="keep the adapters in this folder")
+    parser.add_argument("--list", action="store_true", help="say what is done and what is not, and stop")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the cells that have no line yet, in order. Returns: the exit code, 1 if a cell failed."""
+    args, start, kernels = parse_args(arguments), time.monotonic(), Kernels()
+    logger = logging.getLogger("peft_longlora")
+    logger.addHandler(kernels)
+    logger.setLevel(logging.INFO)
+    failed: list[str] = []
+    for path in args.study:
+        study = read_study(path)
+        for cell in study.cells:
+            is_wanted = cell.name in (args.only or [cell.name]) and cell.seed in (args.seeds or [cell.seed])
+            if not is_wanted or cell.budget not in (args.budgets or [cell.budget]):
+                continue
+            try:
+                if not run_cell(cell, study, args, start, kernels):
+                    continue
+            except Exception as error:  # the other cells go on
+                traceback.print_exc(limit=-4)
+                print(f"{cell}: FAILED, {type(error).__name__}: {error}", flush=True)
+                failed.append(str(cell))
+                del error
+            gc.collect()  # a PEFT model refers to itself
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+    print(f"Done after {time.monotonic() - start:.0f} s, {len(failed)} failed{': ' if failed else ''}", end="")
+    print(*failed, sep="; ", flush=True)
+    logger.removeHandler(kernels)
+    return 1 if failed else 0
+
+
+def run_cell(cell: Cell, study: Study, args: argparse.Namespace, start: float, kernels: Kernels) -> bool:
+    """Run one cell and append its line, unless it is done, waits for another or would take too long.
+
+    Returns: whether it was tried.
+    """
+    file = args.results / f"{study.name}.jsonl"
+    lines, device = read_lines(file), device_name(args.device)
+    if (line := line_of(cell, lines)) is not None:
+        print(f"{cell}: done, perplexity {line['metrics']['perplexity']:.3f}", flush=True)
+        return False
+    if (line := twin_of(cell, args.results)) is not None:
+        append(file, {**line, "study": cell.study, "cell": cell.name, "run_in": line.get("run_in", line["study"])})
+        print(f"{cell}: the same run as {line['cell']} of {line['study']}", flush=True)
+        return False
+    steps = steps_of(cell, study.reference, lines, device)
+    if steps is None:
+        print(f"{cell}: waits for {cell.name} and {study.reference} with equal tokens on {device!r}", flush=True)
+        return False
+    needed, left = guess_seconds(cell, steps, study, lines), args.stop_after - (time.monotonic() - start)
+    print(f"{cell}: {steps} steps, about {needed:.0f} s of {left:.0f} s left", flush=True)
+    if args.list or needed > left:
+        print("  not started" + ("" if args.list else ": no time"), flush=True)
+        return False
+    line = finish_cell(cell, steps, args, kernels)
+    append(file, line)
+    print(f"{cell}: {line['seconds']:.0f} s, {json.dumps(line['metrics'])}", flush=True)
+    return True
+
+
+def twin_of(cell: Cell, folder: Path) -> dict[str, Any] | None:
+    """The line of a run with the same settings, steps and seed in any study, which need not run twice."""
+    if cell.budget != "tokens":
+        return None
+    lines = (line for file in sorted(folder.glob("*.jsonl")) for line in read_lines(file))
+    same = cell.fingerprint, cell.budget, cell.seed
+    return next((line for line in lines if (line["fingerprint"], line["budget"], line["seed"]) == same), None)
+
+
+def append(file: Path, line: dict[str, Any]) -> None:
+    """Add a line to a results file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a", encoding="utf-8") as out:
+        out.write(json.dumps(line) + "\n")
+
+
+def finish_cell(cell: Cell, steps: int, args: argparse.Namespace, kernels: Kernels) -> dict[str, Any]:
+    """Train and measure. Returns: the line."""
+    begin = time.monotonic()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = make_model(cell, args.model, args.device)
+    training: dict[str, Any] = {}
+    if steps:
+        rows = train_rows(Books.read(args.tokens, "train"), cell.window, steps, cell.seed)
+        training = train(cell, model, rows, args.device)
+    trained = time.monotonic()
+    metrics = measure(model, tokenizer, Books.read(args.tokens, "validation"), cell.window, cell.evaluation)
+    if args.save:
+        model.save_pretrained(args.save / "-".join((cell.study, cell.name, cell.budget, str(cell.seed))))
+    return dict(
+        study=cell.study, cell=cell.name, budget=cell.budget, seed=cell.seed, steps=steps,
+        fingerprint=cell.fingerprint, settings=cell.settings, metrics=metrics, **training,
+        measuring_seconds=time.monotonic() - trained, seconds=time.monotonic() - begin,
+        versions=versions(), kernels=kernels.found, commit=commit(),
+        hardware=dict(device=device_name(args.device), python=platform.python_version(), cpus=os.cpu_count()),
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )  # fmt: skip
+
+
+def guess_seconds(cell: Cell, steps: int, study: Study, lines: list[dict[str, Any]]) -> float:
+    """How long a cell will take: by its own line of another seed or budget, else by the reference's, else a guess."""
+    mine = [line for line in lines if line["cell"] == cell.name and "mean_step_seconds" in line]
+    like = mine or [line for line in lines if line["cell"] == study.reference]
+    step = max((line["mean_step_seconds"] for line in like), default=GUESS["step"])
+    measuring = max((line["measuring_seconds"] for line in lines), default=GUESS["measuring"])
+    return GUESS["loading"] + 1.1 * (steps * step + measuring)
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}"
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the result, as far as it is installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name.replace("_", "-"))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    import peft_longlora
+
+    return {**found, "peft_longlora": peft_longlora.__version__, "cuda": torch.version.cuda or "none"}
+
+
+def commit() -> str | None:
+    """The commit that ran: of the checkout, or what the environment says where there is none."""
+    git = shutil.which("git")
+    if git and (HERE.parent / ".git").exists():
+        command = [git, "-C", str(HERE), "rev-parse", "--short=12", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        if found:
+            return found
+    return os.environ.get("LONGLORA_COMMIT")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

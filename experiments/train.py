@@ -1,0 +1,156 @@
+"""One cell's training, through the product as a user would run it: from_pretrained, LongLoraConfig, the Trainer.
+
+Called by `run`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from cells import Cell
+from losses import token_losses
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from work import attention_share, dense_step_numbers, layer_share, shape_of
+
+from peft_longlora import LongLoraConfig, use_attention
+
+
+class LongRowTrainer(Trainer):
+    """The Trainer with a loss that never holds a whole row's logits (losses.py says why)."""
+
+    losses: list[torch.Tensor]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = token_losses(model, inputs["input_ids"]).mean()
+        self.losses.append(loss.detach())
+        return loss
+
+
+class Watch(TrainerCallback):
+    """Times the steps, prints every tenth, and makes the steps of a schedule dense."""
+
+    def __init__(self, trainer: LongRowTrainer, dense_steps: set[int]):
+        self.trainer, self.dense_steps, self.seconds, self.dense = trainer, dense_steps, [], ExitStack()
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step in self.dense_steps:
+            self.dense.enter_context(use_attention(model, "dense", dense_attention="fastest"))
+        self.start = _now(args.device)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(_now(args.device) - self.start)
+        self.dense.close()
+        if state.global_step % 10 == 0 or state.global_step == state.max_steps:
+            loss, seconds = self.trainer.losses[-1].item(), statistics.median(self.seconds[-10:])
+            print(f"  step {state.global_step}/{state.max_steps}: loss {loss:.4f}, {seconds:.3f} s", flush=True)
+
+
+def make_model(cell: Cell, folder: str, device: str) -> PeftModel:
+    """The base with a new adapter, as the cell's config says.
+
+    Raises: ValueError: a field that the installed LongLoraConfig does not have, or a value that it refuses.
+    """
+    known = {field.name for field in dataclasses.fields(LongLoraConfig)}
+    if unknown := sorted(set(cell.config) - known):
+        raise ValueError(f"config has {unknown}, which the installed peft_longlora's LongLoraConfig does not know.")
+    config = LongLoraConfig(task_type="CAUSAL_LM", **cell.config)
+    torch.manual_seed(cell.seed)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="s2_attn", dtype=dtype).to(device)
+    return get_peft_model(model, config)
+
+
+def train(cell: Cell, model: PeftModel, rows: list[list[int]], device: str) -> dict[str, Any]:
+    """Train on the rows, one a step.
+
+    Returns: "loss" and "step_seconds" of every step, "median_step_seconds", "mean_step_seconds" (of the second half:
+        nothing is compiled there any more), "training_seconds" of wall clock, "peak_gib", "attention_share".
+
+    Raises: RuntimeError: a loss is not finite.
+    """
+    options, steps = cell.training, len(rows)
+    is_cuda = device != "cpu"
+    groups = _parameter_groups(model, options)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=is_cuda)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, options))
+    dense_every = cell.config.get("dense_every")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, max_steps=steps, per_device_train_batch_size=1, seed=cell.seed, use_cpu=not is_cuda,
+            max_grad_norm=options["max_grad_norm"], bf16=options["bf16"], train_sampling_strategy="sequential",
+            gradient_checkpointing=options["gradient_checkpointing"],
+            gradient_checkpointing_kwargs={"use_reentrant": False}, remove_unused_columns=False,
+            dataloader_pin_memory=is_cuda, disable_tqdm=True, logging_strategy="no", save_strategy="no",
+            report_to="none",
+        )  # fmt: skip
+        data = [{"input_ids": torch.tensor(row)} for row in rows]
+        trainer = LongRowTrainer(model, arguments, train_dataset=data, optimizers=(optimizer, scheduler))
+        trainer.losses = []
+        watch = Watch(trainer, dense_step_numbers(steps, None, options["dense_steps"]))
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(watch)
+        if is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        start = _now(arguments.device)
+        trainer.train()
+        seconds = _now(arguments.device) - start
+    losses = torch.stack(trainer.losses).tolist()
+    if not all(map(math.isfinite, losses)) or len(losses) != steps:
+        raise RuntimeError(f"{cell}: {len(losses)} losses of {steps} steps, the last of them {losses[-5:]}.")
+    config = model.peft_config["default"]
+    layers, *heads = shape_of(model.config.get_text_config())
+    layer = layer_share(config.attention_pattern, cell.window, config.applied_group_size, *heads)
+    layer = cell.sparse_share if layer is None else layer
+    dense = len(dense_step_numbers(steps, dense_every, options["dense_steps"]))
+    return dict(
+        loss=[round(loss, 5) for loss in losses],
+        step_seconds=[round(one, 4) for one in watch.seconds],
+        median_step_seconds=statistics.median(watch.seconds),
+        mean_step_seconds=steady_mean(watch.seconds, dense_every or 1),
+        training_seconds=seconds,
+        peak_gib=torch.cuda.max_memory_allocated() / 2**30 if is_cuda else None,
+        attention_share=attention_share(dense, steps, layer, len(set(config.dense_layers or ())), layers),
+        group_size=config.applied_group_size,
+        trained_parameters=sum(parameter.numel() for group in groups for parameter in group["params"]),
+    )
+
+
+def rate(step: int, steps: int, options: dict[str, Any]) -> float:
+    """Factor on the learning rates: linear warm-up, then full, then down to near 0 over the last part (`decay`)."""
+    warm = min(1.0, (step + 1) / options["warmup_steps"]) if options["warmup_steps"] else 1.0
+    return warm * (min(1.0, (steps - step) / (steps * options["decay"])) if options["decay"] else 1.0)
+
+
+def steady_mean(seconds: list[float], period: int) -> float:
+    """Mean of the steps of the second half, a whole number of periods of them where that is possible.
+
+    Example: 150 steps of period 6: of the last 72.
+    """
+    half = max(1, len(seconds) // 2)
+    return statistics.fmean(seconds[-(half // period * period or half) :])
+
+
+def _parameter_groups(model: nn.Module, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """LoRA's weights at one learning rate, embeddings and norms at another."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    lora = [parameter for name, parameter in trained if "lora_" in name]
+    other = [parameter for name, parameter in trained if "lora_" not in name]
+    pairs = (lora, options["learning_rate"]), (other, options["embedding_learning_rate"])
+    return [{"params": params, "lr": lr} for params, lr in pairs if params]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,69 @@
+"""How much attention a training run computes beside full attention, in pairs of a query and a key, by arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def causal_pairs(length: int) -> int:
+    """Pairs of full causal attention. Example: 3 tokens see 1 + 2 + 3 = 6."""
+    return length * (length + 1) // 2
+
+
+def grouped_pairs(length: int, group_size: int, shift: int = 0) -> int:
+    """Pairs inside groups; with `shift`, the length of a first short group.
+
+    Example: 10 tokens, G = 4: groups of 4, 4 and 2 have 10 + 10 + 3 pairs; with shift 2, groups of 2, 4 and 4.
+    """
+    if length <= group_size:
+        return causal_pairs(length)
+    whole, rest = divmod(length - shift, group_size)
+    return causal_pairs(shift) + whole * causal_pairs(group_size) + causal_pairs(rest)
+
+
+def window_pairs(length: int, window: int) -> int:
+    """Pairs of a sliding window, sinks not counted: each token sees itself and the `window` - 1 before it."""
+    window = min(window, length)
+    return causal_pairs(window) + (length - window) * window
+
+
+def layer_share(pattern: str, length: int, group_size: int, heads: int, kv_heads: int) -> float | None:
+    """Share of full attention's pairs in one sparse layer; None for a pattern that this file does not know."""
+    whole = causal_pairs(length)
+    if pattern == "full":
+        return 1.0
+    if pattern == "local":
+        return grouped_pairs(length, group_size) / whole
+    if pattern == "window":
+        return window_pairs(length, group_size // 2) / whole
+    if pattern == "s2":  # KV heads from kv_heads // 2 on are shifted, with their query heads
+        straight = kv_heads // 2 * (heads // kv_heads) if kv_heads > 1 else heads // 2
+        shifted = grouped_pairs(length, group_size, group_size // 2)
+        return (straight * grouped_pairs(length, group_size) + (heads - straight) * shifted) / heads / whole
+    return None
+
+
+def dense_step_numbers(steps: int, dense_every: int | None, schedule: dict[str, int] | None) -> set[int]:
+    """Which training steps, counted from 0, are dense in every layer.
+
+    Args:
+        dense_every: the last of every n steps, or None.
+        schedule: {"first": n}, {"last": n} or {"every": n}; None for none.
+    """
+    schedule = schedule or {}
+    found = {step for n in (dense_every, schedule.get("every")) if n for step in range(n - 1, steps, n)}
+    found |= set(range(min(steps, schedule.get("first", 0))))
+    return found | set(range(max(0, steps - schedule.get("last", 0)), steps))
+
+
+def attention_share(dense_steps: int, steps: int, layer: float | None, dense_layers: int, layers: int) -> float | None:
+    """Share of full attention's pairs, averaged over layers and steps; None if a sparse layer's is unknown."""
+    if layer is None or not steps:
+        return None
+    sparse = (dense_layers + (layers - dense_layers) * layer) / layers
+    return (dense_steps + (steps - dense_steps) * sparse) / steps
+
+
+def shape_of(config: Any) -> tuple[int, int, int]:
+    """(layers, heads, KV heads) of a transformers config."""
+    return config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads

@@ -1,0 +1,230 @@
+"""A study from its YAML to its lines: a tiny Llama, a few windows, the code that the GPU runs."""
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from peft_longlora import LongLoraConfig
+from tests.helpers.configs import tiny_llama_config
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
+
+import run
+from books import Books, train_rows
+from cells import read_study
+from losses import output_layer, token_losses
+from measure import BEFORE, NEEDLE, QUESTION, passkeys, perplexity
+
+WINDOW, NATIVE, KEY_LENGTH, STEPS = 96, 32, 224, 6
+STUDY = """
+title: a tiny study
+window: 96
+seeds: [0]
+budgets: [tokens, time]
+reference: full
+config: {r: 4, lora_alpha: 8, context_length: 96, rope_type: yarn}
+training: {steps: 6, learning_rate: 2.0e-2, embedding_learning_rate: 5.0e-3, warmup_steps: 2}
+evaluation: {native_window: 32, edges: [0, 32, 96], passkey_lengths: [224], passkeys: 2}
+cells:
+  - {name: full, budgets: [tokens], config: {attention_pattern: full}}
+  - {name: unknown, budgets: [tokens], config: {no_such_field: 1}}
+  - {name: last, config: {attention_pattern: local, group_size: 16}, training: {dense_steps: {last: 2}}}
+  - {name: untrained, budgets: [tokens], config: {attention_pattern: full}, training: {steps: 0}}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a base model whose tokens are characters, books as tokens, and a study."""
+    folder = tmp_path_factory.mktemp("study")
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_llama_config(max_position_embeddings=64)).save_pretrained(folder / "base")
+    words = {chr(code): number for number, code in enumerate([*range(32, 127), 10])}  # 96 of 97
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" ").save_pretrained(folder / "base")
+    rng = np.random.default_rng(0)
+    for split, lengths in (("train", (90, 300, 500)), ("validation", (250, 400))):
+        np.save(folder / f"{split}.npy", rng.integers(3, 90, sum(lengths)).astype(np.uint16))
+        np.save(folder / f"{split}_off.npy", np.cumsum([0, *lengths]))
+    (folder / "tiny.yaml").write_text(STUDY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lines(place) -> dict:
+    """The lines of a whole run, by cell and budget."""
+    command = [str(place / "tiny.yaml"), "--model", str(place / "base"), "--tokens", str(place), "--device", "cpu"]
+    assert run.main([*command, "--results", str(place)]) == 1  # one cell is wrong, and said so
+    found = [json.loads(line) for line in (place / "tiny.jsonl").read_text().splitlines()]
+    assert run.main([*command, "--results", str(place)]) == 1
+    assert len((place / "tiny.jsonl").read_text().splitlines()) == len(found)  # nothing is run twice
+    return {(line["cell"], line["budget"]): line for line in found}
+
+
+def test_every_cell_but_the_wrong_one_has_a_line(lines, place):
+    assert list(lines) == [("full", "tokens"), ("last", "tokens"), ("untrained", "tokens"), ("last", "time")]
+    trained = lines["full", "tokens"]
+    assert trained["steps"] == len(trained["loss"]) == len(trained["step_seconds"]) == STEPS
+    assert trained["loss"][-1] < trained["loss"][0]
+    assert trained["settings"]["config"] == dict(
+        r=4, lora_alpha=8, context_length=96, rope_type="yarn", attention_pattern="full"
+    )
+    last, full = lines["last", "tokens"], lines["full", "tokens"]
+    share = 6 * 16 * 17 / (96 * 97)  # pairs in six groups of 16 over those in one of 96
+    assert last["attention_share"] == pytest.approx((2 + 4 * share) / 6) and full["attention_share"] == 1
+    longer = round(STEPS * full["mean_step_seconds"] / last["mean_step_seconds"])
+    assert lines["last", "time"]["steps"] == longer
+    assert last["loss"][0] != full["loss"][0] and {"torch", "transformers", "peft"} <= set(last["versions"])
+    assert lines["untrained", "tokens"]["metrics"]["perplexity"] == pytest.approx(math.exp(4.57), rel=0.3)
+
+
+def test_a_line_of_other_settings_is_not_taken_for_the_cells(lines, place, capsys):
+    (place / "other").mkdir()
+    changed = STUDY.replace("r: 4", "r: 8").replace("unknown, budgets", "full2, budgets").replace("no_such_field", "r")
+    (place / "other" / "tiny.yaml").write_text(changed)
+    arguments = [str(place / "other" / "tiny.yaml"), "--model", "none", "--results", str(place), "--only", "full"]
+    assert run.main([*arguments, "--device", "cpu"]) == 1
+    assert "its line in the results holds" in capsys.readouterr().out
+
+
+def test_a_run_of_another_study_serves_where_its_settings_are_the_same(lines, place, tmp_path):
+    for name in ("other", "tiny"):
+        (tmp_path / f"{name}.yaml").write_text(STUDY)
+    (tmp_path / "tiny.jsonl").write_text((place / "tiny.jsonl").read_text())
+    arguments = ["--model", "none", "--tokens", "none", "--device", "cpu", "--results", str(tmp_path), "--only"]
+    assert run.main([str(tmp_path / "other.yaml"), *arguments, "last", "--budgets", "tokens"]) == 0
+    copied = json.loads((tmp_path / "other.jsonl").read_text())
+    wanted = {**lines["last", "tokens"], "study": "other", "run_in": "tiny"}
+    assert copied == wanted
+
+
+def test_no_cell_is_started_that_will_not_finish(place, tmp_path, capsys):
+    command = [str(place / "tiny.yaml"), "--model", str(place / "base"), "--tokens", str(place), "--device", "cpu"]
+    assert run.main([*command, "--results", str(tmp_path), "--stop-after", "20"]) == 0
+    assert not list(tmp_path.iterdir()) and "no time" in capsys.readouterr().out
+
+
+def test_an_unknown_field_is_named(place, tmp_path, capsys):
+    command = [str(place / "tiny.yaml"), "--model", str(place / "base"), "--tokens", str(place), "--device", "cpu"]
+    assert run.main([*command, "--results", str(tmp_path), "--only", "unknown"]) == 1
+    assert "config has ['no_such_field'], which the installed" in capsys.readouterr().out
+
+
+def adapted(place):
+    """A model with an adapter that has trained, so that its copies differ from the base's weights."""
+    model = AutoModelForCausalLM.from_pretrained(place / "base", attn_implementation="s2_attn", dtype=torch.float32)
+    model = get_peft_model(model, LongLoraConfig(r=4, context_length=96, group_size=16, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_losses_and_gradients_are_the_models_own(place, mode, monkeypatch):
+    monkeypatch.setattr("losses.PIECE", 40)  # rows of 96 in three pieces
+    model, ids = adapted(place), torch.randint(3, 90, (1, WINDOW))
+    getattr(model, mode)()
+    wanted = model(input_ids=ids, labels=ids, use_cache=False).loss
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(wanted, trained)
+    found = token_losses(model, ids).mean()
+    torch.testing.assert_close(found, wanted)
+    for one, other in zip(torch.autograd.grad(found, trained), gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_perplexity_and_keys_are_those_of_the_logits(place):
+    model, books = adapted(place).eval(), Books.read(place, "validation")
+    logs, native = [], []
+    for book in (books.tokens[:250], books.tokens[250:]):
+        for size, into in ((WINDOW, logs), (NATIVE, native)):
+            for start in range(0, len(book) - size, size):
+                ids = torch.tensor(book[start : start + size].astype(np.int64))
+                scores = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+                into.append(-scores.gather(1, ids[1:, None])[:, 0])
+    assert len(logs) == 2 + 4 and len(native) == 7 + 12
+    found = perplexity(model, books, WINDOW, [0, 32, 96])
+    rows = torch.stack(logs)
+    assert found["all"] == pytest.approx(math.exp(rows.mean()), rel=1e-4)
+    assert found["0-32"] == pytest.approx(math.exp(rows[:, :32].mean()), rel=1e-4)
+    assert found["32-96"] == pytest.approx(math.exp(rows[:, 32:].mean()), rel=1e-4)
+    assert perplexity(model, books, NATIVE, [0, 32])["all"] == pytest.approx(math.exp(torch.cat(native).mean()), 1e-4)
+
+
+@torch.no_grad()
+def test_keys_stand_at_even_depths_and_are_right_if_every_digit_is(place):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(place / "base")
+    model, books, seen = adapted(place).eval(), Books.read(place, "validation"), []
+    model.get_base_model().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"][0]), with_kwargs=True
+    )
+    found = passkeys(model, tokenizer, books, KEY_LENGTH, 4, random.Random(0))
+    rows, losses = list(seen), []
+    assert len(rows) == 4 and found["of"] == 4
+    for number, ids in enumerate(rows):
+        text = "".join(tokenizer.convert_ids_to_tokens(ids.tolist()))
+        key = text[-5:]
+        assert len(text) == KEY_LENGTH - 2 and key.isdigit() and text.count(key) == 3
+        hay = KEY_LENGTH - 2 - len(BEFORE + NEEDLE.format(key=key) + QUESTION + key)
+        assert text.index(NEEDLE.format(key=key)) == len(BEFORE) + int(hay * (number + 0.5) / 4)
+        scores = model(input_ids=ids[None]).logits[0, -6:-1].log_softmax(-1)
+        losses.append(-scores.gather(1, ids[-5:, None]).sum().item())
+    assert found["loss"] == pytest.approx(sum(losses) / 4, rel=1e-4)
+    assert found["right"] == 0  # a random model; one that knows four of the five digits, then all of them:
+    for known, right in ((4, 0), (5, 4)):
+        head = output_layer(model)
+        hook = head.register_forward_hook(lambda module, args, out, n=known: _knowing(out, seen[-1][-5:], n))
+        assert passkeys(model, tokenizer, books, KEY_LENGTH, 4, random.Random(0))["right"] == right
+        hook.remove()
+
+
+def _knowing(logits, targets, count):
+    """Logits (1, 5, V) that give `count` of the targets."""
+    if logits.shape[1] == 5:
+        logits = logits.clone()
+        logits[0, torch.arange(count), targets[:count]] = 1e4
+    return logits
+
+
+def test_rows_are_windows_of_books_and_the_same_for_a_seed(place):
+    books = Books.read(place, "train")
+    rows = train_rows(books, WINDOW, 20, seed=1)
+    assert rows[:5] == train_rows(books, WINDOW, 5, seed=1) != train_rows(books, WINDOW, 5, seed=2)
+    whole = books.tokens.tolist()
+    for row in rows:  # of the second or the third book, never across their border
+        starts = [i for i in range(90, 890 - WINDOW + 1) if whole[i : i + WINDOW] == row]
+        assert any(i + WINDOW <= 390 or i >= 390 for i in starts)
+    with pytest.raises(ValueError, match="the longest training book has 500"):
+        train_rows(books, 500, 1, seed=0)
+
+
+def test_cells_come_in_the_order_of_importance(place):
+    text = STUDY.replace("seeds: [0]", "seeds: [0, 1]")
+    (place / "two.yaml").write_text(text)
+    keys = [cell.key for cell in read_study(place / "two.yaml").cells]
+    assert keys[:5] == [("full", "tokens", 0), ("unknown", "tokens", 0), ("last", "tokens", 0),
+                        ("untrained", "tokens", 0), ("last", "time", 0)]  # fmt: skip
+    assert [key[2] for key in keys] == [0] * 5 + [1] * 5
+    for change, error in (
+        ("seeds: [0]\nsed: 1", "which nothing reads"),
+        ("seeds: [0]\nreference: none", "must be one of the cells"),
+    ):
+        (place / "bad.yaml").write_text(STUDY.replace("reference: full\n", "").replace("seeds: [0]", change))
+        with pytest.raises(ValueError, match=error):
+            read_study(place / "bad.yaml")
+    (place / "bad.yaml").write_text(STUDY.replace("2.0e-2", "2e-2"))
+    with pytest.raises(ValueError, match="with the dot"):
+        read_study(place / "bad.yaml")

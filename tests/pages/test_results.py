@@ -1,0 +1,145 @@
+"""docs/results.md holds what the lines of experiments/results say, and the report's arithmetic is right."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import report  # noqa: E402
+from cells import line_of, read_study  # noqa: E402
+
+STUDIES = sorted((ROOT / "experiments").glob("*.yaml"))
+TEXT = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_the_page_holds_what_the_lines_say(file):
+    study = read_study(file)
+    lines = report.read_lines(file.parent / "results" / f"{file.stem}.jsonl")
+    first, last = report.markers(study.name)
+    between = TEXT.split(first)[1].split(last)[0]
+    assert between.strip("\n").split("\n") == report.block(study, lines), "run python experiments/report.py"
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", between):
+        assert (ROOT / "docs" / picture).is_file()
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_lines_are_of_the_studies_cells_and_say_where_they_ran(file):
+    study = read_study(file)
+    lines = report.read_lines(file.parent / "results" / f"{file.stem}.jsonl")
+    assert not report.strangers(study, lines)
+    keys = [(line["cell"], line["budget"], line["seed"]) for line in lines]
+    assert len(set(keys)) == len(keys)
+    for cell in study.cells:
+        line = line_of(cell, lines)  # raises where the settings differ
+        if line is not None:
+            assert {"torch", "transformers", "peft", "peft_longlora"} <= line["versions"].keys()
+            assert line["hardware"]["device"] and line["commit"] and line["date"]
+            assert line["budget"] == "time" or line["steps"] == cell.training["steps"]
+            assert len(line.get("loss", [])) == line["steps"]
+
+
+def test_the_page_names_no_study_that_is_not_there():
+    assert set(re.findall(r"<!-- end of (\w+) -->", TEXT)) == {file.stem for file in STUDIES}
+
+
+SMALL = """
+title: by hand
+window: 4096
+seeds: [0, 1]
+budgets: [tokens, time]
+reference: full
+config: {context_length: 4096}
+evaluation: {native_window: 1024, edges: [0, 1024, 4096], passkey_lengths: [2048], passkeys: 20}
+cells:
+  - {name: full, label: full attention, budgets: [tokens], config: {attention_pattern: full}}
+  - {name: local, config: {attention_pattern: local, group_size: 1024}}
+"""
+
+
+def line(cell, perplexity, early, late, keys, seconds, share):
+    return dict(
+        study="small", cell=cell.name, budget=cell.budget, seed=cell.seed, steps=150, fingerprint=cell.fingerprint,
+        settings=cell.settings, attention_share=share, median_step_seconds=seconds, mean_step_seconds=seconds + 0.01,
+        training_seconds=150 * seconds, peak_gib=12.34, hardware=dict(device="a GPU"),
+        metrics=dict(
+            perplexity=perplexity, perplexity_native=21.0,
+            perplexity_by_position={"0-1024": early, "1024-4096": late},
+            passkey={"2048": dict(right=keys, of=20, loss=0.1)},
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def small(tmp_path):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    study = read_study(tmp_path / "small.yaml")
+    cells = {cell.key: cell for cell in study.cells}
+    lines = [
+        line(cells["full", "tokens", 0], 20.0, 30.0, 18.0, 12, 0.5, 1.0),
+        line(cells["full", "tokens", 1], 20.4, 30.0, 18.0, 13, 0.5, 1.0),
+        line(cells["local", "tokens", 0], 21.21, 30.3, 18.9, 20, 0.3, 0.25),
+    ]
+    return study, lines
+
+
+def test_tables_by_hand(small):
+    study, lines = small
+    # Mean of 20.0 and 20.4: 20.2, deviation 0.4 / sqrt(2) = 0.2828; 21.21 / 20.2 = 1.05, 30.3 / 30 = 1.01, 18.9 / 18.
+    assert report.block(study, lines) == [
+        "| training attention | budget | seeds | perplexity | 0-1k | 1k-4k | native window | keys 2k |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| full attention | tokens | 2 | 20.20 ± 0.28 | 30.00 ± 0.00 | 18.00 ± 0.00 | 21.00 ± 0.00 | 12.5 |",
+        "| local | tokens | 1 | 21.21 | 30.30 | 18.90 | 21.00 | 20 |",
+        "",
+        "| % above full attention | budget | all | 0-1k | 1k-4k |",
+        "| --- | --- | --- | --- | --- |",
+        "| local | tokens | +5.00 | +1.00 | +5.00 |",
+        "",
+        "| training attention | budget | steps | share of attention work | median s/step | mean s/step | training, s | "
+        "peak GiB | device |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| full attention | tokens | 150 | 1.000 | 0.500 ± 0.000 | 0.510 ± 0.000 | 75 ± 0 | 12.3 | a GPU |",
+        "| local | tokens | 150 | 0.250 | 0.300 | 0.310 | 45 | 12.3 | a GPU |",
+        "",
+        "![by hand](images/results_small.png)",
+    ]
+    assert report.block(study, []) == [report.NOTHING]
+    assert [cell.key for cell in report.missing(study, lines)] == [
+        ("local", "time", 0), ("local", "tokens", 1), ("local", "time", 1)
+    ]  # fmt: skip
+
+
+def test_prose_stays_and_a_changed_figure_shows(small):
+    study, lines = small
+    first, last = report.markers("small")
+    page = f"before\n{first}\nold\n{last}\nafter\n"
+    filled = report.fill(page, [(study, lines)])
+    assert filled.startswith(f"before\n{first}\n") and filled.endswith(f"{last}\nafter\n") and "old" not in filled
+    assert report.fill(filled, [(study, lines)]) == filled
+    changed = json.loads(json.dumps(lines))
+    changed[0]["metrics"]["perplexity"] = 20.02
+    assert report.fill(filled, [(study, changed)]) != filled
+    with pytest.raises(ValueError, match="no place for small"):
+        report.fill("no markers", [(study, lines)])
+
+
+def test_lines_of_another_study_are_found_out(small):
+    study, lines = small
+    assert report.strangers(study, [{**lines[0], "cell": "other"}]) == [("other", "tokens", 0)]
+    with pytest.raises(ValueError, match="its line in the results holds"):
+        report.block(study, [{**lines[0], "fingerprint": "0"}])
+
+
+def test_the_picture_is_drawn(small, tmp_path):
+    pytest.importorskip("matplotlib")
+    from plots import plot
+
+    study, lines = small
+    plot(study, report.lines_by_row(study, lines), tmp_path / "images" / "one.png")
+    assert (tmp_path / "images" / "one.png").read_bytes().startswith(b"\x89PNG")

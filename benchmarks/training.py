@@ -2,7 +2,7 @@
 
 One optimiser step (forward, backward, AdamW) of a real shape with random weights: LoRA r=16 on q, k, v, o, embeddings
 and norms trained, batch 1, bf16, S2-Attn with groups of 8192 tokens. Each row of the table adds one means to the row
-before. Medians of --repeats steps after two warm-up steps.
+before. Medians of --repeats steps after --warm-up steps.
 
     python benchmarks/training.py --shape llama-2-7b --lengths 32768 --output training.json
 
@@ -91,10 +91,10 @@ def flops(shape: dict, length: int, group_size: int) -> float:
     return 4 * weights * length + layers * 3.5 * 4 * pairs * hidden
 
 
-def measure(step: Callable[[], None], device: str, repeats: int) -> tuple[list[float], float]:
+def measure(step: Callable[[], None], device: str, warm_up: int, repeats: int) -> tuple[list[float], float]:
     """Seconds of each step, and GiB at the peak."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    for _ in range(2):
+    for _ in range(warm_up):
         step()
     synchronize()
     if device == "cuda":
@@ -131,7 +131,7 @@ def run(row: str, model: torch.nn.Module, shape: dict, args: argparse.Namespace,
         optimizer.zero_grad()
         losses.append(loss.detach())
 
-    seconds, peak = measure(step, device, args.repeats)
+    seconds, peak = measure(step, device, args.warm_up, args.repeats)
     median = statistics.median(seconds)
     mfu = flops(shape, length, args.group_size) / median / PEAK_TFLOPS / 1e12
     result = dict(row=row, length=length, seconds=median, tokens_per_second=length / median, peak_gib=peak, mfu=mfu)
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8192)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS[:5]))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before those that are timed (%(default)s)")
     parser.add_argument("--profile", action="store_true", help="print where the time goes, kernel by kernel")
     parser.add_argument("--tiny", action="store_true", help="a toy shape on the CPU, to see that it runs")
     parser.add_argument("--output", help="write the numbers here as JSON, after every row")

@@ -1,4 +1,4 @@
-"""Documents and records, read loudly."""
+"""Documents and records of files and datasets. Nothing is skipped silently: bad data is refused by file and line."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ logger = logging.get_logger(__name__)
 def read_documents(
     sources: Sources, *, split: str = "train", config: str | None = None, field: str = "text", skip_empty: bool = False
 ) -> Iterator[dict[str, str]]:
-    """Documents one after the other, as {"text", "source"}; never more in memory than one document or one JSON list.
+    """Documents one by one, as {"text", "source"}. At most one document, or one JSON list, is in memory.
 
     Args:
-        sources: .txt (a file is a document), .jsonl or .json (an object a line, or one list of objects), each also
-            .gz; folders of those; or ids of datasets on the Hub, which are streamed.
+        sources: .txt (one document a file), .jsonl or .json (one object a line, or one list of objects), each also
+            .gz; folders of such files; or ids of datasets on the Hub, which are streamed.
         split, config: of a dataset on the Hub.
         field: the name of the text field.
-        skip_empty: go on after an empty document, with a warning, instead of stopping at it.
+        skip_empty: skip an empty document with a warning, instead of raising an error.
 
     Raises:
-        FileNotFoundError, ValueError: a source that is not there or cannot be read, no JSON, no text, a text that is
-            empty or no string; the message names the file and the line (in a list: the record).
+        FileNotFoundError: a source does not exist.
+        ValueError: a source cannot be read, is not JSON, or has a text that is missing, empty or not a string. The
+            message names the file and the line (in a list: the record).
     """
     for name, row in rows_of_sources(sources, split, config, field):
         text = _string(name, row, field)
@@ -42,7 +43,7 @@ def read_documents(
 def read_records(sources: Sources, *, split: str = "train", config: str | None = None) -> Iterator[dict[str, str]]:
     """LongAlpaca's records, as {"instruction", "input", "output", "source"}; "input" may be missing or null.
 
-    Sources and errors as in `read_documents`, without .txt; a record without instruction or output is an error too.
+    Sources and errors are those of `read_documents`, without .txt. A record without instruction or output is an error.
     """
     for name, row in rows_of_sources(sources, split, config, None):
         record = {key: _string(name, row, key) for key in ("instruction", "output")}

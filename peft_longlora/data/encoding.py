@@ -1,9 +1,9 @@
-"""Token ids of texts of any length, in little memory. Called by `subject`; imports torch and transformers alone.
+"""Token ids of texts of any length, in little memory. Imports only torch and transformers.
 
 While it works, a fast tokenizer holds up to 200 bytes for each character of a text: places, words and strings of all
-its tokens. A long text is therefore handed over in pieces that overlap, and the tokens of two pieces are joined where
-both have the same ones for a while, at the same place in the text. Tokenizers look no further than at a word and its
-neighbours, so what follows such a place is the same whichever piece it stands in.
+its tokens. So a long text is tokenised in pieces that overlap. Two pieces are joined at a place in the text around
+which both have the same tokens. A tokenizer looks only at a word and its neighbours, so the tokens after such a place
+are the same in both pieces.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Characters that a tokenizer is given at once, be it documents or pieces of one: about 50 MB while it works.
+# Characters that a tokenizer gets at once, as documents or as pieces of one: about 50 MB while it works.
 BATCH_CHARACTERS = 2**18
-PIECE = 2**16  # characters: several to a batch, because a tokenizer gives each core texts of its own
-OVERLAP = 2**11  # characters that a piece reads before its own, and half of what it reads after them
+PIECE = 2**16  # characters; a batch holds several pieces, because a tokenizer gives each core its own texts
+OVERLAP = 2**11  # characters that a piece reads before its own; it reads twice as many after them
 AGREED = 32  # tokens before a joint, and after it, that must be the same in both pieces
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a text: its first character's place, its token ids, where each token stands in the piece."""
+    """A piece of a text: the place of its first character, its token ids, and the place of each token in the piece."""
 
     begin: int
     ids: torch.Tensor
@@ -35,25 +35,26 @@ class Piece:
 
 
 def encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[torch.Tensor]:
-    """Token ids of each text, (n,) int32, with the special tokens that the tokenizer puts around one.
+    """Token ids of each text, (n,) int32, with the special tokens that the tokenizer adds to a text.
 
-    They are those of `tokenizer(text)`. A text above BATCH_CHARACTERS is read in pieces, or whole if the tokenizer is
-    none of the tokenizers library or two pieces do not agree (a megabyte of one letter), with a warning.
+    They equal those of `tokenizer(text)`. A text longer than BATCH_CHARACTERS is tokenised in pieces. It is tokenised
+    whole if the tokenizer is not one of the tokenizers library, or, with a warning, if two pieces cannot be joined (a
+    megabyte of one letter).
     """
     short = iter(_encode_short(tokenizer, [text for text in texts if len(text) <= BATCH_CHARACTERS]))
     return [next(short) if len(text) <= BATCH_CHARACTERS else _encode_long(tokenizer, text) for text in texts]
 
 
 def _encode_short(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[torch.Tensor]:
-    """Token ids of whole texts. Where tokens stand is not asked, which is half of a fast tokenizer's work."""
+    """Token ids of whole texts, without the places of tokens, which are half of a fast tokenizer's work."""
     if not texts or not tokenizer.is_fast:
         return [_tensor(tokenizer(text, verbose=False)["input_ids"]) for text in texts]
-    tokenizer("", verbose=False)  # a call like this one turns off cutting and padding, and the next has no such options
+    tokenizer("", verbose=False)  # this call turns off truncation and padding; the next call has no options for them
     return [_tensor(encoding.ids) for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
 
 
 def _tensor(ids: list[int]) -> torch.Tensor:
-    """int32: a list takes nine times as much."""
+    """int32, because a list needs nine times the memory."""
     return torch.tensor(ids, dtype=torch.int32)
 
 
@@ -67,7 +68,7 @@ def _encode_long(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
             joint = _joint(last, piece)
             if joint is None:
                 logger.warning(
-                    f"A text of {len(text)} characters is tokenised whole, which takes up to 200 bytes a character: "
+                    f"A text of {len(text)} characters is tokenised whole, which needs up to 200 bytes a character: "
                     f"its pieces from character {last.begin} and from {piece.begin} on have no tokens in common."
                 )
                 return _encode_short(tokenizer, [text])[0]
@@ -78,8 +79,8 @@ def _encode_long(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[Piece]:
-    """All pieces in order; as many are made at once as fit into a batch."""
-    # No piece begins so late that it could not be joined: each reads twice the overlap beyond its own.
+    """All pieces in order. A batch of them is made at once."""
+    # Each piece reads twice the overlap beyond its own end, so the last piece must not begin later than that.
     starts = range(0, len(text) - 2 * OVERLAP, PIECE)
     bounds = [(max(0, start - OVERLAP), start + PIECE + 2 * OVERLAP) for start in starts]
     size = max(1, BATCH_CHARACTERS // PIECE)
@@ -94,9 +95,10 @@ def _make(tokenizer: PreTrainedTokenizerBase, text: str, bounds: list[tuple[int,
 
 
 def _joint(last: Piece, piece: Piece) -> tuple[int, int] | None:
-    """Numbers of a token in both pieces amid tokens that both have; None: there is none.
+    """The number of one token in both pieces, such that the tokens around it are equal; None if there is none.
 
-    Example: with AGREED = 1, "the cat sat" and "cat sat on" join at "sat", token 2 of the one and 1 of the other.
+    Example: with AGREED = 1, "the cat sat" and "cat sat on" join at "sat", which is token 2 of the first and 1 of the
+        second.
     """
     for place in range(piece.begin + OVERLAP, piece.begin + 2 * OVERLAP):
         numbers = [p.encoding.char_to_token(place - p.begin) for p in (last, piece)]

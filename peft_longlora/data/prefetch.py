@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterator[T], size: int = 4) -> Iterator[T]:
-    """The same items, up to `size` of them made ahead in a thread: reading goes on while the model is busy."""
+    """The same items, but up to `size` of them are made ahead in a thread, while the model is busy."""
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(size)
     stop = threading.Event()
 
@@ -29,7 +29,7 @@ def prefetch(items: Iterator[T], size: int = 4) -> Iterator[T]:
                 if stop.is_set():
                     return
             put((None, StopIteration()))
-        except BaseException as error:  # handed on to the thread that asked
+        except BaseException as error:  # passed to the thread that asked
             put((None, error))
 
     thread = threading.Thread(target=fill, daemon=True)

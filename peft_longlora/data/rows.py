@@ -1,6 +1,6 @@
-"""Rows of data files and of datasets on the Hub, each with the place it came from. Called by `data` and the evaluation.
+"""Rows of data files and of datasets on the Hub, each with its place in the source.
 
-Imports `datasets` only to read from the Hub.
+Called by `documents` and by the evaluation. Imports `datasets` only to read from the Hub.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ logger = logging.get_logger(__name__)
 
 Sources = str | Path | list[str | Path]
 SUFFIXES = (".txt", ".jsonl", ".json")
-NO_DATA = "A file that is no data does not belong in the folder."
+NO_DATA = "If the file does not hold data, move it out of the folder."
 
 
 def rows_of_sources(
     sources: Sources, split: str, config: str | None, text_field: str | None
 ) -> Iterator[tuple[str, Any]]:
-    """(where it came from, row) of every source.
+    """(place, row) for every row of every source.
 
     Args:
         sources: files, folders, or ids of datasets on the Hub, which are streamed.
@@ -34,7 +34,7 @@ def rows_of_sources(
         text_field: as `read_rows`.
 
     Raises:
-        FileNotFoundError, ValueError: a source that is not there, or as `read_rows`.
+        FileNotFoundError: a source does not exist. ValueError: as `read_rows`.
     """
     for source in [sources] if isinstance(sources, str | Path) else sources:
         path = Path(source)
@@ -46,13 +46,13 @@ def rows_of_sources(
 
 
 def read_rows(path: Path, text_field: str | None = None) -> Iterator[tuple[Path, str, Any]]:
-    """(file, place in it, row) of a .jsonl or .json file, each also .gz, or of those in a folder.
+    """(file, place in the file, row) for a .jsonl or .json file, each also .gz, or for all such files of a folder.
 
     Args:
-        text_field: what the text of .txt files is called; None: they are refused.
+        text_field: the field name for the text of a .txt file; None: .txt files are refused.
 
     Raises:
-        ValueError: no such file in the folder, nothing in one, or no JSON; the message names file and line.
+        ValueError: the folder has no such file, a file is empty, or it is not JSON. The message names file and line.
     """
     for file in _files(path):
         number = 0
@@ -71,7 +71,7 @@ def _files(path: Path) -> list[Path]:
     files = sorted(file for file in path.rglob("*") if file.is_file())
     known = [file for file in files if _kind(file) in SUFFIXES]
     if not known:
-        raise ValueError(f"{path}: holds no {', '.join(SUFFIXES)} file (each also .gz).")
+        raise ValueError(f"{path}: holds no {', '.join(SUFFIXES)} file (each also .gz). Check the path.")
     if len(known) < len(files):
         others = [str(file.relative_to(path)) for file in files if file not in known]
         more = ", ..." if len(others) > 5 else ""
@@ -87,9 +87,9 @@ def _file_rows(path: Path, text_field: str | None) -> Iterator[tuple[str, Any]]:
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         if _kind(path) == ".txt":
             if text_field is None:
-                raise ValueError(f"{path}: records come as .jsonl or .json, not as plain text.")
+                raise ValueError(f"{path}: records come as .jsonl or .json, not as plain text. Convert them.")
             yield str(path), {text_field: file.read().decode("utf-8-sig")}
-        # A list is read whole, for half of one is no JSON; lines one by one.
+        # A list is read whole, because a part of a list is not valid JSON. Lines are read one by one.
         elif file.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             for number, row in enumerate(json.loads(file.read().decode("utf-8-sig")), 1):
                 yield f"{path}, record {number}", row
@@ -103,7 +103,7 @@ def _file_rows(path: Path, text_field: str | None) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Say which file, and line, could not be decompressed, decoded or parsed."""
+    """Name the file and line that cannot be decompressed, decoded or parsed."""
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -112,8 +112,8 @@ def _named(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: not UTF-8 ({error.reason} at byte {error.start}). Convert it.") from error
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{name}: not JSON ({error.msg} at line {error.lineno}, column {error.colno}). A file holds one object a "
-            f"line, or one list of objects. {NO_DATA}"
+            f"{name}: not JSON ({error.msg} at line {error.lineno}, column {error.colno}). A file must hold one "
+            f"object a line, or one list of objects. {NO_DATA}"
         ) from error
 
 
@@ -126,7 +126,10 @@ def _hub_rows(source: str, split: str, config: str | None) -> Iterator[tuple[str
         rows = load_dataset(source, config, split=split, streaming=True)
     except OSError as error:
         raise FileNotFoundError(f"{source}: no file or folder here, and not read from the Hub: {error}") from error
-    except (ValueError, RuntimeError) as error:  # no such split or configuration, or a script, which is not run
+    except (
+        ValueError,
+        RuntimeError,
+    ) as error:  # the split or configuration does not exist, or the dataset is a script, which is never run
         raise ValueError(f"{source}: not read from the Hub: {error}") from error
     for number, row in enumerate(rows, 1):
         yield f"{source} ({split}), record {number}", row

@@ -1,9 +1,9 @@
-"""Long text and instruction records for training and evaluation, read loudly: nothing is lost without being named.
+"""Documents and records as rows of tokens. Every token that is left out is counted and logged.
 
     read_documents -> to_windows        continued pre-training: every token of every document is in some window
-    read_records   -> tokenize_records  instruction tuning: loss on the answer alone
+    read_records   -> tokenize_records  instruction tuning: loss on the answer only
 
-Called by the examples and the evaluation; where rows come from is in `rows`.
+Called by the examples and the evaluation.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-IGNORED = -100  # the label that transformers' losses leave out
+IGNORED = -100  # transformers' losses leave out tokens with this label
 LLAMA_2_PROMPT = "[INST] {} [/INST]"
 
 
 @dataclass
 class Counts:
-    """What became of documents (or records) on their way to rows of tokens; filled in while they are read.
+    """How many documents (or records) were read, cut and dropped; filled in while they are read.
 
-    `names` says where the first few of the `longer` ones, those above the window, came from.
+    `longer` counts those that are longer than the window, and `names` names the first few of these.
     """
 
     documents: int = 0
@@ -51,14 +51,8 @@ class Counts:
         )
 
     def report(self) -> None:
-        """Log it: as a warning where tokens were left out."""
+        """Log the counts, as a warning if tokens were left out."""
         logger.log(logging.WARNING if self.cut_tokens or self.dropped else logging.INFO, str(self))
-
-
-# -- reading -----------------------------------------------------------------------------------------------------
-
-
-# -- tokens ------------------------------------------------------------------------------------------------------
 
 
 def to_windows(
@@ -66,16 +60,16 @@ def to_windows(
 ) -> Iterator[dict[str, list[int]]]:
     """Cut documents into rows of at most `length` tokens for a plain `Trainer`: {"input_ids", "labels"}.
 
-    A document ends with the end-of-sequence token, and a row never holds two documents. Every token is in a row; a
-    last row of one token, from which nothing could be predicted, takes one from the row before.
+    A document ends with the end-of-sequence token, and a row never holds two documents. Every token is in a row. A last
+    row of one token could not predict anything, so it takes one token from the row before.
 
     Args:
         documents: as `read_documents` yields them.
-        length: of a window, tokens, 3 or more.
+        length: tokens of a window, 3 or more.
         counts: filled in along the way, and logged at the end.
 
     Raises:
-        ValueError: length is under 3, or a document has one token only.
+        ValueError: length is under 3, or a document has only one token.
 
     Example: 9 tokens with length 4 give rows of 4, 3 and 2.
     """
@@ -87,7 +81,7 @@ def to_windows(
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids = [*ids, tokenizer.eos_token_id]
         if len(ids) < 2:
-            raise ValueError(f"{document['source']}: {len(ids)} token, from which nothing can be predicted. Remove it.")
+            raise ValueError(f"{document['source']}: it has {len(ids)} token and needs 2 or more. Remove it.")
         counts.documents += 1
         counts.tokens += len(ids)
         if len(ids) > length:
@@ -102,10 +96,11 @@ def to_windows(
 
 
 def tokenize_record(record: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """One record as {"input_ids", "labels"}, whole; labels are -100 before the answer.
+    """One whole record as {"input_ids", "labels"}; labels are -100 before the answer.
 
-    The prompt is the tokenizer's chat template with one user turn, or Llama 2's [INST] where it has none. The answer
-    starts where the tokens of the prompt and those of prompt and answer part (as in trl's SFTTrainer).
+    The prompt is the tokenizer's chat template with one user turn, or Llama 2's [INST] if the tokenizer has none. The
+    answer starts at the first token that differs between the prompt and the prompt with its answer (as in trl's
+    SFTTrainer).
     """
     user = f"{record['instruction']}\n{record['input']}" if record.get("input") else record["instruction"]
     if tokenizer.chat_template is not None:
@@ -130,14 +125,14 @@ def tokenize_records(
     too_long: Literal["truncate", "drop", "error"] = "truncate",
     counts: Counts | None = None,
 ) -> Iterator[dict[str, list[int]]]:
-    """Rows of at most `max_length` tokens: {"input_ids", "labels"}, ready for SFTTrainer, which then cuts nothing.
+    """Rows of at most `max_length` tokens: {"input_ids", "labels"}, for SFTTrainer, which then does not cut them.
 
     Args:
         records: as `read_records` yields them.
-        max_length: of a row, tokens.
-        too_long: what becomes of a longer record. "truncate": its prompt loses its middle; the beginning, the question
+        max_length: tokens of a row, at most.
+        too_long: what to do with a longer record. "truncate": its prompt loses its middle; the beginning, the question
             at the end and the whole answer stay. "drop": it is left out. "error": it is refused.
-        counts: filled in along the way, and logged at the end: nothing is cut or dropped without being counted.
+        counts: filled in along the way, and logged at the end. Everything that is cut or dropped is counted.
 
     Raises:
         ValueError: an unknown `too_long`; a record that is refused, or whose answer leaves no room for a prompt.

@@ -1,6 +1,7 @@
-"""A longer window: which RoPE parameters are valid, what a model's RoPE is made of, and how it is rescaled in place.
+"""A longer window: RoPE is rescaled in place on a loaded model, and can be put back.
 
-Read `parameters`, then `state`, then `scale`. Imports `architecture` alone.
+Read `parameters` (which RoPE parameters are valid), then `state` (everything that belongs to the RoPE of one model),
+then `scale`. The room imports only `architecture`.
 """
 
 from peft_longlora.rope.scale import restore_rope, scale_rope

@@ -1,4 +1,4 @@
-"""What RoPE parameters say: which of them are valid, and which window they give. Reads configs, touches no model."""
+"""RoPE parameters: which of them are valid, and which window they give. Reads configs; never touches a model."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from transformers import PreTrainedConfig
 
 ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "longrope")
 ORIGINAL = "original_max_position_embeddings"
-ROUNDING = 0.01  # a factor that people write down in two or three digits is about that much off
+ROUNDING = 0.01  # people write factors with two or three digits, which is about this inexact
 
 
 def base_rope(config: PreTrainedConfig) -> dict[str, Any]:
-    """The rope_parameters of the layers with full attention (configs may hold one dict a layer type)."""
+    """The rope_parameters of the layers with full attention (a config may hold one dict for each layer type)."""
     parameters = getattr(config, "rope_parameters", None) or {}
     return parameters["full_attention"] if is_nested(parameters) else parameters
 
 
 def window_of(config: PreTrainedConfig) -> int:
-    """The context window in tokens that a config states, its RoPE scaling included.
+    """The context window in tokens that a config gives, its RoPE scaling included.
 
-    Source: the rule by which serving engines derive a model's length: where `keeps_length`, the stored length times the
-    factor, elsewhere the stored length.
+    Source: the rule by which serving engines compute a model's length. If `keeps_length`, it is the stored length times
+    the factor; otherwise it is the stored length.
     """
     rope = base_rope(config)
     factor = rope.get("factor", 1.0) if keeps_length(config, rope.get("rope_type", "default")) else 1.0
@@ -31,19 +31,19 @@ def window_of(config: PreTrainedConfig) -> int:
 def keeps_length(config: PreTrainedConfig, rope_type: str) -> bool:
     """Whether configs with this scaling keep the pretrained length in max_position_embeddings.
 
-    "dynamic" computes with it, "linear" does so by custom. But where layer types have a scaling each, as in Gemma 3, no
-    factor is that of the model, and the window itself is stored.
+    "dynamic" needs this length to compute, and "linear" keeps it by convention. But if each layer type has its own
+    scaling, as in Gemma 3, no single factor belongs to the model, so the config stores the window itself.
     """
     return rope_type == "dynamic" or (rope_type == "linear" and not is_nested(config.rope_parameters))
 
 
 def is_nested(parameters: dict[str, Any]) -> bool:
-    """Whether rope_parameters are one dict a layer type."""
+    """Whether rope_parameters hold one dict for each layer type."""
     return any(isinstance(value, dict) for value in parameters.values())
 
 
 def check_rope(rope_type: str, rope_parameters: dict[str, Any] | None) -> None:
-    """Refuse what no model could be given.
+    """Refuse parameters that no model can use.
 
     Raises: ValueError.
     """
@@ -53,20 +53,20 @@ def check_rope(rope_type: str, rope_parameters: dict[str, Any] | None) -> None:
         if not isinstance(rope_parameters, dict):
             raise ValueError(
                 f"rope_parameters={rope_parameters!r} must be a dict as in a transformers config, for example "
-                f"{{'rope_type': 'linear', 'factor': 4.0}}. Use rope_type for a name alone."
+                f"{{'rope_type': 'linear', 'factor': 4.0}}. To give only a name, use rope_type."
             )
         for parameters in rope_parameters.values() if is_nested(rope_parameters) else (rope_parameters,):
             if parameters is not None:
                 _check_parameters(rope_type, parameters)
     elif rope_type == "longrope":
         raise ValueError(
-            "rope_type='longrope' needs factors that a search found for one model. Give rope_parameters with "
+            "rope_type='longrope' needs factors that were searched for this model. Give rope_parameters with "
             "rope_type, short_factor, long_factor and original_max_position_embeddings."
         )
 
 
 def _check_parameters(rope_type: str, parameters: dict[str, Any]) -> None:
-    # "yarn" is the default, and "longrope" the one type that needs both.
+    # "yarn" is the default, so the user may not have given it. "longrope" is the only type that needs both.
     if rope_type != "yarn" and not rope_type == parameters.get("rope_type") == "longrope":
         raise ValueError(
             f"rope_type={rope_type!r} and rope_parameters={parameters!r} exclude each other: rope_parameters is used "
@@ -75,19 +75,22 @@ def _check_parameters(rope_type: str, parameters: dict[str, Any]) -> None:
     factor = parameters.get("factor", 1.0)
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 1:
         raise ValueError(
-            f"rope_parameters={parameters!r}: factor={factor!r} must be a number, 1 or more: the new window over the "
-            f"base's."
+            f"rope_parameters={parameters!r}: factor={factor!r} must be a number, 1 or more: the new window "
+            f"divided by the base's."
         )
     if "rope_type" not in parameters:
         raise ValueError(f"rope_parameters={parameters!r} lacks 'rope_type'. Add it, as transformers wants it.")
     if parameters["rope_type"] in ("linear", "dynamic", "yarn", "llama3") and "factor" not in parameters:
-        raise ValueError(f"rope_parameters={parameters!r} lacks 'factor': the new window over the base's. Add it.")
+        raise ValueError(
+            f"rope_parameters={parameters!r} lacks 'factor', the new window divided by the base's. Add it."
+        )
 
 
 def completed(rope_parameters: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
-    """The same, with original_max_position_embeddings where "yarn", "llama3" or "longrope" count from one.
+    """The same parameters, with original_max_position_embeddings added for "yarn", "llama3" and "longrope".
 
-    transformers takes the stored length of the config that it reads the parameters from; here that is the base's.
+    These types scale from an original length. Without it transformers takes the length stored in the config; here that
+    is the base's.
     """
     if is_nested(rope_parameters):
         before = config.rope_parameters if is_nested(config.rope_parameters) else {}
@@ -99,15 +102,15 @@ def completed(rope_parameters: dict[str, Any], config: PreTrainedConfig) -> dict
 def _with_original(given: dict[str, Any], before: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
     if given["rope_type"] not in ("yarn", "llama3", "longrope"):
         return dict(given)
-    is_same_kind = before.get("rope_type") == given["rope_type"]  # then the base counts from there, too
+    is_same_kind = before.get("rope_type") == given["rope_type"]  # then the base scales from the same length
     original = before.get(ORIGINAL) if is_same_kind else None
     return {ORIGINAL: original or config.max_position_embeddings, **given}
 
 
 def stated_length(config: PreTrainedConfig, context_length: int | None, rope_parameters: dict[str, Any]) -> int:
-    """max_position_embeddings for rope_parameters that the user gave, `completed`.
+    """max_position_embeddings for rope_parameters that the user gave (after `completed`).
 
-    Raises: ValueError: they give a shorter window than context_length. A longer one leaves room, which is common.
+    Raises: ValueError: they give a shorter window than context_length. A longer window is allowed: it leaves room.
     """
     stored, before = config.max_position_embeddings, base_rope(config)
     if is_nested(rope_parameters):
@@ -117,12 +120,12 @@ def stated_length(config: PreTrainedConfig, context_length: int | None, rope_par
         original = rope_parameters[ORIGINAL]
     elif kind in ("linear", "dynamic"):
         original = stored if keeps_length(config, kind) else round(stored / before.get("factor", 1.0))
-    else:  # their parameters do not tell
+    else:  # their parameters do not give a window
         return context_length or stored
     window = round(factor * original)
     if context_length is not None and context_length > window * (1 + ROUNDING):
         raise ValueError(
-            f"context_length={context_length}, but rope_parameters={rope_parameters} extend {original} tokens to a "
-            f"window of {window} only. Set factor to {context_length / original} or more, or lower context_length."
+            f"context_length={context_length}, but rope_parameters={rope_parameters} extend {original} tokens "
+            f"only to a window of {window}. Set factor to {context_length / original} or more, or lower context_length."
         )
     return stored if keeps_length(config, kind) else window

@@ -1,7 +1,7 @@
 """Rescale the rotary embeddings of a loaded model, in place and reversibly.
 
-The result equals saving the model and loading it again with the new config. Called by `model` when an adapter is
-added, switched off or removed, and by users who train without an adapter.
+The result equals saving the model and loading it again with the new config. `adapter.model` calls this file when an
+adapter is added, switched off or removed; users who train without an adapter call it themselves.
 """
 
 from __future__ import annotations
@@ -35,29 +35,31 @@ def scale_rope(
 
     Args:
         model: a rotary model of transformers.
-        context_length: the new window, tokens. None, or not above the model's own window: nothing is done, unless
-            rope_parameters is given.
-        rope_type: "linear" (Position Interpolation, arXiv:2306.15595, the paper's), "ntk" (theta raised once by
+        context_length: the new window, tokens. If it is None, or not above the model's own window, nothing is done,
+            unless rope_parameters is given.
+        rope_type: "linear" (Position Interpolation, arXiv:2306.15595, as in the paper), "ntk" (theta raised once by
             factor ** (d / (d - 2))), "dynamic" (the same, growing with the row), "yarn" (arXiv:2309.00071), "llama3";
             "longrope" needs rope_parameters.
-        rope_parameters: transformers' own dict, used as it is (rope_theta and partial_rotary_factor are taken over
-            where it has none). For a base that holds one dict a layer type: the one for full attention, or a dict of
-            those to replace.
+        rope_parameters: the dict of transformers' configs, used unchanged (if it has no rope_theta or
+            partial_rotary_factor, the base's are kept). If the base holds one dict for each layer type: the dict for
+            full attention, or a dict of the layer types to replace.
 
     Returns:
-        The rope_parameters now in force (of full attention layers, unless one dict a layer type was given), or None
-        if nothing was done.
+        The rope_parameters now in use (those of full attention layers, unless you gave one dict for each layer type),
+        or None if nothing was done.
 
     Raises:
         ValueError: an unknown rope_type, both rope_type and rope_parameters, a model whose RoPE is scaled already.
-        NotImplementedError: no rotary module, or one that cannot be made anew from a config.
+        NotImplementedError: no rotary module, or one that a config cannot rebuild.
     """
     config = model.config.get_text_config()
     check_rope(rope_type, rope_parameters)
     if context_length is not None and (type(context_length) is not int or context_length < 1):
         raise ValueError(f"context_length={context_length!r} must be a positive number of tokens, or None.")
     if not find_rotary_modules(model):
-        raise NotImplementedError(f"{type(model).__name__} has no rotary position embeddings that could be rescaled.")
+        raise NotImplementedError(
+            f"{type(model).__name__} has no rotary position embeddings that could be rescaled. Use a rotary model."
+        )
     if hasattr(model, STATES):
         raise ValueError("RoPE of this model is rescaled already. Call restore_rope(model) first.")
     if rope_parameters is None and (context_length is None or context_length <= window_of(config)):
@@ -79,26 +81,26 @@ def scale_rope(
 
 
 def restore_rope(model: PreTrainedModel) -> None:
-    """Undo `scale_rope`, bit for bit. Nothing happens if it was never called."""
+    """Undo `scale_rope`, bit for bit. If it was never called, nothing happens."""
     if hasattr(model, STATES):
         getattr(model, STATES)[0].put_on(model)
         delattr(model, STATES)
 
 
 def keep_rope(model: PreTrainedModel) -> None:
-    """Forget the base's RoPE: the rescaled one is the model's own from now on."""
+    """Forget the base's RoPE: from now on the rescaled RoPE is the model's own."""
     if hasattr(model, STATES):
         delattr(model, STATES)
 
 
 def switch_rope(model: PreTrainedModel, *, scaled: bool) -> None:
-    """Put the base's or the rescaled RoPE in force, keeping both at hand."""
+    """Use the base's RoPE or the rescaled one; both are kept."""
     if hasattr(model, STATES):
         getattr(model, STATES)[int(scaled)].put_on(model)
 
 
 def keep_float32(model: PreTrainedModel) -> None:
-    """Put the frequencies back that `model.to(torch.bfloat16)` has rounded. Costs a look at each rotary module."""
+    """Restore frequencies that `model.to(torch.bfloat16)` rounded. Checks each rotary module, which is cheap."""
     if hasattr(model, STATES):
         scaled = getattr(model, STATES)[1]
         for module, buffers, _ in scaled.modules:
@@ -110,13 +112,13 @@ def _refuse_scaled(config: PreTrainedConfig) -> None:
     rope = base_rope(config)
     if rope.get("rope_type", "default") != "default":
         raise ValueError(
-            f"The base's RoPE is scaled already ({rope}), and scalings do not add up. Give the whole new "
-            f"rope_parameters, as transformers wants them (for example {{**base, 'factor': ...}})."
+            f"The base's RoPE is scaled already ({rope}), and two scalings cannot be combined. Give the "
+            f"complete new rope_parameters in transformers' format (for example {{**base, 'factor': ...}})."
         )
 
 
 def _scaled_parameters(model: PreTrainedModel, context_length: int, rope_type: str) -> tuple[dict[str, Any], int]:
-    """The new entries of rope_parameters and the max_position_embeddings that goes with them."""
+    """The new entries of rope_parameters, and the max_position_embeddings that belongs to them."""
     config = model.config.get_text_config()
     window = config.max_position_embeddings
     factor = context_length / window
@@ -128,25 +130,25 @@ def _scaled_parameters(model: PreTrainedModel, context_length: int, rope_type: s
         theta = base_rope(config)["rope_theta"] * factor ** (dim / (dim - 2))
         return {"rope_type": "default", "rope_theta": theta}, context_length
     new = {"rope_type": rope_type, "factor": factor, "original_max_position_embeddings": window}
-    if rope_type == "llama3":  # the band edges of the Llama 3.1 release
+    if rope_type == "llama3":  # the band edges that Llama 3.1 was released with
         new |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     return new, context_length
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The new parameters of one kind of layer: what is no scaling is taken over where it is not given."""
+    """The new parameters of one kind of layer; entries that are not a scaling are kept if `new` has none."""
     return {**{key: old[key] for key in ("rope_theta", "partial_rotary_factor") if key in old}, **new}
 
 
 def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
-    """Write the config and give every rotary module the buffers that a fresh one would have."""
+    """Write the config, and give every rotary module the buffers that a newly made one would have."""
     config = model.config.get_text_config()
     parameters = copy.deepcopy(config.rope_parameters)
     if not is_nested(parameters):
         if is_nested(new):
             raise ValueError(
-                f"rope_parameters={new} holds one dict a layer type, but {config.model_type} has one for all: "
-                f"{parameters}. Give a dict of that form."
+                f"rope_parameters={new} holds one dict for each layer type, but {config.model_type} has one dict for "
+                f"all layers: {parameters}. Give a dict of that form."
             )
         config.rope_parameters = _merge(parameters, new)
     else:
@@ -165,7 +167,7 @@ def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
         )
     config.max_position_embeddings = length
     if getattr(config, "head_dim", 0) is None:
-        # Models read None as this quotient, but transformers' scaled RoPE does not (mixtral): state it.
+        # Models read None as this quotient, but transformers' scaled RoPE does not (mixtral), so write the number.
         config.head_dim = config.hidden_size // config.num_attention_heads
     try:
         config.standardize_rope_params()
@@ -174,7 +176,7 @@ def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"rope_parameters={new} cannot be used for {config.model_type}: {error}. Give rope_parameters that this "
-            f"architecture takes, or use rope_type='ntk', which needs no scaled type."
+            f"architecture accepts, or use rope_type='ntk', which needs no scaled type."
         ) from error
     for module, donor in zip(find_rotary_modules(model), donors, strict=True):
         buffers = dict(donor.named_buffers(recurse=False))

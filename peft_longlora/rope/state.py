@@ -1,4 +1,4 @@
-"""The rotary modules of a model and all that its RoPE is made of, so that it can be replaced and put back."""
+"""Everything that belongs to the RoPE of one model, so that it can be replaced and put back."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ STATES = "longlora_rope"
 
 @dataclass
 class RopeState:
-    """Everything that RoPE is made of in one model, so that it can be put back bit for bit.
+    """The RoPE of one model: config entries, buffers and attributes, to put back bit for bit.
 
     Attributes:
         rope_parameters, max_position_embeddings, head_dim: of the text config.
-        window: tokens, as the text config states it.
+        window: tokens, as the text config gives it.
         modules: (rotary module, its buffers, its plain attributes).
     """
 
@@ -34,7 +34,7 @@ class RopeState:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> RopeState:
-        """What RoPE of `model` is made of now."""
+        """The RoPE that `model` has now."""
         config = model.config.get_text_config()
         modules = [(m, dict(m.named_buffers(recurse=False)), attributes_of(m)) for m in find_rotary_modules(model)]
         return cls(
@@ -57,27 +57,27 @@ class RopeState:
 
 
 def rope_of(model: PreTrainedModel, *, scaled: bool) -> RopeState:
-    """The RoPE of the base, or the rescaled one, whichever is in force; they are the same if nothing was rescaled."""
+    """The base's RoPE or the rescaled one, whichever of them is in use. Without rescaling both are the same."""
     return getattr(model, STATES)[int(scaled)] if hasattr(model, STATES) else RopeState.of(model)
 
 
 def fresh(module: nn.Module, config: PreTrainedConfig) -> nn.Module:
-    """A rotary module such as `module`, as transformers makes it from `config`."""
+    """A new rotary module of the type of `module`, as transformers makes it from `config`."""
     with torch.device("cpu"):
         return type(module)(config)
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """What a module computes with, besides its buffers."""
-    others = ("training", "config", "forward")  # "forward": accelerate's hooks (device_map) put one on the instance
+    """The attributes that a module computes with, besides its buffers."""
+    others = ("training", "config", "forward")  # accelerate's hooks (device_map) put a "forward" on the instance
     return {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in others}
 
 
 def transplant(module: nn.Module, buffers: dict[str, torch.Tensor], attributes: dict[str, Any]) -> None:
-    """Give a module other buffers and attributes, keeping the object itself, which hooks and users may hold."""
+    """Give a module other buffers and attributes. The object stays the same, because hooks and users may hold it."""
     device = next(module.buffers()).device
     for name in attributes_of(module).keys() - attributes.keys():
-        delattr(module, name)  # "longrope" leaves frequencies behind here that belong to the old scaling
+        delattr(module, name)  # "longrope" leaves frequencies of the old scaling here
     for name in dict(module.named_buffers(recurse=False)).keys() - buffers.keys():
         delattr(module, name)
     for name, buffer in buffers.items():

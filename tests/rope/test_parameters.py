@@ -40,7 +40,7 @@ def group_size(model) -> int:
 def test_a_window_that_the_parameters_do_not_give_is_refused(context_length, parameters, window):
     model = make()
     before, config = logits(model), model.config.to_dict()
-    message = rf"context_length={context_length}.*window of {window} only\. Set factor to "
+    message = rf"context_length={context_length}.*only to a window of {window}\. Set factor to "
     with pytest.raises(ValueError, match=message):
         scale_rope(model, context_length, rope_parameters=parameters)
     with pytest.raises(ValueError, match=message):

@@ -371,7 +371,7 @@ def test_a_scaled_base_is_refused_unless_rope_parameters_are_given(rope_type):
         (dict(rope_parameters={"rope_type": "linear", "factor": -2.0}), r"factor=-2\.0 must be a number, 1 or more"),
         (
             dict(rope_parameters={"full_attention": {"rope_type": "linear", "factor": 4.0}}),
-            r"one dict a layer type, but llama has one for all",
+            r"one dict for each layer type, but llama has one dict for all",
         ),
         (dict(rope_parameters="linear"), r"rope_parameters='linear'.*dict"),
         (dict(rope_type="longrope"), r"rope_type='longrope' needs.*rope_parameters.*short_factor, long_factor"),

@@ -22,10 +22,11 @@ import torch
 from measure import Case, error, inputs, measure, replay, versions
 from ways import permute_varlen, roll, two_calls_fa4
 
-from peft_longlora.kernels import attend as kernels
 from peft_longlora.kernels import backends
+from peft_longlora.kernels.attend import attend
+from peft_longlora.kernels.cuts import Cuts
 from peft_longlora.kernels.groups import Groups
-from peft_longlora.kernels.kernel import Call
+from peft_longlora.kernels.kernel import Needs, Options
 from peft_longlora.reference import s2_attention_reference
 
 
@@ -70,7 +71,7 @@ def engine(pattern: str, backend: str, q, k, v, case: Case) -> torch.Tensor:
     key = (id(case), pattern)
     if key not in _PLANS:
         _PLANS[key] = case.plan(pattern)
-    return kernels.attend(q, k, v, _PLANS[key], backend=backend)
+    return attend(q, k, v, Cuts.of(_PLANS[key]), Options(backend=backend))
 
 
 _PLANS: dict[tuple[int, str], Groups] = {}
@@ -78,9 +79,9 @@ _PLANS: dict[tuple[int, str], Groups] = {}
 
 def methods(case: Case, device: torch.device, dtype: torch.dtype, only: list[str] | None) -> list[Method]:
     found = []
-    call = Call(device, dtype, case.dim, case.dim, case.heads > case.kv_heads, requires_grad=True)
+    needs = Needs(device, dtype, case.dim, case.dim, case.heads > case.kv_heads, requires_grad=True)
     for backend in backends.BACKENDS:
-        reason = backends.missing(backend, device) or backends.lacks(backend, call)
+        reason = backends.BACKENDS[backend].missing(device) or backends.BACKENDS[backend].lacks(needs)
         if backend == "cudnn" and case.documents:
             reason = "documents of many lengths need a plan of cuDNN's for each"
         if reason or (only and backend not in only):

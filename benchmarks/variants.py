@@ -20,11 +20,12 @@ import torch
 from measure import Case, error, inputs, measure, replay, versions
 from ways import two_calls_fa4
 
-from peft_longlora.kernels.backends import KERNELS
+from peft_longlora.kernels.cuts import Plan, tensors_of
 from peft_longlora.kernels.flash import FlashAttention4
 from peft_longlora.kernels.groups import Groups, split_heads
 from peft_longlora.kernels.kernel import Kernel, Pieces
-from peft_longlora.kernels.launches import LEAST_BATCHED_WORK, Launch, Plan, plan_launches
+from peft_longlora.kernels.launches import LEAST_BATCHED_WORK, Launch, plan_launches
+from peft_longlora.kernels.operators import KERNELS
 from peft_longlora.reference import s2_attention_reference
 
 
@@ -137,7 +138,7 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, groups: Groups, way: Way, kernel: Kernel):
-        layout, cu_seqlens = groups.tensors(q.device)
+        layout, cu_seqlens = tensors_of(groups, q.device)
         plan = Plan.read(layout)
         found = launches(way, way.forward, plan, q, k)
         lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)

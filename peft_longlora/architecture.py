@@ -1,11 +1,14 @@
-"""Which layers of a model are those that attend to text, and how each of them sees it by itself."""
+"""Where a transformers model has its parts, how its layers see text by themselves, and which models are refused."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -24,6 +27,29 @@ def cache_name(model: nn.Module) -> str:
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model  # PEFT's forward takes any name
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def find_entrances(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that are called from outside, each once.
+
+    The backbone too, because trainers that compute the loss themselves do not call the whole model.
+    """
+    return list(dict.fromkeys([model, getattr(model, "base_model", model), find_text_model(model)]))
+
+
+def follow(
+    model: nn.Module, before: Callable[..., Any], after: Callable[..., Any] | None = None
+) -> list[RemovableHandle]:
+    """Call `before(module, args, kwargs)` ahead of every call of a model, and `after(module, ...)` when it ends.
+
+    An entrance may call another one. `after` is called for calls that fail, too.
+    """
+    handles = []
+    for module in find_entrances(model):
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if after is not None:
+            handles.append(module.register_forward_hook(after, always_call=True))
+    return handles
 
 
 def find_attention_modules(model: nn.Module) -> dict[str, nn.Module]:

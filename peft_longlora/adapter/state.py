@@ -13,7 +13,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from peft_longlora.architecture import find_attention_modules
+from peft_longlora.architecture import find_attention_modules, follow
 from peft_longlora.attention.settings import AttentionState, settings_of
 from peft_longlora.rope import scale as rope
 
@@ -47,9 +47,7 @@ class AdapterState:
     def follow(self) -> None:
         """Begin to follow the adapters, which are in their places now."""
         self.layer = next((m for m in self.model.modules() if isinstance(m, BaseTunerLayer)), None)
-        # The backbone too: trainers that compute the loss themselves do not call the whole model.
-        models = {self.model, getattr(self.model, "base_model", self.model)}
-        self.handles = [model.register_forward_pre_hook(self) for model in models]
+        self.handles = follow(self.model, self)
         setattr(self.model, _STATE, self)
 
     def __call__(self, *_: Any) -> None:

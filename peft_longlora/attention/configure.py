@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from peft_longlora.architecture import (
@@ -16,9 +16,8 @@ from peft_longlora.architecture import (
 )
 from peft_longlora.attention.schedule import Schedule, check_dense_every
 from peft_longlora.attention.settings import _SETTINGS, S2_ATTN, AttentionSettings, Mode, _replace_settings, settings_of
-from peft_longlora.kernels import attend as kernels
-from peft_longlora.kernels import backends
-from peft_longlora.kernels.groups import group_size_of
+from peft_longlora.kernels.backends import check_backend
+from peft_longlora.kernels.groups import check_pattern, group_size_of
 from peft_longlora.rope.parameters import window_of
 
 logger = logging.get_logger(__name__)
@@ -73,7 +72,7 @@ def configure_attention(
             f"{min(indices)} to {max(indices)}."
         )
     size = group_size_of(group_size, group_size_ratio, window_of(config))
-    kernels.check_pattern(size, pattern)
+    check_pattern(size, pattern)
     check_dense_every(dense_every)
     previous = config._attn_implementation
     known = next((getattr(m, _SETTINGS) for m in layers.values() if hasattr(m, _SETTINGS)), None)
@@ -99,7 +98,7 @@ def configure_attention(
         sharing=known.sharing if known else None,
         schedule=Schedule(dense_every or 0, known.training_forwards if known else 0),
     )
-    backends.check_model(config, layers.values(), settings.backend)
+    _check_backend(config, layers, settings.backend)
     if layers and all(is_local_layer(module, config) for module in layers.values()):
         logger.warning(
             f"Every layer of this model has a window of its own (sliding_window="
@@ -111,6 +110,24 @@ def configure_attention(
     model.set_attn_implementation({"": S2_ATTN, parts[0]: S2_ATTN} if parts else S2_ATTN)
     _replace_settings(model, dict.fromkeys(layers, settings))
     return settings
+
+
+def _check_backend(config: PreTrainedConfig, layers: dict[str, nn.Module], backend: str | None) -> None:
+    """Refuse, before anything runs, a model whose attention needs what the backend cannot do.
+
+    Raises: NotImplementedError. ValueError: an unknown backend.
+    """
+    check_backend(backend)
+    if any(hasattr(module, "sinks") for module in layers.values()):
+        raise NotImplementedError(
+            "This model's attention has sinks, which no backend of S2-Attn can do. Use another model."
+        )
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap is not None and backend in ("sdpa", "cudnn", "varlen"):
+        raise NotImplementedError(
+            f"This model's attention has softcap={softcap}, which the backend {backend!r} cannot do. Use None, 'flex' "
+            f"or a flash_attention backend, or another model."
+        )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 transformers calls `s2_mask` once a forward and kind of layer (full, sliding) and hands what it returns to every layer.
 It returns an `S2Mask`: neither the S x S mask of dense attention nor the groups of sparse attention are made before a
-layer asks, and both are made once. Called through transformers' AttentionMaskInterface; read by `attention`.
+layer asks, and both are made once. Called through transformers' AttentionMaskInterface; read by `layer`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
 
+from peft_longlora.kernels.cuts import regular_groups, tensors_of
 from peft_longlora.kernels.groups import (
     BIDIRECTIONAL,
     Groups,
@@ -30,10 +31,6 @@ class S2Mask:
         batch, length: B and S, tokens.
         is_local: whether it belongs to layers with a window or chunks of their own, which stay as they are.
         is_causal: False where transformers was told, or the model's rule was found, to let tokens see later ones.
-        is_sparse: whether this forward is sparse; None until the first layer decides. Kept here and not asked of each
-            layer, so that gradient checkpointing recomputes what the forward computed, whatever the model's mode is
-            by then.
-        is_dense_forward: whether it is one of `dense_every`; kept here for the same reason.
     """
 
     def __init__(self, arguments: dict[str, Any]):
@@ -41,10 +38,8 @@ class S2Mask:
         self.length: int = arguments["q_length"]
         self.is_local = arguments.get("local_size") is not None
         self.is_causal = "allow_is_bidirectional_skip" not in arguments
-        self.is_sparse: bool | None = None
-        self.is_dense_forward = False
         self._arguments = arguments
-        self._dense: dict[str, Any] = {}
+        self._dense: dict[tuple[str, bool], Any] = {}
         self._made: dict[Any, Any] = {}
 
     # transformers takes what is not 2-D for a mask that is made already, as this is.
@@ -64,19 +59,27 @@ class S2Mask:
         """Itself: `generate` says this to the masks that it makes ahead for static caches."""
         return self
 
-    def dense(self, implementation: str, device: torch.device, position_ids: torch.Tensor | None = None) -> Any:
+    def dense(
+        self,
+        implementation: str,
+        device: torch.device,
+        position_ids: torch.Tensor | None = None,
+        is_sparse: bool = False,
+    ) -> Any:
         """The mask that `implementation` ("sdpa", "flash_attention_2", ...) would have been given.
 
         Args:
             implementation: a transformers attention.
             device: where the layer computes.
-            position_ids: (1 or B, S) as the layer got them. In a sparse forward they keep documents apart in layers
-                with a window of their own too, where transformers forgets them (beside a 2-D mask or a cache).
+            position_ids: (1 or B, S) as the layer got them.
+            is_sparse: whether the layer's mode asks for S2-Attn. Then positions keep documents apart in layers with a
+                window of their own too, where transformers forgets them (beside a 2-D mask or a cache).
         """
-        if implementation not in self._dense:
-            arguments = self._separated(position_ids) if self.is_sparse else self._arguments
-            self._dense[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**arguments)
-        mask = self._dense[implementation]
+        key = implementation, is_sparse
+        if key not in self._dense:
+            arguments = self._separated(position_ids) if is_sparse else self._arguments
+            self._dense[key] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**arguments)
+        mask = self._dense[key]
         return mask.to(device) if isinstance(mask, torch.Tensor) else mask
 
     def _separated(self, position_ids: torch.Tensor | None) -> dict[str, Any]:
@@ -110,12 +113,12 @@ class S2Mask:
     def _make_groups(self, group_size: int, pattern: str, position_ids: torch.Tensor | None) -> Groups:
         """Outside compiled code: numbers of tokens in tensors, so that none of them is compiled in."""
         if self._is_plain(position_ids):  # known without looking at the device
-            groups = plan_groups(self.batch, self.length, group_size, pattern)
+            groups = regular_groups(self.batch, self.length, group_size, pattern)
         else:
             documents = self.documents(position_ids)
             padding = self.segment_ids(position_ids) == 0
             groups = plan_groups(self.batch, self.length, group_size, pattern, documents=documents, padding=padding)
-        groups.tensors(self._arguments["device"])
+        tensors_of(groups, self._arguments["device"])
         return groups
 
     def _is_plain(self, position_ids: torch.Tensor | None) -> bool:

@@ -1,6 +1,6 @@
-"""Which layers attend how: the settings on the attention layers of a model, and the switches that set them.
+"""Which layers attend how: the settings on the attention layers of a model.
 
-`configure_attention` puts one `AttentionSettings` on all attention modules of a model, and `attention` reads it there.
+`configure_attention` puts one `AttentionSettings` on all attention modules of a model, and `layer` reads it there.
 Nothing is kept in module globals, so two models in one process do not touch each other.
 """
 
@@ -19,7 +19,7 @@ from peft_longlora.architecture import (
     find_attention_modules,
     is_causal_layer,
 )
-from peft_longlora.attention.inputs import Call
+from peft_longlora.attention.inputs import ModelInputs
 from peft_longlora.attention.schedule import Schedule
 from peft_longlora.kernels.groups import group_size_of
 from peft_longlora.rope.parameters import window_of
@@ -34,19 +34,8 @@ _SETTINGS = "s2_settings"
 class Sharing(Protocol):
     """The ranks that share each sequence: `sequence.layer.SharedSequence`."""
 
-    def attend(
-        self,
-        module: nn.Module,
-        settings: AttentionSettings,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: Any,
-        pattern: str,
-        how: dict[str, Any],
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
-        """A layer's attention on this rank's stretch."""
+    def attend(self, call: Any, pattern: str) -> torch.Tensor:
+        """A layer's attention on this rank's stretch; `call` is a `layer.LayerCall`."""
 
 
 @dataclass
@@ -65,7 +54,7 @@ class AttentionSettings:
         sharing: the ranks that share each sequence (`sequence.parallelize_sequence`), or None.
         is_enabled: False while the adapter that brought these settings is switched off: then all is as without it.
         schedule: which training forwards are dense in every layer.
-        call: what the model was last called with.
+        inputs: what the model was last called with.
     """
 
     config: PreTrainedConfig = field(repr=False)
@@ -80,7 +69,10 @@ class AttentionSettings:
     sharing: Sharing | None = field(default=None, repr=False, compare=False)
     is_enabled: bool = True
     schedule: Schedule = field(default_factory=Schedule)
-    call: Call = field(default_factory=Call, repr=False, compare=False)
+    inputs: ModelInputs = field(default_factory=ModelInputs, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.inputs.schedule = self.schedule
 
     @property
     def group_size(self) -> int:
@@ -157,9 +149,9 @@ def _replace_settings(model: PreTrainedModel, settings: dict[str, AttentionSetti
     """Put settings on the attention layers by name, in place of what they have."""
     for name, module in find_attention_modules(model).items():
         if hasattr(module, _SETTINGS):
-            getattr(module, _SETTINGS).call.leave()
+            getattr(module, _SETTINGS).inputs.leave()
             delattr(module, _SETTINGS)
         if name in settings:
             setattr(module, _SETTINGS, settings[name])
     for one in {id(s): s for s in settings.values()}.values():
-        one.call.follow(model, one.schedule)
+        one.inputs.follow(model)

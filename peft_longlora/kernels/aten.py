@@ -1,7 +1,7 @@
 """The attention kernels that PyTorch ships, under the one interface: called as operators, with the log-sum-exp.
 
 FlashAttention-2 with cumulative lengths, cuDNN, and the one for CPUs, which sequence parallelism alone needs (a single
-process on a CPU runs `sdpa`, which autograd takes apart). Called by `halves` and `halo`.
+process on a CPU runs `sdpa`, which autograd takes apart). Called by `operators` and by sequence's `halo`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 
 from peft_longlora.kernels.flash import fa2_cuts
-from peft_longlora.kernels.kernel import Call, Kernel, Pieces, is_deterministic
+from peft_longlora.kernels.kernel import Kernel, Needs, Pieces, is_deterministic
 
 
 class TorchVarlen(Kernel):
@@ -49,9 +49,9 @@ class CudnnAttention(Kernel):
     most_dim = 128
     has_softcap = False
 
-    def lacks(self, call: Call) -> str | None:
+    def lacks(self, needs: Needs) -> str | None:
         """As `Kernel.lacks`."""
-        return "its backward is not deterministic" if is_deterministic() else super().lacks(call)
+        return "its backward is not deterministic" if is_deterministic() else super().lacks(needs)
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
         """As `Kernel.forward`."""
@@ -106,11 +106,11 @@ class CpuAttention(Kernel):
         """As `Kernel.missing`."""
         return None if device.type == "cpu" else f"it runs on the CPU, and the tensors are on {device.type!r}"
 
-    def lacks(self, call: Call) -> str | None:
+    def lacks(self, needs: Needs) -> str | None:
         """As `Kernel.lacks`."""
-        lacks = {"dropout": call.dropout, "softcap": call.softcap, "attention sinks": call.has_sinks}
-        if call.dim != call.value_dim:
-            return f"its value heads are as wide as its query heads, not {call.value_dim} and {call.dim}"
+        lacks = {"dropout": needs.dropout, "softcap": needs.softcap, "attention sinks": needs.has_sinks}
+        if needs.dim != needs.value_dim:
+            return f"its value heads are as wide as its query heads, not {needs.value_dim} and {needs.dim}"
         return next((f"it has no {what}" for what, is_wanted in lacks.items() if is_wanted), None)
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):

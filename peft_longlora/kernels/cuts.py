@@ -1,19 +1,104 @@
-"""A plan as its backend takes it: host numbers, or tensors that compile."""
+"""Where one attention is cut, as its backend takes it: numbers on the host, or tensors that compile.
+
+`Plan` holds the wire format of those tensors: how a plan is written, how large it can be, and how it is read. Made by
+attention's `mask` (once a forward) and by `s2_attention`; read by `operators`, `sdpa` and `flex`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from typing import Optional
 
 import torch
 
 from peft_longlora.kernels.groups import Groups, plan_from_segment_ids, plan_groups
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Boundaries of both halves of the heads and the stretches of padding, in flattened tokens.
+
+    As tensors it is a pair, numbers in which compile without a guard on each:
+        layout: int32 on the CPU: n, m, p, the n straight boundaries, the m shifted ones, and p numbers: start and end
+            of each stretch of padding. More may follow, which nothing reads.
+        cu_seqlens: int32 on the device: the straight boundaries, then the shifted ones.
+    """
+
+    straight: tuple[int, ...]
+    shifted: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, groups: Groups) -> Plan:
+        """The plan of a forward; neighbouring pieces of padding are one stretch."""
+        ends: list[int] = []
+        for start, end in pairwise(groups.straight):
+            if start in groups.padding_starts:
+                ends = [*ends[:-1], end] if ends[-1:] == [start] else [*ends, start, end]
+        return cls(groups.straight, groups.shifted, tuple(zip(ends[::2], ends[1::2], strict=True)))
+
+    def write(self) -> tuple[list[int], list[int]]:
+        """The numbers of layout and of cu_seqlens."""
+        boundaries = [*self.straight, *self.shifted]
+        ends = [end for stretch in self.padding for end in stretch]
+        return [len(self.straight), len(self.shifted), len(ends), *boundaries, *ends], boundaries
+
+    @classmethod
+    def read(cls, layout: torch.Tensor) -> Plan:
+        """From the layout tensor."""
+        n, m, p = layout[:3].tolist()
+        rest = layout[3 : 3 + n + m + p].tolist()
+        ends = rest[n + m :]
+        return cls(tuple(rest[:n]), tuple(rest[n : n + m]), tuple(zip(ends[::2], ends[1::2], strict=True)))
+
+    @staticmethod
+    def most(tokens: int) -> tuple[int, int]:
+        """Sizes of both tensors where every token is a piece, or every second one a stretch of padding."""
+        return 3 + 2 * (tokens + 1) + tokens + 1, 2 * (tokens + 1)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the halves differ."""
+        return self.straight != self.shifted
+
+    def max_length(self, half: str) -> int:
+        """Tokens of the longest piece of a half."""
+        return max((end - start for start, end in pairwise(getattr(self, half))), default=0)
+
+    def span(self, half: str) -> slice:
+        """Where the boundaries of a half stand in cu_seqlens."""
+        n = len(self.straight)
+        return slice(0, n) if half == "straight" else slice(n, n + len(self.shifted))
+
+
+def tensors_of(groups: Groups, device: torch.device) -> Pair:
+    """Layout and cu_seqlens of a plan, made once a device."""
+
+    def make() -> Pair:
+        layout, boundaries = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in Plan.of(groups).write())
+        if device.type == "cuda":  # pinned, so that the copy does not wait for the device
+            boundaries = boundaries.pin_memory().to(device, non_blocking=True)
+        return layout, boundaries
+
+    return groups.once(device, make)
+
 
 @lru_cache(maxsize=64)
 def regular_groups(batch: int, length: int, group_size: int, pattern: str) -> Groups:
     """The plan of rows without documents: kept, so that layers and steps share its tensors."""
     return plan_groups(batch, length, group_size, pattern)
+
+
+def find_groups(segment_ids: torch.Tensor | None, batch: int, length: int, group_size: int, pattern: str) -> Groups:
+    """The plan of (B, S) segment ids; None: every row is one document."""
+    if segment_ids is None:
+        return regular_groups(batch, length, group_size, pattern)
+    return plan_from_segment_ids(segment_ids, group_size, pattern)
 
 
 @torch.library.custom_op("peft_longlora::plan", mutates_args=())
@@ -25,20 +110,58 @@ def plan(
     pattern: str,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Groups.tensors` of a plan, as an operator: compiled code holds no number of tokens, so lengths may change.
+    """`tensors_of` a plan, as an operator: compiled code holds no number of tokens, so lengths may change.
 
     What it returns is as large as the largest plan of B * S tokens, because a shape that depends on data breaks graphs.
     """
-    if segment_ids is None:
-        groups = regular_groups(batch, length, group_size, pattern)
-    else:
-        groups = plan_from_segment_ids(segment_ids, group_size, pattern)
-    tensors = [x.new_empty(size) for x, size in zip(groups.tensors(device), _most(batch * length), strict=True)]
-    for room, x in zip(tensors, groups.tensors(device), strict=True):
+    found = tensors_of(find_groups(segment_ids, batch, length, group_size, pattern), device)
+    tensors = [x.new_empty(size) for x, size in zip(found, Plan.most(batch * length), strict=True)]
+    for room, x in zip(tensors, found, strict=True):
         room[: len(x)] = x
     return tuple(tensors)
 
 
-def _most(tokens: int) -> tuple[int, int]:
-    """Sizes of `Groups.tensors` where every token is a piece, or every second one a stretch of padding."""
-    return 3 + 2 * (tokens + 1) + tokens + 1, 2 * (tokens + 1)
+@plan.register_fake
+def _(segment_ids, batch, length, group_size, pattern, device):
+    sizes = Plan.most(batch * length)
+    layout = torch.empty(sizes[0], dtype=torch.int32, device="cpu")
+    return layout, torch.empty(sizes[1], dtype=torch.int32, device=device)
+
+
+@dataclass(eq=False)
+class Cuts:
+    """Where one attention is cut. Compiled code asks for tensors alone, and knows no number of tokens.
+
+    Attributes:
+        batch, length: B and S, tokens.
+        make_groups: gives the plan as numbers, outside compiled code.
+        make_tensors: gives it as tensors inside compiled code, by the operator `plan`.
+    """
+
+    batch: int
+    length: int
+    make_groups: Callable[[], Groups]
+    make_tensors: Callable[[], Pair] | None = None
+    _groups: Groups | None = field(default=None, init=False)
+
+    @classmethod
+    def of(cls, groups: Groups) -> Cuts:
+        """Of a ready plan."""
+        return cls(groups.batch, groups.length, lambda: groups)
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether the pieces have few different lengths, as far as that may be known."""
+        return not torch.compiler.is_compiling() and self.groups().is_regular
+
+    def groups(self) -> Groups:
+        """As numbers."""
+        if self._groups is None:
+            self._groups = self.make_groups()
+        return self._groups
+
+    def tensors(self, device: torch.device) -> Pair:
+        """As layout and cu_seqlens."""
+        if torch.compiler.is_compiling() and self.make_tensors is not None:
+            return self.make_tensors()
+        return tensors_of(self.groups(), device)

@@ -1,7 +1,7 @@
 """The flash kernels that packages bring: how each is found, and how its own forward and backward are called.
 
-Nothing is imported from a package, and CUDA is not initialised, before the first call that needs it. Called by `halves`
-and `halo`.
+Nothing is imported from a package, and CUDA is not initialised, before the first call that needs it. Called by
+`operators` and by sequence's `halo`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from peft_longlora.kernels.kernel import Call, Kernel, Pieces, is_deterministic
+from peft_longlora.kernels.kernel import Kernel, Needs, Pieces, is_deterministic
 
 
 @cache
@@ -92,11 +92,11 @@ class FlashAttention4(PackagedKernel):
     capabilities = (9, 11)
     may_differ = True
 
-    def lacks(self, call: Call) -> str | None:
+    def lacks(self, needs: Needs) -> str | None:
         """As `Kernel.lacks`; Blackwell's tensor memory holds heads up to 128."""
-        if torch.cuda.get_device_capability(call.device)[0] > 9 and max(call.dim, call.value_dim) > 128:
-            return f"its head dim is at most 128 on this GPU, not {call.dim}"
-        return super().lacks(call)
+        if torch.cuda.get_device_capability(needs.device)[0] > 9 and max(needs.dim, needs.value_dim) > 128:
+            return f"its head dim is at most 128 on this GPU, not {needs.dim}"
+        return super().lacks(needs)
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
         """As `Kernel.forward`; the query heads of a KV head share a tile in short pieces only, where they fill it."""

@@ -1,6 +1,6 @@
 """S2-Attn through FlexAttention: Triton kernels that PyTorch compiles, with a block mask made from the boundaries.
 
-The slowest to start, and the one that can do softcap where no flash kernel is installed. Called by `kernels`.
+The slowest to start, and the one that can do softcap where no flash kernel is installed.
 """
 
 from __future__ import annotations
@@ -11,23 +11,35 @@ from itertools import pairwise
 
 import torch
 
+from peft_longlora.kernels.cuts import Cuts
 from peft_longlora.kernels.groups import Groups, split_heads
-from peft_longlora.kernels.kernel import Call
+from peft_longlora.kernels.kernel import Backend, Needs, Options
 
 BLOCK = 128
 
 
-def lacks(call: Call) -> str | None:
-    """What a call needs and FlexAttention does not have, or None."""
-    if call.dropout:
-        return f"it has no dropout, and dropout={call.dropout} was asked for"
-    if call.has_sinks:
-        return "it is called without attention sinks here"
-    if call.device.type != "cuda" and call.requires_grad:
-        return f"it has no backward on {call.device.type!r}"
-    if call.device.type == "cuda" and min(call.dim, call.value_dim) < 16:
-        return f"its head dim is at least 16, not {min(call.dim, call.value_dim)}"
-    return None
+class Flex(Backend):
+    """FlexAttention: on a GPU it is compiled; on a CPU its plain version runs forward only, for tests."""
+
+    name = "flex"
+
+    def lacks(self, needs: Needs) -> str | None:
+        """As `Backend.lacks`."""
+        if needs.dropout:
+            return f"it has no dropout, and dropout={needs.dropout} was asked for"
+        if needs.has_sinks:
+            return "it is called without attention sinks here"
+        if needs.device.type != "cuda" and needs.requires_grad:
+            return f"it has no backward on {needs.device.type!r}"
+        if needs.device.type == "cuda" and min(needs.dim, needs.value_dim) < 16:
+            return f"its head dim is at least 16, not {min(needs.dim, needs.value_dim)}"
+        return None
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cuts: Cuts, options: Options
+    ) -> torch.Tensor:
+        """As `Backend.attend`."""
+        return attend(query, key, value, cuts.groups(), options.scaling, options.softcap or 0.0)
 
 
 @cache
@@ -39,12 +51,11 @@ def _flex_attention(is_compiled: bool) -> Callable:
     return torch.compile(flex_attention, dynamic=True, fullgraph=True) if is_compiled else flex_attention
 
 
-def attend_flex(
+def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     groups: Groups,
-    *,
     scaling: float | None = None,
     softcap: float = 0.0,
 ) -> torch.Tensor:
@@ -64,12 +75,12 @@ def attend_flex(
         queries = q.split((h, heads - h), dim=1)
         keys, values = (x.split((h_kv, kv_heads - h_kv), dim=1) if h_kv else (x, x) for x in (k, v))
         halves = [x for x in zip(("straight", "shifted"), queries, keys, values, strict=True) if x[1].shape[1]]
-    attend = _flex_attention(query.device.type == "cuda")
+    attend_blocks = _flex_attention(query.device.type == "cuda")
     factor = 1.0 if scaling is None else scaling * query.shape[3] ** 0.5
     made = ("score_mod", round(factor, 6), softcap, q.device)
     score_mod = groups.once(made, lambda: _score_mod(factor, softcap, q.device))
     outputs = [
-        attend(
+        attend_blocks(
             q,
             k,
             v,

@@ -1,6 +1,6 @@
 """Where the groups of S2-Attn start and end: host-side arithmetic, done once a forward.
 
-Called by `mask` (once a forward) and `kernels` (for direct calls); imports torch alone.
+Called by attention's `mask` (once a forward) and by `s2_attention` (for direct calls); imports torch alone.
 """
 
 from __future__ import annotations
@@ -123,32 +123,6 @@ class Groups:
     def is_split(self) -> bool:
         """Whether straight and shifted heads have different groups."""
         return self.straight != self.shifted
-
-    def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The plan as operators take it, made once a device: numbers in tensors compile without a guard on each.
-
-        Returns:
-            layout: int32 on the CPU: n, m, p, the n straight boundaries, the m shifted ones, and p numbers: start and
-                end of each stretch of padding. More may follow, which nothing reads.
-            cu_seqlens: int32 on `device`: the straight boundaries, then the shifted ones.
-        """
-        return self.once(device, lambda: self._make_tensors(device))
-
-    def _make_tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        boundaries = [*self.straight, *self.shifted]
-        stretches: list[int] = []
-        for start, end in pairwise(self.straight):
-            if start in self.padding_starts:
-                stretches = [*stretches[:-1], end] if stretches[-1:] == [start] else [*stretches, start, end]
-        layout = torch.tensor(
-            [len(self.straight), len(self.shifted), len(stretches), *boundaries, *stretches],
-            dtype=torch.int32,
-            device="cpu",
-        )
-        cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device="cpu")
-        if device.type == "cuda":  # pinned, so that the copy does not wait for the device
-            cu_seqlens = cu_seqlens.pin_memory().to(device, non_blocking=True)
-        return layout, cu_seqlens
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
         """What a backend derives from this plan: made by the first layer that asks, kept for the others."""

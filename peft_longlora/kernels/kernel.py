@@ -1,24 +1,51 @@
-"""What an attention call needs of a kernel, and what every kernel does: the interface behind which they differ.
+"""What a caller asks of an attention, what that needs, and what every backend and every kernel does.
 
-A kernel attends causally inside pieces, or to far keys, for one part of the heads, and writes into tensors that it is
-given: that way the parts of the heads share one output and one set of gradients, and nothing is concatenated. `flash`
-and `aten` hold the kernels, `halves` and `halo` call them.
+A backend computes one attention, and autograd its gradients. A kernel attends causally inside pieces, or to far keys,
+for one part of the heads, and writes into tensors that it is given: that way the parts of the heads share one output
+and one set of gradients, and nothing is concatenated. `flash` and `aten` hold the kernels; `operators` makes a backend
+of each, and sequence's `halo` calls them too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
+
+if TYPE_CHECKING:
+    from peft_longlora.kernels.cuts import Cuts
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Call:
-    """What an attention call needs, as far as a kernel may not have it; is_grouped: H > H_kv."""
+class Options:
+    """What a caller asks of one attention, besides its tensors and where it is cut.
+
+    Attributes:
+        scaling: factor on the scores; None for D ** -0.5.
+        dropout: probability at which attention weights are dropped.
+        softcap: scores become softcap * tanh(scores / softcap) (gemma2); None or 0 for none.
+        sinks: (H,) learned logits that every softmax also sums over (gpt_oss); None for none.
+        backend: one of `backends.BACKENDS`; None for the fastest.
+    """
+
+    scaling: float | None = None
+    dropout: float = 0.0
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    backend: str | None = None
+
+    def scale(self, dim: int) -> float:
+        """The factor on the scores of heads of D numbers."""
+        return dim**-0.5 if self.scaling is None else self.scaling
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an attention needs, as far as a backend may not have it; is_grouped: H > H_kv."""
 
     device: torch.device
     dtype: torch.dtype
@@ -52,6 +79,30 @@ class Pieces:
     def keys(self) -> Pieces:
         """Where the keys are cut."""
         return self.far or self
+
+
+class Backend:
+    """One way to compute an attention, with its gradients.
+
+    Attributes:
+        name: what a user calls it. install: how a user gets it.
+    """
+
+    name: str
+    install: str = "it comes with PyTorch"
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why this backend cannot run on a device at all, or None."""
+
+    def lacks(self, needs: Needs) -> str | None:
+        """What a call needs and this backend does not have, or None."""
+        raise NotImplementedError
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cuts: Cuts, options: Options
+    ) -> torch.Tensor:
+        """Causal attention inside the groups: (B, H, S, D), (B, H_kv, S, D) -> (B, S, H, D_v), 0 at padding."""
+        raise NotImplementedError
 
 
 class Kernel:
@@ -97,22 +148,22 @@ class Kernel:
     def load(self) -> ModuleType | str | None:
         """The module that holds it, or why there is none."""
 
-    def lacks(self, call: Call) -> str | None:
+    def lacks(self, needs: Needs) -> str | None:
         """What a call needs and this kernel does not have, or None."""
-        if call.dtype not in HALF_TYPES:
-            return f"it computes in float16 or bfloat16, not {call.dtype}"
-        if call.dropout:
-            return f"it is called without dropout here, and dropout={call.dropout} was asked for"
-        if call.softcap and not self.has_softcap:
-            return f"it has no softcap, and softcap={call.softcap} was asked for"
-        if call.has_sinks:
+        if needs.dtype not in HALF_TYPES:
+            return f"it computes in float16 or bfloat16, not {needs.dtype}"
+        if needs.dropout:
+            return f"it is called without dropout here, and dropout={needs.dropout} was asked for"
+        if needs.softcap and not self.has_softcap:
+            return f"it has no softcap, and softcap={needs.softcap} was asked for"
+        if needs.has_sinks:
             return "it is called without attention sinks here"
-        for dim in (call.dim, call.value_dim):
+        for dim in (needs.dim, needs.value_dim):
             if dim % 8 or not 8 <= dim <= self.most_dim:
                 return f"its head dim is a multiple of 8 up to {self.most_dim}, not {dim}"
-        if call.dim != call.value_dim and (call.is_grouped or not self.may_differ):
+        if needs.dim != needs.value_dim and (needs.is_grouped or not self.may_differ):
             rule = "if queries share KV heads, " if self.may_differ else ""
-            return f"{rule}its value heads are as wide as its query heads, not {call.value_dim} and {call.dim}"
+            return f"{rule}its value heads are as wide as its query heads, not {needs.value_dim} and {needs.dim}"
         return None
 
     def forward(self, q, k, v, out, lse, pieces: Pieces, scaling: float, softcap: float) -> None:

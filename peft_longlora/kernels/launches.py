@@ -1,4 +1,4 @@
-"""Which kernel calls make up one attention: host-side arithmetic. Called by `halves`; imports `groups` and torch.
+"""Which kernel calls make up one attention: host-side arithmetic. Called by `operators` and by sequence's `halo`.
 
 Pieces of one length that stand at equal distances are a batch of views, which FlashAttention-4 runs 5% faster than the
 same pieces with cumulative lengths (docs/attention.md has the numbers).
@@ -13,49 +13,13 @@ from itertools import pairwise
 
 import torch
 
+from peft_longlora.kernels.cuts import Plan
 from peft_longlora.kernels.groups import split_heads
 
 # A half of more batches than this is given as cumulative lengths, if the kernel takes those.
 MOST_BATCHES = 3
 # Below so many scores x heads x head dim a kernel call takes longer to launch than to run: one call a half is best.
 LEAST_BATCHED_WORK = 2**38
-
-
-@dataclass(frozen=True)
-class Plan:
-    """`Groups.tensors` read back: boundaries of both halves and the stretches of padding, in flattened tokens."""
-
-    straight: tuple[int, ...]
-    shifted: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def read(cls, layout: torch.Tensor) -> Plan:
-        """From the int CPU tensor [n, m, p, n straight boundaries, m shifted ones, p ends of padding, anything]."""
-        n, m, p = layout[:3].tolist()
-        rest = layout[3 : 3 + n + m + p].tolist()
-        ends = rest[n + m :]
-        return cls(tuple(rest[:n]), tuple(rest[n : n + m]), tuple(zip(ends[::2], ends[1::2], strict=True)))
-
-    @property
-    def is_split(self) -> bool:
-        """Whether the halves differ."""
-        return self.straight != self.shifted
-
-    def halves(self, heads: int, kv_heads: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
-        """The halves to compute: (name, query heads from and to, KV heads from and to)."""
-        if not self.is_split:
-            return [("straight", (0, heads), (0, kv_heads))]
-        return list(zip(("straight", "shifted"), *head_halves(heads, kv_heads), strict=True))
-
-    def max_length(self, half: str) -> int:
-        """Tokens of the longest piece of a half."""
-        return max((end - start for start, end in pairwise(getattr(self, half))), default=0)
-
-    def span(self, half: str) -> slice:
-        """Where the boundaries of a half stand among those of both."""
-        n = len(self.straight)
-        return slice(0, n) if half == "straight" else slice(n, n + len(self.shifted))
 
 
 @dataclass(frozen=True)
@@ -97,6 +61,13 @@ def head_halves(heads: int, kv_heads: int) -> tuple[list[tuple[int, int]], list[
     return [(0, h), (h, heads)], [(0, h_kv or min(h, 1)), (h_kv, kv_heads)]
 
 
+def halves_of(plan: Plan, heads: int, kv_heads: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
+    """The halves to compute: (name, query heads from and to, KV heads from and to)."""
+    if not plan.is_split:
+        return [("straight", (0, heads), (0, kv_heads))]
+    return list(zip(("straight", "shifted"), *head_halves(heads, kv_heads), strict=True))
+
+
 def find_batches(boundaries: Sequence[int], padding: Sequence[tuple[int, int]] = ()) -> list[tuple[int, int, int, int]]:
     """Pieces of one length at equal distances as (start, piece length, count, distance), in tokens; largest first.
 
@@ -128,10 +99,10 @@ def plan_launches(
     Args:
         plan: boundaries of the halves.
         heads, kv_heads, dim: H, H_kv and D.
-        takes_batches, takes_pieces: what the kernel accepts (`interface.Kernel`).
+        takes_batches, takes_pieces: what the kernel accepts (`kernel.Kernel`).
     """
     launches: list[Launch] = []
-    for half, q, kv in plan.halves(heads, kv_heads):
+    for half, q, kv in halves_of(plan, heads, kv_heads):
         if q[0] == q[1] or len(getattr(plan, half)) < 2:
             continue
         batches = find_batches(getattr(plan, half), plan.padding) if takes_batches else []

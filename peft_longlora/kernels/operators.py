@@ -3,7 +3,7 @@
 The launches of one attention (`launches`) run on streams of falling priority: each fills the multiprocessors that the
 one before has no more work for, and the passes over memory around a backward kernel hide behind the next one's
 arithmetic. Everything happens inside two PyTorch operators, which autograd, autocast, checkpointing, torch.compile and
-CUDA graphs take as they are. Called by `kernels`.
+CUDA graphs take as they are. `Launched` makes a backend of a kernel.
 """
 
 from __future__ import annotations
@@ -13,10 +13,24 @@ from functools import lru_cache
 
 import torch
 
-from peft_longlora.kernels.backends import KERNELS
-from peft_longlora.kernels.cuts import _most, plan
-from peft_longlora.kernels.kernel import Kernel, Pieces
-from peft_longlora.kernels.launches import Launch, Plan, plan_launches
+from peft_longlora.kernels.aten import CpuAttention, CudnnAttention, TorchVarlen
+from peft_longlora.kernels.cuts import Cuts, Plan
+from peft_longlora.kernels.flash import FlashAttention2, FlashAttention3, FlashAttention4
+from peft_longlora.kernels.kernel import Backend, Kernel, Needs, Options, Pieces
+from peft_longlora.kernels.launches import Launch, plan_launches
+
+# The kernels by name, because an operator takes no object.
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (
+        FlashAttention4(),
+        FlashAttention3(),
+        FlashAttention2(),
+        TorchVarlen(),
+        CudnnAttention(),
+        CpuAttention(),
+    )
+}
 
 
 @lru_cache(maxsize=32)
@@ -44,13 +58,6 @@ def run_launches(launches: Sequence[Launch], call: Callable[[Launch], None], dev
     finally:  # after an error too: no memory may go back to its pool while a side stream still uses it
         for stream in used:
             current.wait_stream(stream)
-
-
-@plan.register_fake
-def _(segment_ids, batch, length, group_size, pattern, device):
-    sizes = _most(batch * length)
-    layout = torch.empty(sizes[0], dtype=torch.int32, device="cpu")
-    return layout, torch.empty(sizes[1], dtype=torch.int32, device=device)
 
 
 def _pieces(launch: Launch, plan: Plan, cu_seqlens: torch.Tensor) -> Pieces:
@@ -86,7 +93,7 @@ def attend_halves(
 
     Args:
         q: (N, H, D). k: (N, H_kv, D). v: (N, H_kv, D_v). N counts the B * S flattened tokens.
-        layout, cu_seqlens: of `Groups.tensors`.
+        layout, cu_seqlens: of `Cuts.tensors`.
         scaling: factor on the scores. softcap: 0 for none.
         backend: a name in `KERNELS`, which has been checked to run this call.
 
@@ -181,3 +188,29 @@ def _backward(ctx, dout, _):
 
 
 attend_halves.register_autograd(_backward, setup_context=_save)
+
+
+class Launched(Backend):
+    """A kernel as a backend: both halves of the heads, by the operators."""
+
+    def __init__(self, kernel: Kernel):
+        self.kernel, self.name, self.install = kernel, kernel.name, kernel.install
+
+    def missing(self, device: torch.device) -> str | None:
+        """As `Kernel.missing`."""
+        return self.kernel.missing(device)
+
+    def lacks(self, needs: Needs) -> str | None:
+        """As `Kernel.lacks`."""
+        return self.kernel.lacks(needs)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cuts: Cuts, options: Options
+    ) -> torch.Tensor:
+        """As `Backend.attend`."""
+        batch, heads, length, dim = query.shape
+        # (B, H, S, D) -> (B * S, H, D); a view of what a projection gives
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        how = options.scale(dim), options.softcap or 0.0, self.name
+        out, _ = attend_halves(q, k, v, *cuts.tensors(query.device), *how)
+        return out.view(batch, length, heads, value.shape[3])

@@ -2,7 +2,6 @@
 
 Groups of equal length that stand side by side become one batched call on views. Heads and tokens are cut by `split`,
 whose backward is one concatenation, rather than by slices, whose backward is a zero-fill and an add a slice.
-Called by `kernels`.
 """
 
 from __future__ import annotations
@@ -13,19 +12,37 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from peft_longlora.kernels.cuts import Cuts
 from peft_longlora.kernels.groups import Groups, runs_of_equal_pieces, split_heads
+from peft_longlora.kernels.kernel import Backend, Needs, Options
 
 # Without cuDNN, which has a backend of its own: PyTorch 2.11 keeps its backward by the strides of q, k and v alone, and
 # runs it with wrong strides once the gradient of the output, here a cut of a larger tensor, has others than before.
-KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+CHOICES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def attend_groups(
+class Sdpa(Backend):
+    """PyTorch's scaled_dot_product_attention: everywhere, without a softcap."""
+
+    name = "sdpa"
+
+    def lacks(self, needs: Needs) -> str | None:
+        """As `Backend.lacks`."""
+        lacks = {"softcap": needs.softcap, "attention sinks": needs.has_sinks}
+        return next((f"it has no {what}" for what, is_wanted in lacks.items() if is_wanted), None)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cuts: Cuts, options: Options
+    ) -> torch.Tensor:
+        """As `Backend.attend`."""
+        return attend(query, key, value, cuts.groups(), options.scaling, options.dropout)
+
+
+def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     groups: Groups,
-    *,
     scaling: float | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
@@ -80,17 +97,17 @@ def _attend_strip(
     def inside(boundaries: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(b for b in boundaries if first <= b <= last)
 
-    def attend(boundaries: tuple[int, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend_half(boundaries: tuple[int, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return _attend_pieces(first, q, k, v, inside(boundaries), groups.padding_starts, scaling, dropout)
 
     if not groups.is_split:
-        return attend(groups.straight, query, key, value)
+        return attend_half(groups.straight, query, key, value)
     heads, kv_heads = query.shape[0], key.shape[0]
     h, h_kv = split_heads(heads, kv_heads)
     queries = query.split((h, heads - h))
     keys, values = (x.split((h_kv, kv_heads - h_kv)) if h_kv else (x, x) for x in (key, value))
     halves = zip((groups.straight, groups.shifted), queries, keys, values, strict=True)
-    return torch.cat([attend(*half) for half in halves if half[1].shape[0]], dim=1)
+    return torch.cat([attend_half(*half) for half in halves if half[1].shape[0]], dim=1)
 
 
 def _attend_pieces(
@@ -123,7 +140,7 @@ def _attend_pieces(
             k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0) for x in (k, v))
         # (h, count * piece, D) -> (count, h, piece, D), a view
         q, k, v = (x.unflatten(1, (-1, piece)).transpose(0, 1) for x in (q, k, v))
-        with sdpa_kernel(KERNELS) if q.is_cuda else nullcontext():
+        with sdpa_kernel(CHOICES) if q.is_cuda else nullcontext():
             out = scaled_dot_product_attention(
                 q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
             )

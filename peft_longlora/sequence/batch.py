@@ -1,4 +1,4 @@
-"""A rank's stretch of a batch that every rank holds, and whether all hold the same one. Called by `sequence`."""
+"""A rank's stretch of a batch that every rank holds, and whether all hold the same one. Called by `trainer`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A rank attends by itself to the keys and values of its stretch. Of the group that began before, it also needs those of
 the tokens on earlier ranks, its halo. One small all-gather a forward tells every rank enough to work out who sends what
-to whom, in a time that does not depend on the length of the sequence. Called by `shared`, `halo` and `ulysses`.
+to whom, in a time that does not depend on the length of the sequence. Called by `layer`; read by `halo` and `ulysses`.
 """
 
 from __future__ import annotations

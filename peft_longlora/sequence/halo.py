@@ -1,16 +1,16 @@
 """S2-Attn of a sequence that several ranks share: the exchange of the halo, and the kernels around it.
 
-Each rank holds a stretch of the sequence, and attends by the kernels of `halves` to the keys and values of it. Only
+Each rank holds a stretch of the sequence, and attends by the kernels of `operators` to the keys and values of it. Only
 the group that began before its first token needs more: the keys and values of that group's earlier tokens, its halo,
 at most a group of one half of the heads and half a group of the other, however long the sequence and however many the
 ranks. They come in one all-to-all meanwhile; then the rank's queries of that group attend to them too, and the two
-parts of each softmax are put together. The gradients of the halo go back in another all-to-all. Called by `shared`,
-with a plan of `neighbours`.
+parts of each softmax are put together. The gradients of the halo go back in another all-to-all. Called by `layer`,
+with a plan of `edges`.
 
-In the forward a rank waits only for those before it, in the backward only for those after it, so a rank that is ahead
-stays ahead: the clocks of GPUs at their power limit vary by a few percent from one moment to the next, and ranks that
-wait for each other both ways in every layer pay for each other's slow moments. So recomputation (gradient
-checkpointing) exchanges nothing again: what a layer's forward had of other ranks is kept.
+A rank waits for earlier ranks in the forward and for later ranks in the backward, never for both. Waiting both ways in
+every layer would make each rank pay for the others' slow moments (GPUs at their power limit differ by a few percent
+from moment to moment). Gradient checkpointing would add such waits, so a forward keeps what it received, and
+recomputation exchanges nothing.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from peft_longlora.kernels import attend as kernels
-from peft_longlora.kernels.backends import KERNELS, check_backend, pick_kernel
-from peft_longlora.kernels.cuts import regular_groups
-from peft_longlora.kernels.kernel import Kernel, Pieces
+from peft_longlora.kernels.attend import DEFAULTS, checked
+from peft_longlora.kernels.backends import pick_kernel
+from peft_longlora.kernels.cuts import regular_groups, tensors_of
+from peft_longlora.kernels.kernel import Kernel, Options, Pieces
 from peft_longlora.kernels.launches import head_halves
-from peft_longlora.kernels.operators import attend_halves, attend_halves_backward
+from peft_longlora.kernels.operators import KERNELS, attend_halves, attend_halves_backward
 from peft_longlora.sequence.edges import Halo, Ranges
 
 # Keys and values of the straight and of the shifted half of the heads.
@@ -48,18 +48,13 @@ class Kept:
     rows: Pairs = field(default_factory=list)
 
 
-def attend_shared(
+def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     halo: Halo,
-    *,
+    options: Options = DEFAULTS,
     kept: Kept | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    backend: str | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """S2-Attn of this rank's stretch of a shared sequence: (1, H, S, D), (1, H_kv, S, D) -> (1, S, H, D_v).
 
@@ -68,25 +63,20 @@ def attend_shared(
     Args:
         kept: an empty one is filled. One that was filled by the same layer in the same forward is used, and nothing
             is exchanged; if by one rank, then by all.
-        others: as `kernels.attend`.
 
     Raises:
         ValueError: tensors that do not fit together, or a backend that is unknown or not available.
         NotImplementedError: no backend that takes a forward and a backward apart can run this call.
     """
-    check_backend(backend)
-    kernels.check_dropout(dropout)
-    kernels.check_tensors(query, key, value)
-    query, key, value = kernels.cast(query, key, value)
-    softcap = softcap or 0.0
-    name = pick_kernel(query, key, value, halo.groups.is_regular, dropout, backend, softcap, sinks is not None)
-    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    query, key, value = checked(query, key, value, options)
+    name = pick_kernel(query, key, value, halo.groups.is_regular, options)
     # (1, H, S, D) -> (S, H, D); a view of what a projection gives
     tensors = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    return _AttendShared.apply(*tensors, halo, kept or Kept(), scaling, softcap, name)[None]
+    how = options.scale(query.shape[3]), options.softcap or 0.0, name
+    return _Attend.apply(*tensors, halo, kept or Kept(), *how)[None]
 
 
-class _AttendShared(torch.autograd.Function):
+class _Attend(torch.autograd.Function):
     """The kernels' forward and backward, and the exchanges, in the order in which they overlap."""
 
     @staticmethod
@@ -95,7 +85,7 @@ class _AttendShared(torch.autograd.Function):
         ctx.halo, ctx.how = halo, (scaling, softcap, name)
         is_first = not kept.far
         travelling = _start(halo, halo.sends, halo.receives, _by_half(q, k, v)) if is_first else None
-        out, lse = attend_halves(q, k, v, *halo.groups.tensors(q.device), *ctx.how)
+        out, lse = attend_halves(q, k, v, *tensors_of(halo.groups, q.device), *ctx.how)
         rows = [(half, q[own, heads], out[own, heads], lse[heads, own]) for half, own, heads in _borders(halo, q, k)]
         if is_first:
             kept.far = [_zeros(pair, needs) for pair, needs in zip(_by_half(q, k, v), halo.needs, strict=True)]
@@ -123,7 +113,7 @@ class _AttendShared(torch.autograd.Function):
             dq_far, *gradients[half] = attend_far_backward(*one, *ctx.how)
             near.append((own, heads, dq_far))
         travelling = _start(halo, halo.receives, halo.sends, gradients)
-        dq, dk, dv = attend_halves_backward(dout, q, k, v, out, lse, *halo.groups.tensors(q.device), *ctx.how)
+        dq, dk, dv = attend_halves_backward(dout, q, k, v, out, lse, *tensors_of(halo.groups, q.device), *ctx.how)
         for own, heads, dq_far in near:
             dq[own, heads] += dq_far
         _add(halo.sends, _by_half(q, dk, dv), travelling)
@@ -156,7 +146,7 @@ def merge(out: torch.Tensor, lse: torch.Tensor, far_out: torch.Tensor, far_lse: 
 def attend_far(q, k, v, scaling: float, softcap: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Every query attends to every key: (S, H, D), (T, H_kv, D), (T, H_kv, D_v) -> (S, H, D_v) and (H, S) sums.
 
-    Args: as `halves.attend_halves`, of one half.
+    Args: as `operators.attend_halves`, of one half.
     """
     kernel, as_taken, pieces = _one_call(q, k, backend)
     out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
@@ -168,7 +158,7 @@ def attend_far_backward(dout, q, k, v, out, lse, scaling: float, softcap: float,
     """What these keys contribute to dq, and dk and dv.
 
     Args:
-        out, lse: of the whole softmax, which has other keys too. others: as `halves.attend_halves_backward`.
+        out, lse: of the whole softmax, which has other keys too. others: as `operators.attend_halves_backward`.
     """
     kernel, as_taken, pieces = _one_call(q, k, backend)
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
@@ -184,7 +174,7 @@ def _one_call(q: torch.Tensor, k: torch.Tensor, backend: str) -> tuple[Kernel, C
     kernel = KERNELS[backend]
     if kernel.takes_batches:
         return kernel, lambda x: x[None], Pieces(None, len(q), Pieces(None, len(k)))
-    queries, keys = (Pieces(regular_groups(1, len(x), 2, "full").tensors(x.device)[1][:2], len(x)) for x in (q, k))
+    queries, keys = (Pieces(tensors_of(regular_groups(1, len(x), 2, "full"), x.device)[1][:2], len(x)) for x in (q, k))
     return kernel, lambda x: x, replace(queries, far=keys)
 
 

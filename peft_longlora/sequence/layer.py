@@ -1,22 +1,20 @@
 """A layer's attention where ranks share each sequence: S2-Attn with a halo, dense attention through Ulysses.
 
-Called by `attention` in place of what it does on one rank; `sequence` switches it on.
+Attention's `forward` calls it in place of what it does on one rank; `switch` puts it into a model's settings.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.mask import S2Mask
-from peft_longlora.attention.settings import AttentionSettings
-from peft_longlora.sequence import edges as neighbours
 from peft_longlora.sequence import halo, ulysses
+from peft_longlora.sequence.edges import Edges, exchange_edges, plan_halo
 
 
 @dataclass(frozen=True)
@@ -30,85 +28,79 @@ class SharedSequence:
     mesh: DeviceMesh
 
     @torch.compiler.disable  # exchanges between kernels, which no compiler is to move
-    def attend(
-        self,
-        module: nn.Module,
-        settings: AttentionSettings,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: S2Mask | torch.Tensor,
-        pattern: str,
-        how: dict[str, Any],
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
+    def attend(self, call: LayerCall, pattern: str) -> torch.Tensor:
         """Attention of this rank's stretch of the sequence: (1, H, S, D), (1, H_kv, S, D) -> (1, S, H, D_v).
 
         Args:
+            call: the layer's call on this rank.
             pattern: "s2" or "local"; "full" is dense over the whole sequence.
-            how: scaling, dropout, softcap, sinks and backend. kwargs: as the architecture passes them.
-            others: as `attention.s2_attention_forward`.
 
         Raises:
             ValueError: more than one row, no position_ids, stretches that do not make up one sequence.
             NotImplementedError: a cache, a sliding window, an attention that is not causal.
         """
-        _check(module, settings, query, key, mask, kwargs)
-        group = self.mesh.get_group()
-        documents = mask.documents(settings.call.position_ids)
+        _check(call)
+        mask, size, group = call.s2_mask, call.settings.group_size, self.mesh.get_group()
+        position_ids = call.settings.inputs.position_ids
+        documents = mask.documents(position_ids)
 
-        def edges() -> list[neighbours.Edges]:
-            return neighbours.exchange_edges(documents, settings.call.position_ids, settings.group_size, pattern, group)
+        def exchange() -> list[Edges]:
+            return exchange_edges(documents, position_ids, size, pattern, group)
 
-        found = mask.once(("edges", settings.group_size, pattern), edges)
+        edges = mask.once(("edges", size, pattern), exchange)
+        tensors = call.query, call.key, call.value
         if pattern == "full":
-            groups = mask.once("whole sequence", lambda: ulysses.plan_whole(found, documents, group))
-            return ulysses.attend_whole(query, key, value, groups, self.mesh, **how)
+            groups = mask.once("whole sequence", lambda: ulysses.plan_whole(edges, documents, group))
+            return ulysses.attend(*tensors, groups, self.mesh, call.options)
         rank = dist.get_rank(group)
-        plan = mask.once(
-            ("halo", settings.group_size, pattern), lambda: neighbours.plan_halo(found, rank, documents, group)
-        )
-        return halo.attend_shared(query, key, value, plan, kept=_kept(module, settings, mask), **how)
+        plan = mask.once(("halo", size, pattern), lambda: plan_halo(edges, rank, documents, group))
+        return halo.attend(*tensors, plan, call.options, _kept(call, mask))
 
 
-def _kept(module: nn.Module, settings: AttentionSettings, mask: S2Mask) -> halo.Kept:
+def _kept(call: LayerCall, mask: S2Mask) -> halo.Kept:
     """What this layer keeps of other ranks: something empty while the model is called, and the same in its backward.
 
     A layer that one call of the model runs more than once gets empty ones only: which run is recomputed is not known.
     """
-    runs: list[halo.Kept] = mask.once(("kept", id(module)), list)
-    if settings.call.caller is not None:
+    runs: list[halo.Kept] = mask.once(("kept", id(call.module)), list)
+    if call.settings.inputs.caller is not None:
         runs.append(halo.Kept())
         return runs[-1]
     return runs[0] if len(runs) == 1 else halo.Kept()
 
 
-def _check(module, settings, query, key, mask, kwargs) -> None:
+def _check(call: LayerCall) -> None:
     """Refuse what would be computed on a stretch by itself, and so wrongly."""
-    if not isinstance(mask, S2Mask):
+    if isinstance(call.mask, torch.Tensor):
         raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)} cannot be shared out. Give each rank the 2-D attention_mask "
-            f"of its stretch (shard_batch does)."
+            f"attention_mask of shape {tuple(call.mask.shape)} cannot be shared out. Give each rank the 2-D "
+            f"attention_mask of its stretch (shard_batch does)."
         )
-    if query.shape[2] != key.shape[2] or settings.call.has_cache:
+    if call.cached or call.settings.inputs.has_cache:
         raise NotImplementedError(
-            f"The ranks share each sequence, and were called with a cache ({key.shape[2]} keys for {query.shape[2]} "
-            f"queries), which cannot be shared out. Generate within `with unshared(model):` of peft_longlora.sequence."
+            f"The ranks share each sequence, and were called with a cache ({call.key.shape[2]} keys for "
+            f"{call.query.shape[2]} queries), which cannot be shared out. Generate within `with unshared(model):` of "
+            f"peft_longlora.sequence."
         )
-    if mask.is_local or kwargs.get("sliding_window") is not None:
-        raise NotImplementedError(
-            f"Layer {module.layer_idx} has a sliding window, which would end at the border of a rank. Use a model "
-            f"without one (sliding_window=None), or train it without sequence parallelism."
-        )
-    if not getattr(module, "is_causal", True) or not mask.is_causal or kwargs.get("is_causal") is False:
+    if call.is_local:
+        refuse_window([call.module.layer_idx])
+    if not call.is_causal:
         raise NotImplementedError("Only causal attention can be shared out. Train this model on one rank a sequence.")
-    if query.shape[0] != 1:
+    if call.query.shape[0] != 1:
         raise ValueError(
-            f"A rank got {query.shape[0]} rows: with sequence parallelism it holds one stretch of all rows, laid end "
-            f"to end. Cut the batch with shard_batch."
+            f"A rank got {call.query.shape[0]} rows: with sequence parallelism it holds one stretch of all rows, laid "
+            f"end to end. Cut the batch with shard_batch."
         )
-    if settings.call.position_ids is None:
+    if call.settings.inputs.position_ids is None:
         raise ValueError(
             "The model was called without position_ids, and would count each rank's tokens from 0. Give it those of "
             "the whole sequence (shard_batch does)."
         )
+
+
+def refuse_window(layers: list[int]) -> None:
+    """Refuse layers with a sliding window. Raises: NotImplementedError."""
+    raise NotImplementedError(
+        f"Layers {layers} have a sliding window, which would end at the border of a rank. Use a model without one "
+        f"(sliding_window=None), or train it without sequence parallelism."
+    )

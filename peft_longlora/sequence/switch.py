@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from peft_longlora.architecture import find_attention_modules, find_rotary_modules, is_local_layer
-from peft_longlora.attention.settings import settings_of
-from peft_longlora.sequence.layer import SharedSequence
+from peft_longlora.attention.settings import S2_ATTN, settings_of
+from peft_longlora.sequence.layer import SharedSequence, refuse_window
 
 
 def parallelize_sequence(model: nn.Module, mesh: DeviceMesh | None) -> None:
@@ -30,7 +30,7 @@ def parallelize_sequence(model: nn.Module, mesh: DeviceMesh | None) -> None:
         NotImplementedError: RoPE that depends on the length at hand, layers with a sliding window.
     """
     layers = find_attention_modules(model).values()
-    if not layers or any(module.config._attn_implementation != "s2_attn" for module in layers):
+    if not layers or any(module.config._attn_implementation != S2_ATTN for module in layers):
         raise ValueError(
             "This model does not use S2-Attn, so its ranks would attend to their own stretches only. Add a "
             "LongLoraConfig adapter or call configure_attention first."
@@ -51,7 +51,7 @@ def unshared(model: nn.Module) -> Iterator[None]:
         model: a model whose ranks share each sequence (`parallelize_sequence`), or any other.
     """
     layers = find_attention_modules(model).values()
-    found = [settings_of(module) for module in layers if module.config._attn_implementation == "s2_attn"]
+    found = [settings_of(module) for module in layers if module.config._attn_implementation == S2_ATTN]
     before = [(settings, settings.sharing) for settings in found]
     try:
         for settings, _ in before:
@@ -71,7 +71,4 @@ def _check_model(model: nn.Module, layers: Any) -> None:
                 f"between the ranks of a sequence. Use 'yarn', 'linear', 'ntk' or 'llama3'."
             )
     if local := [module.layer_idx for module in layers if is_local_layer(module, module.config)]:
-        raise NotImplementedError(
-            f"Layers {local} have a sliding window, which would end at the border of a rank. Use a model without one "
-            f"(sliding_window=None), or train it without sequence parallelism."
-        )
+        refuse_window(local)

@@ -1,19 +1,19 @@
 """Dense attention over a sequence that ranks share: each rank gets the whole sequence of some heads (Ulysses).
 
 For evaluation and for dense layers; PyTorch's DTensor does the exchange. Traffic grows with the sequence, as it must.
-Called by `shared`. Source: DeepSpeed-Ulysses, arXiv:2309.14509.
+Called by `layer`. Source: DeepSpeed-Ulysses, arXiv:2309.14509.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from peft_longlora.kernels import attend as kernels
+from peft_longlora.kernels.attend import attend as attend_in_groups
+from peft_longlora.kernels.cuts import Cuts
 from peft_longlora.kernels.groups import Groups, plan_groups
+from peft_longlora.kernels.kernel import Options
 from peft_longlora.sequence.edges import Documents, Edges, is_continued
 
 
@@ -21,7 +21,7 @@ def plan_whole(edges: list[Edges], documents: Documents, group: dist.ProcessGrou
     """The plan of dense attention inside each document of the whole sequence, the same on every rank.
 
     Args:
-        edges: everyone's, from `neighbours.exchange_edges`. documents: of this rank's stretch.
+        edges: everyone's, from `edges.exchange_edges`. documents: of this rank's stretch.
 
     Raises: ValueError: stretches of different lengths, on all ranks.
     """
@@ -44,13 +44,13 @@ def plan_whole(edges: list[Edges], documents: Documents, group: dist.ProcessGrou
     return plan_groups(1, sum(lengths), 2, "full", documents=whole)
 
 
-def attend_whole(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: Groups, mesh: DeviceMesh, **how: Any
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: Groups, mesh: DeviceMesh, options: Options
 ) -> torch.Tensor:
     """Dense causal attention: (1, H, S, D), (1, H_kv, S, D) of this rank -> (1, S, H, D_v) of this rank.
 
     Args:
-        groups: from `plan_whole`. how: as `kernels.attend`.
+        groups: from `plan_whole`.
     """
     ranks, heads, kv_heads = mesh.size(), query.shape[1], key.shape[1]
     if heads % ranks or kv_heads % ranks:  # then KV heads go where their query heads go, more than once if they must
@@ -58,7 +58,7 @@ def attend_whole(
     # (1, H, S, D) -> (1, H / n, n S, D)
     query, key, value = (_reshard(x, mesh, 2, 1, x.shape[2] * ranks) for x in (query, key, value))
     if query.shape[1]:
-        out = kernels.attend(query, key, value, groups, **how)
+        out = attend_in_groups(query, key, value, Cuts.of(groups), options)
     else:  # fewer heads than ranks: this one has none, and goes along in the exchanges of the backward
         out = value.transpose(1, 2) + query.sum() + key.sum()
     # (1, n S, H / n, D_v) -> (1, S, H, D_v)

@@ -25,12 +25,10 @@ from transformers import (
 from transformers.cache_utils import QuantizedLayer
 
 from peft_longlora import LongLoraConfig, configure_attention, s2_attention, use_attention
-from peft_longlora.kernels import attend as kernels
-from peft_longlora.kernels import backends
-from peft_longlora.kernels import operators as halves
+from peft_longlora.attention import dense, forward
 from peft_longlora.reference import s2_attention_reference
 from tests.helpers.configs import tiny_llama_config
-from tests.helpers.plain_kernel import PlainKernel
+from tests.helpers.plain_kernel import PlainKernel, install
 from tests.helpers.releases import CACHE, checkpoint_activations
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -300,13 +298,14 @@ def test_dense_attention_is_what_the_model_had():
 @pytest.fixture
 def kernel_calls(monkeypatch) -> list[int]:
     """The numbers of query tokens of all calls that went to a kernel of this package."""
-    calls, attend = [], kernels.attend
+    calls, attend = [], dense.attend_in_groups
 
     def count(query, *args, **kwargs):
         calls.append(query.shape[2])
         return attend(query, *args, **kwargs)
 
-    monkeypatch.setattr(kernels, "attend", count)
+    for module, name in ((dense, "attend_in_groups"), (forward, "attend")):
+        monkeypatch.setattr(module, name, count)
     return calls
 
 
@@ -417,10 +416,7 @@ def test_a_model_compiles_whole_and_once_for_all_lengths(row, monkeypatch):
     """With a kernel that takes cumulative lengths: one graph, compiled for the first length and once for all others."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    monkeypatch.setitem(halves.KERNELS, "plain", PlainKernel(True, True))
-    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "plain"))
-    monkeypatch.setattr(PlainKernel, "missing", lambda self, device: None)
-    monkeypatch.setattr(PlainKernel, "lacks", lambda self, call: None)
+    install(monkeypatch, PlainKernel(True, True))
     torch._dynamo.reset()
     model, compiled = sparse("llama", backend="plain"), sparse("llama", backend="plain")
     counter = CompileCounterWithBackend("eager")

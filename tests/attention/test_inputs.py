@@ -92,7 +92,7 @@ def test_a_call_that_failed_leaves_nothing_behind():
     wanted = by_document(model)
     with pytest.raises(RuntimeError):
         model(input_ids=ROW, position_ids=torch.zeros(3, 5, 7, 9), use_cache=False)
-    assert settings_of(find_attention_modules(model).popitem()[1]).call.caller is None
+    assert settings_of(find_attention_modules(model).popitem()[1]).inputs.caller is None
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
     with torch.no_grad():
         found = model(input_ids=ROW, position_ids=positions, use_cache=True).logits

@@ -15,7 +15,7 @@ from peft_longlora.adapter.model import LongLoraModel
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import settings_of
 from peft_longlora.sequence import parallelize_sequence, shard_batch
-from tests.helpers.plain_kernel import PlainKernel
+from tests.helpers.plain_kernel import PlainKernel, install
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import extend, make
 
@@ -160,12 +160,7 @@ def saved_names(model) -> list[str]:
 def test_a_compiled_model_has_two_graphs(monkeypatch):
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    from peft_longlora.kernels import backends
-
-    monkeypatch.setitem(backends.KERNELS, "plain", PlainKernel(True, True))
-    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "plain"))
-    monkeypatch.setattr(PlainKernel, "missing", lambda self, device: None)
-    monkeypatch.setattr(PlainKernel, "lacks", lambda self, call: None)
+    install(monkeypatch, PlainKernel(True, True))
     torch._dynamo.reset()
     model, plain = make(), make()
     configure_attention(model, group_size=16, dense_every=EVERY, backend="plain")

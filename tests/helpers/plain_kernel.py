@@ -5,6 +5,7 @@ from itertools import pairwise
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from peft_longlora.kernels import backends, operators
 from peft_longlora.kernels.kernel import Kernel, Pieces
 
 
@@ -33,8 +34,18 @@ def cut(cu_seqlens, *tensors):
 
 
 class PlainKernel(Kernel):
+    """Runs anywhere, and whatever is asked for."""
+
+    name = "plain"
+
     def __init__(self, takes_batches, takes_pieces):
         self.takes_batches, self.takes_pieces = takes_batches, takes_pieces
+
+    def missing(self, device):
+        return None
+
+    def lacks(self, needs):
+        return None
 
     def _each(self, pieces, *tensors):
         if pieces.cu_seqlens is not None:
@@ -82,3 +93,9 @@ class FlashAttention4Interface:
         self._pieces(q, causal, cu_seqlens_q, **cuts)
         parts = [forward(*part, q.shape[-1] ** -0.5)[0].transpose(0, 1) for part in cut(cu_seqlens_q, q, k, v)]
         return torch.cat(parts)
+
+
+def install(monkeypatch, kernel: Kernel) -> None:
+    """Make a kernel a backend, by its name."""
+    monkeypatch.setitem(operators.KERNELS, kernel.name, kernel)
+    monkeypatch.setitem(backends.BACKENDS, kernel.name, operators.Launched(kernel))

@@ -3,19 +3,19 @@
 import logging
 import sys
 import types
-from functools import partial
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from peft_longlora import s2_attention
-from peft_longlora.kernels import attend as kernels
 from peft_longlora.kernels import backends, flash
 from peft_longlora.kernels.aten import CudnnAttention
-from peft_longlora.kernels.backends import KERNELS
+from peft_longlora.kernels.attend import attend
+from peft_longlora.kernels.cuts import Cuts
 from peft_longlora.kernels.groups import plan_groups
-from peft_longlora.kernels.kernel import Call, Kernel, Pieces
+from peft_longlora.kernels.kernel import Kernel, Needs, Options, Pieces
+from peft_longlora.kernels.operators import KERNELS
 from peft_longlora.reference import s2_attention_reference
 from peft_longlora.sequence.halo import attend_far, attend_far_backward
 from tests.helpers import plain_kernel
@@ -62,9 +62,8 @@ def test_tensors_that_do_not_fit(change, message):
 @pytest.mark.parametrize("dropout", [-0.1, 1.5, float("nan")])
 def test_dropout_that_is_no_probability(dropout):
     q, k, v = inputs()
-    for call in (partial(s2_attention, group_size=16), kernels.attend_causal):
-        with pytest.raises(ValueError, match=rf"dropout={dropout} is outside \[0, 1\]"):
-            call(q, k, v, dropout=dropout)
+    with pytest.raises(ValueError, match=rf"dropout={dropout} is outside \[0, 1\]"):
+        s2_attention(q, k, v, 16, dropout=dropout)
 
 
 @pytest.mark.parametrize("group_size", [0, 1, 3, -2, 16.0, True])
@@ -111,22 +110,22 @@ def test_autocast_takes_mixed_dtypes_as_sdpa_does():
 def test_what_a_backend_lacks_is_said_before_it_runs():
     call = dict(device=CPU, dtype=torch.bfloat16, dim=64, value_dim=64)
     fa2, cudnn = KERNELS["flash_attention_2"], KERNELS["cudnn"]
-    assert fa2.lacks(Call(**call)) is None
-    assert "float32" in fa2.lacks(Call(**{**call, "dtype": torch.float32}))
-    assert "dropout=0.1" in fa2.lacks(Call(**call, dropout=0.1))
-    assert "sinks" in fa2.lacks(Call(**call, has_sinks=True))
-    assert "up to 256, not 512" in fa2.lacks(Call(**{**call, "dim": 512, "value_dim": 512}))
-    assert "not 60" in fa2.lacks(Call(**{**call, "dim": 60, "value_dim": 60}))
-    assert "not 32 and 64" in fa2.lacks(Call(**{**call, "value_dim": 32}))
+    assert fa2.lacks(Needs(**call)) is None
+    assert "float32" in fa2.lacks(Needs(**{**call, "dtype": torch.float32}))
+    assert "dropout=0.1" in fa2.lacks(Needs(**call, dropout=0.1))
+    assert "sinks" in fa2.lacks(Needs(**call, has_sinks=True))
+    assert "up to 256, not 512" in fa2.lacks(Needs(**{**call, "dim": 512, "value_dim": 512}))
+    assert "not 60" in fa2.lacks(Needs(**{**call, "dim": 60, "value_dim": 60}))
+    assert "not 32 and 64" in fa2.lacks(Needs(**{**call, "value_dim": 32}))
     assert "if queries share KV heads" in Kernel.lacks(
-        KERNELS["flash_attention_4"], Call(**{**call, "value_dim": 32}, is_grouped=True)
+        KERNELS["flash_attention_4"], Needs(**{**call, "value_dim": 32}, is_grouped=True)
     )
-    assert Kernel.lacks(KERNELS["flash_attention_4"], Call(**{**call, "value_dim": 32})) is None
-    assert fa2.lacks(Call(**call, softcap=30.0)) is None
-    assert "softcap=30.0" in cudnn.lacks(Call(**call, softcap=30.0))
+    assert Kernel.lacks(KERNELS["flash_attention_4"], Needs(**{**call, "value_dim": 32})) is None
+    assert fa2.lacks(Needs(**call, softcap=30.0)) is None
+    assert "softcap=30.0" in cudnn.lacks(Needs(**call, softcap=30.0))
     torch.use_deterministic_algorithms(True)
     try:
-        assert "deterministic" in cudnn.lacks(Call(**call))
+        assert "deterministic" in cudnn.lacks(Needs(**call))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -140,13 +139,13 @@ def test_dropout_runs_where_it_can_and_keeps_the_mean():
 
 def test_softcap_and_sinks_are_refused_where_nothing_can_do_them():
     q, k, v = inputs()
-    groups = plan_groups(1, 40, 16)
+    cuts = Cuts.of(plan_groups(1, 40, 16))
     with pytest.raises(NotImplementedError, match="not sdpa: it has no softcap; not flex: it has no backward on 'cpu'"):
-        kernels.attend(q, k, v, groups, softcap=30.0)
+        attend(q, k, v, cuts, Options(softcap=30.0))
     with pytest.raises(NotImplementedError, match="sinks"):
-        kernels.attend(q, k, v, groups, sinks=torch.zeros(4))
+        attend(q, k, v, cuts, Options(sinks=torch.zeros(4)))
     with pytest.raises(NotImplementedError, match="backend='sdpa' cannot run this call: it has no softcap"):
-        kernels.attend(q, k, v, groups, softcap=30.0, backend="sdpa")
+        attend(q, k, v, cuts, Options(softcap=30.0, backend="sdpa"))
 
 
 @pytest.mark.parametrize("scaling", [None, 0.6])
@@ -194,22 +193,15 @@ def test_single_tokens_beside_far_keys_without_cudnn():
 @pytest.mark.parametrize("scaling", [None, 0.6])
 def test_flex_softcap(scaling):
     q, k, v = (x.detach() * 3 for x in inputs(length=64))
-    got = kernels.attend(q, k, v, plan_groups(1, 64, 64), scaling=scaling, softcap=2.0, backend="flex")
+    got = attend(q, k, v, Cuts.of(plan_groups(1, 64, 64)), Options(scaling=scaling, softcap=2.0, backend="flex"))
     scores = 2.0 * torch.tanh(q @ k.repeat_interleave(2, 1).mT * (scaling or 0.25) / 2.0)
     weights = scores.masked_fill(torch.ones(64, 64, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
     torch.testing.assert_close(got, (weights @ v.repeat_interleave(2, 1)).transpose(1, 2))
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(40, 40), (1, 40), (7, 40)])
-def test_attend_causal_is_dense_and_aligned_to_the_last_key(queries, keys):
-    q, k, v = inputs(length=keys)
-    whole = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    torch.testing.assert_close(kernels.attend_causal(q[:, :, -queries:], k, v), whole[:, -queries:])
-
-
 def test_the_choice_is_logged_once_with_its_reason(caplog, monkeypatch):
     backends._choose.cache_clear()
-    backends._log_choice.cache_clear()
+    backends._log_once.cache_clear()
     monkeypatch.setattr(backends.logger, "propagate", True)
     monkeypatch.setattr(logging.getLogger("peft_longlora"), "propagate", True)
     backends.logger.setLevel(logging.INFO)
@@ -374,7 +366,7 @@ def test_a_missing_package_names_the_command(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     flash.import_module.cache_clear()
     flash.download_kernel.cache_clear()
-    call = Call(torch.device("cuda"), torch.bfloat16, 64, 64)
+    call = Needs(torch.device("cuda"), torch.bfloat16, 64, 64)
     for name, command in (
         ("flash_attention_4", "pip install flash-attn-4"),
         ("flash_attention_3", "pip install kernels"),

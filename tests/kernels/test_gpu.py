@@ -9,9 +9,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from peft_longlora import s2_attention
-from peft_longlora.kernels import attend as kernels
 from peft_longlora.kernels import backends
+from peft_longlora.kernels.attend import attend
+from peft_longlora.kernels.cuts import Cuts, tensors_of
 from peft_longlora.kernels.groups import plan_groups
+from peft_longlora.kernels.kernel import Options
 from peft_longlora.kernels.operators import attend_halves, attend_halves_backward
 from peft_longlora.reference import s2_attention_reference
 from peft_longlora.sequence.halo import attend_far, attend_far_backward, merge
@@ -26,7 +28,7 @@ def available() -> list[str]:
     if not torch.cuda.is_available():
         return ["varlen", "cudnn", "sdpa", "flex"]
     device = torch.device("cuda")
-    found = [name for name in backends.BACKENDS if backends.missing(name, device) is None]
+    found = [name for name in backends.BACKENDS if backends.BACKENDS[name].missing(device) is None]
     assert {"varlen", "cudnn", "sdpa", "flex"} <= set(found)
     return found
 
@@ -156,7 +158,7 @@ def test_keys_of_another_rank(backend, heads, queries, keys):
     want = scaled_dot_product_attention(*wide, mask, scale=0.1, enable_gqa=True)[0].transpose(0, 1)
     grads = torch.autograd.grad(want, plain, dout.float())
 
-    how, plan = (0.1, 0.0, backend), plan_groups(1, queries, 2, "full").tensors(q.device)
+    how, plan = (0.1, 0.0, backend), tensors_of(plan_groups(1, queries, 2, "full"), q.device)
     (far_k, near_k), (far_v, near_v) = k.split([keys, queries]), v.split([keys, queries])
     out, lse = attend_halves(q, near_k, near_v, *plan, *how)
     merge(out, lse, *attend_far(q, far_k, far_v, *how))
@@ -310,7 +312,7 @@ def test_softcap(backend):
     qkv = inputs(1, 4, 2, 256, 128)
     with torch.no_grad():
         qkv[0].mul_(3)
-    got = kernels.attend(*qkv, plan_groups(1, 256, 256), softcap=5.0, backend=backend)
+    got = attend(*qkv, Cuts.of(plan_groups(1, 256, 256)), Options(softcap=5.0, backend=backend))
     q, k, v = plain = [x.detach().float().requires_grad_() for x in qkv]
     scores = 5.0 * torch.tanh(q @ k.repeat_interleave(2, 1).mT * 128**-0.5 / 5.0)
     mask = torch.ones(256, 256, dtype=torch.bool, device="cuda").triu(1)
@@ -326,13 +328,6 @@ def test_the_fastest_is_chosen_and_float32_still_runs():
         assert backends.choose_backend(None, True, *call) == "flash_attention_4"
     qkv = inputs(1, 4, 2, 300, dtype=torch.float32)
     compare(lambda *x: s2_attention(*x, 128), qkv, 128)
-
-
-@pytest.mark.parametrize(("queries", "keys"), [(512, 512), (1, 512), (100, 512)])
-def test_attend_causal(queries, keys):
-    q, k, v = inputs(2, 8, 2, keys, 128)
-    want = s2_attention_reference(q.float(), k.float(), v.float(), 2, pattern="full")[:, -queries:]
-    assert error(kernels.attend_causal(q[:, :, -queries:], k, v), want) < 0.01
 
 
 def test_cudnn_and_sdpa_share_a_process():
@@ -421,7 +416,7 @@ def test_peak_memory_is_full_attention_s(backend):
         for _ in range(2):
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            torch.autograd.grad(kernels.attend(*qkv, groups, backend=backend), qkv, dout)
+            torch.autograd.grad(attend(*qkv, Cuts.of(groups), Options(backend=backend)), qkv, dout)
             torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_longlora.kernels.cuts import tensors_of
 from peft_longlora.kernels.groups import (
     find_documents,
     plan_from_segment_ids,
@@ -151,12 +152,12 @@ def test_long_padding_makes_no_long_piece():
 def test_tensors_hold_the_boundaries_and_are_made_once():
     groups = plan_from_segment_ids(torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 2, 2, 0]]), 2)
     cpu = torch.device("cpu")
-    layout, cu_seqlens = groups.tensors(cpu)
+    layout, cu_seqlens = tensors_of(groups, cpu)
     straight, shifted = [0, 1, 3, 4, 6, 8, 9, 11, 12], [0, 1, 2, 4, 6, 7, 9, 11, 12]
     assert (groups.straight, groups.shifted) == (tuple(straight), tuple(shifted))
     assert cu_seqlens.dtype == torch.int32 and cu_seqlens.tolist() == straight + shifted
     assert layout.tolist() == [9, 9, 6, *straight, *shifted, 0, 1, 4, 6, 11, 12]
-    assert groups.tensors(cpu)[1] is cu_seqlens
+    assert tensors_of(groups, cpu)[1] is cu_seqlens
 
 
 def test_runs_of_equal_pieces():

@@ -4,24 +4,24 @@ import pytest
 import torch
 
 from peft_longlora import s2_attention
-from peft_longlora.kernels import backends
-from peft_longlora.kernels import operators as halves
+from peft_longlora.kernels import operators
+from peft_longlora.kernels.cuts import Plan, tensors_of
 from peft_longlora.kernels.groups import plan_from_segment_ids, plan_groups
-from peft_longlora.kernels.launches import LEAST_BATCHED_WORK, Plan, find_batches, plan_launches
+from peft_longlora.kernels.launches import LEAST_BATCHED_WORK, find_batches, plan_launches
 from peft_longlora.reference import s2_attention_reference
-from tests.helpers.plain_kernel import PlainKernel
+from tests.helpers.plain_kernel import PlainKernel, install
 
 
 @pytest.fixture(params=["batches", "pieces", "both"])
 def kernel(request, monkeypatch):
     kernel = PlainKernel(request.param != "pieces", request.param != "batches")
-    monkeypatch.setitem(halves.KERNELS, "plain", kernel)
+    install(monkeypatch, kernel)
     return kernel
 
 
 def attend(q, k, v, groups):
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
-    out, _ = halves.attend_halves(*flat, *groups.tensors(q.device), q.shape[-1] ** -0.5, 0.0, "plain")
+    out, _ = operators.attend_halves(*flat, *tensors_of(groups, q.device), q.shape[-1] ** -0.5, 0.0, "plain")
     return out.view(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
 
 
@@ -93,9 +93,9 @@ def test_only_some_inputs_want_a_gradient(kernel):
 def test_operators_are_well_formed(kernel):
     q, k, v = (x.transpose(1, 2).flatten(0, 1).detach().requires_grad_() for x in inputs(1, 4, 2, 32))
     groups = plan_groups(1, 32, 8)
-    args = (q, k, v, *groups.tensors(q.device), 0.3, 0.0, "plain")
+    args = (q, k, v, *tensors_of(groups, q.device), 0.3, 0.0, "plain")
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(halves.attend_halves, args, test_utils=tests)
+    torch.library.opcheck(operators.attend_halves, args, test_utils=tests)
 
 
 def test_compiles_once_for_all_lengths(kernel):
@@ -106,7 +106,7 @@ def test_compiles_once_for_all_lengths(kernel):
     for length in (40, 56, 64, 100):
         q, k, v = inputs(1, 4, 2, length, dim=24, value_dim=24)  # 24: no other size equals it by chance
         groups = plan_groups(1, length, 16)
-        groups.tensors(q.device)  # `mask` and `s2_attention` make it outside compiled code
+        tensors_of(groups, q.device)  # `mask` and `s2_attention` make it outside compiled code
         want = s2_attention_reference(q, k, v, 16)
         got = compiled(q, k, v, groups)
         torch.testing.assert_close(got, want)
@@ -116,14 +116,11 @@ def test_compiles_once_for_all_lengths(kernel):
 
 
 @pytest.mark.parametrize("with_segments", [False, True])
-def test_s2_attention_compiles_once_for_all_lengths(kernel, with_segments, monkeypatch):
+def test_s2_attention_compiles_once_for_all_lengths(kernel, with_segments):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     if not kernel.takes_pieces:
         pytest.skip("a compiled call knows no lengths, so it is for kernels that take cumulative lengths")
-    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "plain"))
-    monkeypatch.setattr(PlainKernel, "missing", lambda self, device: None)
-    monkeypatch.setattr(PlainKernel, "lacks", lambda self, call: None)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(s2_attention, backend=counter, fullgraph=True)
@@ -178,7 +175,7 @@ def test_find_batches(boundaries, expected):
 
 def test_large_regular_work_is_batched_and_small_or_irregular_work_is_not():
     def kinds(groups, heads=32):
-        plan = Plan.read(groups.tensors(torch.device("cpu"))[0])
+        plan = Plan.read(tensors_of(groups, torch.device("cpu"))[0])
         return [x.count for x in plan_launches(plan, heads, 8, 128, True, True)]
 
     assert kinds(plan_groups(1, 32768, 8192)) == [4, 3, 2]
@@ -191,7 +188,7 @@ def test_large_regular_work_is_batched_and_small_or_irregular_work_is_not():
 def test_layout_survives_its_tensors():
     ids = segments([[-3, 20, 30, -7], [17, 43]])
     groups = plan_from_segment_ids(ids, 16)
-    layout, cu_seqlens = groups.tensors(torch.device("cpu"))
+    layout, cu_seqlens = tensors_of(groups, torch.device("cpu"))
     plan = Plan.read(layout)
     assert (plan.straight, plan.shifted) == (groups.straight, groups.shifted)
     assert plan.padding == ((0, 3), (53, 60))

@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from peft_longlora.kernels.cuts import tensors_of
 from peft_longlora.kernels.groups import PATTERNS, find_documents, plan_groups
+from peft_longlora.kernels.kernel import Options
 from peft_longlora.kernels.operators import attend_halves, attend_halves_backward
 from peft_longlora.reference import s2_attention_reference
 from peft_longlora.sequence.edges import Edges, exchange_edges, plan_halo
-from peft_longlora.sequence.halo import attend_far, attend_far_backward, attend_shared, merge
+from peft_longlora.sequence.halo import attend, attend_far, attend_far_backward, merge
 from tests.helpers.ranks import Traffic, run_ranks
 
 DIM = 4
@@ -59,7 +61,7 @@ def error_of(lengths, documents, group_size, pattern, heads, kv_heads) -> tuple[
     grads = torch.autograd.grad(truth, (q, k, v), dout)
     mine, halo = plan(lengths, positions, segments, group_size, pattern)
     own = [x.detach()[:, :, mine].clone().requires_grad_() for x in (q, k, v)]
-    out = attend_shared(*own, halo)
+    out = attend(*own, halo)
     out.backward(dout[:, mine])
     pairs = [(out, truth[:, mine]), *((x.grad, grad[:, :, mine]) for x, grad in zip(own, grads, strict=True))]
     sources = [sum(first < last for first, last in half) for half in zip(*halo.receives, strict=True)]
@@ -107,7 +109,7 @@ def traffic(stretches: list[int], group_size: int) -> list:
         _, halo = plan(lengths, positions, segments, group_size, "s2")
         q, k, v = (torch.randn(1, h, stretch, DIM, dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2))
         with Traffic() as forward:
-            out = attend_shared(q, k, v, halo)
+            out = attend(q, k, v, halo)
         with Traffic() as backward:
             out.sum().backward()
         found.append((forward.sent, backward.sent))
@@ -135,7 +137,7 @@ def one_after_the_other() -> float:
     turn = torch.zeros(1)
     if rank == 1:
         dist.recv(turn, 0)
-    out = attend_shared(*own, halo)
+    out = attend(*own, halo)
     if rank == 0:
         dist.send(turn, 1)
         dist.recv(turn, 1)
@@ -175,7 +177,7 @@ def test_two_parts_of_a_softmax_are_the_whole(dtype, most, queries, keys, heads)
     truth = torch.einsum("hqk,khd->qhd", scores.softmax(-1), wide[2])
     truth.backward(dout.double())
 
-    plan = plan_groups(1, queries, 2, "full").tensors(q.device)
+    plan = tensors_of(plan_groups(1, queries, 2, "full"), q.device)
     out, lse = attend_halves(q, k, v, *plan, 0.5, 0.0, "cpu")
     merge(out, lse, *attend_far(q, far_k, far_v, 0.5, 0.0, "cpu"))
     dq, *dkv = attend_halves_backward(dout, q, k, v, out, lse, *plan, 0.5, 0.0, "cpu")
@@ -276,9 +278,9 @@ def test_kernels_that_only_autograd_can_run_are_refused():
     q = torch.randn(1, 2, 8, DIM)
     plan = plan_halo([Edges(8, 8, 8, 0, 7, 4, S2)], 0, [(0, 8, 1)])
     with pytest.raises(NotImplementedError, match="backend='flex' cannot attend to a sequence that ranks share"):
-        attend_shared(q, q, q, plan, backend="flex")
+        attend(q, q, q, plan, Options(backend="flex"))
     with pytest.raises(NotImplementedError, match="no dropout"):
-        attend_shared(q, q, q, plan, dropout=0.1)
+        attend(q, q, q, plan, Options(dropout=0.1))
     with pytest.raises(NotImplementedError, match="not 2 and 4"):
-        attend_shared(q, q, q[..., :2].contiguous(), plan)
-    assert torch.allclose(attend_shared(q, q, q, plan), s2_attention_reference(q, q, q, 4), atol=1e-6)
+        attend(q, q, q[..., :2].contiguous(), plan)
+    assert torch.allclose(attend(q, q, q, plan), s2_attention_reference(q, q, q, 4), atol=1e-6)

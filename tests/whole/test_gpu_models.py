@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
-from peft_longlora import configure_attention, use_attention
-from peft_longlora.kernels import attend as kernels
+from peft_longlora import configure_attention, s2_attention, use_attention
 from peft_longlora.kernels import backends
 from tests.helpers.configs import tiny_llama_config
 
@@ -152,4 +151,4 @@ def test_a_kernel_is_chosen_for_every_head_of_the_table():
                 torch.use_deterministic_algorithms(False)
             assert name not in ("sdpa", "flex") and not (is_deterministic and name == "cudnn")
     q = torch.randn(1, 4, 64, 64, device="cuda")  # float32
-    assert kernels.attend_causal(q, q, q).dtype == torch.float32
+    assert s2_attention(q, q, q, 2, pattern="full").dtype == torch.float32

@@ -63,18 +63,18 @@ def losses(trainer) -> list[float]:
 def seen(monkeypatch):
     """Every call of attention: (training, sparse, batch, tokens)."""
     calls = []
-    sparse, dense = attention_module.kernels.attend, attention_module._attend_densely
+    sparse, dense = attention_module.attend, attention_module.dense.attend
 
     def attend(query, *args, **kwargs):
         calls.append(("sparse", *query.shape[::2]))
         return sparse(query, *args, **kwargs)
 
-    def attend_densely(module, settings, query, *args, **kwargs):
-        calls.append(("dense", *query.shape[::2]))
-        return dense(module, settings, query, *args, **kwargs)
+    def attend_densely(call):
+        calls.append(("dense", *call.query.shape[::2]))
+        return dense(call)
 
-    monkeypatch.setattr(attention_module.kernels, "attend", attend)
-    monkeypatch.setattr(attention_module, "_attend_densely", attend_densely)
+    monkeypatch.setattr(attention_module, "attend", attend)
+    monkeypatch.setattr(attention_module.dense, "attend", attend_densely)
     return calls
 
 

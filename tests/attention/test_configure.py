@@ -1,0 +1,180 @@
+"""The switches: what they set, what they refuse, and that they leave nothing behind."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    GptOssConfig,
+)
+
+from peft_longlora import LongLoraConfig, configure_attention, use_attention
+from tests.helpers.attention_models import LENGTH, SIZES, G, assert_differ, build, inputs_of, sparse
+from tests.helpers.releases import CACHE
+
+
+def test_a_model_loaded_as_s2_attn_trains_sparse_with_a_quarter_of_its_window():
+    inputs, _ = inputs_of("plain")
+    loaded, configured = build("llama", "s2_attn").train(), build("llama")
+    configure_attention(configured, group_size=64 // 4)
+    assert torch.equal(loaded(**inputs).logits, configured.train()(**inputs).logits)
+    assert_differ(loaded(**inputs).logits, build("llama")(**inputs).logits)
+
+
+@pytest.mark.parametrize(("ratio", "group_size"), [(0.25, 16), (0.11, 6), (0.01, 2), (1, 64)])
+def test_group_size_is_a_fraction_of_the_window_rounded_down_to_even(ratio, group_size):
+    assert configure_attention(build("llama"), group_size_ratio=ratio).group_size == group_size
+
+
+def test_two_models_in_one_process_do_not_touch_each_other():
+    inputs, _ = inputs_of("plain")
+    first = sparse("llama")
+    before = first(**inputs).logits
+    second = build("llama")
+    configure_attention(second, group_size=2, pattern="local")
+    second.train()
+    with use_attention(second, "dense"):
+        assert torch.equal(first(**inputs).logits, before)
+    assert torch.equal(first(**inputs).logits, before)
+
+
+# -- use_attention ------------------------------------------------------------------------------------------------
+
+
+def test_use_attention_modes():
+    model, stock = sparse("llama"), build("llama")
+    inputs, _ = inputs_of("packed")
+    sparse_logits, dense_logits = model(**inputs).logits, stock(**inputs).logits
+    assert_differ(sparse_logits, dense_logits)
+    for training in (True, False):
+        model.train(training)
+        with use_attention(model, "sparse"):
+            assert torch.equal(model(**inputs).logits, sparse_logits)
+        with use_attention(model, "dense"):
+            model.train(training)
+            assert torch.equal(model(**inputs).logits, dense_logits)
+        with use_attention(model, "auto"):
+            assert torch.equal(model(**inputs).logits, sparse_logits if training else dense_logits)
+    model.eval()
+    with use_attention(model, "dense"):
+        model.train()  # a trainer inside the block
+        assert torch.equal(model(**inputs).logits, dense_logits)
+
+
+def test_use_attention_is_undone_after_errors_and_nests():
+    model = sparse("llama")
+    inputs, _ = inputs_of("plain")
+    before = model(**inputs).logits
+    with pytest.raises(RuntimeError, match="mine"), use_attention(model, "dense"):
+        raise RuntimeError("mine")
+    assert torch.equal(model(**inputs).logits, before)
+    with use_attention(model, "dense"):
+        dense = model(**inputs).logits
+        with use_attention(model, "sparse"):
+            assert torch.equal(model(**inputs).logits, before)
+        assert torch.equal(model(**inputs).logits, dense)
+
+
+def test_sparse_prefill_then_dense_decoding():
+    """ "sparse" holds for the prompt too; what decodes behind it sees the whole cache."""
+    model = sparse("llama").eval()
+    tokens = torch.randint(3, 97, (1, LENGTH))
+    with torch.no_grad(), use_attention(model, "sparse"):
+        prefill = model(tokens, use_cache=True)
+        assert torch.equal(prefill.logits, model(tokens, use_cache=False).logits)
+        assert model(tokens[:, :1], **{CACHE: prefill[CACHE]}).logits.isfinite().all()
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(group_size=5), r"group_size=5 .*even"),
+        (dict(group_size=0), r"group_size=0 .*even"),
+        (dict(group_size=-4), r"group_size=-4 .*even"),
+        (dict(group_size=4.0), r"group_size=4\.0 .*even"),
+        (dict(group_size_ratio=0), r"group_size_ratio=0 .*\(0, 1\]"),
+        (dict(group_size_ratio=1.5), r"group_size_ratio=1\.5 .*\(0, 1\]"),
+        (dict(pattern="s3"), r"pattern='s3' .*'s2', 'local', 'full'"),
+        (dict(dense_layers=[0, 2]), r"dense_layers=\[0, 2\] .*\[2\].*0 to 1"),
+        (dict(dense_layers=[-1]), r"dense_layers=\[-1\]"),
+        (dict(dense_attention="sdpaa"), "sdpaa"),
+    ],
+)
+def test_bad_values_are_refused_and_leave_the_model_as_it_was(kwargs, message):
+    model = build("llama").train()
+    inputs, _ = inputs_of("plain")
+    before = model(**inputs).logits
+    with pytest.raises(ValueError, match=message):
+        configure_attention(model, **kwargs)
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(**inputs).logits, before)
+
+
+NO_ROTARY = dict(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
+EXPERTS = dict(num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BloomConfig(**NO_ROTARY), r"bloom.*attention interface.*llama"),
+        (GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4), r"gpt2.*rotary.*llama"),
+        (Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8), r"softcap.*sdpa"),
+        (GptOssConfig(**SIZES, **EXPERTS), r"sinks"),
+    ],
+    ids=["bloom", "gpt2", "gemma2", "gpt_oss"],
+)
+def test_architectures_that_cannot_are_refused(config, message):
+    model = AutoModelForCausalLM.from_config(config)
+    before = model.config._attn_implementation
+    with pytest.raises(NotImplementedError, match=message):
+        configure_attention(model, group_size=4, backend="sdpa")
+    assert model.config._attn_implementation == before
+
+
+def test_a_model_whose_every_layer_has_a_window_is_told_so(caplog):
+    configure_attention(build("mistral"), group_size=G)
+    assert "Every layer of this model has a window of its own (sliding_window=5)" in caplog.text
+    caplog.clear()
+    configure_attention(build("gemma3_text"), group_size=G)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("mode", ["Sparse", "", None])
+def test_use_attention_refuses_an_unknown_mode(mode):
+    with pytest.raises(ValueError, match=r"mode=.*'auto', 'sparse' or 'dense'"), use_attention(sparse("llama"), mode):
+        pass
+
+
+def test_use_attention_refuses_a_model_without_s2_attn():
+    with (
+        pytest.raises(ValueError, match=r"does not use S2-Attn.*attn_implementation='s2_attn'"),
+        use_attention(build("llama"), "sparse"),
+    ):
+        pass
+
+
+def test_sparse_is_refused_while_the_adapter_is_off(llama):
+    model = get_peft_model(llama, LongLoraConfig(r=2, context_length=128))
+    with (
+        model.disable_adapter(),
+        pytest.raises(ValueError, match=r"disabled.*Leave disable_adapter"),
+        use_attention(model, "sparse"),
+    ):
+        pass
+
+
+def test_no_hook_is_left_behind(llama):
+    before = len(llama._forward_pre_hooks)
+    configure_attention(llama, group_size=8)
+    configure_attention(llama, group_size=16)
+    configured = len(llama._forward_pre_hooks)
+    assert configured == before + 1
+    get_peft_model(llama, LongLoraConfig(r=2, context_length=128)).unload()
+    assert len(llama._forward_pre_hooks) == configured

@@ -15,74 +15,15 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from peft_longlora import configure_attention
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import settings_of
+from peft_longlora.data.windows import IGNORED
 from peft_longlora.eval import LongContextEvalCallback
 from peft_longlora.sequence.batch import SequenceCollator, shard_batch
 from peft_longlora.sequence.switch import parallelize_sequence, unshared
 from peft_longlora.sequence.trainer import SequenceParallelMixin
+from tests.helpers.batches import KINDS, batch_of
 from tests.helpers.ranks import Traffic, run_ranks
 from tests.helpers.releases import checkpoint_activations
 from tests.helpers.tiny import extend, make
-
-IGNORED = -100
-
-
-# -- the batch -----------------------------------------------------------------------------------------------------
-
-
-def batch_of(kind: str) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, 97, (2, 53), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    if kind == "padded right":
-        mask[0, 20:] = 0
-    elif kind == "padded left":
-        mask[0, :30] = 0
-        mask[1, :1] = 0
-    elif kind == "packed":
-        lengths = [41, 5, 60]
-        position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
-        ids = ids.reshape(1, -1)
-        return dict(input_ids=ids, position_ids=position_ids, labels=ids.masked_fill(position_ids == 0, IGNORED))
-    elif kind == "few tokens":  # with 4 ranks, the last one has padding only
-        ids, mask = ids[:1, 8:13], mask[:1, 8:13]
-    labels = ids.masked_fill(mask == 0, IGNORED)
-    labels[:, 3:4] = IGNORED
-    return dict(input_ids=ids, attention_mask=mask, labels=labels)
-
-
-KINDS = ("plain", "padded right", "padded left", "packed", "few tokens")
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("kind", KINDS)
-def test_stretches_put_together_are_the_batch(kind, ranks):
-    batch = batch_of(kind)
-    tokens = batch["input_ids"].numel()
-    stretches = [shard_batch(batch, rank, ranks, pad_token_id=96) for rank in range(ranks)]
-    assert {x.shape for stretch in stretches for x in stretch.values()} == {(1, -(-tokens // ranks))}
-    whole = {name: torch.cat([s[name] for s in stretches], dim=1)[0] for name in stretches[0]}
-    padding = {name: x[tokens:].unique().tolist() for name, x in whole.items() if len(x) > tokens}
-    if padding:
-        expected = dict(input_ids=[96], labels=[IGNORED], shift_labels=[IGNORED], attention_mask=[0], position_ids=[0])
-        assert padding == expected
-    assert torch.equal(whole["input_ids"][:tokens], batch["input_ids"].flatten())
-    assert torch.equal(whole["labels"][:tokens], batch["labels"].flatten())
-    rows = batch["labels"].shape[0]
-    shifted = torch.cat([batch["labels"][:, 1:], torch.full((rows, 1), IGNORED)], dim=1)
-    assert torch.equal(whole["shift_labels"][:tokens], shifted.flatten())
-    positions = batch.get("position_ids", torch.arange(53).repeat(2) if tokens > 5 else torch.arange(5))
-    assert torch.equal(whole["position_ids"][:tokens], positions.flatten())
-
-
-def test_what_cannot_be_cut_is_refused():
-    batch = {**batch_of("plain"), "pixel_values": torch.zeros(2, 3, 8, 8), "name": "x"}
-    with pytest.raises(ValueError, match=r"\['pixel_values', 'name'\] of the batch cannot be cut"):
-        shard_batch(batch, 0, 2)
-
-
-def test_what_collators_say_of_documents_is_dropped():
-    batch = {**batch_of("packed"), "cu_seq_lens_q": torch.tensor([0, 41, 46, 106]), "max_length_q": 60}
-    assert set(shard_batch(batch, 0, 2)) == {"input_ids", "position_ids", "labels", "shift_labels", "attention_mask"}
-
 
 # -- models --------------------------------------------------------------------------------------------------------
 

@@ -62,9 +62,7 @@ WAITING_LATE = {
 }
 WAITING_LONG = {
     "peft_longlora/adapter/model.py",
-    "tests/attention/test_forward.py",
     "tests/hub/test_push.py",
-    "tests/sequence/test_trainer.py",
 }
 
 

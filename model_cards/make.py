@@ -18,7 +18,8 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_longlora import LongLoraConfig
-from peft_longlora.hub.card import BEGIN, END, CardOptions, make_card
+from peft_longlora.hub.card import CardOptions, make_card
+from peft_longlora.hub.readme import BEGIN, END
 
 FOLDER = Path(__file__).parent
 NARROW = {
@@ -151,7 +152,7 @@ def render(name: str) -> str:
     card = CARDS[name]
     config = get_peft_model(narrow_model(card), LongLoraConfig(**card.adapter)).peft_config["default"]
     config.base_model_name_or_path = card.base
-    config._card = CardOptions(license=card.license)
+    config.card = CardOptions(license=card.license)
     arguments = json.dumps(card.adapter, indent=4)[1:-1].rstrip() + ","  # numbers and text alone: also Python
     arguments = re.sub(r'^    "(\w+)": ', r"    \1=", arguments, flags=re.MULTILINE)
     arguments = re.sub(r"(?<=[\w\"])\n    }", ",\n    }", arguments)

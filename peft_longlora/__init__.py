@@ -9,18 +9,22 @@ The data path, which is also the reading order:
       -> kernels/attend.py      s2_attention and its backends; reference.py is the definition of correct
       -> loss                   the Trainer's
       -> adapter/model.py       what an adapter trains and saves (adapter/config.py says what)
-      -> hub/card.py            what its README says
+      -> rope/scale.py          the longer window that it brings
+      -> hub/card.py            what its README says; hub/push.py brings both to the Hub
+
+Around them: sequence/ shares a long row among GPUs, memory/ makes it fit, data/ reads what is trained on, eval/
+measures what a window is worth, chat/ asks questions of a document, cli/ is the command `longlora`.
 
 Importing this package registers `LongLoraConfig` with peft and "s2_attn" with transformers (register.py).
 """
-
-from typing import Any
 
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.model import LongLoraModel
 from peft_longlora.attention.configure import configure_attention, use_attention
 from peft_longlora.hub.export import export_lora
 from peft_longlora.hub.original import convert_original_adapter
+from peft_longlora.hub.push import push_adapter
+from peft_longlora.hub.trainers import use_longlora_card
 from peft_longlora.kernels.attend import s2_attention
 from peft_longlora.register import register
 from peft_longlora.rope.scale import restore_rope, scale_rope
@@ -41,12 +45,3 @@ __all__ = [
     "use_attention",
     "use_longlora_card",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # The Trainer, which these two know, brings half of the installed packages along.
-    if name in ("push_adapter", "use_longlora_card"):
-        from peft_longlora.hub import trainers as hub
-
-        return getattr(hub, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

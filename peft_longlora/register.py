@@ -1,4 +1,7 @@
-"""Make "LONGLORA" known to peft and "s2_attn" to transformers. Idempotent; the only place that touches registries."""
+"""Make "LONGLORA" known to peft and "s2_attn" to transformers, and the card to whoever saves an adapter.
+
+Idempotent; the only place that touches registries.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from peft_longlora.adapter.model import LongLoraModel
 from peft_longlora.attention.forward import s2_attention_forward
 from peft_longlora.attention.mask import s2_mask
 from peft_longlora.attention.settings import S2_ATTN
+from peft_longlora.hub.card import write_cards_of_save
+from peft_longlora.hub.push import give_methods
 
 NAME = "LONGLORA"
 
@@ -34,9 +39,11 @@ def register_peft_type() -> None:
 
 
 def register() -> None:
-    """Register the PEFT method, the attention and its mask. A second call changes nothing."""
+    """Register the PEFT method, the attention and its mask, and the card. A second call changes nothing."""
     register_peft_type()
     if PeftType(NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=NAME.lower(), config_cls=LongLoraConfig, model_cls=LongLoraModel, prefix="lora_")
     AttentionInterface.register(S2_ATTN, s2_attention_forward)
     AttentionMaskInterface.register(S2_ATTN, s2_mask)
+    LongLoraConfig.on_save = write_cards_of_save
+    LongLoraModel.on_made = give_methods

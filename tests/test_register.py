@@ -34,7 +34,6 @@ def test_the_import_gives_no_warning(fresh_process):
     assert fresh_process["warnings"] == []
 
 
-@pytest.mark.xfail(strict=True, reason="hub.trainers imports transformers' Trainer, which asks for datasets")
 def test_the_import_asks_for_no_extra_and_starts_no_cuda(fresh_process):
     assert fresh_process["asked_for"] == []
     assert fresh_process["heavy_modules"] == []

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers.utils import logging
 
-from peft_longlora.adapter.files import _AGAIN, AdapterFile, read_json, refuse_link
+from peft_longlora.adapter.files import AdapterFile, FileMissing, find, read_json
 from peft_longlora.attention.schedule import check_dense_every
-from peft_longlora.kernels.groups import PATTERNS, check_pattern
+from peft_longlora.kernels.groups import PATTERNS, check_pattern, group_size_of
 from peft_longlora.rope.parameters import check_rope
 
 # Of what an adapter's files mean; it grows when an older package would misread them.
 FORMAT_VERSION = 1
-_FILLED_IN_TOKENS = ("base_context_length", "applied_context_length", "applied_group_size", "vocab_size")
+_LENGTHS = (
+    *("context_length", "group_size"),
+    *("base_context_length", "applied_context_length", "applied_group_size", "vocab_size"),
+)
+_SWITCHES = ("train_embeddings", "train_norms")
 
-logger = logging.get_logger(__name__)
+_IN_MEMORY = dict(default=None, init=False, repr=False, compare=False)
 
 
 @dataclass
@@ -107,52 +108,42 @@ class LongLoraConfig(LoraConfig):
         metadata={"help": "Filled in: the version of an adapter's format. Newer ones than the package's are refused."},
     )
 
+    # What follows belongs to one object in memory and is in no file.
+    card: Any = field(
+        **_IN_MEMORY, metadata={"help": "What the adapter's card says beyond this config: `hub.card.CardOptions`."}
+    )
+    model_tags: list[str] | None = field(
+        **_IN_MEMORY, metadata={"help": "The base's own list of tags, which grows with `add_model_tags`."}
+    )
+    file: AdapterFile | None = field(
+        **_IN_MEMORY, metadata={"help": "The table of contents of the weights beside the file that this was read from."}
+    )
+    resolved_for: str | None = field(
+        **_IN_MEMORY, metadata={"help": "The model_type for which target_modules and modules_to_save were filled in."}
+    )
+
+    on_save: ClassVar[Callable[[LongLoraConfig, str], None]] = lambda config, folder: None
+    """Called after a config was saved, with the folder; `register` puts the card's writer here."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LONGLORA
-        if type(self.format_version) is not int or self.format_version < 1:
-            raise ValueError(
-                f"format_version={self.format_version!r} must be a whole number, 1 to {FORMAT_VERSION}. Leave it out "
-                f"of a new config; an adapter_config.json that says so was changed by hand or is damaged: get it again."
-            )
+        for name, (rule, is_right) in _RULES.items():
+            setattr(self, name, value := _plain(getattr(self, name)))
+            if not is_right(value):
+                raise ValueError(f"{name}={value!r} {rule}.")
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"format_version={self.format_version!r}: the adapter was written by a newer peft-longlora; this one "
                 f"reads versions up to {FORMAT_VERSION}. Update it: pip install -U peft-longlora."
             )
-        # Shapes of the file this config was read with; `model` compares them with the base before it touches it.
-        self._file: AdapterFile | None = None
-        # What the card says beyond this config (hub.use_longlora_card).
-        self._card: Any = None
-        for name in ("context_length", "group_size", *_FILLED_IN_TOKENS):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}={value!r} must be a positive number of tokens, or None.")
-        if not isinstance(self.applied_rope_parameters, dict | None):
-            raise ValueError(
-                f"applied_rope_parameters={self.applied_rope_parameters!r} must be the dict that was filled in when "
-                f"the adapter was made, or None."
-            )
-        for name in ("train_embeddings", "train_norms"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ValueError(f"{name}={value!r} must be True or False.")
-        ratio_is_number = isinstance(self.group_size_ratio, int | float) and not isinstance(self.group_size_ratio, bool)
-        if not ratio_is_number or not 0 < self.group_size_ratio <= 1:
-            raise ValueError(
-                f"group_size_ratio={self.group_size_ratio!r} is outside (0, 1]: it is a fraction of the window. "
-                f"Use group_size for a number of tokens."
-            )
-        if self.attention_pattern not in PATTERNS:
-            raise ValueError(
-                f"attention_pattern={self.attention_pattern!r} is unknown. Use one of {', '.join(map(repr, PATTERNS))}."
-            )
         check_pattern(2 if self.group_size is None else self.group_size, self.attention_pattern)
         check_rope(self.rope_type, self.rope_parameters)
-        if self.dense_layers is not None and not (
-            isinstance(self.dense_layers, list | tuple) and all(type(i) is int and i >= 0 for i in self.dense_layers)
-        ):
-            raise ValueError(f"dense_layers={self.dense_layers!r} must be a list of layer indices, 0 or more.")
         check_dense_every(self.dense_every)
+        self._refuse_what_excludes_each_other()
+        self.refuse_second_use()
+
+    def _refuse_what_excludes_each_other(self) -> None:
         if self.layer_replication and self.dense_layers:
             raise ValueError(
                 f"dense_layers={self.dense_layers!r} and layer_replication={self.layer_replication!r} cannot be used "
@@ -163,13 +154,11 @@ class LongLoraConfig(LoraConfig):
                 f"bias={self.bias!r} and train_norms=True would train the biases of norms twice. Use bias='none', or "
                 f"train_norms=False."
             )
-
         if self.trainable_token_indices is not None and self.train_embeddings:
             raise ValueError(
                 "trainable_token_indices trains some rows of the embeddings, train_embeddings=True all of them. Set "
                 "train_embeddings=False, or leave trainable_token_indices out."
             )
-        self.refuse_second_use()
 
     def refuse_second_use(self) -> None:
         """A config that was filled in for one window and then edited would bring the old RoPE along.
@@ -190,15 +179,21 @@ class LongLoraConfig(LoraConfig):
                 f"LongLoraConfig, or set applied_rope_parameters=None."
             )
 
+    def group_size_on(self, window: int) -> int:
+        """G, tokens, that this config asks for on a base with a window of so many tokens."""
+        return group_size_of(self.group_size, self.group_size_ratio, self.context_length or window)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What adapter_config.json holds."""
+        return {name: value for name, value in super().to_dict().items() if name not in _NOT_SAVED}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json and, beside it, the adapter's card (README.md).
 
         In a Trainer's checkpoint, checkpoint-<step>, also the card of the folder above, which the Trainer pushes.
         """
         super().save_pretrained(save_directory, **kwargs)
-        from peft_longlora.hub.card import write_cards_of_save  # not at the top: the card reads configs
-
-        write_cards_of_save(self, save_directory)
+        self.on_save(save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -208,35 +203,57 @@ class LongLoraConfig(LoraConfig):
             ValueError: there is no adapter, a file is damaged, a value is outside its rule, or a file is a link that
                 leads out of the folder.
         """
-        path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if is_folder := Path(pretrained_model_name_or_path).is_dir():
-            for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-                refuse_link(path.with_name(name))
-            if path.with_name(CONFIG_NAME).is_file():
-                read_json(path.with_name(CONFIG_NAME))
-        try:
-            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{CONFIG_NAME} of {pretrained_model_name_or_path} is damaged: {error}. {_AGAIN}"
-            ) from error
-        except ValueError as error:
-            if error.__cause__ is None:  # a value in the config
-                raise
-            raise ValueError(
-                f"{error}, neither in a folder nor on the Hub ('owner/name'). Check the name; if the repository is "
-                f"private or gated, log in with `hf auth login` or set HF_TOKEN."
-            ) from error
-        if not is_folder:
-            hub_kwargs, _, _ = cls._split_kwargs(kwargs)
-            try:  # PEFT loads the same file next, from the cache
-                path = Path(
-                    hf_hub_download(
-                        pretrained_model_name_or_path, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs
-                    )
-                )
-            except EntryNotFoundError:
-                return config
-        if path.is_file():
-            config._file = AdapterFile.read(path)
+        hub_options, _, _ = cls._split_kwargs(kwargs)
+        place = dict(subfolder=subfolder, **hub_options)
+        read_json(find(pretrained_model_name_or_path, CONFIG_NAME, **place))
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        with suppress(FileMissing):  # PEFT loads the same file next; from the Hub, out of the cache
+            config.file = AdapterFile.read(find(pretrained_model_name_or_path, SAFETENSORS_WEIGHTS_NAME, **place))
         return config
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's own, which JSON can hold."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, int | float) or not hasattr(value, "item") or getattr(value, "ndim", 1):
+        return value
+    return value.item()
+
+
+def _is_length(value: Any) -> bool:
+    return value is None or (type(value) is int and value >= 1)
+
+
+def _is_ratio(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= 1
+
+
+def _is_list_of_layers(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(type(i) is int and i >= 0 for i in value))
+
+
+# What each field must be, and whether a value is it.
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "format_version": (
+        f"must be a whole number, 1 to {FORMAT_VERSION}. Leave it out of a new config; an adapter_config.json that "
+        f"says so was changed by hand or is damaged: get it again",
+        lambda value: type(value) is int and value >= 1,
+    ),
+    **dict.fromkeys(_LENGTHS, ("must be a positive number of tokens, or None", _is_length)),
+    **dict.fromkeys(_SWITCHES, ("must be True or False", lambda value: isinstance(value, bool))),
+    "applied_rope_parameters": (
+        "must be the dict that was filled in when the adapter was made, or None",
+        lambda value: isinstance(value, dict | None),
+    ),
+    "group_size_ratio": (
+        "is outside (0, 1]: it is a fraction of the window. Use group_size for a number of tokens",
+        _is_ratio,
+    ),
+    "attention_pattern": (
+        f"is unknown. Use one of {', '.join(map(repr, PATTERNS))}",
+        lambda value: value in PATTERNS,
+    ),
+    "dense_layers": ("must be a list of layer indices, 0 or more", _is_list_of_layers),
+}
+_NOT_SAVED = {each.name for each in fields(LongLoraConfig) if not each.init}

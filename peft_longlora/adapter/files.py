@@ -6,17 +6,61 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from huggingface_hub.errors import HFValidationError
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-if TYPE_CHECKING:
-    pass
-
-
 _AGAIN = "Get it again, or save the adapter anew."
+
+
+class FileMissing(ValueError):
+    """The folder or repository lacks the file, as far as one can see from here."""
+
+
+def find(place: str | os.PathLike, name: str, *, subfolder: str | None = None, **options: Any) -> Path:
+    """The path of one of an adapter's files, downloaded if it is on the Hub.
+
+    Args:
+        place: a folder, or the id of a repository on the Hub.
+        options: for a repository: revision, token, cache_dir and the like, as hf_hub_download takes them.
+
+    Raises:
+        FileMissing: the place has no such file, or the Hub is not reached and its cache has none.
+        ValueError: there is no such place, it may not be read, or the file is a link that leads out of the folder.
+        OSError: there is no room for a download.
+    """
+    place = str(place)
+    if os.path.isdir(place):
+        path = Path(place, subfolder or "", name)
+        if not path.is_file():
+            raise FileMissing(f"{place!r}: no {name} in it.")
+        refuse_link(path)
+        return path
+    if hub_id(place) is None:
+        raise ValueError(f"{place!r}: no such folder, and no id on the Hub ('owner/name').")
+    try:
+        return Path(hf_hub_download(place, name, subfolder=subfolder, **options))
+    except RepositoryNotFoundError as error:  # which the Hub also says of what one may not see
+        raise ValueError(
+            f"{place!r}: no such folder, and no such repository on the Hub. Check the name; if it is private or gated, "
+            f"log in with `hf auth login` or set HF_TOKEN."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise FileMissing(f"{place!r}: no such folder, and the Hub is not reached: {error}") from error
+    except EntryNotFoundError as error:
+        raise FileMissing(f"{place!r}: no {name} in that repository.") from error
+    except HfHubHTTPError as error:
+        raise ValueError(f"{place!r}: the Hub refuses: {' '.join(str(error).split())[:300]}") from error
 
 
 @dataclass(frozen=True)
@@ -80,3 +124,17 @@ def hub_id(name: Any) -> str | None:
     except HFValidationError:
         return None
     return name
+
+
+def check_whole(state: dict[str, torch.Tensor], adapter_name: str) -> None:
+    """Refuse to save an adapter whose weights other processes hold.
+
+    Raises: ValueError: a tensor of the adapter is empty.
+    """
+    for name, tensor in state.items():
+        if f".{adapter_name}." in f"{name}." and tensor.numel() == 0:
+            raise ValueError(
+                f"{name} is empty here: DeepSpeed ZeRO-3 shares weights out over the processes, and the adapter would "
+                f"be saved without it. Save with trainer.save_model(), or with model.save_pretrained(folder, "
+                f"state_dict=state), where state = accelerator.get_state_dict(engine) is called by all processes."
+            )

@@ -1,56 +1,52 @@
-"""Whether an adapter fits the model it is added to, and the file that it is filled from.
+"""Whether an adapter fits the model it is added to, the adapters there, and the file that it is filled from.
 
-Called by `model` while an adapter is added; changes nothing.
+`model` asks twice while it adds an adapter: `check_before` anything is changed, `check_after` the adapter is in place.
+Neither changes anything.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
-import torch
 import transformers
 from packaging.version import Version
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_longlora.adapter import trainable
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.count import without_count
-from peft_longlora.adapter.state import AdapterState
 from peft_longlora.architecture import rows_of
 from peft_longlora.rope import state as rotary
 
+RopeWish = dict[str, Any] | tuple[Any, ...] | None
 _WRAPPERS = re.compile(r"\.(original_module|modules_to_save|base_layer)(?=\.)")
 
 
-def check_place(model: nn.Module, adapter_name: str) -> None:
-    """Refuse a base that another model with an adapter is built on already: both would change its RoPE and attention.
+def check_before(
+    config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig], tied: list[str]
+) -> None:
+    """Refuse an adapter before the model is touched.
 
-    Raises: ValueError.
+    Args:
+        configs: of all adapters of the model by name, the new one's among them.
+        tied: names of the modules that share the embeddings' weight.
+
+    Raises: ValueError, NotImplementedError.
     """
-    if isinstance(model, PeftModel | BaseTuner):
-        raise ValueError(
-            f"{type(model).__name__} is a model with an adapter already. Give get_peft_model and PeftModel a base, "
-            f"such as model.unload(); for one more adapter on it, call model.add_adapter or model.load_adapter."
-        )
-    state, names = AdapterState.on(model), list(getattr(model, "peft_config", None) or ())
-    # transformers' add_adapter and load_adapter, and PEFT's inject_adapter_in_model, make a tuner for each adapter.
-    takes_more = state is None or not state.is_in_peft_model or getattr(model, "_hf_peft_config_loaded", False)
-    if state is not None and (adapter_name in names or not takes_more):
-        raise ValueError(
-            f"This model has a LongLoRA adapter {names[0]!r} already, in the PeftModel that was made of it before. "
-            f"Call unload() of that one first; for one more adapter on it, call its add_adapter or load_adapter."
-        )
+    config.refuse_second_use()
+    _check_base(config, model)
+    _check_loader(config)
+    if config.train_embeddings:
+        _check_tie(config, model, tied)
+    _check_others(config, model, configs)
 
 
-def check_base(config: LongLoraConfig, model: nn.Module) -> None:
-    """Refuse an adapter that was made for another base, by the sizes that its config names.
-
-    Raises: ValueError.
-    """
-    made_for = getattr(config, "_resolved_for", None)
+def _check_base(config: LongLoraConfig, model: nn.Module) -> None:
+    """Refuse an adapter that was made for another base, by the sizes that its config names."""
+    made_for = config.resolved_for
     if made_for not in (None, model.config.model_type):
         raise ValueError(
             f"This LongLoraConfig was filled in for {made_for}: its target_modules and modules_to_save are not those "
@@ -75,20 +71,15 @@ def check_base(config: LongLoraConfig, model: nn.Module) -> None:
         )
 
 
-def check_tie(config: LongLoraConfig, model: PreTrainedModel, tied: list[str]) -> None:
-    """Refuse embeddings that cannot be trained together with the output layer that they are, or were, tied to.
-
-    Args:
-        tied: names of the modules that share the embeddings' weight.
-
-    Raises: ValueError, NotImplementedError.
-    """
+def _check_tie(config: LongLoraConfig, model: PreTrainedModel, tied: list[str]) -> None:
+    """Refuse embeddings that cannot be trained together with the output layer that they are, or were, tied to."""
     if config.base_context_length is not None and config.ensure_weight_tying and not tied:
         raise ValueError(
             f"The adapter was trained on embeddings tied to the output layer, this model's are not tied. Load the base "
             f"that the adapter names ({config.base_model_name_or_path})."
         )
-    if targeted := [name for name in tied if check_target_module_exists(config, name)]:
+    targeted = [name for name in tied if config.target_modules and check_target_module_exists(config, name)]
+    if targeted:
         raise ValueError(
             f"target_modules={config.target_modules!r} puts LoRA on {targeted[0]}, which is tied to the embeddings, "
             f"and train_embeddings=True trains a copy of both. Leave {targeted[0]} out of target_modules, or set "
@@ -101,16 +92,9 @@ def check_tie(config: LongLoraConfig, model: PreTrainedModel, tied: list[str]) -
         )
 
 
-def check_loader(config: LongLoraConfig) -> None:
-    """Refuse what transformers' own loading (load_adapter, AutoModelForCausalLM) would leave at its first values.
-
-    Raises: NotImplementedError.
-    """
-    is_ours = (
-        config._file is not None
-        or config.base_context_length is None
-        or getattr(config, "_resolved_for", None) is not None
-    )
+def _check_loader(config: LongLoraConfig) -> None:
+    """Refuse what transformers' own loading (load_adapter, AutoModelForCausalLM) would leave at its first values."""
+    is_ours = config.file is not None or config.base_context_length is None or config.resolved_for is not None
     what = []
     if config.use_dora:  # as of 5.23, for stock LoRA too
         what.append("DoRA's magnitudes")
@@ -124,21 +108,52 @@ def check_loader(config: LongLoraConfig) -> None:
         )
 
 
-def check_whole(state: dict[str, torch.Tensor], adapter_name: str) -> None:
-    """Refuse to save an adapter whose weights other processes hold.
+def _check_others(config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig]) -> None:
+    """Refuse an adapter that wants another RoPE or attention than one that is there."""
+    new_name = next((name for name, each in configs.items() if each is config), "new")
+    for name, other in configs.items():
+        if other is config:
+            continue
+        wishes = {
+            "RoPE": [rope_of(each, model, configs) for each in (other, config)],
+            "attention": [attention_of(each, model) for each in (other, config)],
+        }
+        for what, (there, new) in wishes.items():
+            if there != new:
+                raise ValueError(
+                    f"Adapters {name!r} and {new_name!r} want different {what} of one model: {there} and {new}. A "
+                    f"model has one. Give both adapters the same settings, or load each on a model of its own."
+                )
 
-    Raises: ValueError: a tensor of the adapter is empty.
-    """
-    for name, tensor in state.items():
-        if f".{adapter_name}." in f"{name}." and tensor.numel() == 0:
-            raise ValueError(
-                f"{name} is empty here: DeepSpeed ZeRO-3 shares weights out over the processes, and the adapter would "
-                f"be saved without it. Save with trainer.save_model(), or with model.save_pretrained(folder, "
-                f"state_dict=state), where state = accelerator.get_state_dict(engine) is called by all processes."
-            )
+
+def rope_of(config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig]) -> RopeWish:
+    """What an adapter wants of RoPE, equal for two configs that mean the same; None: nothing."""
+    if config.applied_rope_parameters is not None:
+        return config.applied_rope_parameters
+    for other in configs.values():  # the same wish as one that was carried out already
+        if other.applied_rope_parameters is not None and _fields_of(other) == _fields_of(config):
+            return other.applied_rope_parameters
+    window = rotary.rope_of(model, scaled=False).window
+    if config.rope_parameters is None and (config.context_length or 0) <= window:
+        return None
+    return _fields_of(config)
 
 
-def check_file(
+def _fields_of(config: LongLoraConfig) -> tuple[Any, ...]:
+    return config.context_length, config.rope_type, config.rope_parameters
+
+
+def attention_of(config: LongLoraConfig, model: PreTrainedModel) -> dict[str, Any]:
+    """What an adapter wants of attention, as `configure_attention` takes it; equal for two that mean the same."""
+    return dict(
+        group_size=config.group_size_on(rotary.rope_of(model, scaled=False).window),
+        pattern=config.attention_pattern,
+        dense_layers=sorted(set(config.dense_layers or ())),
+        dense_every=config.dense_every or 0,
+    )
+
+
+def check_after(
     config: LongLoraConfig, wanted: dict[str, tuple[int, ...]], embeddings: dict[str, tuple[int, ...]]
 ) -> None:
     """Compare the tensors of an adapter just added (name: shape) with the file it will be filled from.
@@ -149,9 +164,9 @@ def check_file(
 
     Raises: ValueError: the file lacks a tensor, or holds one too many or of another shape.
     """
-    if config._file is None:
+    if config.file is None:
         return
-    found, path = without_count(config._file.shapes), config._file.path
+    found, path = without_count(config.file.shapes), config.file.path
     if missing := sorted(wanted.keys() - found.keys()):
         raise ValueError(
             f"{path} lacks {len(missing)} of the {len(wanted)} tensors that this model's adapter has, the first "

@@ -7,7 +7,8 @@ merged or removed.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from peft import PeftType
 from peft.tuners.lora import LoraModel
@@ -20,12 +21,11 @@ from torch import nn
 
 from peft_longlora.adapter import copies, count, fit, lowrank, precision, trainable
 from peft_longlora.adapter.config import LongLoraConfig
-from peft_longlora.adapter.state import AdapterState
-from peft_longlora.architecture import check_architecture
+from peft_longlora.adapter.files import check_whole
+from peft_longlora.adapter.state import AdapterState, check_place
+from peft_longlora.architecture import check_architecture, rows_of
 from peft_longlora.attention.configure import configure_attention
 from peft_longlora.attention.settings import AttentionState
-from peft_longlora.hub import push
-from peft_longlora.kernels.groups import group_size_of
 from peft_longlora.rope import scale as rope
 from peft_longlora.rope import state as rotary
 
@@ -40,12 +40,17 @@ class LongLoraModel(LoraModel):
             left as it was.
     """
 
+    on_made: ClassVar[Callable[[LongLoraModel], Callable[[], None] | None]] = lambda tuner: None
+    """Called when a tuner was made; what it returns is called when its `PeftModel` has it. `register` fills it in."""
+    _on_taken: Callable[[], None] | None = None
+
     # -- adding an adapter ---------------------------------------------------------------------------------------
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        fit.check_place(model, adapter_name)  # before PEFT forgets the config of the first
+        check_place(model, adapter_name)  # before PEFT forgets the config of the first
+        check_architecture(model)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-        push.push_our_card(self)
+        self._on_taken = self.on_made()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter, or leave the model as it was and say why not."""
@@ -68,7 +73,7 @@ class LongLoraModel(LoraModel):
         try:
             self._resolve(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            fit.check_file(config, self._shapes(adapter_name), fit.embedding_shapes(model))
+            fit.check_after(config, self._shapes(adapter_name), fit.embedding_shapes(model))
             copies.state_tied_sizes(model, adapter_name)
         except Exception:
             self._undo(adapter_name, before)
@@ -86,10 +91,8 @@ class LongLoraModel(LoraModel):
 
     def _resolve(self, config: LongLoraConfig, model: nn.Module) -> None:
         """Write into the config what its defaults mean for this architecture, before PEFT looks for ties."""
-        check_architecture(model)
-        config.refuse_second_use()
-        fit.check_base(config, model)
-        fit.check_loader(config)
+        tied = self._tied_names()
+        fit.check_before(config, model, self.peft_config, tied)
         if config.target_modules is None and not config.target_parameters:
             config.target_modules = set(trainable.find_projections(model))
         # PEFT renames expert weights for LORA only; the names mean the same here.
@@ -101,14 +104,12 @@ class LongLoraModel(LoraModel):
         names = list(config.modules_to_save or ())
         if config.train_embeddings:
             names += trainable.find_embeddings(model)
-            config.vocab_size = fit.rows_of(model.get_input_embeddings())
-            tied = self._tied_names()
-            fit.check_tie(config, model, tied)
+            config.vocab_size = rows_of(model.get_input_embeddings())
             config.ensure_weight_tying = config.ensure_weight_tying or bool(tied)
         if config.train_norms:
             names += trainable.find_norms(model)
         config.modules_to_save = list(dict.fromkeys(names)) or None
-        config._resolved_for = model.config.model_type
+        config.resolved_for = model.config.model_type
 
     def _check_tied_modules(self, model: nn.Module, peft_config: LongLoraConfig) -> None:
         tied = self._tied_names()
@@ -123,42 +124,6 @@ class LongLoraModel(LoraModel):
         if copies.are_both_of_one_weight(self.model):  # which PEFT does not see once they are in its wrappers
             return [name for name, _ in trainable.find_module(self.model, self.model.get_output_embeddings())]
         return self._get_module_names_tied_with_embedding()
-
-    def _check_new_adapter_config(self, config: LongLoraConfig) -> None:
-        super()._check_new_adapter_config(config)
-        for name, other in self.peft_config.items():
-            if other is config:
-                continue
-            new_name = next((n for n, c in self.peft_config.items() if c is config), "new")
-            for what, of in (("RoPE", self._rope_key), ("attention", self._attention_key)):
-                if of(config) != of(other):
-                    raise ValueError(
-                        f"Adapters {name!r} and {new_name!r} want different {what} of one model: {of(other)} and "
-                        f"{of(config)}. A model has one. Give both adapters the same settings, or load each on a "
-                        f"model of its own."
-                    )
-
-    def _rope_key(self, config: LongLoraConfig) -> Any:
-        """What an adapter wants of RoPE, equal for two configs that mean the same."""
-        if config.applied_rope_parameters is not None:
-            return config.applied_rope_parameters
-        for other in self.peft_config.values():  # the same wish as one that was carried out already
-            if other.applied_rope_parameters is not None and _rope_fields(other) == _rope_fields(config):
-                return other.applied_rope_parameters
-        window = rotary.rope_of(self.model, scaled=False).window
-        if config.rope_parameters is None and (config.context_length or 0) <= window:
-            return None
-        return _rope_fields(config)
-
-    def _attention_key(self, config: LongLoraConfig) -> dict[str, Any]:
-        """What an adapter wants of attention, equal for two configs that mean the same."""
-        window = config.context_length or rotary.rope_of(self.model, scaled=False).window
-        return dict(
-            group_size=group_size_of(config.group_size, config.group_size_ratio, window),
-            pattern=config.attention_pattern,
-            dense_layers=sorted(set(config.dense_layers or ())),
-            dense_every=config.dense_every or 0,
-        )
 
     def _prepare_model(self, peft_config: LongLoraConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
@@ -178,7 +143,7 @@ class LongLoraModel(LoraModel):
         else:  # a second adapter, which `_check_new_adapter_config` found to want the same
             others = (c.applied_rope_parameters for c in self.peft_config.values() if c is not peft_config)
             applied = next(others, peft_config.applied_rope_parameters)  # one config may serve both (DPO's reference)
-        settings = configure_attention(model, **self._attention_key(peft_config))
+        settings = configure_attention(model, **fit.attention_of(peft_config, model))
         peft_config.applied_rope_parameters = applied
         peft_config.applied_group_size = settings.group_size
         window = rotary.rope_of(model, scaled=True).window
@@ -186,6 +151,7 @@ class LongLoraModel(LoraModel):
         peft_config.applied_context_length = min(window, peft_config.context_length or window) if applied else window
         peft_config.base_context_length = rotary.rope_of(model, scaled=False).window
         model.add_model_tags(["longlora"])
+        peft_config.model_tags = model.model_tags
 
     def _shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
         """Names, as they are in files, and shapes of the tensors of an adapter."""
@@ -195,6 +161,11 @@ class LongLoraModel(LoraModel):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """What PEFT does to LoRA's weights, float32 for the optimiser, done to embeddings and norms as well."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if (state := AdapterState.on(self.model)) is not None:
+            state.is_in_peft_model = True  # nobody else calls this
+        if self._on_taken is not None:
+            self._on_taken()
+            self._on_taken = None
         if autocast_adapter_dtype:
             precision.keep_in_float32(copies.of(self.model, adapter_name))
 
@@ -211,7 +182,7 @@ class LongLoraModel(LoraModel):
 
     @classmethod
     def _get_adapter_state_dict(cls, *, adapter_name: str, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        fit.check_whole(state_dict, adapter_name)
+        check_whole(state_dict, adapter_name)
         state = super()._get_adapter_state_dict(adapter_name=adapter_name, state_dict=state_dict, **kwargs)
         count.add_count(state, kwargs["model"])
         return state
@@ -307,7 +278,3 @@ class LongLoraModel(LoraModel):
         copies.drop(self.model)
         self._unload_and_optionally_merge(merge=False)
         before.end()
-
-
-def _rope_fields(config: LongLoraConfig) -> tuple[Any, ...]:
-    return config.context_length, config.rope_type, config.rope_parameters

@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from peft_longlora.architecture import find_attention_modules, follow
 from peft_longlora.attention.settings import AttentionState, settings_of
@@ -77,3 +79,30 @@ class AdapterState:
         self.attention.put_on(self.model)
         if hasattr(self.model, _STATE):
             delattr(self.model, _STATE)
+
+
+def check_place(model: nn.Module, adapter_name: str) -> None:
+    """Refuse what is no model of transformers, and a base that another model with an adapter is built on already.
+
+    Both would change its RoPE and attention.
+
+    Raises: ValueError, NotImplementedError.
+    """
+    if isinstance(model, PeftModel | BaseTuner):
+        raise ValueError(
+            f"{type(model).__name__} is a model with an adapter already. Give get_peft_model and PeftModel a base, "
+            f"such as model.unload(); for one more adapter on it, call model.add_adapter or model.load_adapter."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise NotImplementedError(
+            f"{type(model).__name__} is no model of transformers, so there is no RoPE to rescale and no attention to "
+            f"replace. Give one, such as AutoModelForCausalLM.from_pretrained returns, or use peft's LoraConfig."
+        )
+    state, names = AdapterState.on(model), list(getattr(model, "peft_config", None) or ())
+    # transformers' add_adapter and load_adapter, and PEFT's inject_adapter_in_model, make a tuner for each adapter.
+    takes_more = state is None or not state.is_in_peft_model or getattr(model, "_hf_peft_config_loaded", False)
+    if state is not None and (adapter_name in names or not takes_more):
+        raise ValueError(
+            f"This model has a LongLoRA adapter {names[0]!r} already, in the PeftModel that was made of it before. "
+            f"Call unload() of that one first; for one more adapter on it, call its add_adapter or load_adapter."
+        )

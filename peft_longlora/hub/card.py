@@ -1,18 +1,18 @@
-"""An adapter's model card: what its README.md says, and how a text that is there already is treated.
+"""An adapter's model card: what its README.md says. A text that is there already is the business of `readme`.
 
-`LongLoraConfig.save_pretrained` calls `write_card`, so every way of saving an adapter leaves a card; `hub` brings it
-to the Hub. The text itself is one template, templates/adapter_card.md.
+Every save of a `LongLoraConfig` calls `write_cards_of_save` (see `register`), so every way of saving an adapter leaves
+a card; `push` brings it to the Hub. The text itself is one template, templates/adapter_card.md.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import yaml
@@ -20,24 +20,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import hub_id
+from peft_longlora.hub.markdown import cell, code, literal
+from peft_longlora.hub.readme import README, is_free, read_readme, with_our_part, write_readme
 from peft_longlora.hub.results import Row, copy_results, read_results
-from peft_longlora.kernels.groups import group_size_of
-
-if TYPE_CHECKING:
-    from peft_longlora.adapter.config import LongLoraConfig
 
 TEMPLATE = Path(__file__).parent / "templates" / "adapter_card.md"
-README = "README.md"
-BEGIN = "<!-- peft-longlora: this part is written anew at every save; what stands outside of it is kept -->"
-END = "<!-- peft-longlora: end -->"
-# Written by libraries into a README that nobody has touched: lines of theirs that vary.
-_LIBRARY_LINE = re.compile(
-    r"- PEFT \S+|### Framework versions|## Training procedure|The following `bitsandbytes` quantization config .*"
-    r"|- (_?load_in_|quant_method|llm_int8_|bnb_4bit_)\w*: .*|This is the model card of a \S+ transformers model .*"
-)
-_TRL_HEADINGS = {"Quick start", "Training procedure", "Framework versions", "Citations"}
-
 logger = logging.get_logger(__name__)
 
 
@@ -53,6 +42,8 @@ class CardOptions:
         tags: more tags than the card's own.
         results: a folder whose results.json and plots are put beside the adapter at every save.
         base_license: the base's licence, for where neither `license` nor the README there names one.
+        adapter: what the card's code loads, the id of a repository. None: the folder that the card lies in.
+        subfolder: of that repository, where the adapter lies in one.
     """
 
     template: str | Path | None = None
@@ -62,16 +53,16 @@ class CardOptions:
     tags: tuple[str, ...] = ()
     results: str | Path | None = None
     base_license: str | None = None
+    adapter: str | None = None
+    subfolder: str | None = None
 
     @classmethod
     def of(cls, config: LongLoraConfig) -> CardOptions:
         """The options that were set for an adapter, or none."""
-        return getattr(config, "_card", None) or cls()
+        return config.card or cls()
 
 
-def write_card(
-    config: LongLoraConfig, folder: str | os.PathLike, adapter: str | None = None, subfolder: str | None = None
-) -> Path:
+def write_card(config: LongLoraConfig, folder: str | os.PathLike, subfolder: str | None = None) -> Path:
     """Write or update README.md in an adapter's folder.
 
     A README of somebody's own keeps its text and gets our metadata, as PEFT does it. One that a library drafted is
@@ -80,32 +71,26 @@ def write_card(
     Args:
         config: of the adapter.
         folder: of the adapter; a results.json and plots (*.png) that lie there are shown.
-        adapter: what the card loads, the id of a repository. None: the folder.
-        subfolder: of that repository, where the adapter lies in one.
+        subfolder: of the folder, where the adapter itself lies in one.
 
     Raises:
-        ValueError: the template, the README's metadata or results.json cannot be read.
+        ValueError: the template, the README or results.json cannot be read.
     """
     folder = Path(folder)
     path = folder / README
-    if source := CardOptions.of(config).results:
-        copy_results(Path(source), folder)
+    options = CardOptions.of(config)
+    if options.results:
+        copy_results(Path(options.results), folder)
     results, plots = read_results(folder)
-    old = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
+    place, subfolder = options.adapter or str(folder), options.subfolder or subfolder
     try:
-        card = make_card(config, adapter or str(folder), results, plots, old=old, subfolder=subfolder)
+        card = make_card(config, place, results, plots, old=read_readme(path), subfolder=subfolder)
     except yaml.YAMLError as error:
         raise ValueError(
             f"The metadata at the top of {path} cannot be read: {' '.join(str(error).split())}. Correct it, or delete "
             f"the file."
         ) from error
-    # In one step, so that a full disk leaves the old card, and never through a link into somebody's cache.
-    draft = folder / f".{README}.{os.getpid()}"
-    try:
-        draft.write_text(str(card), encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_readme(path, str(card))
     return path
 
 
@@ -121,19 +106,15 @@ def write_cards_of_save(config: LongLoraConfig, folder: str | os.PathLike) -> No
     """
     folder = Path(folder)
     try_card(config, folder)
-    if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
-        path = folder.parent / README
-        if not path.is_file() or is_draft(
-            ModelCard(path.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True).text
-        ):
-            try_card(config, folder.parent)
+    if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name) and is_free(folder.parent / README):
+        try_card(config, folder.parent)
 
 
-def try_card(config: LongLoraConfig, folder: str | os.PathLike, *where: str | None) -> None:
+def try_card(config: LongLoraConfig, folder: str | os.PathLike, subfolder: str | None = None) -> None:
     """`write_card`, for where hours of training should not end in a README."""
     try:
-        write_card(config, folder, *where)
-    except ValueError as error:
+        write_card(config, folder, subfolder)
+    except (OSError, ValueError) as error:
         logger.warning_once(f"The adapter in {folder} is saved, but has no new card. {error}")
 
 
@@ -171,7 +152,7 @@ def make_card(
     base = hub_id(config.base_model_name_or_path)
     name = Path(adapter).name or "adapter"
     tags = {tag for tag in kept.get("tags") or () if not tag.startswith("base_model:adapter:")}
-    tags |= {"longlora", "lora", "peft", "transformers", *options.tags}
+    tags |= {"longlora", "lora", "peft", "transformers", *options.tags, *(config.model_tags or ())}
     data = {
         **kept,
         "library_name": "peft",
@@ -190,7 +171,7 @@ def make_card(
     datasets = data.get("datasets") or []
     variables = {
         **_variables(config, adapter, base, name),
-        "subfolder_literal": json.dumps(subfolder) if subfolder else None,
+        "subfolder_literal": literal(subfolder) if subfolder else None,
         "license": data.get("license"),
         "datasets": [datasets] if isinstance(datasets, str) else datasets,
         "results": results or [],
@@ -198,16 +179,10 @@ def make_card(
         **(extra or {}),
     }
     card = _render(ModelCardData(**data), options.template, variables)
-    text = f"{BEGIN}\n{card.text.strip()}\n{END}"
-    start, end = before.text.find(BEGIN), before.text.find(END)
-    if 0 <= start < end:
-        card.text = before.text[:start] + text + before.text[end + len(END) :]
-    elif is_draft(before.text):
-        card.text = f"\n{text}\n"
-    else:
+    text = with_our_part(before.text, card.text)
+    if text is None:
         logger.warning(f"The README of {adapter} is not peft-longlora's. Its text stays; its metadata is up to date.")
-        card.text = before.text
-    card.text = card.text.rstrip() + "\n"
+    card.text = (before.text if text is None else text).rstrip() + "\n"
     return card
 
 
@@ -228,17 +203,6 @@ def _render(data: ModelCardData, template: str | Path | None, variables: dict[st
     return card
 
 
-def is_draft(text: str) -> bool:
-    """Whether a README's text is what a library wrote, with nothing of a person's own in it."""
-    if not text.strip() or ("model card has been generated automatically" in text and "remove this comment" in text):
-        return True
-    if "It has been trained using [TRL]" in text:
-        return {line.lstrip("# ") for line in text.splitlines() if line.startswith("##")} <= _TRL_HEADINGS
-    empty = {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()}
-    lines = (line.strip() for line in text.splitlines())
-    return all(line in empty or _LIBRARY_LINE.fullmatch(line) for line in lines)
-
-
 def _variables(config: LongLoraConfig, adapter: str, base: str | None, name: str) -> dict[str, Any]:
     """What a template can use besides the metadata. Text from a config reaches Python code as a literal only."""
     window = config.applied_context_length or config.context_length or config.base_context_length
@@ -247,16 +211,18 @@ def _variables(config: LongLoraConfig, adapter: str, base: str | None, name: str
     return {
         "config": config,
         "name": name,
-        "adapter_literal": json.dumps(adapter),
+        "adapter_literal": literal(adapter),
         "base_model": base,
-        "base_literal": json.dumps(base),
+        "base_literal": literal(base),
         "base_window": config.base_context_length,
         "window": window,
         "is_extended": bool(window and config.base_context_length and window > config.base_context_length),
-        "rope_json": json.dumps(rope, sort_keys=True) if rope else None,
+        "rope_json": literal(rope) if rope else None,
         "pattern_text": _pattern_text(config, window),
-        "targets": ", ".join(f"`{m}`" for m in sorted(modules)) if isinstance(modules, (set, list)) else f"`{modules}`",
-        "modules_to_save": ", ".join(f"`{m}`" for m in config.modules_to_save or ()),
+        "targets": ", ".join(map(code, sorted(modules) if isinstance(modules, set | list) else [modules])),
+        "modules_to_save": ", ".join(map(code, config.modules_to_save or ())),
+        "cell": cell,
+        "code": code,
         "versions": _versions(config),
     }
 
@@ -266,7 +232,7 @@ def _pattern_text(config: LongLoraConfig, window: int | None) -> str:
         return "`full`: dense"
     size = config.applied_group_size or config.group_size
     if size is None and window:  # an adapter of before it was recorded
-        size = group_size_of(None, config.group_size_ratio, config.context_length or window)
+        size = config.group_size_on(window)
     shift = ", half the heads shifted by half a group" if config.attention_pattern == "s2" else ", no shift"
     groups = f"groups of {size:,} tokens" if size else f"groups of {config.group_size_ratio} of the window"
     dense = f"; dense in layers {', '.join(map(str, config.dense_layers))}" if config.dense_layers else ""
@@ -281,3 +247,8 @@ def _versions(config: LongLoraConfig) -> list[str]:
         except PackageNotFoundError:  # used from a source tree
             continue
     return lines
+
+
+def as_list(value: str | Iterable[str] | None) -> list[str] | None:
+    """One text or several, as a list; None if there is none."""
+    return [value] if isinstance(value, str) else list(value) if value else None

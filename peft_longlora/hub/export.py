@@ -22,7 +22,9 @@ from transformers.utils import logging
 
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.count import without_count
-from peft_longlora.hub.card import README, CardOptions, make_card
+from peft_longlora.hub.card import CardOptions, make_card
+from peft_longlora.hub.markdown import literal, one_line
+from peft_longlora.hub.readme import README
 
 LORA_TEMPLATE = Path(__file__).parent / "templates" / "lora_card.md"
 PREFIX = "base_model.model."
@@ -112,20 +114,20 @@ def _write_lora_card(
         "rope_parameters": text_config.rope_parameters,
         "max_position_embeddings": text_config.max_position_embeddings,
     }
-    base = str(config.base_model_name_or_path)
+    base = one_line(config.base_model_name_or_path)
     rank = max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
     config = copy.copy(config)
-    config._card = CardOptions(template=LORA_TEMPLATE)
+    config.card = CardOptions(template=LORA_TEMPLATE)
     extra: dict[str, Any] = {
         "folded": str(fold_into) if fold_into is not None else None,
         "overrides_shell": shlex.quote(json.dumps(overrides, sort_keys=True)),
         "not_in_vllm": _not_in_vllm(config, rank),
         "vllm_rank": next((allowed for allowed in VLLM_RANKS if allowed >= rank), None),
         "overrides_literal": repr(overrides),
-        "base_literal": json.dumps(base),
+        "base_literal": literal(base),
         "base_shell": shlex.quote(base),
-        "name_shell": shlex.quote(folder.name),
-        "adapter_shell": shlex.quote(str(folder)),
+        "name_shell": shlex.quote(one_line(folder.name)),
+        "adapter_shell": shlex.quote(one_line(folder)),
     }
     (folder / README).write_text(str(make_card(config, str(folder), extra=extra)), encoding="utf-8")
 

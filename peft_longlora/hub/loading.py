@@ -1,4 +1,7 @@
-"""A base, its tokenizer and an adapter on it, loaded loudly. Called by the evaluation and by `longlora chat`."""
+"""A base, its tokenizer and an adapter on it, loaded loudly. Called by the evaluation and by `longlora chat`.
+
+Messages speak of arguments, as `model='me/base'`; the command line puts its options in their place.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_longlora.adapter.files import hub_id, read_json, refuse_link
+from peft_longlora.adapter.files import find, read_json
 from peft_longlora.architecture import rows_of
 from peft_longlora.rope.parameters import check_rope, window_of
 from peft_longlora.rope.scale import scale_rope
@@ -155,7 +151,7 @@ def _load(factory: Any, name: str, what: str, **options: Any) -> Any:
 
 
 def _add_adapter(base: PreTrainedModel, adapter: str, model: str, notes: list[str]) -> PeftModel:
-    _find_adapter(adapter)
+    _check_adapter(adapter)
     try:
         named = PeftConfig.from_pretrained(adapter).base_model_name_or_path
         loaded = PeftModel.from_pretrained(base, adapter)
@@ -167,35 +163,16 @@ def _add_adapter(base: PreTrainedModel, adapter: str, model: str, notes: list[st
     return loaded
 
 
-def _find_adapter(adapter: str) -> None:
+def _check_adapter(adapter: str) -> None:
     """Say what is wrong with an adapter's place, for which PEFT has one sentence: that it finds no config."""
-    folder = Path(adapter)
-    if folder.exists():
-        if not (folder / CONFIG_NAME).is_file():
-            raise ValueError(f"adapter={adapter!r}: no {CONFIG_NAME} in it, so it is no adapter.")
-        names = [SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME]
-        if not any((folder / name).is_file() for name in names):
-            raise ValueError(f"adapter={adapter!r}: no {names[0]} in it. Copy it there, or save the adapter again.")
-        path: str | Path = folder / CONFIG_NAME
-        refuse_link(Path(path))
-    elif hub_id(adapter) is None:
-        raise ValueError(f"adapter={adapter!r}: no such folder, and no id on the Hub ('owner/name').")
-    else:
-        try:
-            path = hf_hub_download(adapter, CONFIG_NAME)
-        except RepositoryNotFoundError as error:  # which the Hub also says of what one may not see
-            raise ValueError(
-                f"adapter={adapter!r}: no such folder, and no such repository on the Hub. Check the name; if it is "
-                f"private or gated, log in with `hf auth login` or set HF_TOKEN."
-            ) from error
-        except LocalEntryNotFoundError as error:
-            raise ValueError(f"adapter={adapter!r}: no such folder, and the Hub is not reached: {error}") from error
-        except EntryNotFoundError as error:
-            raise ValueError(f"adapter={adapter!r}: no {CONFIG_NAME} in that repository; it is no adapter.") from error
-        except (HfHubHTTPError, OSError) as error:
-            raise ValueError(f"adapter={adapter!r}: the Hub refuses: {' '.join(str(error).split())[:300]}") from error
     try:
-        config = read_json(Path(path))
+        path = find(adapter, CONFIG_NAME)
+        if Path(adapter).is_dir() and not Path(adapter, WEIGHTS_NAME).is_file():
+            find(adapter, SAFETENSORS_WEIGHTS_NAME)
+    except ValueError as error:  # begins with the place
+        raise ValueError(f"adapter={error}") from error
+    try:
+        config = read_json(path)
     except ValueError as error:
         raise ValueError(f"adapter={adapter!r}: {error}") from error
     if "peft_type" not in config:

@@ -9,13 +9,12 @@ import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from transformers.utils import logging
 
 from peft_longlora.adapter.config import LongLoraConfig
-from peft_longlora.adapter.files import hub_id, read_json, refuse_link
+from peft_longlora.adapter.files import FileMissing, find, hub_id, read_json
 from peft_longlora.hub.export import PREFIX
 
 WEIGHTS, TRAINABLE = "adapter_model.bin", "trainable_params.bin"
@@ -108,19 +107,15 @@ def convert_original_adapter(
 
 def _original_files(label: str, revision: str | None, token: bool | str | None) -> Path:
     """The folder with an original adapter's files, downloaded if need be."""
-    source, wanted = Path(label), [CONFIG_NAME, WEIGHTS, TRAINABLE]
-    if not source.is_dir():
-        if hub_id(label) is None:
-            raise ValueError(f"{label}: no such folder here, and no id of a repository on the Hub ('owner/name').")
-        source = Path(snapshot_download(label, allow_patterns=wanted, revision=revision, token=token))
-    if missing := [name for name in wanted if not (source / name).is_file()]:
+    options = {} if os.path.isdir(label) else {"revision": revision, "token": token}
+    try:
+        paths = [find(label, name, **options) for name in (CONFIG_NAME, WEIGHTS, TRAINABLE)]
+    except FileMissing as error:
         raise ValueError(
-            f"{label} lacks {', '.join(missing)}, so it is no adapter of the original LongLoRA project. (Those whose "
-            f"names end in -ft are whole models: load them as they are.)"
-        )
-    for name in wanted:
-        refuse_link(source / name)
-    return source
+            f"{error} So it is no adapter of the original LongLoRA project. (Those whose names end in -ft are whole "
+            f"models: load them as they are.)"
+        ) from error
+    return paths[0].parent
 
 
 def _factor(label: str, factor: float | None, context_length: int | None, base_context_length: int) -> float:

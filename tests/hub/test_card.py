@@ -11,13 +11,15 @@ import pytest
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import peft_longlora
+import peft_longlora.hub.card
 from peft_longlora import LongLoraConfig
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import settings_of
-from peft_longlora.hub.card import BEGIN, END, TEMPLATE, is_draft, make_card, write_card
+from peft_longlora.hub.card import TEMPLATE, make_card, write_card
+from peft_longlora.hub.readme import BEGIN, END, is_draft
 from peft_longlora.hub.trainers import use_longlora_card
 from tests.helpers.configs import tiny_llama_config
 from tests.helpers.releases import own_adapters
@@ -368,3 +370,44 @@ def test_a_checkpoint_brings_a_card_to_the_folder_that_a_trainer_pushes(adapted,
     assert f'adapter = "{tmp_path}/run"' in (tmp_path / "run" / "README.md").read_text()
     assert mine.read_text() == "# Mine\n\nI wrote this.\n"
     assert not (tmp_path / "other" / "README.md").exists()
+
+
+@pytest.fixture
+def written(monkeypatch) -> list:
+    """The READMEs that were written, in order."""
+    paths, write = [], peft_longlora.hub.card.write_readme
+    monkeypatch.setattr(
+        peft_longlora.hub.card, "write_readme", lambda path, text: (paths.append(path), write(path, text))
+    )
+    return paths
+
+
+def test_a_save_writes_each_card_once(adapted, tmp_path, written):
+    adapted.save_pretrained(tmp_path)
+    assert written == [tmp_path / "README.md"]
+    adapted.add_adapter("second", LongLoraConfig(r=3, context_length=256))
+    written.clear()
+    adapted.save_pretrained(tmp_path)
+    assert written == [tmp_path / "README.md", tmp_path / "second" / "README.md"]
+
+
+def test_adapters_in_folders_of_their_own_have_one_card_above(llama, tmp_path, written):
+    model = get_peft_model(llama, LongLoraConfig(r=2, context_length=256), "first")
+    model.save_pretrained(tmp_path)
+    assert written == [tmp_path / "README.md", tmp_path / "first" / "README.md"]
+    assert 'subfolder="first"' in (tmp_path / "README.md").read_text()
+
+
+def test_a_trainers_checkpoint_writes_its_card_and_the_one_above_once(adapted, tmp_path, written):
+    rows = [{"input_ids": row, "labels": row} for row in torch.arange(3, 63).view(2, 30)]
+    args = TrainingArguments(
+        tmp_path, max_steps=2, save_steps=2, per_device_train_batch_size=1, report_to="none", use_cpu=True
+    )
+    Trainer(adapted, args, train_dataset=rows).train()
+    assert written == [tmp_path / "checkpoint-2" / "README.md", tmp_path / "README.md"]
+
+
+def test_tags_of_the_base_reach_the_card(adapted, tmp_path):
+    adapted.get_base_model().add_model_tags(["law"])
+    assert {"law", "longlora"} <= set(ModelCard(save(adapted, tmp_path)).data.tags)
+    assert "law" not in (tmp_path / "adapter_config.json").read_text()

@@ -195,7 +195,7 @@ def test_what_is_missing_is_said(original, tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such folder here, and no id of a repository"):
         convert_original_adapter(tmp_path / "nowhere", tmp_path / "ours")
     (folder / "trainable_params.bin").unlink()
-    with pytest.raises(ValueError, match=r"lacks trainable_params.bin, so it is no adapter of the original"):
+    with pytest.raises(ValueError, match=r"no trainable_params.bin in it. So it is no adapter of the original"):
         convert_original_adapter(folder, tmp_path / "ours", context_length=2048, **TINY)
 
 

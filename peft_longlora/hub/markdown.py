@@ -1,0 +1,30 @@
+"""Text of files and of other people, put into Markdown so that it stays text. Called by `card` and `export`."""
+
+from __future__ import annotations
+
+import html
+import json
+from typing import Any
+
+
+def one_line(value: Any) -> str:
+    """A value as one line, without control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+
+
+def cell(value: Any) -> str:
+    """A value as text of a heading, a list or a table: no HTML, and no end of the cell.
+
+    Example: "a|b <i>" -> "a\\|b &lt;i&gt;".
+    """
+    return html.escape(one_line(value), quote=False).replace("|", "\\|").replace("`", "\\`")
+
+
+def code(value: Any) -> str:
+    """A value as inline code, which knows no escapes: backticks become quotation marks."""
+    return f"`{one_line(value).replace('`', chr(39)).replace('<!--', '< !--').replace('|', chr(92) + '|')}`"
+
+
+def literal(value: Any) -> str:
+    """A value as JSON, whose text is a literal of Python too; no tag and no comment of HTML is seen in it."""
+    return json.dumps(value, sort_keys=True).replace("<", "\\u003c")

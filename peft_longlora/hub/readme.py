@@ -1,0 +1,76 @@
+"""The README.md that stands in an adapter's folder already: whose it is, and how our part gets into it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+README = "README.md"
+BEGIN = "<!-- peft-longlora: this part is written anew at every save; what stands outside of it is kept -->"
+END = "<!-- peft-longlora: end -->"
+_OUR_PART = re.compile(rf"^{re.escape(BEGIN)}$.*?^{re.escape(END)}$", re.DOTALL | re.MULTILINE)
+_TRAINERS_DRAFT = "generated automatically according to the information the Trainer had"
+# Written by libraries into a README that nobody has touched: lines of theirs that vary.
+_LIBRARY_LINE = re.compile(
+    r"- PEFT \S+|### Framework versions|## Training procedure|The following `bitsandbytes` quantization config .*"
+    r"|- (_?load_in_|quant_method|llm_int8_|bnb_4bit_)\w*: .*|This is the model card of a \S+ transformers model .*"
+)
+_TRL_HEADINGS = {"Quick start", "Training procedure", "Framework versions", "Citations"}
+
+
+def read_readme(path: Path) -> str:
+    """The text of a README, empty if there is none.
+
+    Raises: ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig") if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Convert it.") from error
+
+
+def write_readme(path: Path, text: str) -> None:
+    """Write a README in one step, so that a full disk leaves the old one, and never through a link into a cache."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def with_our_part(text: str, part: str) -> str | None:
+    """A README's text with our part in place of the one before; None: it is a person's, without a part of ours."""
+    part = f"{BEGIN}\n{part.strip()}\n{END}"
+    if found := _OUR_PART.search(text):
+        return text[: found.start()] + part + text[found.end() :]
+    return f"\n{part}\n" if is_draft(text) else None
+
+
+def is_draft(text: str) -> bool:
+    """Whether a README's text is what a library wrote, with nothing of a person's own in it."""
+    if not text.strip() or ("model card has been generated automatically" in text and "remove this comment" in text):
+        return True
+    if "It has been trained using [TRL]" in text:
+        return {line.lstrip("# ") for line in text.splitlines() if line.startswith("##")} <= _TRL_HEADINGS
+    empty = {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()}
+    lines = (line.strip() for line in text.splitlines())
+    return all(line in empty or _LIBRARY_LINE.fullmatch(line) for line in lines)
+
+
+def is_free(path: Path) -> bool:
+    """Whether no README stands there, or one that a library drafted. One that cannot be read is a person's."""
+    if not path.exists():
+        return True
+    try:
+        return is_draft(ModelCard(read_readme(path), ignore_metadata_errors=True).text)
+    except (OSError, ValueError):
+        return False
+
+
+def is_trainers_draft(path: Path) -> bool:
+    """Whether transformers' Trainer has drafted the README a moment ago."""
+    return path.is_file() and _TRAINERS_DRAFT in path.read_text(encoding="utf-8", errors="replace")

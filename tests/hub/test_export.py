@@ -192,7 +192,7 @@ def test_what_is_missing_is_said(original, tmp_path):
         convert_original_adapter(folder, tmp_path / "ours", **TINY)
     with pytest.raises(ValueError, match="context_length=256 is not above the base's window of 512"):
         convert_original_adapter(folder, tmp_path / "ours", context_length=256, **TINY)
-    with pytest.raises(ValueError, match="nowhere: no such folder here, and no id of a repository"):
+    with pytest.raises(ValueError, match="nowhere': no such folder, and no id on the Hub"):
         convert_original_adapter(tmp_path / "nowhere", tmp_path / "ours")
     (folder / "trainable_params.bin").unlink()
     with pytest.raises(ValueError, match=r"no trainable_params.bin in it. So it is no adapter of the original"):

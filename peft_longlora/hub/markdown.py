@@ -26,5 +26,5 @@ def code(value: Any) -> str:
 
 
 def literal(value: Any) -> str:
-    """A value as JSON, whose text is a literal of Python too; no tag and no comment of HTML is seen in it."""
-    return json.dumps(value, sort_keys=True).replace("<", "\\u003c")
+    """A value as JSON, whose text is a literal of Python too; nothing in it looks like HTML or ends a block of code."""
+    return json.dumps(value, sort_keys=True).replace("<", "\\u003c").replace("`", "\\u0060")

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 README = "README.md"
@@ -67,7 +68,7 @@ def is_free(path: Path) -> bool:
         return True
     try:
         return is_draft(ModelCard(read_readme(path), ignore_metadata_errors=True).text)
-    except (OSError, ValueError):
+    except (OSError, ValueError, yaml.YAMLError):
         return False
 
 

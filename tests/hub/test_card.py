@@ -1,6 +1,7 @@
 """The card that every save leaves: what it says, that it runs, and what it does to a README that is there."""
 
 import ast
+import copy
 import json
 import logging
 import re
@@ -18,7 +19,7 @@ import peft_longlora.hub.card
 from peft_longlora import LongLoraConfig
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import settings_of
-from peft_longlora.hub.card import TEMPLATE, make_card, write_card
+from peft_longlora.hub.card import TEMPLATE, CardOptions, make_card, write_card
 from peft_longlora.hub.readme import BEGIN, END, is_draft
 from peft_longlora.hub.trainers import use_longlora_card
 from tests.helpers.configs import tiny_llama_config
@@ -411,3 +412,49 @@ def test_tags_of_the_base_reach_the_card(adapted, tmp_path):
     adapted.get_base_model().add_model_tags(["law"])
     assert {"law", "longlora"} <= set(ModelCard(save(adapted, tmp_path)).data.tags)
     assert "law" not in (tmp_path / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("above", [False, True])
+@pytest.mark.parametrize(
+    "raw", ["R\xe9sum\xe9".encode("latin-1"), b"---\na: [1\n---\nmine\n", b"---\n- a\n---\nmine\n"]
+)
+def test_a_readme_that_cannot_be_read_stops_no_save(adapted, tmp_path, raw, above):
+    (tmp_path / "README.md").write_bytes(raw)
+    folder = tmp_path / "checkpoint-100" if above else tmp_path
+    adapted.save_pretrained(folder)
+    assert (folder / "adapter_model.safetensors").is_file() and (folder / "adapter_config.json").is_file()
+    assert (tmp_path / "README.md").read_bytes() == raw, "it is a person's"
+    assert not above or BEGIN in (folder / "README.md").read_text()
+
+
+ODD = [
+    "a|b",
+    "task\n\n# Injected\n",
+    "<img src=x onerror=alert(1)>",
+    END,
+    "```\n# Injected",
+    "a\x1b[31mred\u202eder",
+    "`x`",
+]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_text_of_others_stays_text(adapted, tmp_path, odd):
+    """In results, data sets, the folder's name and the config, whoever wrote them."""
+    folder = tmp_path / odd.replace("/", "")
+    folder.mkdir()
+    row = {"task": odd, "dataset": odd, "metric": odd, "protocol": odd, "variant": odd, "value": 1.0}
+    (folder / "results.json").write_text(json.dumps({"results": [row]}))
+    config = copy.deepcopy(adapted.peft_config["default"])
+    config.target_modules, config.modules_to_save, config.lora_alpha, config.peft_version = {odd}, [odd], odd, odd
+    config.applied_rope_parameters = {**config.applied_rope_parameters, "note": odd}
+    config.card = CardOptions(datasets=[odd], license=odd)
+    text = write_card(config, folder).read_text()
+    body = ModelCard(text).text
+    assert "# Injected" not in body.splitlines() and "<img" not in body and "\x1b" not in body and "\u202e" not in body
+    assert body.count(BEGIN) == body.count(END) == 1 and body.rstrip().endswith(END)
+    [line] = [line for line in body.splitlines() if line.endswith("| 1 |")]
+    assert len(re.findall(r"(?<!\\)\|", line)) == 8, "a row of seven cells"
+    compile(CODE.search(body)[1], "card", "exec")
+    for _ in range(2):
+        assert write_card(config, folder).read_text() == text

@@ -451,7 +451,8 @@ def test_text_of_others_stays_text(adapted, tmp_path, odd):
     config.card = CardOptions(datasets=[odd], license=odd)
     text = write_card(config, folder).read_text()
     body = ModelCard(text).text
-    assert "# Injected" not in body.splitlines() and "<img" not in body and "\x1b" not in body and "\u202e" not in body
+    assert "# Injected" not in body.splitlines() and "\x1b" not in body and "\u202e" not in body
+    assert "<img" not in re.sub("`[^`]*`", "", body), "but as inline code"
     assert body.count(BEGIN) == body.count(END) == 1 and body.rstrip().endswith(END)
     [line] = [line for line in body.splitlines() if line.endswith("| 1 |")]
     assert len(re.findall(r"(?<!\\)\|", line)) == 8, "a row of seven cells"

@@ -1,10 +1,25 @@
-"""Long text: files and datasets become documents or records, and these become rows of tokens to train on.
+"""Long text in: files and datasets become rows, documents and records, and those become rows of tokens to train on.
 
-Read `rows`, `documents`, `windows`; `encoding` tokenises long texts in little memory, `prefetch` reads ahead. The room
-imports nothing of the package.
+Everything is read loudly: what cannot be used is an error that names file and line, and what is left out is counted.
+
+    read_documents -> to_windows        continued pre-training: every token of every document is in some window
+    read_records   -> tokenize_records  instruction tuning: a loss on the answer alone
 """
 
+from peft_longlora.data.counts import Counts
 from peft_longlora.data.documents import read_documents, read_records
-from peft_longlora.data.windows import Counts, to_windows, tokenize_record, tokenize_records
+from peft_longlora.data.encoding import encode_all
+from peft_longlora.data.prefetch import prefetch
+from peft_longlora.data.records import tokenize_record, tokenize_records
+from peft_longlora.data.windows import to_windows
 
-__all__ = ["Counts", "read_documents", "read_records", "to_windows", "tokenize_record", "tokenize_records"]
+__all__ = [
+    "Counts",
+    "encode_all",
+    "prefetch",
+    "read_documents",
+    "read_records",
+    "to_windows",
+    "tokenize_record",
+    "tokenize_records",
+]

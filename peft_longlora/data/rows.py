@@ -6,6 +6,7 @@ Called by `documents` and by the evaluation. Imports `datasets` only to read fro
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import re
 import zlib
@@ -20,6 +21,7 @@ logger = logging.get_logger(__name__)
 
 Sources = str | Path | list[str | Path]
 SUFFIXES = (".txt", ".jsonl", ".json")
+BLANK = b"\xef\xbb\xbf \t\r\n"  # white space, and the mark that some editors begin a file with
 NO_DATA = "If the file does not hold data, move it out of the folder."
 
 
@@ -89,16 +91,38 @@ def _file_rows(path: Path, text_field: str | None) -> Iterator[tuple[str, Any]]:
             if text_field is None:
                 raise ValueError(f"{path}: records come as .jsonl or .json, not as plain text. Convert them.")
             yield str(path), {text_field: file.read().decode("utf-8-sig")}
-        # A list is read whole, because a part of a list is not valid JSON. Lines are read one by one.
-        elif file.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            for number, row in enumerate(json.loads(file.read().decode("utf-8-sig")), 1):
-                yield f"{path}, record {number}", row
+            return
+        numbered, before, first = enumerate(file, 1), bytearray(), None
+        for first in numbered:
+            if first[1].strip(BLANK):
+                break
+            before += first[1]
         else:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    with _named(f"{path}:{number}"):
-                        row = json.loads(line.decode("utf-8-sig"))
-                    yield f"{path}:{number}", row
+            return
+        # A list is read whole, because a part of a list is not valid JSON. Lines are read one by one.
+        if first[1].strip(BLANK).startswith(b"["):
+            for number, row in enumerate(_parse(bytes(before) + first[1] + file.read(), str(path)), 1):
+                yield f"{path}, record {number}", row
+            return
+        for number, line in itertools.chain([first], numbered):
+            if line.strip(BLANK):
+                yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+
+
+def _parse(raw: bytes, name: str) -> Any:
+    """The value that JSON gives. An error is a ValueError that begins with `name`."""
+    with _named(name):
+        text = raw.decode("utf-8-sig")
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            raise
+        except RecursionError:
+            raise ValueError(f"{name}: the JSON is nested too deeply. {NO_DATA}") from None
+        except ValueError as error:  # Python turns no more than some thousand digits into a number
+            digits = re.search(r"\d{1000,}", text)
+            line = 1 + text.count("\n", 0, digits.start() if digits else 0)
+            raise ValueError(f"{name}: a number is too long, at line {line} ({error}). {NO_DATA}") from None
 
 
 @contextmanager
@@ -126,10 +150,7 @@ def _hub_rows(source: str, split: str, config: str | None) -> Iterator[tuple[str
         rows = load_dataset(source, config, split=split, streaming=True)
     except OSError as error:
         raise FileNotFoundError(f"{source}: no file or folder here, and not read from the Hub: {error}") from error
-    except (
-        ValueError,
-        RuntimeError,
-    ) as error:  # the split or configuration does not exist, or the dataset is a script, which is never run
+    except (ValueError, RuntimeError) as error:  # no such split or configuration, or a script, which is never run
         raise ValueError(f"{source}: not read from the Hub: {error}") from error
     for number, row in enumerate(rows, 1):
         yield f"{source} ({split}), record {number}", row

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from peft_longlora.data.windows import IGNORED
+from peft_longlora.data.records import IGNORED
 from peft_longlora.kernels.groups import positions_in_documents
 from peft_longlora.sequence.edges import gather
 

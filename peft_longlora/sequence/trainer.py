@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.trainer_utils import has_length
 
-from peft_longlora.data.windows import IGNORED
+from peft_longlora.data.records import IGNORED
 from peft_longlora.sequence.batch import CHECKSUM, SequenceCollator, check_same
 from peft_longlora.sequence.batch import shard_batch as shard_batch  # found here by users
 from peft_longlora.sequence.edges import gather

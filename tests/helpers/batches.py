@@ -2,7 +2,7 @@
 
 import torch
 
-from peft_longlora.data.windows import IGNORED
+from peft_longlora.data.records import IGNORED
 
 
 def batch_of(kind: str) -> dict[str, torch.Tensor]:

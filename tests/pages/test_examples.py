@@ -15,8 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from peft_longlora.data.documents import read_records
-from peft_longlora.data.windows import tokenize_records
+from peft_longlora.data import read_records, tokenize_records
 from tests.helpers.ranks import run_ranks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

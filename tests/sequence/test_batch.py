@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_longlora.data.windows import IGNORED
+from peft_longlora.data.records import IGNORED
 from peft_longlora.sequence.batch import shard_batch
 from tests.helpers.batches import KINDS, batch_of
 

@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from peft_longlora import configure_attention
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import settings_of
-from peft_longlora.data.windows import IGNORED
+from peft_longlora.data.records import IGNORED
 from peft_longlora.eval import LongContextEvalCallback
 from peft_longlora.sequence.batch import SequenceCollator, shard_batch
 from peft_longlora.sequence.switch import parallelize_sequence, unshared

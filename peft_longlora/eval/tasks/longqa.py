@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_longlora.data.windows import IGNORED, tokenize_record
+from peft_longlora.data.records import IGNORED, tokenize_record
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks.metrics import rouge_l, token_f1
 from peft_longlora.eval.tasks.prompts import Prompt, Question

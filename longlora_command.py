@@ -1,8 +1,8 @@
-"""The console script `longlora`: reads the command line before anything heavy is imported.
+"""The console script `longlora`: reads the command line before anything slow is imported.
 
-Python runs a package's `__init__` before any module in it, and that of peft_longlora imports torch and peft: seconds,
-for a `--help`. The files of peft_longlora/cli import neither before a command runs, so they are loaded from here as a
-package by themselves. `python -m peft_longlora` runs the same files in the usual way.
+Python runs the `__init__` of a package before any of its modules. The `__init__` of peft_longlora imports torch and
+peft, which takes seconds, too long for `--help`. The files of peft_longlora/cli import neither before a command runs,
+so this script loads them as a package of their own. `python -m peft_longlora` runs the same files in the usual way.
 """
 
 import sys

@@ -1,4 +1,7 @@
-"""A long document and questions about it: a `Conversation` holds its keys and values, and answers from them."""
+"""A long document and questions about it: a `Conversation` holds the keys and values, and answers from them.
+
+Read `document`, `dialogue`, `kvcache`, `conversation`; `passages` shows what an answer attended to.
+"""
 
 from peft_longlora.chat.conversation import Conversation
 from peft_longlora.chat.document import read_document

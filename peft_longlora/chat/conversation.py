@@ -1,6 +1,6 @@
 """Questions about one document: tokens counted, keys and values computed once, answers streamed.
 
-    document.py -> dialogue.py (tokens) -> kvcache.py (keys and values) -> generate -> passages.py (what was looked at)
+    document.py -> dialogue.py (tokens) -> kvcache.py (keys and values) -> generate -> passages.py (attention)
 
 Called by terminal.py (`longlora chat`) and examples/app.py.
 """
@@ -23,14 +23,14 @@ from peft_longlora.hub.loading import Loaded
 
 
 class Conversation:
-    """One document, the questions about it so far, and their keys and values.
+    """One document, the questions about it so far, and the keys and values of both.
 
-    A question sees the document and all that was said before it. Any number of conversations may share a model; they
-    take turns at it if they share the lock too.
+    A question sees the document and everything that was said before it. Any number of conversations may share a model.
+    If they also share the lock, they take turns.
 
     Attributes:
-        turns: the questions and answers so far. tokens: in the cache's row now, the last answer included.
-        window: of the model, in tokens.
+        turns: the questions and answers so far.
+        window: the model's window, in tokens.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class Conversation:
         Args:
             loaded: model and tokenizer.
             cache: "dense", "quantised" or "offloaded" (kvcache.py). chunk_size: tokens of one forward in prefill.
-            max_new_tokens: of an answer, at most.
-            temperature: 0 for greedy answers. top_p: nucleus, with a temperature above 0.
-            seed: the same conversation gives the same answers.
-            plain: use no chat template, also where the tokenizer has one.
-            lock: shared by all conversations on one model.
+            max_new_tokens: the most tokens of an answer.
+            temperature: 0 for greedy answers. top_p: nucleus sampling, for a temperature above 0.
+            seed: with the same seed the same conversation gets the same answers.
+            plain: use no chat template, even if the tokenizer has one.
+            lock: give the same lock to all conversations on one model.
 
         Raises: ValueError, ImportError: a kind of cache that does not work here, or a chat template that fails.
         """
@@ -73,7 +73,7 @@ class Conversation:
 
     @property
     def document_tokens(self) -> int:
-        """Tokens of the document alone."""
+        """Tokens of the document."""
         return len(self.dialogue.document_ids)
 
     @property
@@ -83,17 +83,17 @@ class Conversation:
 
     @property
     def usage(self) -> str:
-        """The tokens against the window, such as "5,120 of 8,192 tokens (62.5%)"."""
+        """How much of the window is used, such as "5,120 of 8,192 tokens (62.5%)"."""
         return f"{self.tokens:,} of {self.window:,} tokens ({self.tokens / self.window:.1%})"
 
     def warnings(self) -> list[str]:
-        """What a reader must know before asking: parts that could not be read, and a window that is too short."""
+        """Warnings to show before the first question: unread parts of the document, and a window that is too short."""
         name, found = self.dialogue.document.name, list(self.dialogue.document.notes)
         room = self.window - len(self.dialogue.start)
         if room < 0:
             found.append(
                 f"{name} has {self.document_tokens:,} tokens and the model's window is {self.window:,}. Nothing is "
-                f"cut, but the model was not made for rows that long: expect wrong answers."
+                f"cut, but the model was not made for such long rows: expect wrong answers."
             )
         elif room < self.max_new_tokens:
             found.append(
@@ -103,12 +103,12 @@ class Conversation:
         return found
 
     def read(self, on_progress: Callable[[int, int], Any] | None = None) -> None:
-        """Compute the document's keys and values, in chunks. `ask` does so where this was not called."""
+        """Compute the document's keys and values, in chunks. If you do not call it, `ask` does."""
         with self.lock:
             self._read(on_progress)
 
     def ask(self, question: str) -> Iterator[str]:
-        """Answer a question, piece by piece. Closing the iterator stops the answer; what came until then counts.
+        """Answer a question, piece by piece. Closing the iterator stops the answer; the part so far is kept.
 
         Raises: ValueError: no question.
         """
@@ -120,7 +120,7 @@ class Conversation:
         failure: list[BaseException] = []
 
         def work() -> None:
-            # The lock is this thread's: whoever stops reading the answer holds up nobody else.
+            # This thread holds the lock, so a caller that stops reading the answer does not block the others.
             try:
                 with self.lock:
                     self._answer(turn, streamer, stop)
@@ -141,7 +141,7 @@ class Conversation:
             raise failure[0]
 
     def stop(self) -> None:
-        """End the answer that is being given, if any; what was said until then counts."""
+        """Stop the current answer, if there is one; the part so far is kept."""
         if self._stop:
             self._stop.set()
 
@@ -152,12 +152,14 @@ class Conversation:
     def passages(self, count: int = 3) -> list[Passage]:
         """The passages of the document that the last answer attended to most, best first.
 
-        Raises: ValueError: nothing was answered yet, or the tokenizer tells no offsets.
+        Raises: ValueError: there is no answer yet, or the tokenizer gives no offsets.
         """
         if len(self._row) <= len(self._prompt):
             raise ValueError("There is no answer yet.")
         if self.dialogue.offsets is None:
-            raise ValueError(f"{type(self.tokenizer).__name__} does not tell where in the text its tokens stand.")
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} does not give the places of its tokens in the text. Use a fast one."
+            )
         head = len(self.dialogue.head)
         with self.lock:
             scores = document_attention(self.kv, self._row, len(self._prompt))[head : head + self.document_tokens]
@@ -173,7 +175,7 @@ class Conversation:
         self._read(stop.check)
         prompt = self.dialogue.ids([*self.turns, turn])
         stop.start = len(prompt)
-        self.kv.fill(prompt[:-1], stop.check)  # generate needs one token that is not in the cache
+        self.kv.fill(prompt[:-1], stop.check)  # generate needs one token that is not yet in the cache
         inputs = torch.tensor([prompt], device=self.model.device)
         torch.manual_seed(self.seed + len(self.turns))
         config = decoding(self.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **self.sampling)
@@ -201,7 +203,7 @@ class _Stopped(Exception):
 
 
 class _Stop(StoppingCriteria):
-    """Ends an answer when told to, or where it goes on with a question of its own."""
+    """Ends an answer when `set` is called, or when the answer begins to write a question itself."""
 
     def __init__(self, tokenizer: Any, text: str | None) -> None:
         self.tokenizer, self.text, self.start = tokenizer, text, 0
@@ -221,7 +223,7 @@ class _Stop(StoppingCriteria):
 
 
 def _from_first_word(pieces: Iterator[str]) -> Iterator[str]:
-    """Pass pieces of text on, without the white space in front of the first word."""
+    """The same pieces of text, without white space before the first word."""
     has_begun = False
     for piece in pieces:
         piece = piece if has_begun else piece.lstrip()
@@ -230,7 +232,7 @@ def _from_first_word(pieces: Iterator[str]) -> Iterator[str]:
 
 
 def _until(pieces: Iterator[str], stop: str | None) -> Iterator[str]:
-    """Pass pieces of text on up to `stop`, holding back what may become it."""
+    """The pieces of text up to `stop`; a piece that may be the start of `stop` is held back."""
     held = ""
     for piece in pieces:
         held += piece

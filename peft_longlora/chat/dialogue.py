@@ -1,4 +1,4 @@
-"""A document, and questions and answers about it, as one row of tokens. Called by chat.py."""
+"""A document, and questions and answers about it, as one row of tokens. Called by conversation.py."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerBase
 from peft_longlora.chat.document import Document
 
 QUESTION, ANSWER = "Question:", "Answer:"
-# Stands for the document while the template is filled in, so that the document is tokenised once and by itself.
+# Takes the document's place while the template is filled in, so that the document is tokenised separately, and once.
 MARK = "[[the document]]"
 
 
 @dataclass
 class Turn:
-    """One question, and what was answered; None where the answer is to come."""
+    """One question and its answer; the answer is None until it is given."""
 
     question: str
     answer: str | None = None
@@ -26,19 +26,19 @@ class Dialogue:
     """Makes rows of tokens that all begin with the document.
 
     Attributes:
-        is_chat: the tokenizer's chat template is used; otherwise plain "Question:" and "Answer:" lines.
-        head: tokens in front of the document. document_ids: its tokens; special tokens spelled out in it are text.
-        offsets: (start, end) of each of them in the document's text; None where the tokenizer does not tell.
-        stop: a string that ends an answer, besides the tokens that do; None for none.
+        is_chat: whether the tokenizer's chat template is used; otherwise plain "Question:" and "Answer:" lines.
+        head: tokens before the document. document_ids: its tokens; special tokens that it spells out are text.
+        offsets: (start, end) of each document token in the text; None if the tokenizer does not give them.
+        stop: a string that ends an answer, in addition to the tokens that do; None for none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, document: Document, plain: bool = False) -> None:
         """Tokenise the document.
 
         Args:
-            plain: use no chat template, also where the tokenizer has one.
+            plain: use no chat template, even if the tokenizer has one.
 
-        Raises: ValueError: the chat template fails, or leaves out what it is given.
+        Raises: ValueError: the chat template fails, or leaves out the user's message.
         """
         self.tokenizer, self.document = tokenizer, document
         self.is_chat = bool(tokenizer.chat_template) and not plain
@@ -55,18 +55,18 @@ class Dialogue:
 
     @property
     def start(self) -> list[int]:
-        """The tokens that every row begins with: up to the document's end."""
+        """The tokens that every row begins with, up to the end of the document."""
         return self.head + self.document_ids
 
     def ids(self, turns: list[Turn]) -> list[int]:
-        """The row up to where the last turn's answer begins."""
+        """The row up to the start of the last turn's answer."""
         return self.start + self._encode(self._parts(turns)[1])
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _parts(self, turns: list[Turn]) -> tuple[str, str]:
-        """The text in front of the document, and the text behind it."""
+        """The text before the document, and the text after it."""
         if not self.is_chat:
             lines = [f"{QUESTION} {t.question}\n{ANSWER}" + (f" {t.answer}" if t.answer else "") for t in turns]
             return "", "\n\n" + "\n\n".join(lines)

@@ -1,4 +1,4 @@
-"""A text to be asked about, read loudly from a file, that knows the page or line of each of its characters.
+"""A text to ask about, read from a file. It knows the page or line of each character.
 
 Called by `longlora chat` and examples/app.py; knows nothing of models.
 """
@@ -16,13 +16,13 @@ PAGE_BREAK = "\n\n"
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where its parts stand in the file.
+    """A text, and the place of its parts in the file.
 
     Attributes:
         name: the file's name. text: all of it, without white space around it.
         starts: offsets in `text` at which pages (PDF) or lines start, ascending. labels: their numbers in the file.
         unit: "page" or "line".
-        notes: what a reader must know about what is not in the text.
+        notes: warnings about parts of the file that are not in the text.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Document:
     notes: list[str] = field(default_factory=list)
 
     def place(self, start: int, end: int) -> str:
-        """Where the characters from `start` to before `end` stand, such as "page 12" or "lines 3-5"."""
+        """The place of the characters [start, end), such as "page 12" or "lines 3-5"."""
         first, last = (
             self.labels[max(bisect.bisect_right(self.starts, i) - 1, 0)] for i in (start, max(start, end - 1))
         )
@@ -44,11 +44,12 @@ def read_document(path: str | Path) -> Document:
     """Read a .txt, .md or .pdf file.
 
     Raises:
-        ValueError: a URL, no such file, a folder, another kind of file, an empty one, one that is not what its name
-            says, a PDF that is encrypted or holds no text. ImportError: pypdf, which reads PDF, is not installed.
+        ValueError: the path is a URL, a folder or does not exist; the file is of another kind, is empty, or is not what
+            its name says; a PDF is encrypted or holds no text.
+        ImportError: pypdf, which reads PDF, is not installed.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(path)):
-        raise ValueError(f"{path} is a URL, and files are read from paths only: download it first.")
+        raise ValueError(f"{path} is a URL, and only files can be read: download it first.")
     path = Path(path).expanduser()
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give one file ({', '.join(SUFFIXES)}).")
@@ -77,7 +78,7 @@ def _read_text(path: Path) -> Document:
     first = 1 + text.count("\n", 0, cut)
     text = text[cut:]
     if not text:
-        raise ValueError(f"{path} holds white space alone.")
+        raise ValueError(f"{path} holds only white space.")
     starts = [0] + [match.end() for match in re.finditer("\n", text)]
     return Document(path.name, text, starts, list(range(first, first + len(starts))), "line")
 
@@ -88,7 +89,7 @@ def _read_pdf(path: Path) -> Document:
         from pypdf.errors import DependencyError, FileNotDecryptedError, PyPdfError
     except ImportError:
         raise ImportError("Reading a PDF needs pypdf: pip install 'peft-longlora[chat]'") from None
-    locked = f"{path} is encrypted. Take its password off first: qpdf --decrypt --password=... {path.name} open.pdf"
+    locked = f"{path} is encrypted. Remove its password first: qpdf --decrypt --password=... {path.name} open.pdf"
     pages = []
     try:
         reader = pypdf.PdfReader(path)
@@ -103,14 +104,14 @@ def _read_pdf(path: Path) -> Document:
         if str(error) == locked:
             raise
         raise ValueError(f"{path} is a broken PDF: {error}") from None
-    # A broken file makes pypdf stumble anywhere, over its own errors and over Python's.
+    # A broken file makes pypdf fail anywhere, with its own errors and with Python's.
     except (PyPdfError, OSError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise ValueError(f"{path} is no PDF, or a broken one: {error or type(error).__name__}") from None
-    # Lone surrogates come out of broken font tables, and no tokenizer takes them.
+        raise ValueError(f"{path} is not a PDF, or is broken: {error or type(error).__name__}") from None
+    # Broken font tables give lone surrogates, which no tokenizer accepts.
     pages = [page.encode("utf-8", "replace").decode("utf-8").replace("\0", "").strip() for page in pages]
     if not any(pages):
         raise ValueError(
-            f"{path}: none of its {len(pages)} pages holds text; a scan, most likely. Run OCR over it first: "
+            f"{path}: none of its {len(pages)} pages holds text; it is probably a scan. Run OCR on it first: "
             f"ocrmypdf {path.name} text.pdf"
         )
     text, starts, labels = "", [], []

@@ -1,6 +1,6 @@
-"""transformers' KV caches, filled in chunks, that know which tokens they hold and keep what two prompts share.
+"""transformers' KV caches, filled in chunks. They know which tokens they hold, and keep what two prompts share.
 
-Called by chat.py and benchmarks/generation.py.
+Called by conversation.py and benchmarks/generation.py.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ QUANTISERS = {"hqq": "hqq", "quanto": "optimum.quanto"}
 
 
 class OffloadedCache(DynamicCache):
-    """transformers' `DynamicCache(offloading=True)`, whose layers come back only after they have gone.
+    """transformers' `DynamicCache(offloading=True)`, but a layer is fetched only after it has arrived on the CPU.
 
-    Its layers leave for the CPU on the stream of the model, and are fetched on another one. Before transformers 5.24
-    that one does not wait (`Cache.update` in its cache_utils.py). Where the CPU is far ahead of the GPU, as it is with
-    long rows, a layer is then fetched before it has arrived, and attention sees what was in that memory before.
+    transformers copies layers to the CPU on the stream of the model, and fetches them on another stream. Before 5.24
+    this stream does not wait (`Cache.update` in cache_utils.py). If the CPU is far ahead of the GPU, as with long rows,
+    a layer is then fetched before it has arrived, and attention sees old memory.
     """
 
     def __init__(self) -> None:
         super().__init__(offloading=True)
 
     def prefetch(self, *args: Any, **kwargs: Any) -> None:
-        """As that of transformers, behind all that the model has been given to do so far."""
+        """As in transformers, but after everything that the model was given to do so far."""
         self.prefetch_stream.wait_stream(torch.cuda.current_stream(self.prefetch_stream.device))
         super().prefetch(*args, **kwargs)
 
@@ -45,22 +45,22 @@ class KVCache:
 
     Attributes:
         ids: the tokens whose keys and values are held.
-        cache: transformers' own. as_argument: it, for the model's `generate(**kv.as_argument)`; call `sync` after it.
+        cache: transformers' cache. as_argument: the same for `generate(**kv.as_argument)`; call `sync` afterwards.
     """
 
     def __init__(
         self, model: PreTrainedModel, kind: str = "dense", chunk_size: int = 2048, backend: str | None = None
     ) -> None:
-        """An empty one.
+        """Make an empty cache.
 
         Args:
             model: in evaluation mode, with or without an adapter.
             kind: "dense"; "quantised" (4 bits, by hqq or optimum-quanto); "offloaded" (in the CPU's
                 memory, one layer at a time on the GPU).
             chunk_size: tokens of one forward while the cache is filled.
-            backend: of "quantised": "hqq" or "quanto"; None: the first that is installed.
+            backend: for "quantised": "hqq" or "quanto"; None: the first that is installed.
 
-        Raises: ValueError, ImportError: a kind that does not work here.
+        Raises: ValueError, ImportError: this kind does not work here.
         """
         self.model, self.kind, self.chunk_size = model, kind, chunk_size
         self.backend = check_cache(kind, model.device, backend)
@@ -81,19 +81,19 @@ class KVCache:
 
     @property
     def as_argument(self) -> dict[str, Cache]:
-        """The cache under the name that the model takes it by."""
+        """The cache under the name of the model's argument for it."""
         return {cache_name(self.model): self.cache}
 
     @property
     def label(self) -> str:
-        """The kind, and by which package with how many bits."""
+        """The kind of cache; for a quantised one also its package and bits."""
         return f"quantised ({self.backend}, 4 bits)" if self.backend else self.kind
 
     def fill(self, ids: list[int], on_progress: Callable[[int, int], Any] | None = None) -> None:
-        """Hold exactly these tokens: what they share with those held stays, the rest is forwarded in chunks.
+        """Hold exactly these tokens. The prefix shared with the held tokens stays; the rest is forwarded in chunks.
 
         Args:
-            ids: of the whole row.
+            ids: the whole row.
             on_progress: called with the tokens held and the tokens asked for, after each chunk.
         """
         chunk_size = self.chunk_size
@@ -106,7 +106,7 @@ class KVCache:
 
     @torch.no_grad()
     def append(self, ids: list[int], chunk_size: int, on_progress: Callable[[int, int], Any] | None = None) -> None:
-        """Forward tokens behind those held; see `fill`."""
+        """Forward tokens behind the held ones; see `fill`."""
         total = len(self.ids) + len(ids)
         while len(self.ids) < total:
             chunk, ids = ids[:chunk_size], ids[chunk_size:]
@@ -114,26 +114,27 @@ class KVCache:
             try:
                 self.model(input_ids=inputs, **self.as_argument, use_cache=True, logits_to_keep=1)
             except BaseException:
-                self.clear()  # some layers may hold the chunk, and some not
+                self.clear()  # some layers may hold the chunk already, and others not
                 raise
             self.ids = self.ids + chunk
             if on_progress:
                 on_progress(len(self.ids), total)
 
     def keep(self) -> None:
-        """Mark what is held as what later rows begin with.
+        """Remember the tokens held now as the prefix of later rows.
 
-        Quantised caches cannot drop their last tokens. They hold what is kept besides, once 128 tokens have followed.
+        A quantised cache cannot drop tokens, so it keeps a copy of this prefix. The copy needs memory only after 128
+        more tokens have come.
         """
         if self.kind == "quantised":
             self._kept = (self.ids, _copied(self.cache))
 
     def sync(self, ids: list[int]) -> None:
-        """Say what `generate` left in the cache: a prefix of the prompt and the answer."""
+        """Record what `generate` left in the cache: a prefix of `ids`, which are the prompt and the answer."""
         self.ids = ids[: self.cache.get_seq_length()]
 
     def nbytes(self) -> int:
-        """Bytes of the keys and values held, wherever they are; a kept copy not included."""
+        """Bytes of the held keys and values, on any device; a kept copy is not counted."""
         return cache_bytes(self.cache)
 
     def _go_back(self, length: int) -> None:
@@ -151,10 +152,10 @@ class KVCache:
             self.ids = self.ids[:length]
 
     def _frequencies(self, length: int) -> int:
-        """A number for the RoPE frequencies that a row of so many tokens is rotated with; 0 for the pretrained ones.
+        """A number that identifies the RoPE frequencies of a row of this length; 0 for the pretrained frequencies.
 
-        "longrope" has others beyond the pretrained window, and "dynamic" others at every length beyond it: there the
-        keys of a chunk are not those of the whole row, which must be forwarded at once.
+        Beyond the pretrained window "longrope" has other frequencies, and "dynamic" has others at every length. There
+        the keys of a chunk differ from those of the whole row, so the row must be forwarded at once.
         """
         config = self.model.config.get_text_config()
         rope = base_rope(config)
@@ -165,10 +166,11 @@ class KVCache:
 
 
 def check_cache(kind: str, device: torch.device | str, backend: str | None = None) -> str | None:
-    """Whether a kind of cache works here; returns the package that quantises, if any.
+    """Check that a kind of cache works here. Returns the package that quantises, or None.
 
     Raises:
-        ValueError: an unknown kind, or "offloaded" without a GPU. ImportError: "quantised" without a package for it.
+        ValueError: an unknown kind, or "offloaded" without a GPU.
+        ImportError: "quantised" without a package for it.
     """
     if kind not in CACHES:
         raise ValueError(f"cache {kind!r} is none of {', '.join(CACHES)}.")
@@ -188,8 +190,8 @@ def check_cache(kind: str, device: torch.device | str, backend: str | None = Non
 def quantiser_options(backend: str, config: PreTrainedConfig) -> dict[str, Any]:
     """Options of transformers' QuantizedCache: 4 bits, in groups of 64 numbers that lie inside one token's head.
 
-    transformers quantises anew what it has dequantised whenever 128 tokens more have come. With groups that stay the
-    same that loses next to nothing; hqq's axis 0, or larger groups, would regroup all tokens each time.
+    After every 128 more tokens transformers dequantises everything and quantises it again. If the groups stay the same,
+    this loses almost nothing. hqq's axis 0, or larger groups, would regroup all tokens each time.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     axis = {"quanto": 0, "hqq": 1}[backend]
@@ -197,14 +199,15 @@ def quantiser_options(backend: str, config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _copied(cache: Cache) -> Cache:
-    """A cache that goes on by itself. Its tensors are shared: quantised layers replace theirs, and change none."""
+    """An independent copy of a cache. The tensors are shared, because quantised layers replace tensors and never change
+    them."""
     other = copy.copy(cache)
     other.layers = [copy.copy(layer) for layer in cache.layers]
     return other
 
 
 def shared_prefix(first: list[int], second: list[int]) -> int:
-    """How many tokens two rows begin with in common."""
+    """The number of tokens that both rows begin with."""
     n = min(len(first), len(second))
     if first[:n] == second[:n]:
         return n

@@ -1,8 +1,9 @@
 """Which passages of a document an answer attended to: attention of the answer's tokens alone, one layer at a time.
 
-The answer's tokens are forwarded once more behind the cached keys of everything in front of them, with eager attention,
-the one that hands over its weights. Of each layer's (H, A, T) weights (A tokens of the answer, T of the row) only the
-mean over heads and answer tokens stays, so nothing of size T x T exists at any time. Called by chat.py.
+The answer's tokens are forwarded once more behind the cached keys of everything before them. This uses eager attention,
+because only eager attention returns its weights. Of each layer's (H, A, T) weights (A tokens of the answer, T of the
+row) only the mean over heads and answer tokens is kept, so nothing of size T x T ever exists. Called by
+conversation.py.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from peft_longlora.architecture import find_attention_modules
 from peft_longlora.chat.dialogue import Dialogue
 from peft_longlora.chat.kvcache import KVCache
 
-LAYERS = 4  # the last ones, where attention goes to what is about to be said
+LAYERS = 4  # the last ones: their attention goes to what the model is about to say
 SPAN = 64  # tokens of a passage
-SINKS = 4  # first tokens of a row, which take attention that is meant for nothing (arXiv:2309.17453)
+SINKS = 4  # first tokens of a row, which attract attention whatever they say (arXiv:2309.17453)
 WEIGHTS = 2**26  # numbers of attention weights in memory at a time
 
 
@@ -31,8 +32,8 @@ class Passage:
     """A part of a document.
 
     Attributes:
-        place: such as "page 12" or "lines 3-5". text: the part, words whole.
-        share: of all attention that the answer gave to the document, between 0 and 1.
+        place: such as "page 12" or "lines 3-5". text: the part, in whole words.
+        share: its share of the attention that the answer gave to the document, between 0 and 1.
     """
 
     place: str
@@ -42,10 +43,10 @@ class Passage:
 
 @torch.no_grad()
 def document_attention(kv: KVCache, row: list[int], start: int) -> torch.Tensor:
-    """Mean attention of an answer's tokens to every token in front of the answer.
+    """Mean attention of an answer's tokens to every token before the answer.
 
     Args:
-        kv: a cache on the model; afterwards it holds the row, less its last token.
+        kv: a cache on the model; afterwards it holds the row without its last token.
         row: prompt and answer. start: where the answer begins.
 
     Returns:
@@ -73,7 +74,7 @@ def document_attention(kv: KVCache, row: list[int], start: int) -> torch.Tensor:
 
 
 def top_passages(scores: torch.Tensor, dialogue: Dialogue, count: int) -> list[Passage]:
-    """The spans of SPAN tokens with the most attention, none over another.
+    """The spans of SPAN tokens with the most attention; no two of them overlap.
 
     Args:
         scores: (tokens of the document,), as `document_attention` gives them.
@@ -101,7 +102,7 @@ def top_passages(scores: torch.Tensor, dialogue: Dialogue, count: int) -> list[P
 
 @contextmanager
 def _eager(model: nn.Module) -> Iterator[None]:
-    """Eager attention for a while."""
+    """Eager attention within the block."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")

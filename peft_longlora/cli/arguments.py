@@ -1,4 +1,4 @@
-"""What commands share: how one is described, numbers on a command line, options of a model, and names in errors."""
+"""What the commands share: the description of a command, numbers, options of a model, and option names in errors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Command:
     """One command of `longlora`.
 
     Attributes:
-        summary: its line in `longlora --help`. description, epilog: of its own help.
-        add_options: puts its options into a parser. run: called with the parsed options; gives the exit code.
-        interrupted: what is said when the user stops it.
-        options: names of options by the parameter of the library that they set, where the two differ.
+        summary: its line in `longlora --help`. description, epilog: parts of its own help.
+        add_options: adds its options to a parser. run: is called with the parsed options and returns the exit code.
+        interrupted: the text that is printed if the user stops it.
+        options: the option for a parameter of the library, if their names differ.
     """
 
     name: str
@@ -35,33 +35,33 @@ class Command:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors on one line."""
+    """argparse, but an error is one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong and end with code 2."""
+        """Print the error and exit with code 2."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options of the model that a command loads."""
+    """Add the options of the model that a command loads."""
     model = parser.add_argument_group("model")
     add = model.add_argument
     add("--model", required=True, help="folder or Hub id of a base, or of a merged model")
     add("--adapter", help="folder or Hub id of a PEFT adapter")
-    add("--tokenizer", help="folder or Hub id; the model's otherwise")
-    add("--dtype", default="auto", choices=DTYPES, help="auto: the file's (%(default)s)")
-    add("--device", help="cuda, cpu, ...; the GPU if there is one")
-    add("--attn-implementation", help="of dense attention: sdpa, flash_attention_2, ...")
+    add("--tokenizer", help="folder or Hub id (default: the model's)")
+    add("--dtype", default="auto", choices=DTYPES, help="auto: as in the file (%(default)s)")
+    add("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
+    add("--attn-implementation", help="implementation of dense attention: sdpa, flash_attention_2, ...")
 
 
 def model_options(args: argparse.Namespace) -> dict[str, str | None]:
-    """The options of `add_model_options`, as `hub.load_model` takes them; the device is left to the command."""
+    """The options of `add_model_options`, as `hub.load_model` takes them. The command adds the device."""
     names = ("model", "adapter", "tokenizer", "dtype", "attn_implementation")
     return {name: getattr(args, name) for name in names}
 
 
 def say_options(text: str, args: argparse.Namespace, names: Mapping[str, str]) -> str:
-    """An error of the library in the words of the command line: "model='x'" becomes "--model x".
+    """A library error with option names in place of parameters: "model='x'" becomes "--model x".
 
     Args:
         names: as `Command.options`.
@@ -76,49 +76,49 @@ def say_options(text: str, args: argparse.Namespace, names: Mapping[str, str]) -
 
 
 def numbers(text: str) -> list[int]:
-    """Numbers of 1 or more, such as 4096,8192 or 4k,8k."""
+    """Parse numbers of 1 or more, such as 4096,8192 or 4k,8k."""
     parts = text.lower().split(",")
     try:
         found = [int(part.removesuffix("k")) * (1024 if part.endswith("k") else 1) for part in parts]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 4096,8192 or 4k,8k") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 4096,8192 or 4k,8k") from None
     if min(found) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} holds a number below 1")
     return found
 
 
 def percents(text: str) -> list[float]:
-    """Shares from 0 to 1, given as percents."""
+    """Parse percents; returns shares from 0 to 1."""
     try:
         found = [float(part) / 100 for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of percents such as 0,50,100") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of percents such as 0,50,100") from None
     if not all(0 <= number <= 1 for number in found):
         raise argparse.ArgumentTypeError(f"{text!r} holds a percentage outside 0 to 100")
     return found
 
 
 def count(text: str) -> int:
-    """A number of 0 or more."""
+    """Parse a number of 0 or more."""
     if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """A number of 1 or more."""
+    """Parse a number of 1 or more."""
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
     return int(text)
 
 
 def temperature(text: str) -> float:
-    """0 to 100."""
+    """Parse a temperature, 0 to 100."""
     return _number(text, 0, 100, "from 0 to 100")
 
 
 def share(text: str) -> float:
-    """Above 0 and up to 1."""
+    """Parse a share, above 0 and at most 1."""
     return _number(text, 1e-6, 1, "above 0 and up to 1")
 
 
@@ -126,11 +126,11 @@ def _number(text: str, low: float, high: float, rule: str) -> float:
     with contextlib.suppress(ValueError):
         if low <= float(text) <= high:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no number {rule}")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number {rule}")
 
 
 def refuse_file(output: Path) -> None:
-    """Refuse an --output that is a file, or lies in one, before there is anything to write.
+    """Refuse an --output that is a file, or lies inside one, before anything is measured.
 
     Raises: ValueError.
     """

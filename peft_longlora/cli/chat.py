@@ -1,4 +1,4 @@
-"""`longlora chat`: a document, questions on the command line or one after the other, answers as they come.
+"""`longlora chat`: questions about a document, from the command line or typed one by one; answers are streamed.
 
 Answers go to stdout, everything else to stderr.
 """
@@ -20,21 +20,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `longlora chat`."""
     add = parser.add_argument
     add("--file", required=True, help="the document: a path to a .txt, .md or .pdf file")
-    add("--ask", action="append", metavar="QUESTION", help="answer this and end; may be given several times")
-    add("--plain", action="store_true", help="use no chat template, also where the tokenizer has one")
+    add("--ask", action="append", metavar="QUESTION", help="answer this question and end; may be given several times")
+    add("--plain", action="store_true", help="use no chat template, even if the tokenizer has one")
     add_model_options(parser)
     memory = parser.add_argument_group("memory")
     memory.add_argument(
         "--cache",
         default="dense",
         choices=CACHES,
-        help="of keys and values; quantised: 4 bits, needs hqq or optimum-quanto; offloaded: in the CPU's memory",
+        help="cache of keys and values; quantised: 4 bits, needs hqq or optimum-quanto; offloaded: in the CPU's memory",
     )
-    memory.add_argument("--chunk", type=positive, default=2048, help="tokens of the document forwarded at a time")
+    memory.add_argument(
+        "--chunk", type=positive, default=2048, help="tokens of the document in one forward (%(default)s)"
+    )
     answers = parser.add_argument_group("answers")
     answers.add_argument("--max-new-tokens", type=positive, default=256)
-    answers.add_argument("--temperature", type=temperature, default=0.0, help="0: always the likeliest token")
-    answers.add_argument("--top-p", type=share, default=1.0, help="with a temperature: of the likeliest tokens")
+    answers.add_argument(
+        "--temperature", type=temperature, default=0.0, help="0: always the most likely token (%(default)s)"
+    )
+    answers.add_argument("--top-p", type=share, default=1.0, help="nucleus sampling, for a temperature above 0")
     answers.add_argument("--seed", type=int, default=0)
     answers.add_argument("--passages", type=positive, metavar="N", help="show the N passages attended to most")
 
@@ -43,16 +47,18 @@ def run(args: argparse.Namespace) -> int:
     """Read the document and answer the questions.
 
     Raises:
-        ValueError, ImportError, OSError: of files, models and caches that cannot be used.
+        ValueError, ImportError, OSError: a file, model or cache cannot be used.
     """
     from peft_longlora.chat.conversation import Conversation
     from peft_longlora.chat.document import read_document
     from peft_longlora.hub.loading import is_out_of_memory, load_model
 
-    logging.getLogger("pypdf").setLevel(logging.ERROR)  # its warnings tell a reader nothing that an error does not
+    logging.getLogger("pypdf").setLevel(
+        logging.ERROR
+    )  # a user learns nothing from its warnings that an error does not say
     if any(not question.strip() for question in args.ask or []):
         raise ValueError("--ask is empty.")
-    document = read_document(args.file)  # what cannot be read is said before a model is loaded
+    document = read_document(args.file)  # refuses a bad file before a model is loaded
     loaded = load_model(**model_options(args), device=args.device)
     conversation = Conversation(
         loaded,
@@ -91,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _converse(conversation, passages: int | None) -> None:
-    """Questions one after the other, until there are no more."""
+    """Answer questions one by one, until there are no more."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):
@@ -115,7 +121,7 @@ def _converse(conversation, passages: int | None) -> None:
                 if not is_terminal:
                     raise
                 print(flush=True)
-                _say("Stopped here; what was said counts.")
+                _say("Stopped here; the answer so far is kept.")
 
 
 def _answer(conversation, question: str, passages: int | None) -> None:

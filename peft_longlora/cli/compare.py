@@ -12,9 +12,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `longlora compare`."""
     add = parser.add_argument
     add("first", help="results.json, or its folder")
-    add("second", help="the same of the run that is set beside it")
-    add("--labels", nargs=2, default=["first", "second"], help="names for the two (first second)")
-    add("--output", type=Path, default=Path("compare"), help="folder of table and plot (%(default)s)")
+    add("second", help="the same for the second run")
+    add("--labels", nargs=2, default=["first", "second"], help="names of the two runs (first second)")
+    add("--output", type=Path, default=Path("compare"), help="folder for table and plot (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from .arguments import Command, add_model_options, count, model_options, numbers, percents, positive, refuse_file
 from .tasks import OWN_TASKS, make_tasks, tasks_that_read
 
-INCOMPLETE = 3  # the exit code of an evaluation that lacks what ran out of memory
+INCOMPLETE = 3  # exit code of an evaluation without the lengths that ran out of memory
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -18,13 +18,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--tasks",
         default="perplexity,passkey",
-        help=f"of {', '.join(OWN_TASKS)}; one RULER task such as ruler_vt; any task of lm-eval (default: %(default)s)",
+        help=f"any of {', '.join(OWN_TASKS)}; a RULER task such as ruler_vt; a task of lm-eval (%(default)s)",
     )
     add("--lengths", type=numbers, default=[4096], help="tokens of windows and prompts, as 4096,8192 or 4k,8k (4k)")
-    add("--output", required=True, type=Path, help="folder of results; one that holds the same run goes on")
-    add("--overwrite", action="store_true", help="throw away what --output holds")
+    add("--output", required=True, type=Path, help="folder for results; if it holds the same run, that run continues")
+    add("--overwrite", action="store_true", help="delete the old results in --output first")
     add("--card", action="store_true", help="show the results in the adapter's card (README.md)")
-    add("--seed", type=int, default=0, help="of generated prompts and of the intervals (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of generated prompts and of intervals (%(default)s)")
     add_model_options(parser)
     _add_extension(parser)
     _add_documents(parser)
@@ -35,41 +35,46 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _add_extension(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the window").add_argument
     add("--attention", default="dense", choices=["dense", "sparse"], help="sparse: the adapter's pattern (dense)")
-    add("--context-length", type=positive, help="rescale RoPE to so many tokens, without an adapter")
+    add("--context-length", type=positive, help="rescale RoPE to this window in tokens, without an adapter")
     add("--rope-type", help="how --context-length rescales: yarn, ntk, linear, ... (yarn)")
 
 
 def _add_documents(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(f"documents ({', '.join(tasks_that_read('data'))})").add_argument
-    add("--data", nargs="+", help=".txt, .jsonl, .json (each also .gz), folders of those, or a dataset's id")
-    add("--split", default="train", help="of a dataset on the Hub (%(default)s)")
-    add("--data-config", help="of a dataset on the Hub")
-    add("--text-field", default="text", help="of records, where the document is (%(default)s)")
-    add("--protocol", default="documents", choices=["documents", "longlora", "both"], help="of perplexity (documents)")
-    add("--stride", type=count, help="of windows; documents: half one, longlora: 256; 0: no overlap")
-    add("--buckets", type=numbers, help="edges between positions; 512 and its doublings otherwise")
-    add("--max-windows", type=positive, help="the first so many of each document; all otherwise")
+    add("--data", nargs="+", help=".txt, .jsonl, .json (each also .gz), folders of such files, or a dataset's Hub id")
+    add("--split", default="train", help="split of a dataset on the Hub (%(default)s)")
+    add("--data-config", help="configuration of a dataset on the Hub")
+    add("--text-field", default="text", help="the field of a record that holds the document (%(default)s)")
+    add(
+        "--protocol",
+        default="documents",
+        choices=["documents", "longlora", "both"],
+        help="protocol of perplexity (documents)",
+    )
+    add("--stride", type=count, help="tokens between windows (documents: half a window; longlora: 256); 0: no overlap")
+    add("--buckets", type=numbers, help="edges of the ranges of positions (default: 512 and its doublings)")
+    add("--max-windows", type=positive, help="measure only the first N windows of each document (default: all)")
 
 
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("prompts").add_argument
     quarters = [0, 0.25, 0.5, 0.75, 1]
-    add("--depths", type=percents, default=quarters, help="of passkey and needle, percents (0,25,50,75,100)")
+    add("--depths", type=percents, default=quarters, help="depths of passkey and needle, percents (0,25,50,75,100)")
     add("--seeds", type=positive, default=2, help="keys for each length and depth (%(default)s)")
-    add("--samples", type=positive, help="prompts a ruler task and length (20), records a file (all)")
+    add("--samples", type=positive, help="prompts for each ruler task and length (20); records of a file (all)")
     add("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
     add("--topics", help="LongChat's records")
     add("--multidoc", help="lost-in-the-middle's records")
-    add("--places", type=percents, default=quarters, help="of the gold passage, percents (0,25,50,75,100)")
+    add("--places", type=percents, default=quarters, help="places of the gold passage, percents (0,25,50,75,100)")
     add("--longqa", help="LongAlpaca's or LongBench's records")
     add("--longqa-prompts", help="LongBench's config/dataset2prompt.json")
 
 
 def _add_harness(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("lm-eval").add_argument
-    add("--limit", type=positive, help="the first so many questions of each task")
+    add("--limit", type=positive, help="ask only the first N questions of each task")
     add("--include-path", help="a folder of task files")
-    add("--num-fewshot", type=count, help="examples before a question; the task's own number otherwise")
+    add("--num-fewshot", type=count, help="examples before a question (default: the task's own number)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     tasks = make_tasks(args)
     refuse_file(args.output)
     for task in tasks:
-        task.data()  # what cannot be read is said before a model is loaded
+        task.data()  # refuses bad data before a model is loaded
     processes = suite.Processes.of_environment(args.device)
     window = {name: getattr(args, name) for name in ("attention", "context_length", "rope_type")}
     subject = suite.load_subject(**model_options(args), **window, device=processes.device)
@@ -100,28 +105,28 @@ def run(args: argparse.Namespace) -> int:
     if not results.unmeasured:
         return 0
     print(
-        f"longlora eval: out of memory, left out of the results: {', '.join(results.unmeasured)}. All else is measured "
-        f"and kept: with fewer --lengths the same command is complete, with more memory it goes on with these.",
+        f"longlora eval: out of memory, left out of the results: {', '.join(results.unmeasured)}. Everything else is "
+        f"measured and kept. With fewer --lengths the same command is complete; with more memory it measures these.",
         file=sys.stderr,
     )
     return INCOMPLETE
 
 
 def _config_of_card(adapter: str):
-    """The config of an adapter that can have a card.
+    """The config of an adapter, for its card.
 
-    Raises: ValueError: it is not LongLoRA's.
+    Raises: ValueError: it is not a LongLoRA adapter.
     """
     from peft_longlora import LongLoraConfig
 
     config = LongLoraConfig.from_pretrained(adapter)
     if not isinstance(config, LongLoraConfig):
-        raise ValueError(f"--card is for LongLoRA's adapters; {adapter} is one of type {config.peft_type.value}.")
+        raise ValueError(f"--card is only for LongLoRA adapters; {adapter} has type {config.peft_type.value}.")
     return config
 
 
 def _write_card(config, adapter: str, output: Path) -> Path:
-    """Put the results and their plots into the adapter's folder, and write its card anew."""
+    """Copy the results and their plots into the adapter's folder, and write its card again."""
     from peft_longlora.hub import card, results
 
     results.copy_results(output, Path(adapter))
@@ -134,7 +139,7 @@ COMMAND = Command(
     add_options,
     run,
     description="Measure what a model's window is worth: perplexity, retrieval, question answering, cost. Writes "
-    "results.json, a table and plots; a run that was stopped goes on when the same command is given again.",
+    "results.json, a table and plots. If a run was stopped, the same command continues it.",
     epilog="Example: longlora eval --model meta-llama/Llama-2-7b-hf --adapter my-32k-adapter --tasks "
     "perplexity,native,passkey --data books/ --lengths 4k,8k,16k,32k --output out/. docs/evaluation.md explains "
     "the tasks and protocols.",

@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and how they end. Bad input ends with code 2 and one line."""
+"""The command line: its commands, and how they end. Bad input ends with code 2 and one line."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ BAD_INPUT = (ValueError, NotImplementedError, ImportError, OSError)
 
 
 class Version(argparse.Action):
-    """Print the versions that results depend on, and end."""
+    """Print the versions that results depend on, and exit."""
 
     def __init__(self, **options: Any):
         super().__init__(nargs=0, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        """Asked for: read them from the installed packages, which imports none of them."""
+        """Read the versions from the installed packages, without importing them."""
         try:
             own = version("peft-longlora")
         except PackageNotFoundError:  # run from its sources
@@ -35,9 +35,11 @@ class Version(argparse.Action):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Make the parser of the command line."""
     parser = Parser(prog="longlora", description="Measure language models with long windows, and read with them.")
-    parser.add_argument("--version", action=Version, help="show the version, and those of what it stands on")
+    parser.add_argument(
+        "--version", action=Version, help="show the version, and those of Python, torch, transformers and peft"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS.values():
         about = dict(help=command.summary, description=command.description or command.summary, epilog=command.epilog)
@@ -49,11 +51,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     args = make_parser().parse_args(argv)
     command = COMMANDS[args.command]
-    # Who runs a command can do nothing about names that are old for one of its libraries and not for another.
+    # A user of a command cannot change names that one of its libraries calls old and another one needs.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         return command.run(args)
-    except BrokenPipeError:  # `| head` has seen enough; without this Python complains when it flushes
+    except (
+        BrokenPipeError
+    ):  # the reader of a pipe, such as `head`, has ended; without this Python complains when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
@@ -69,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _reason(error: Exception, args: argparse.Namespace, command: Command) -> str | None:
-    """What a user must know of an error, on one line; None: it is a fault of ours, and its traceback tells more."""
+    """The error as one line for the user. None: it is a bug of this package, so show the traceback."""
     from peft_longlora.hub.loading import is_out_of_memory
 
     reason = " ".join(str(error).split())

@@ -1,6 +1,6 @@
-"""The tasks of `longlora eval`: what each is called, which options it reads, and how it is made of them.
+"""The tasks of `longlora eval`: their names, the options that each reads, and how each is made from them.
 
-A new task is one entry of TASKS; the names in `--help`, and what must be given, follow from it.
+To add a task, add one entry to TASKS. The names in `--help` and the required options follow from it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ RULER = "ruler_"
 
 
 class Options:
-    """The options of a command line, and what several tasks make of them: one corpus, read once.
+    """The options of a command line, and a corpus that several tasks share.
 
     Attributes:
-        args: the options. lengths: in rising order, each once.
+        args: the options. lengths: in rising order, without repetitions.
     """
 
     def __init__(self, args: Namespace):
@@ -31,7 +31,7 @@ class Options:
 
     @cached_property
     def corpus(self) -> Corpus | None:
-        """The documents of --data, if any."""
+        """The documents of --data; None if it was not given."""
         from peft_longlora.eval import Corpus
 
         args = self.args
@@ -39,7 +39,7 @@ class Options:
 
     @cached_property
     def books(self) -> Books | None:
-        """The same as a haystack."""
+        """The same documents as a haystack."""
         from peft_longlora.eval import Books
 
         return Books(self.corpus) if self.corpus else None
@@ -50,8 +50,8 @@ class TaskEntry:
     """One task of the command line.
 
     Attributes:
-        make: gives the tasks of the library, of the options and the name that was asked for.
-        reads: options that it reads besides those of every task. needs: those that must be given.
+        make: makes the library's tasks, from the options and the task's name.
+        reads: options that it reads, besides those of every task. needs: options that must be given.
     """
 
     make: Callable[[Options, str], list[Task]]
@@ -60,9 +60,9 @@ class TaskEntry:
 
 
 def make_tasks(args: Namespace) -> list[Task]:
-    """The tasks that were asked for.
+    """Make the tasks that --tasks names.
 
-    Raises: ValueError, ImportError: an unknown task, or data it needs is missing.
+    Raises: ValueError, ImportError: a task is unknown, or its data is missing.
     """
     options, tasks = Options(args), []
     for name in dict.fromkeys(part.strip() for part in args.tasks.split(",") if part.strip()):
@@ -77,7 +77,7 @@ def make_tasks(args: Namespace) -> list[Task]:
 
 
 def tasks_that_read(option: str) -> list[str]:
-    """Names of the tasks that an option is for."""
+    """Names of the tasks that read an option."""
     return [name for name, entry in TASKS.items() if option in (*entry.reads, *entry.needs)]
 
 
@@ -166,5 +166,5 @@ TASKS = {
     "cost": TaskEntry(_cost),
 }
 OWN_TASKS = tuple(TASKS)
-_RULER_TASK = TASKS["ruler"]  # one of them, such as ruler_vt
+_RULER_TASK = TASKS["ruler"]  # for a single RULER task, such as ruler_vt
 _HARNESS_TASK = TaskEntry(_harness, ("limit", "include_path", "num_fewshot"))

@@ -70,13 +70,13 @@ BAD = {
     "name": (b"text", "a name without suffix is none of"),
     "empty.txt": (b"", "is empty (0 bytes)"),
     "empty.pdf": (b"", "is empty (0 bytes)"),
-    "blank.md": (b" \n\t\n", "holds white space alone"),
+    "blank.md": (b" \n\t\n", "holds only white space"),
     "binary.txt": (b"text\0more", "binary file, not text (byte 4 is 0)"),
     "latin.txt": ("Grüße".encode("latin-1"), "is not UTF-8 (byte 2 is 0xfc)"),
-    "no.pdf": (b"a text with the wrong suffix", "is no PDF, or a broken one"),
-    "half.pdf": (make_pdf(PAGES)[:200], "is no PDF, or a broken one"),
-    "scan.pdf": (make_pdf(["", ""]), "none of its 2 pages holds text; a scan"),
-    "locked.pdf": (encrypted, "is encrypted. Take its password off"),
+    "no.pdf": (b"a text with the wrong suffix", "is not a PDF, or is broken"),
+    "half.pdf": (make_pdf(PAGES)[:200], "is not a PDF, or is broken"),
+    "scan.pdf": (make_pdf(["", ""]), "none of its 2 pages holds text; it is probably a scan"),
+    "locked.pdf": (encrypted, "is encrypted. Remove its password"),
 }
 
 
@@ -94,7 +94,7 @@ def test_bad_files_are_refused_by_name(tmp_path, name):
 
 @pytest.mark.parametrize("url", ["https://example.com/book.txt", "file:///book.txt", "s3://bucket/book.pdf"])
 def test_urls_are_no_paths(url):
-    with pytest.raises(ValueError, match="is a URL, and files are read from paths only"):
+    with pytest.raises(ValueError, match="is a URL, and only files can be read"):
         read_document(url)
 
 

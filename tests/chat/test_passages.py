@@ -109,7 +109,7 @@ def test_there_is_nothing_to_show_before_an_answer(tmp_path):
         conversation.passages()
     conversation.dialogue.offsets = None
     list(conversation.ask("Where?"))
-    with pytest.raises(ValueError, match="does not tell where"):
+    with pytest.raises(ValueError, match="does not give the places"):
         conversation.passages()
 
 

@@ -102,7 +102,7 @@ BAD = {
     "none.txt: no such file": dict(file="none.txt"),
     "is a folder": dict(file="base"),
     ".safetensors is none of .txt, .md, .pdf": dict(file="base/model.safetensors"),
-    "is no pdf, or a broken one": dict(file="broken.pdf"),
+    "is not a pdf, or is broken": dict(file="broken.pdf"),
     "is a url": ["--file", "https://example.com/a.txt"],
     "none: no such folder": dict(model="none"),
     "adapter is an adapter": dict(model="adapter"),
@@ -111,9 +111,9 @@ BAD = {
     "--device abacus": ["--device", "abacus"],
     "offloaded keeps keys and values of a gpu": ["--cache", "offloaded"],
     "invalid choice: 'static'": ["--cache", "static"],
-    "no number of 1 or more": ["--max-new-tokens", "0"],
-    "no number from 0 to 100": ["--temperature", "-1"],
-    "no number above 0 and up to 1": ["--top-p", "0"],
+    "not a number of 1 or more": ["--max-new-tokens", "0"],
+    "not a number from 0 to 100": ["--temperature", "-1"],
+    "not a number above 0 and up to 1": ["--top-p", "0"],
     "--ask is empty": ["--ask", " "],
 }
 
@@ -212,7 +212,7 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_it_ends(folder, end, capsys, m
     monkeypatch.setattr(Conversation, "read", read_and_arm)
     assert chat(folder, "--max-new-tokens", 100_000, model="merged") == 0
     out, err = capsys.readouterr()
-    assert "Stopped here; what was said counts." in err and "Bye." in err and out.strip()
+    assert "Stopped here; the answer so far is kept." in err and "Bye." in err and out.strip()
     assert 12 <= len(made) < 1000
 
 
@@ -240,7 +240,7 @@ def test_a_terminal_is_left_politely(folder, end):
         while len(terminal.text.strip()) < 20:
             terminal.text += os.read(terminal.fd, 4096).decode(errors="replace")
         terminal.interrupt()
-        terminal.wait_for("Stopped here; what was said counts.")
+        terminal.wait_for("Stopped here; the answer so far is kept.")
         terminal.wait_for("> ")
         terminal.leave(end)
         assert terminal.process.wait(30) == 0

@@ -41,7 +41,7 @@ BAD = {
     "needs --data": ["--tasks", "needle"],
     "needs --multidoc": ["--tasks", "multidoc"],
     "neither one of this package's nor one of lm-eval's": ["--tasks", "perplexitty", "--data", "{text}"],
-    "no list of numbers": ["--lengths", "4096,big"],
+    "not a list of numbers": ["--lengths", "4096,big"],
     "holds a percentage outside 0 to 100": ["--depths", "0,120"],
     "--model {tmp}/none: no such folder": ["--model", "{tmp}/none", "--data", "{text}"],
     "--model {tmp}/other is an adapter": ["--model", "{tmp}/other", "--data", "{text}"],
@@ -57,7 +57,7 @@ BAD = {
     "--buckets [512, 64] must be edges in rising order": ["--buckets", "512,64", "--data", "{text}"],
     "the prompt alone has": ["--tasks", "passkey", "--lengths", "16"],
     "--card needs an adapter": ["--tasks", "passkey", "--lengths", "128", "--seeds", "1", "--depths", "0", "--card"],
-    "--card is for LongLoRA's adapters; {tmp}/plain is one of type LORA": [
+    "--card is only for LongLoRA adapters; {tmp}/plain has type LORA": [
         "--adapter",
         "{tmp}/plain",
         "--card",
@@ -153,7 +153,7 @@ finally:
         (["--help"], 0, "ask questions of a long document"),
         (["eval", "--help"], 0, "documents (perplexity, native, needle, ruler)"),
         (["--version"], 0, f"transformers {version('transformers')}"),
-        (["eval", "--lengths", "many"], 2, "'many' is no list of numbers"),
+        (["eval", "--lengths", "many"], 2, "'many' is not a list of numbers"),
     ],
 )
 def test_help_version_and_typing_errors_import_nothing_heavy(arguments, code, said):

@@ -164,7 +164,7 @@ def test_a_pdf_has_pages(driver, url, files, loaded):
 
 def test_a_broken_pdf_gives_a_message_and_nothing_to_ask(driver, url, files):
     page = Page(driver, url)
-    message = page.drop(files["broken.pdf"], "broken.pdf is no PDF, or a broken one")
+    message = page.drop(files["broken.pdf"], "broken.pdf is not a PDF, or is broken")
     assert "/" not in message  # no paths of the machine that serves the page
     page.ask(QUESTION)
     page.wait_until(lambda: "Drop a document first" in page.text("body"), "a warning")

@@ -171,7 +171,7 @@ def test_extend_context_names_a_bad_document(run, base, tmp_path):
 DATA = ("--data", "{data}")
 BAD_OPTIONS = {  # what is said, and the command line that brings it about
     "extend_context.py": [
-        ("--context-length: '0' is no number of 1 or more", ["--model", "{base}", *DATA, "--context-length", 0]),
+        ("--context-length: '0' is not a number of 1 or more", ["--model", "{base}", *DATA, "--context-length", 0]),
         ("none.txt: no such file or folder", ["--model", "{base}", "--data", "none.txt"]),
         ("no/such/model", ["--model", "no/such/model", *DATA]),
         ("group_size=31 ", ["--model", "{base}", *DATA, "--group-size", 31]),
@@ -182,7 +182,7 @@ BAD_OPTIONS = {  # what is said, and the command line that brings it about
     ],
     "sft_longalpaca.py": [
         ("a.txt: records come as .jsonl or .json", ["--model", "{base}", *DATA]),
-        ("--learning-rate: '-1' is no number above 0", ["--model", "{base}", *DATA, "--learning-rate=-1"]),
+        ("--learning-rate: '-1' is not a number above 0", ["--model", "{base}", *DATA, "--learning-rate=-1"]),
         ("--eval-records 9 of 2 rows", ["--model", "{base}", "--data", "{records}", "--eval-records", 9]),
     ],
     "long_sequence.py": [

@@ -198,7 +198,7 @@ BAD_OPTIONS = {  # what is said, and the command line that brings it about
         ("invalid choice: 'float8'", ["--adapter", "{base}", "--dtype", "float8"]),
     ],
     "quickstart.py": [
-        ("--max-steps: '1.5' is no number", ["--max-steps", 1.5]),
+        ("--max-steps: '1.5' is not a number", ["--max-steps", 1.5]),
         ("{out}", ["--evaluate", "--output", "{out}"]),
     ],
     "pretrain_tiny.py": [

@@ -1,7 +1,7 @@
-"""The attention kernels that PyTorch ships, under the one interface: called as operators, with the log-sum-exp.
+"""The attention kernels that PyTorch ships, with the interface of `kernel`: called as operators, with the log-sum-exp.
 
-FlashAttention-2 with cumulative lengths, cuDNN, and the one for CPUs, which sequence parallelism alone needs (a single
-process on a CPU runs `sdpa`, which autograd takes apart). Called by `operators` and by sequence's `halo`.
+FlashAttention-2 with cumulative lengths, cuDNN, and the kernel for CPUs. Only sequence parallelism needs the last one;
+a single process on a CPU runs `sdpa`. Called by `operators` and by sequence's `halo`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TorchVarlen(Kernel):
         lse.copy_(result[1])
 
     def backward(self, dout, q, k, v, out, lse, dq, dk, dv, pieces, scaling, softcap):
-        """As `Kernel.backward`; the operator itself asks whether PyTorch is in deterministic mode."""
+        """As `Kernel.backward`. The operator itself checks PyTorch's deterministic mode."""
         cuts = fa2_cuts(pieces)
         no_dropout = torch.empty(0, dtype=torch.uint64, device=q.device)
         grads = torch.ops.aten._flash_attention_backward(

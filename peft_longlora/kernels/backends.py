@@ -1,6 +1,6 @@
-"""Which backend runs a call: what is installed, what each lacks, and the fastest of those that can.
+"""Which backend runs a call: what is installed, what each backend lacks, and the fastest one that can run the call.
 
-Found once for each kind of call, at the first one, and logged with its reason. Called by `attend` and by sequence's
+The choice is made at the first call of each kind, and logged with its reason. Called by `attend` and by sequence's
 `halo`.
 """
 
@@ -18,7 +18,7 @@ from peft_longlora.kernels.sdpa import Sdpa
 
 logger = logging.get_logger(__name__)
 
-# All but the kernel for CPUs, which sequence parallelism alone needs.
+# All but the kernel for CPUs, which only sequence parallelism needs.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (*(Launched(kernel) for name, kernel in KERNELS.items() if name != "cpu"), Sdpa(), Flex())
@@ -34,7 +34,7 @@ def check_backend(backend: str | None) -> None:
 def pick_backend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_regular: bool, options: Options
 ) -> Backend:
-    """The backend of a call on these tensors; errors as `choose_backend`."""
+    """The backend for a call on these tensors; errors as `choose_backend`."""
     return BACKENDS[choose_backend(options.backend, is_regular, *_needs(query, key, value, options))]
 
 
@@ -42,22 +42,22 @@ def _needs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options:
     """The fields of `Needs`, one by one."""
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     shape = query.shape[3], value.shape[3], query.shape[1] > key.shape[1]
-    # `or` makes a constant of a 0.0 that torch.compile keeps as a symbol.
+    # torch.compile keeps a 0.0 as a symbol; `or` makes it a constant.
     numbers = options.dropout or 0.0, options.softcap or 0.0, options.sinks is not None
     return query.device, query.dtype, *shape, *numbers, needs_grad
 
 
 @torch.compiler.assume_constant_result
 def choose_backend(backend: str | None, is_regular: bool, *needs) -> str:
-    """The name of a call's backend, found out once for each kind of call.
+    """The name of a call's backend, chosen once for each kind of call.
 
     Args:
-        backend: a name, or None for the fastest that is installed and can do it.
+        backend: a name, or None for the fastest one that is installed and can run the call.
         is_regular: whether the pieces have few different lengths.
-        needs: the fields of `Needs`, one by one (torch.compile takes constants only).
+        needs: the fields of `Needs`, one by one (torch.compile takes only constants).
 
     Raises:
-        ValueError: the backend asked for is not available. NotImplementedError: it cannot run this call.
+        ValueError: the named backend is not available. NotImplementedError: it cannot run this call.
     """
     return _choose(backend, is_regular, torch.are_deterministic_algorithms_enabled(), Needs(*needs))
 
@@ -83,14 +83,14 @@ def _log_once(message: str) -> None:
 
 
 def _force(name: str, needs: Needs) -> str:
-    """The backend asked for, or an error that says what to install or to use.
+    """The named backend, or an error that says what to install or to use.
 
     Raises: ValueError, NotImplementedError.
     """
     backend = BACKENDS[name]
     reason = backend.missing(needs.device)
     if reason and needs.device.type == "cuda" and name in ("flash_attention_2", "flash_attention_3"):
-        KERNELS[name].may_download = True  # only when it is asked for by name
+        KERNELS[name].may_download = True  # only if the user named it
         reason = backend.missing(needs.device)
     if reason:
         cure = backend.install if needs.device.type == "cuda" else "use backend=None or 'sdpa' on this device"
@@ -106,15 +106,15 @@ def _order(device: torch.device, is_regular: bool) -> list[str]:
         return ["sdpa", "flex"]
     if torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9:
         fast = ["flash_attention_4", "flash_attention_3", "cudnn", "flash_attention_2", "varlen"]
-        # cuDNN builds a plan for each new length, which takes longer than it saves if documents differ every step.
+        # cuDNN builds a plan for each new length. If documents differ in every step, this costs more than it saves.
         return [*(x for x in fast if x != "cudnn" or is_regular), "sdpa", "flex"]
     return ["flash_attention_2", "varlen", "sdpa", "flex"]
 
 
 def pick_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_regular: bool, options: Options) -> str:
-    """The name of a kernel, for a caller that calls forward and backward by themselves.
+    """The name of a kernel, for a caller that calls its forward and its backward separately.
 
-    Raises: ValueError: the backend asked for is not available. NotImplementedError: no kernel can run this call.
+    Raises: ValueError: the named backend is not available. NotImplementedError: no kernel can run this call.
     """
     if query.device.type != "cpu":
         name = pick_backend(query, key, value, is_regular, options).name
@@ -125,7 +125,7 @@ def pick_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_
             raise NotImplementedError(f"No kernel can run this call on the CPU: {reason}.")
     if name not in KERNELS or KERNELS[name].missing(query.device):
         raise NotImplementedError(
-            f"backend={name!r} cannot attend to a sequence that ranks share, which needs a kernel whose forward and "
-            f"backward can be called apart. Use backend=None, and on a GPU float16 or bfloat16."
+            f"backend={name!r} cannot attend to a sequence that ranks share: this needs a kernel whose forward and "
+            f"backward can be called separately. Use backend=None, and on a GPU float16 or bfloat16."
         )
     return name

@@ -1,7 +1,7 @@
-"""Where one attention is cut, as its backend takes it: numbers on the host, or tensors that compile.
+"""Where one attention is cut, in the form that its backend needs: numbers on the host, or tensors that compile.
 
-`Plan` holds the wire format of those tensors: how a plan is written, how large it can be, and how it is read. Made by
-attention's `mask` (once a forward) and by `s2_attention`; read by `operators`, `sdpa` and `flex`.
+`Plan` defines the wire format of the tensors: how a plan is written, how large it can be, and how it is read.
+attention's `mask` (once a forward) and `s2_attention` make cuts; `operators`, `sdpa` and `flex` read them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class Plan:
     """Boundaries of both halves of the heads and the stretches of padding, in flattened tokens.
 
-    As tensors it is a pair, numbers in which compile without a guard on each:
+    As tensors it is a pair, because torch.compile does not guard on numbers inside tensors:
         layout: int32 on the CPU: n, m, p, the n straight boundaries, the m shifted ones, and p numbers: start and end
-            of each stretch of padding. More may follow, which nothing reads.
+            of each stretch of padding. Numbers after these are ignored.
         cu_seqlens: int32 on the device: the straight boundaries, then the shifted ones.
     """
 
@@ -35,7 +35,7 @@ class Plan:
 
     @classmethod
     def of(cls, groups: Groups) -> Plan:
-        """The plan of a forward; neighbouring pieces of padding are one stretch."""
+        """The plan of a forward; neighbouring pieces of padding become one stretch."""
         ends: list[int] = []
         for start, end in pairwise(groups.straight):
             if start in groups.padding_starts:
@@ -43,14 +43,14 @@ class Plan:
         return cls(groups.straight, groups.shifted, tuple(zip(ends[::2], ends[1::2], strict=True)))
 
     def write(self) -> tuple[list[int], list[int]]:
-        """The numbers of layout and of cu_seqlens."""
+        """The numbers of layout, and those of cu_seqlens."""
         boundaries = [*self.straight, *self.shifted]
         ends = [end for stretch in self.padding for end in stretch]
         return [len(self.straight), len(self.shifted), len(ends), *boundaries, *ends], boundaries
 
     @classmethod
     def read(cls, layout: torch.Tensor) -> Plan:
-        """From the layout tensor."""
+        """Read a plan from its layout tensor."""
         n, m, p = layout[:3].tolist()
         rest = layout[3 : 3 + n + m + p].tolist()
         ends = rest[n + m :]
@@ -58,7 +58,7 @@ class Plan:
 
     @staticmethod
     def most(tokens: int) -> tuple[int, int]:
-        """Sizes of both tensors where every token is a piece, or every second one a stretch of padding."""
+        """The largest sizes of both tensors: every token is a piece, or every second token is padding."""
         return 3 + 2 * (tokens + 1) + tokens + 1, 2 * (tokens + 1)
 
     @property
@@ -71,13 +71,13 @@ class Plan:
         return max((end - start for start, end in pairwise(getattr(self, half))), default=0)
 
     def span(self, half: str) -> slice:
-        """Where the boundaries of a half stand in cu_seqlens."""
+        """The place of a half's boundaries in cu_seqlens."""
         n = len(self.straight)
         return slice(0, n) if half == "straight" else slice(n, n + len(self.shifted))
 
 
 def tensors_of(groups: Groups, device: torch.device) -> Pair:
-    """Layout and cu_seqlens of a plan, made once a device."""
+    """Layout and cu_seqlens of a plan, made once for each device."""
 
     def make() -> Pair:
         layout, boundaries = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in Plan.of(groups).write())
@@ -90,12 +90,12 @@ def tensors_of(groups: Groups, device: torch.device) -> Pair:
 
 @lru_cache(maxsize=64)
 def regular_groups(batch: int, length: int, group_size: int, pattern: str) -> Groups:
-    """The plan of rows without documents: kept, so that layers and steps share its tensors."""
+    """The plan of rows without documents. It is cached, so that layers and steps share its tensors."""
     return plan_groups(batch, length, group_size, pattern)
 
 
 def find_groups(segment_ids: torch.Tensor | None, batch: int, length: int, group_size: int, pattern: str) -> Groups:
-    """The plan of (B, S) segment ids; None: every row is one document."""
+    """The plan of (B, S) segment ids. With None every row is one document."""
     if segment_ids is None:
         return regular_groups(batch, length, group_size, pattern)
     return plan_from_segment_ids(segment_ids, group_size, pattern)
@@ -110,9 +110,9 @@ def plan(
     pattern: str,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`tensors_of` a plan, as an operator: compiled code holds no number of tokens, so lengths may change.
+    """`tensors_of` a plan, as an operator. Compiled code then contains no number of tokens, so lengths may change.
 
-    What it returns is as large as the largest plan of B * S tokens, because a shape that depends on data breaks graphs.
+    The tensors are as large as the largest plan of B * S tokens, because a shape that depends on data breaks the graph.
     """
     found = tensors_of(find_groups(segment_ids, batch, length, group_size, pattern), device)
     tensors = [x.new_empty(size) for x, size in zip(found, Plan.most(batch * length), strict=True)]
@@ -130,12 +130,12 @@ def _(segment_ids, batch, length, group_size, pattern, device):
 
 @dataclass(eq=False)
 class Cuts:
-    """Where one attention is cut. Compiled code asks for tensors alone, and knows no number of tokens.
+    """Where one attention is cut. Compiled code asks only for the tensors, and knows no number of tokens.
 
     Attributes:
         batch, length: B and S, tokens.
-        make_groups: gives the plan as numbers, outside compiled code.
-        make_tensors: gives it as tensors inside compiled code, by the operator `plan`.
+        make_groups: makes the plan as numbers, outside compiled code.
+        make_tensors: makes it as tensors, inside compiled code, with the operator `plan`.
     """
 
     batch: int
@@ -146,22 +146,22 @@ class Cuts:
 
     @classmethod
     def of(cls, groups: Groups) -> Cuts:
-        """Of a ready plan."""
+        """The cuts of a ready plan."""
         return cls(groups.batch, groups.length, lambda: groups)
 
     @property
     def is_regular(self) -> bool:
-        """Whether the pieces have few different lengths, as far as that may be known."""
+        """Whether the pieces have few different lengths; False in compiled code, which must not know lengths."""
         return not torch.compiler.is_compiling() and self.groups().is_regular
 
     def groups(self) -> Groups:
-        """As numbers."""
+        """The plan as numbers."""
         if self._groups is None:
             self._groups = self.make_groups()
         return self._groups
 
     def tensors(self, device: torch.device) -> Pair:
-        """As layout and cu_seqlens."""
+        """The plan as layout and cu_seqlens."""
         if torch.compiler.is_compiling() and self.make_tensors is not None:
             return self.make_tensors()
         return tensors_of(self.groups(), device)

@@ -1,6 +1,6 @@
-"""The flash kernels that packages bring: how each is found, and how its own forward and backward are called.
+"""The flash kernels of other packages: how each is found, and how its forward and backward are called.
 
-Nothing is imported from a package, and CUDA is not initialised, before the first call that needs it. Called by
+A package is imported, and CUDA initialised, only at the first call that needs it. Called by
 `operators` and by sequence's `halo`.
 """
 
@@ -19,16 +19,16 @@ from peft_longlora.kernels.kernel import Kernel, Needs, Pieces, is_deterministic
 
 @cache
 def import_module(name: str) -> ModuleType | str:
-    """The module, or why it cannot be imported."""
+    """The module, or the reason why it cannot be imported."""
     try:
         return importlib.import_module(name)
-    except Exception as error:  # an extension built for another torch raises more than ImportError
+    except Exception as error:  # an extension built for another torch raises other errors too
         return f"`import {name}` fails with {type(error).__name__}: {error}"
 
 
 @cache
 def download_kernel(name: str) -> ModuleType | str:
-    """The interface of a flash kernel from the Hub, by transformers' own table and the `kernels` package."""
+    """The interface of a flash kernel from the Hub, found through transformers' own table and the `kernels` package."""
     try:
         from kernels import get_kernel
         from transformers.integrations.hub_kernels import get_attn_kernel_version
@@ -41,11 +41,11 @@ def download_kernel(name: str) -> ModuleType | str:
 
 
 class PackagedKernel(Kernel):
-    """A kernel of a package of its own, or the same from the Hub once `may_download` is set.
+    """A kernel of another package, or the same kernel from the Hub if `may_download` is set.
 
     Attributes:
-        module: where its interface is.
-        outdated: a function there, and an argument that only older interfaces than the one called here have.
+        module: the module with its interface.
+        outdated: a function of it, and an argument that this function has only in interfaces too old for this code.
     """
 
     module: ClassVar[str]
@@ -55,7 +55,7 @@ class PackagedKernel(Kernel):
         self.may_download = may_download
 
     def load(self) -> ModuleType | str:
-        """The package's interface module, or why there is none."""
+        """The package's interface module, or the reason why there is none."""
         found = import_module(self.module)
         if isinstance(found, str) and self.may_download:
             from_hub = download_kernel(self.name)
@@ -63,7 +63,7 @@ class PackagedKernel(Kernel):
         return found
 
     def missing(self, device: torch.device) -> str | None:
-        """As `Kernel.missing`, or that the package is older than the interface that is called here."""
+        """As `Kernel.missing`; also a package whose interface is too old."""
         if reason := super().missing(device):
             return reason
         function, argument = self.outdated
@@ -99,7 +99,7 @@ class FlashAttention4(PackagedKernel):
         return super().lacks(needs)
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
-        """As `Kernel.forward`; the query heads of a KV head share a tile in short pieces only, where they fill it."""
+        """As `Kernel.forward`. The query heads of a KV head share a tile only in short pieces, where they fill it."""
         packs = None if pieces.max_length < 1024 else False
         more = dict(softmax_scale=scaling, softcap=softcap or None, out=out, lse=lse, pack_gqa=packs)
         self.load()._flash_attn_fwd(q, k, v, **self._where(pieces), **more)
@@ -125,7 +125,7 @@ class FlashAttention3(PackagedKernel):
     capabilities = (9, 9)
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
-        """As `Kernel.forward`; a copy, because its operator declares that it writes into no input."""
+        """As `Kernel.forward`. It copies, because the package's operator declares that it writes into no input."""
         more = dict(softmax_scale=scaling, causal=pieces.is_causal, softcap=softcap)
         result = self.load()._flash_attn_forward(q, k, v, **_cuts(pieces), **more)
         out.copy_(result[0])
@@ -139,8 +139,8 @@ class FlashAttention3(PackagedKernel):
 
 
 def fa2_cuts(pieces: Pieces) -> tuple:
-    """Where FlashAttention-2 cuts queries and keys, as its functions take it, here and in PyTorch."""
-    # Its forward lays out a longest piece of one token in another way, which its backward does not expect.
+    """The cuts of queries and keys as the functions of FlashAttention-2 take them, in its package and in PyTorch."""
+    # If the longest piece has one token, its forward uses another layout, which its backward does not expect.
     keys = pieces.keys
     return pieces.cu_seqlens, keys.cu_seqlens, max(pieces.max_length, 2), max(keys.max_length, 2)
 

@@ -1,6 +1,6 @@
 """S2-Attn through FlexAttention: Triton kernels that PyTorch compiles, with a block mask made from the boundaries.
 
-The slowest to start, and the one that can do softcap where no flash kernel is installed.
+It is the slowest to start, and the only backend that can do softcap if no flash kernel is installed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BLOCK = 128
 
 
 class Flex(Backend):
-    """FlexAttention: on a GPU it is compiled; on a CPU its plain version runs forward only, for tests."""
+    """FlexAttention. On a GPU it is compiled; on a CPU its plain version runs, forward only, for tests."""
 
     name = "flex"
 
@@ -46,8 +46,8 @@ class Flex(Backend):
 def _flex_attention(is_compiled: bool) -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # dynamic: one compilation for all lengths. fullgraph: an error instead of S x S scores, should compiling fail. Off
-    # the GPU the plain version runs, for tests.
+    # dynamic: one compilation for all lengths. fullgraph: if compiling fails, an error instead of S x S scores. On a
+    # CPU the plain version runs, for tests.
     return torch.compile(flex_attention, dynamic=True, fullgraph=True) if is_compiled else flex_attention
 
 
@@ -65,7 +65,7 @@ def attend(
     # (B, H, S, D) -> (1, H, B * S, D); a view if B is 1
     q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
     is_token = None
-    if groups.padding is not None:  # a weight of 0 does not undo what is not a number
+    if groups.padding is not None:  # a weight of 0 times NaN is NaN
         is_token = groups.once(("flex tokens", q.device), lambda: ~groups.padding.to(q.device).view(1, 1, -1, 1))
         q, k, v = (x.where(is_token, 0) for x in (q, k, v))
     if not groups.is_split:
@@ -87,21 +87,21 @@ def attend(
             score_mod=score_mod,
             block_mask=groups.once(("flex", half, q.device), lambda half=half: block_mask(groups, half, query.device)),
             enable_gqa=q.shape[1] != k.shape[1],
-            # not the kernel for a few queries behind a cache, which has no tiles for blocks of 128 queries
+            # the kernel for few queries behind a cache has no tiles for blocks of 128 queries
             kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
         )
         for half, q, k, v in halves
     ]
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     if is_token is not None:
-        out = out.where(is_token, 0)  # so that the gradient of what stood here is 0, too
+        out = out.where(is_token, 0)  # so that its gradient is 0 too
     return out.transpose(1, 2).view(batch, length, heads, -1)
 
 
 def _score_mod(factor: float, softcap: float, device: torch.device) -> Callable | None:
-    """What scores with the usual scaling of D ** -0.5 still need, or None.
+    """The change of scores that were scaled by D ** -0.5, or None if there is none.
 
-    The numbers are tensors, because torch.compile with dynamic shapes makes of a number what FlexAttention refuses.
+    Numbers are given as tensors: torch.compile with dynamic shapes turns a number into something FlexAttention refuses.
     """
     scale, cap = (torch.tensor(x, dtype=torch.float32, device=device) for x in (factor, softcap))
 
@@ -123,7 +123,7 @@ def block_mask(groups: Groups, half: str, device: torch.device):
     tokens = groups.batch * groups.length
     boundaries = getattr(groups, half)
     pieces = list(pairwise(boundaries))
-    # A token sees its piece from the start up to itself; padding, and what comes before the pieces, sees nothing.
+    # A token sees its piece from the start up to itself. Padding, and tokens before the first piece, see nothing.
     first = [tokens, *(tokens if start in groups.padding_starts else start for start, _ in pieces)]
     lengths = torch.tensor([boundaries[0], *(end - start for start, end in pieces)])
     start = torch.repeat_interleave(torch.tensor(first), lengths).to(device)

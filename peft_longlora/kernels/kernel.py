@@ -1,9 +1,9 @@
-"""What a caller asks of an attention, what that needs, and what every backend and every kernel does.
+"""The interfaces: the options of an attention, what a call needs, and what every backend and every kernel must do.
 
-A backend computes one attention, and autograd its gradients. A kernel attends causally inside pieces, or to far keys,
-for one part of the heads, and writes into tensors that it is given: that way the parts of the heads share one output
-and one set of gradients, and nothing is concatenated. `flash` and `aten` hold the kernels; `operators` makes a backend
-of each, and sequence's `halo` calls them too.
+A backend computes one attention; autograd computes its gradients. A kernel computes a part of one: for some of the
+heads it attends causally inside pieces, or to far keys. It writes into tensors that it is given, so that all parts
+share one output and one set of gradients, and nothing is concatenated. `flash` and `aten` hold the kernels; `operators`
+makes a backend from each; sequence's `halo` calls them too.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Options:
-    """What a caller asks of one attention, besides its tensors and where it is cut.
+    """The options of one attention; its tensors and its cuts are given separately.
 
     Attributes:
         scaling: factor on the scores; None for D ** -0.5.
         dropout: probability at which attention weights are dropped.
-        softcap: scores become softcap * tanh(scores / softcap) (gemma2); None or 0 for none.
-        sinks: (H,) learned logits that every softmax also sums over (gpt_oss); None for none.
+        softcap: scores become softcap * tanh(scores / softcap) (gemma2); None or 0 for no softcap.
+        sinks: (H,) learned logits that are added to the sum of every softmax (gpt_oss); None for no sinks.
         backend: one of `backends.BACKENDS`; None for the fastest.
     """
 
@@ -39,13 +39,13 @@ class Options:
     backend: str | None = None
 
     def scale(self, dim: int) -> float:
-        """The factor on the scores of heads of D numbers."""
+        """The factor on the scores, for a head dim D."""
         return dim**-0.5 if self.scaling is None else self.scaling
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an attention needs, as far as a backend may not have it; is_grouped: H > H_kv."""
+    """The needs of a call that a backend may lack; is_grouped: H > H_kv."""
 
     device: torch.device
     dtype: torch.dtype
@@ -60,10 +60,10 @@ class Needs:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Where attention is cut; cu_seqlens is None for tensors of (pieces, tokens, heads, D), all pieces alike.
+    """Where attention is cut; cu_seqlens is None for tensors of (pieces, tokens, heads, D), with pieces of one length.
 
-    With `far`, where keys and values of other tokens are cut into as many pieces, each query attends to all of its own;
-    without, causally to those of the queries' tokens.
+    Without `far`, attention is causal among the tokens of a piece. With `far`, keys and values are those of other
+    tokens, cut into the same number of pieces, and each query attends to all keys of its piece.
     """
 
     cu_seqlens: torch.Tensor | None
@@ -72,7 +72,7 @@ class Pieces:
 
     @property
     def is_causal(self) -> bool:
-        """Whether keys are those of the queries' tokens, and later ones are not seen."""
+        """Whether keys belong to the queries' tokens, so that later keys are masked."""
         return self.far is None
 
     @property
@@ -85,7 +85,7 @@ class Backend:
     """One way to compute an attention, with its gradients.
 
     Attributes:
-        name: what a user calls it. install: how a user gets it.
+        name: the name that a user gives. install: how a user installs it.
     """
 
     name: str
@@ -106,20 +106,20 @@ class Backend:
 
 
 class Kernel:
-    """Attention that writes where it is told: what every kernel shares, and what each must have.
+    """Attention that writes into given tensors. This class holds what all kernels share.
 
-    A backward takes the out and lse of the whole softmax, of which its keys may be a part (`Pieces.far`).
+    A backward gets the out and lse of the whole softmax; its own keys may be only a part of it (`Pieces.far`).
 
     Tensors are (tokens, heads, D) with `Pieces.cu_seqlens`, or (pieces, tokens, heads, D) without; lse, the
     log-sum-exp of the scores, is (heads, tokens) or (pieces, heads, tokens), float32. All may be strided views.
 
     Attributes:
-        name: of the backend. install: how a user gets it.
-        takes_pieces: whether it takes cu_seqlens. takes_batches: whether it takes a batch of pieces of one length.
-        ties_layouts: whether its backward needs q, out and the gradient of out to be laid out alike.
-        capabilities: the first and the last major compute capability it runs on.
+        name: the backend's name. install: how a user installs it.
+        takes_pieces: whether it accepts cu_seqlens. takes_batches: whether it accepts a batch of pieces of one length.
+        ties_layouts: whether its backward needs q, out and the gradient of out in the same memory layout.
+        capabilities: the first and the last major compute capability that it runs on.
         most_dim: its largest head dim.
-        has_softcap: whether it has one. may_differ: whether D_v may differ from D where H == H_kv.
+        has_softcap: whether it can do softcap. may_differ: whether D_v may differ from D if H == H_kv.
     """
 
     name: ClassVar[str]
@@ -146,7 +146,7 @@ class Kernel:
         return module if isinstance(module, str) else None
 
     def load(self) -> ModuleType | str | None:
-        """The module that holds it, or why there is none."""
+        """The module that holds the kernel, or the reason why there is none."""
 
     def lacks(self, needs: Needs) -> str | None:
         """What a call needs and this kernel does not have, or None."""
@@ -171,7 +171,7 @@ class Kernel:
         raise NotImplementedError
 
     def backward(self, dout, q, k, v, out, lse, dq, dk, dv, pieces: Pieces, scaling: float, softcap: float) -> None:
-        """Fill dq, dk and dv, the same way at every call if PyTorch is in deterministic mode."""
+        """Fill dq, dk and dv. In PyTorch's deterministic mode every call gives the same bits."""
         raise NotImplementedError
 
 

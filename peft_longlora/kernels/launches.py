@@ -1,6 +1,6 @@
 """Which kernel calls make up one attention: host-side arithmetic. Called by `operators` and by sequence's `halo`.
 
-Pieces of one length that stand at equal distances are a batch of views, which FlashAttention-4 runs 5% faster than the
+Pieces of one length at equal distances form a batch of views. FlashAttention-4 runs such a batch 5% faster than the
 same pieces with cumulative lengths (docs/attention.md has the numbers).
 """
 
@@ -16,9 +16,9 @@ import torch
 from peft_longlora.kernels.cuts import Plan
 from peft_longlora.kernels.groups import split_heads
 
-# A half of more batches than this is given as cumulative lengths, if the kernel takes those.
+# A half with more batches than this is given as cumulative lengths, if the kernel accepts them.
 MOST_BATCHES = 3
-# Below so many scores x heads x head dim a kernel call takes longer to launch than to run: one call a half is best.
+# Below this number of scores x heads x head dim, a call takes longer to launch than to run: one call a half is best.
 LEAST_BATCHED_WORK = 2**38
 
 
@@ -62,7 +62,7 @@ def head_halves(heads: int, kv_heads: int) -> tuple[list[tuple[int, int]], list[
 
 
 def halves_of(plan: Plan, heads: int, kv_heads: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
-    """The halves to compute: (name, query heads from and to, KV heads from and to)."""
+    """The halves to compute, as (name, query heads [from, to), KV heads [from, to))."""
     if not plan.is_split:
         return [("straight", (0, heads), (0, kv_heads))]
     return list(zip(("straight", "shifted"), *head_halves(heads, kv_heads), strict=True))
@@ -99,7 +99,7 @@ def plan_launches(
     Args:
         plan: boundaries of the halves.
         heads, kv_heads, dim: H, H_kv and D.
-        takes_batches, takes_pieces: what the kernel accepts (`kernel.Kernel`).
+        takes_batches, takes_pieces: see `kernel.Kernel`.
     """
     launches: list[Launch] = []
     for half, q, kv in halves_of(plan, heads, kv_heads):

@@ -1,9 +1,9 @@
-"""Both halves of the heads through one kernel: one output, one dq, dk and dv, nothing copied or concatenated.
+"""Both halves of the heads through one kernel: one output, one dq, dk and dv; nothing is copied or concatenated.
 
-The launches of one attention (`launches`) run on streams of falling priority: each fills the multiprocessors that the
-one before has no more work for, and the passes over memory around a backward kernel hide behind the next one's
-arithmetic. Everything happens inside two PyTorch operators, which autograd, autocast, checkpointing, torch.compile and
-CUDA graphs take as they are. `Launched` makes a backend of a kernel.
+The launches of one attention (`launches`) run on streams of falling priority. Each launch fills the multiprocessors
+that the launch before leaves idle, and the memory passes around a backward kernel run beside the arithmetic of the next
+one. Everything happens inside two PyTorch operators, which autograd, autocast, checkpointing, torch.compile and CUDA
+graphs treat as single steps. `Launched` makes a backend from a kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peft_longlora.kernels.flash import FlashAttention2, FlashAttention3, FlashA
 from peft_longlora.kernels.kernel import Backend, Kernel, Needs, Options, Pieces
 from peft_longlora.kernels.launches import Launch, plan_launches
 
-# The kernels by name, because an operator takes no object.
+# By name, because an operator cannot take an object as an argument.
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
@@ -55,7 +55,7 @@ def run_launches(launches: Sequence[Launch], call: Callable[[Launch], None], dev
             with torch.cuda.stream(stream):
                 call(launch)
         call(launches[-1])
-    finally:  # after an error too: no memory may go back to its pool while a side stream still uses it
+    finally:  # after an error too, because no memory may return to its pool while a side stream uses it
         for stream in used:
             current.wait_stream(stream)
 
@@ -72,7 +72,7 @@ def _launches(plan: Plan, q: torch.Tensor, k: torch.Tensor, kernel: Kernel) -> t
 
 
 def _clear(plan: Plan, *tensors: torch.Tensor) -> None:
-    """Zero at padding: kernels attend there, to nothing but padding, or leave it unwritten."""
+    """Write zeros at padding. Kernels attend there (only to padding), or leave it unwritten."""
     for start, end in plan.padding:
         for x in tensors:
             x[start:end].zero_()
@@ -93,9 +93,9 @@ def attend_halves(
 
     Args:
         q: (N, H, D). k: (N, H_kv, D). v: (N, H_kv, D_v). N counts the B * S flattened tokens.
-        layout, cu_seqlens: of `Cuts.tensors`.
-        scaling: factor on the scores. softcap: 0 for none.
-        backend: a name in `KERNELS`, which has been checked to run this call.
+        layout, cu_seqlens: from `Cuts.tensors`.
+        scaling: factor on the scores. softcap: 0 for no softcap.
+        backend: a name in `KERNELS`; the caller has checked that this kernel can run the call.
 
     Returns: (N, H, D_v), 0 at padding, and the log-sum-exp of the scores, (H, N) float32.
     """
@@ -132,16 +132,16 @@ def attend_halves_backward(
     softcap: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of q, k and v; 0 at padding, whatever the gradient of the output holds there."""
+    """The gradients of q, k and v. They are 0 at padding, whatever the gradient of the output is there."""
     kernel, plan = KERNELS[backend], Plan.read(layout)
     launches = _launches(plan, q, k, kernel)
-    if dout.stride(-1) != 1 or 0 in dout.stride():  # the gradient of a sum is one number, expanded
+    if dout.stride(-1) != 1 or 0 in dout.stride():  # the gradient of a sum is one number with strides of 0
         dout = dout.contiguous()
     if kernel.ties_layouts:  # out is dense
         q, dout = q.contiguous(), dout.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     grads = dict.fromkeys(("straight", "shifted"), (dk, dv))
-    if plan.is_split and k.shape[1] == 1 and q.shape[1] > 1:  # both halves read the one KV head
+    if plan.is_split and k.shape[1] == 1 and q.shape[1] > 1:  # both halves read the single KV head
         grads["shifted"] = torch.empty_like(dk), torch.empty_like(dv)
 
     def call(x: Launch) -> None:
@@ -191,7 +191,7 @@ attend_halves.register_autograd(_backward, setup_context=_save)
 
 
 class Launched(Backend):
-    """A kernel as a backend: both halves of the heads, by the operators."""
+    """A kernel as a backend; the operators run both halves of the heads."""
 
     def __init__(self, kernel: Kernel):
         self.kernel, self.name, self.install = kernel, kernel.name, kernel.install
@@ -209,7 +209,7 @@ class Launched(Backend):
     ) -> torch.Tensor:
         """As `Backend.attend`."""
         batch, heads, length, dim = query.shape
-        # (B, H, S, D) -> (B * S, H, D); a view of what a projection gives
+        # (B, H, S, D) -> (B * S, H, D); a view, because projections give (B, S, H, D)
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         how = options.scale(dim), options.softcap or 0.0, self.name
         out, _ = attend_halves(q, k, v, *cuts.tensors(query.device), *how)

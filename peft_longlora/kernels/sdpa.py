@@ -1,6 +1,6 @@
-"""S2-Attn through PyTorch's scaled_dot_product_attention: right on every device, and no copy of q, k, v.
+"""S2-Attn through PyTorch's scaled_dot_product_attention: it works on every device, and does not copy q, k, v.
 
-Groups of equal length that stand side by side become one batched call on views. Heads and tokens are cut by `split`,
+Neighbouring groups of equal length become one batched call on views. Heads and tokens are cut by `split`,
 whose backward is one concatenation, rather than by slices, whose backward is a zero-fill and an add a slice.
 """
 
@@ -16,8 +16,9 @@ from peft_longlora.kernels.cuts import Cuts
 from peft_longlora.kernels.groups import Groups, runs_of_equal_pieces, split_heads
 from peft_longlora.kernels.kernel import Backend, Needs, Options
 
-# Without cuDNN, which has a backend of its own: PyTorch 2.11 keeps its backward by the strides of q, k and v alone, and
-# runs it with wrong strides once the gradient of the output, here a cut of a larger tensor, has others than before.
+# Without cuDNN, which is its own backend here. PyTorch 2.11 finds cuDNN's backward plans by the strides of q, k and v
+# only. The gradient of the output is a cut of a larger tensor here; if its strides change, the plan runs with the wrong
+# ones.
 CHOICES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -61,13 +62,13 @@ def attend(
         return _connect(query.new_zeros(batch, length, heads, value.shape[-1]), query, key, value)
     strips = [_attend_strip(*rows, groups, scaling, dropout) for rows in _token_rows(query, key, value)]
     out = (strips[0] if len(strips) == 1 else torch.cat(strips)).view(batch, length, heads, value.shape[-1])
-    # Padding is not computed, so a batch of nothing else would leave q, k, v without a gradient instead of zeros.
+    # Padding is not computed, so a batch of only padding would give q, k, v no gradient instead of zeros.
     is_trained = any(x.requires_grad for x in (query, key, value))
     return _connect(out, query, key, value) if is_trained and not out.requires_grad else out
 
 
 def _connect(out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-    """Give a constant 0 the inputs as its graph, with gradients of 0 (and not NaN, whatever the inputs hold)."""
+    """Connect a constant 0 to the inputs, so that their gradients are 0 (never NaN, whatever the inputs hold)."""
     everything = torch.ones((), dtype=torch.bool, device=out.device)
     return out + sum(x.masked_fill(everything, 0.0).sum() for x in inputs)
 

@@ -19,12 +19,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print the table, and write it with its plot."""
-    from peft_longlora.eval.report import comparison
+    from peft_longlora.eval.report.comparison import compare
+    from peft_longlora.eval.report.side_by_side import PLOT, REPORT, write_comparison
 
     refuse_file(args.output)
-    found = comparison.compare(args.first, args.second)
-    print(comparison.write_comparison(*found, tuple(args.labels), args.output))
-    print(f"{args.output}: {comparison.REPORT} and {comparison.PLOT}")
+    differences, notes = compare(args.first, args.second)
+    print(write_comparison(differences, notes, tuple(args.labels), args.output))
+    print(f"{args.output}: {REPORT} and {PLOT}")
     return 0
 
 

@@ -54,6 +54,7 @@ class Window:
         start: place of the first input in its document, or in the stream.
         is_short: the document is shorter than a window.
         progress: the part of the corpus up to the window's last token, 0 to 1.
+        bytes: of the document's text in UTF-8, in its last window ("documents"); 0 in all others.
     """
 
     document: int
@@ -65,6 +66,23 @@ class Window:
     start: int
     is_short: bool
     progress: float
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document as tokens.
+
+    Attributes:
+        name: where it came from. ids: int32. bytes: of its text in UTF-8.
+        parts: of the corpus, before the document and up to its end, 0 to 1.
+    """
+
+    number: int
+    name: str
+    ids: torch.Tensor
+    bytes: int
+    parts: tuple[float, float]
 
 
 class Corpus:
@@ -104,23 +122,23 @@ class Corpus:
             self._summary = Summary(name, sources, documents, characters, digest.hexdigest())
         return self._summary
 
-    def tokens(self, encode: Encode) -> Iterator[tuple[int, str, torch.Tensor, tuple[float, float]]]:
-        """(number, name, token ids as int32, parts of the corpus before and after it) of each document."""
+    def tokens(self, encode: Encode) -> Iterator[Document]:
+        """Each document as tokens."""
         read, total, number = 0, self.summary().characters, 0
         for batch in prefetch(self._encoded(encode), 1):
-            for source, characters, ids in batch:
+            for source, characters, size, ids in batch:
                 before, read = read, read + characters
                 name = Path(source).name if Path(source).exists() else source
-                yield number, name, ids, (before / total, read / total)
+                yield Document(number, name, ids, size, (before / total, read / total))
                 number += 1
 
-    def _encoded(self, encode: Encode) -> Iterator[list[tuple[str, int, torch.Tensor]]]:
-        """(source, characters, token ids) of the documents of a batch: what waits is tokens, without their text."""
+    def _encoded(self, encode: Encode) -> Iterator[list[tuple[str, int, int, torch.Tensor]]]:
+        """(source, characters, bytes, token ids) of a batch's documents: what waits is tokens, without their text."""
         for batch in self._batches():
             tokens = encode([document["text"] for document in batch])
             yield [
-                (document["source"], len(document["text"]), torch.as_tensor(ids, dtype=torch.int32))
-                for document, ids in zip(batch, tokens, strict=True)
+                (row["source"], len(row["text"]), len(row["text"].encode()), torch.as_tensor(ids, dtype=torch.int32))
+                for row, ids in zip(batch, tokens, strict=True)
             ]
 
     def _batches(self) -> Iterator[list[dict[str, str]]]:
@@ -141,24 +159,26 @@ class Corpus:
 
         Example: 10 tokens, length 4, stride 2: inputs 0-3, 2-5, 4-7, 6-8; targets scored 1-4, 5-6, 7-8, 9.
         """
-        for number, name, ids, parts in self.tokens(encode):
+        for document in self.tokens(encode):
+            ids, last = document.ids, len(document.ids) - 1
             scored = 0  # the last token that a window has scored
-            for index, start in enumerate(range(0, max(len(ids) - 1, 1), stride)):
-                stop = min(start + length, len(ids) - 1)
+            for index, start in enumerate(range(0, max(last, 1), stride)):
+                stop = min(start + length, last)
                 part = ids[start : stop + 1].long()
                 yield Window(
-                    document=number,
+                    document=document.number,
                     number=index,
-                    name=name,
+                    name=document.name,
                     inputs=part[:-1],
                     targets=part[1:],
                     first=scored - start,
                     start=start,
                     is_short=len(ids) <= length,
-                    progress=_between(parts, stop + 1, len(ids)),
+                    progress=_between(document.parts, stop + 1, len(ids)),
+                    bytes=document.bytes if stop >= last else 0,
                 )
                 scored = stop
-                if stop >= len(ids) - 1:
+                if stop >= last:
                     break
 
     def stream_windows(self, encode: Encode, length: int, stride: int = 256) -> Iterator[Window]:
@@ -167,8 +187,9 @@ class Corpus:
         offset = start = index = 0  # of the buffer's first token and the next window, in the stream
         owners: list[tuple[int, int, str]] = []  # where documents begin in the stream
         end = 0
-        for number, name, ids, parts in self.tokens(encode):
-            owners.append((end, number, name))
+        for document in self.tokens(encode):
+            ids, parts = document.ids, document.parts
+            owners.append((end, document.number, document.name))
             end += len(ids)
             buffer = torch.cat([buffer, ids])
             # The window after this one must start below N - length, or this one would be the last.

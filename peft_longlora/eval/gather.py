@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peft_longlora.eval.identity import versions
 from peft_longlora.eval.report.cells import collect_cells, sort_key
 from peft_longlora.eval.tasks.task import name_of
 from peft_longlora.hub.results import Results, Row
 
 if TYPE_CHECKING:
     from peft_longlora.eval.run import Run
+    from peft_longlora.eval.subject import Subject
 
 
 def gather(run: Run) -> Results:
@@ -32,12 +32,11 @@ def gather(run: Run) -> Results:
         if any(denominator for _, denominator in cell.units.values())
     ]
     rows.sort(key=sort_key)
-    device = run.subject.model.device
     return Results(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        versions=versions(),
+        versions=versions("transformers", "torch", "peft", "tokenizers", "datasets", "lm_eval", "rouge-score"),
         hardware={
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
+            "device": device_name(run.subject),
             "threads": torch.get_num_threads(),
             "processes": run.processes.count,
         },
@@ -104,12 +103,7 @@ def _notes(run: Run, rows: list[Row], samples: _Samples) -> Iterator[str]:
         yield f"Out of memory, and so not measured: {', '.join(samples.unmeasured)}."
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the packages that the numbers depend on."""
-    found = {"python": platform.python_version(), "peft_longlora": sys.modules["peft_longlora"].__version__}
-    for name in ("transformers", "torch", "peft", "tokenizers", "datasets", "lm_eval", "rouge-score"):
-        try:
-            found[name.replace("-", "_")] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def device_name(subject: Subject) -> str:
+    """What the model runs on."""
+    device = subject.model.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"

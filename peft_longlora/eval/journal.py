@@ -1,17 +1,26 @@
 """The journal of a run: one JSON line for each finished window or prompt, so that a killed run goes on.
 
 While a run lasts, process r appends to samples-r.jsonl; at its end the main process makes one samples.jsonl of them.
-run.json says which run the lines belong to.
+run.json says which run the lines belong to. A lock keeps a second run out of the folder.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
+from peft_longlora.eval.lock import FolderLock
+from peft_longlora.hub.results import RESULTS
+from peft_longlora.hub.writing import write_whole, writing
+
 RUN, SAMPLES = "run.json", "samples.jsonl"
+DIGESTS = "digests.json"
+logger = logging.get_logger(__name__)
 
 
 class Journal:
@@ -25,41 +34,75 @@ class Journal:
     def __init__(self, folder: str | Path, rank: int = 0):
         self.folder = Path(folder)
         self.path = self.folder / f"samples-{rank}.jsonl"
+        self._lock = FolderLock(self.folder)
         self._file = None
+        self._damaged: set[str] = set()
+
+    def lock(self) -> None:
+        """Keep other runs out of the folder, until `release` or the end of this process. For the main process.
+
+        Raises: ValueError: another run is in it.
+        """
+        if not self._lock.is_held:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.take()
+
+    def release(self) -> None:
+        """Let other runs into the folder."""
+        self._lock.release()
 
     def open(self, identity: dict[str, Any], overwrite: bool = False, is_main: bool = True) -> None:
         """Begin or go on; the main process does so before any other.
 
         Args:
-            identity: what must be the same for lines to belong to one run: {"model": ..., "settings": ..., and, by
+            identity: what must be the same for lines to belong to one run: {"model": ..., "versions": ..., and, by
                 task, parameters and data}. Tasks may be added later, but not changed.
             overwrite: throw away what is there.
 
         Raises:
-            ValueError: the folder holds another run.
+            ValueError: the folder holds another run, or its run.json is damaged.
         """
         if is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if overwrite:
-                for path in [*self.folder.glob("samples*.jsonl"), *self.folder.glob(RUN)]:
-                    path.unlink()
-            run = self.folder / RUN
-            identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
-            if run.is_file():
-                old = json.loads(run.read_text(encoding="utf-8"))
-                for key in sorted(old.keys() & identity.keys()):
-                    if old[key] != identity[key]:
-                        raise ValueError(
-                            f"{self.folder} holds another run: its {key} is {_difference(old[key], identity[key])}. "
-                            f"Choose another --output, or pass --overwrite."
-                        )
-                identity = {**old, **identity}
-            elif list(self.folder.glob("samples*.jsonl")):
-                raise ValueError(f"{self.folder} holds samples, but no {RUN}. Choose another --output.")
-            run.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+            self.lock()
+            self._check(identity, overwrite)
         if self.path.is_file():
             self._cut_half_line()
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab")
+
+    def _check(self, identity: dict[str, Any], overwrite: bool) -> None:
+        """See that the folder holds this run or none, and say so in it."""
+        if overwrite:
+            # Results too: they would stand beside the samples of another run until this one has ended.
+            for name in ("samples*.jsonl", RUN, RESULTS):
+                for path in self.folder.glob(name):
+                    path.unlink()
+        run = self.folder / RUN
+        identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
+        if run.is_file():
+            old = self._read_run(run)
+            for key in sorted(old.keys() & identity.keys()):
+                if old[key] != identity[key]:
+                    raise ValueError(
+                        f"{self.folder} holds another run: in its {key}, {_difference(old[key], identity[key])}. "
+                        f"Choose another output=..., or pass overwrite=True."
+                    )
+            identity = {**old, **identity}
+        elif list(self.folder.glob("samples*.jsonl")):
+            raise ValueError(f"{self.folder} holds samples, but no {RUN}. Choose another output=...")
+        write_whole(run, json.dumps(identity, indent=1) + "\n")
+
+    @staticmethod
+    def _read_run(run: Path) -> dict[str, Any]:
+        try:
+            content = json.loads(run.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError(f"it holds a {type(content).__name__}, not an object")
+            return content
+        except (ValueError, RecursionError) as error:  # JSONDecodeError names line and column
+            raise ValueError(
+                f"{run} is damaged ({type(error).__name__}: {error}), and it says which run the samples beside it "
+                f"belong to. Put the file back, choose another output=..., or pass overwrite=True to measure all anew."
+            ) from error
 
     def _cut_half_line(self) -> None:
         """Forget the line that was being written when the run was killed."""
@@ -78,23 +121,28 @@ class Journal:
         return {record["key"] for record in self.records()}
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Finished samples of all processes, each key once, one at a time."""
+        """Finished samples of all processes, each key once, one at a time.
+
+        A damaged line is named in a warning and left out, so that its window or prompt is measured again.
+        """
         seen: set[str] = set()
-        paths = [self.folder / SAMPLES, *sorted(self.folder.glob("samples-*.jsonl"))]
-        for path in paths:
-            if not path.is_file():
-                continue
-            with path.open(encoding="utf-8") as file:
-                for line in file:
-                    if line.endswith("\n"):
-                        record = json.loads(line)
-                        if record["key"] not in seen:
-                            seen.add(record["key"])
-                            yield record
+        for path in [self.folder / SAMPLES, *sorted(self.folder.glob("samples-*.jsonl"))]:
+            for record in read_samples(path, self._warn):
+                if record["key"] not in seen:
+                    seen.add(record["key"])
+                    yield record
+
+    def _warn(self, what: str) -> None:
+        if what not in self._damaged:
+            self._damaged.add(what)
+            logger.warning(f"{what} What it was is measured again; all other lines are kept.")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one finished sample; it is on disk when this returns."""
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        """Append one finished sample; the system has it when this returns, so a killed process loses none.
+
+        A machine that loses power may lose or damage the last lines; they are measured again.
+        """
+        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -105,13 +153,46 @@ class Journal:
 
     def merge(self) -> None:
         """Make one file of all processes' samples. For the main process, when all others have closed theirs."""
-        draft = self.folder / f"{SAMPLES}.draft"
-        with draft.open("w", encoding="utf-8") as file:
+        with writing(self.folder / SAMPLES) as file:
             for record in self.records():
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        draft.replace(self.folder / SAMPLES)
+                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         for path in self.folder.glob("samples-*.jsonl"):
             path.unlink()
+
+
+def read_samples(path: Path, on_damage: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """The samples of a file, one at a time; none if it is not there. A last line without an end is not read.
+
+    Args:
+        on_damage: called with a sentence for each line that is no sample; it names file, line and what is wrong.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                try:
+                    record = json.loads(line.decode())
+                    fault = _fault(record)
+                except (ValueError, RecursionError) as error:
+                    fault = f"{type(error).__name__}: {error}"
+                if fault:
+                    on_damage(f"{path}, line {number}, is damaged ({fault}).")
+                else:
+                    yield record
+
+
+def _fault(record: Any) -> str | None:
+    """What is wrong with a sample: it has no key, or a number in it is none."""
+    if not isinstance(record, dict) or not isinstance(record.get("key"), str):
+        return "no object with a 'key'"
+    for measure in record.get("measures", []):
+        if not isinstance(measure, list) or len(measure) not in (4, 5) or not isinstance(measure[0], str):
+            return f"{measure!r} is no measure: [metric, group, numerator, denominator]"
+        for number in measure[2:4]:
+            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+                return f"{number!r} is no number in {measure!r}"
+    return None
 
 
 def _difference(old: Any, new: Any) -> str:
@@ -119,5 +200,5 @@ def _difference(old: Any, new: Any) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *new]:
             if old.get(key) != new.get(key):
-                return f"{key}={old.get(key)!r}, now {new.get(key)!r}"
-    return f"{old!r}, now {new!r}"
+                return f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
+    return f"it was {old!r} and is now {new!r}"

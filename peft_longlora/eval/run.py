@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft_longlora.eval.gather import gather
-from peft_longlora.eval.journal import Journal
+from peft_longlora.eval.gather import device_name, gather
+from peft_longlora.eval.identity import Digests, versions
+from peft_longlora.eval.journal import DIGESTS, Journal
 from peft_longlora.eval.processes import Processes
 from peft_longlora.eval.report.tables import write_report
 from peft_longlora.eval.share import Share
@@ -58,7 +59,14 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What must be the same for samples to belong together."""
         tasks = {name_of(task): {**task.parameters, "data": self.data[name_of(task)]} for task in self.tasks}
-        return {"model": self.subject.description, **tasks}
+        versions_of = versions("transformers", "torch", "peft", "tokenizers")
+        del versions_of["python"]  # which changes no number
+        return {
+            "model": self.subject.description,
+            "versions": versions_of,
+            "device": device_name(self.subject),
+            **tasks,
+        }
 
     def open(self, overwrite: bool) -> None:
         """Begin or go on; the main process decides before any other whether the folder holds this run.
@@ -66,11 +74,13 @@ class Run:
         Raises: ValueError: it holds another.
         """
         if self.processes.is_main:
+            self.journal.lock()
+            self.subject.identify(Digests(self.journal.folder / DIGESTS))
             self.journal.open(self.identity(), overwrite)
             self.processes.wait()
         else:
             self.processes.wait()
-            self.journal.open(self.identity(), is_main=False)
+            self.journal.open({}, is_main=False)
         self.done = self.journal.done()
         self.processes.wait()  # nobody writes before all have read
 
@@ -102,23 +112,26 @@ def evaluate(
         The results, in the main process; None in others.
 
     Raises:
-        ValueError: the folder holds another run; the model computes no number somewhere.
+        ValueError: the folder holds another run, or another run writes into it; the model computes no number somewhere.
 
     A task or length that runs out of memory is left out of the results, which name it, and the others go on.
     """
     processes = processes or Processes()
     run = Run(subject, tasks, Journal(output, processes.rank), processes, settings or Settings())
     run.check()
-    run.open(overwrite)
     try:
-        run.measure(show_progress)
+        run.open(overwrite)
+        try:
+            run.measure(show_progress)
+        finally:
+            run.journal.close()
+        processes.wait()
+        if not processes.is_main:
+            return None
+        run.journal.merge()
+        results = gather(run)
+        results.save(Path(output) / RESULTS)
+        write_report(results, Path(output))
+        return results
     finally:
-        run.journal.close()
-    processes.wait()
-    if not processes.is_main:
-        return None
-    run.journal.merge()
-    results = gather(run)
-    results.save(Path(output) / RESULTS)
-    write_report(results, Path(output))
-    return results
+        run.journal.release()

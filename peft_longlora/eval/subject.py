@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.configure import configure_attention, use_attention
 from peft_longlora.attention.settings import settings_of
 from peft_longlora.data.encoding import encode_all
+from peft_longlora.eval.identity import Digests, fingerprint, model_digest, template_digest, tokenizer_digest
 from peft_longlora.eval.losses import TokenLosses
 from peft_longlora.hub.generation import decoding
 from peft_longlora.hub.loading import check_tokenizer, load_model
@@ -40,6 +40,7 @@ class Subject:
         description: the "model" entry of results.json.
         notes: what a reader of the results must know about it.
         attention: "dense", or "sparse" to measure a pattern by itself.
+        sources: the base's and the adapter's folder or id, if the model was loaded from them; None: it was in memory.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class Subject:
     description: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     attention: str = "dense"
+    sources: tuple[str, str | None] | None = None
     _losses: TokenLosses | None = None
 
     @classmethod
@@ -70,6 +72,7 @@ class Subject:
             "fingerprint": None,
             "adapter": model.active_adapter if variant == "adapter" else None,
             "adapter_sha256": None,
+            "tokenizer": tokenizer.name_or_path,
             "dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
             "attention": attention if attention == "dense" else f"sparse ({_pattern(model)})",
             "attn_implementation": "default",
@@ -78,6 +81,27 @@ class Subject:
             "window": window,
         }
         return cls(model, tokenizer, variant, native, window, description, attention=attention)
+
+    def identify(self, digests: Digests) -> None:
+        """Complete the description by what tells this model and tokenizer from all others: digests, commits.
+
+        Called once a run, by one process: all bytes of the weights are read, unless `digests` remembers the files.
+        """
+        if self.sources is None:
+            found, elsewhere = model_digest(self.model)
+            if elsewhere:
+                self.notes.append(
+                    f"{len(elsewhere)} of the model's tensors are not in memory ({elsewhere[0]}, ...), so its "
+                    f"fingerprint is made without them."
+                )
+            self.description["fingerprint"] = found
+        else:
+            model, adapter = self.sources
+            commit = getattr(self.model.config, "_commit_hash", None)
+            self.description["fingerprint"] = fingerprint(model, digests, commit)
+            self.description["adapter_sha256"] = fingerprint(adapter, digests) if adapter else None
+        self.description["tokenizer_sha256"] = tokenizer_digest(self.tokenizer)
+        self.description["chat_template_sha256"] = template_digest(self.tokenizer)
 
     def start_losses(self, inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Token losses, from a function that waits for them; see `TokenLosses.start`."""
@@ -158,42 +182,15 @@ def load_subject(
     if attention == "sparse" and not adapter:
         configure_attention(base)
     subject = Subject.of(base, loaded.tokenizer, attention)
-    subject.native_window, subject.notes = native, loaded.notes
+    subject.native_window, subject.notes, subject.sources = native, loaded.notes, (model, adapter)
     subject.description |= {
         "name": _shown(model),
-        "fingerprint": fingerprint(model, base.config),
         "adapter": _shown(adapter) if adapter else None,
-        "adapter_sha256": fingerprint(adapter) if adapter else None,
+        "tokenizer": _shown(options.get("tokenizer") or model),
         "attn_implementation": attn_implementation or "default",
         "native_window": native,
     }
     return subject
-
-
-def fingerprint(name: str, config: Any = None) -> str:
-    """A hash that tells two models apart: the Hub's commit, or over a folder's files.
-
-    Of files above 64 MiB the size and the first and last MiB count, so that no large model is read whole.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        return getattr(config, "_commit_hash", None) or name
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in (".safetensors", ".bin", ".json"):
-            # results.json may lie in an adapter's folder, and is no part of it
-            if path.name in ("results.json", "run.json", "trainer_state.json"):
-                continue
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode())
-            with path.open("rb") as file:
-                if size <= 64 * 2**20:
-                    digest.update(file.read())
-                else:
-                    digest.update(file.read(2**20))
-                    file.seek(-(2**20), 2)
-                    digest.update(file.read())
-    return digest.hexdigest()
 
 
 def _shown(name: str) -> str:

@@ -9,8 +9,10 @@ Schema version 1, a JSON object:
     created         UTC time, ISO 8601
     versions        {"peft_longlora", "transformers", "torch", "peft", "python": version}
     hardware        {"device", "processes": n}
-    model           name, fingerprint, adapter (name or null), adapter_sha256 (or null), dtype, attention ("dense" or
-                    "sparse"), rope_parameters, native_window and window (tokens, before and after extension)
+    model           name, fingerprint, adapter (name or null), adapter_sha256 (or null), tokenizer, tokenizer_sha256,
+                    chat_template_sha256 (or null), dtype, attention ("dense" or "sparse"), rope_parameters,
+                    native_window and window (tokens, before and after extension). A fingerprint is the Hub's commit, or
+                    of a folder what `sha256sum FILES | sha256sum` prints for its weights and configs
     settings        {"seed", "bootstrap_replicates", "confidence"} and, by task, its parameters
     data            {task: {"name", "sources", "documents" or "records", "characters", "sha256"}}
     notes           sentences a reader must know: documents shorter than a window, truncated prompts, ...
@@ -51,6 +53,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from peft_longlora.adapter.files import refuse_link
+from peft_longlora.hub.writing import write_whole, writing
 
 RESULTS = "results.json"
 SCHEMA_VERSION = 1
@@ -95,8 +98,17 @@ class Row:
                 raise ValueError(f"{name} must be text in {content}")
         for name in ("value", "low", "high"):
             number = content[name]
-            if (number is not None or name == "value") and (isinstance(number, bool) or not math.isfinite(number)):
+            if (number is not None or name == "value") and not _is_number(number):
                 raise ValueError(f"{name} must be a finite number in {content}")
+        for name in ("length", "units", "tokens"):
+            number = content[name]
+            if (number is not None or name == "units") and not (_is_number(number) and number >= 0):
+                raise ValueError(f"{name} must be a number of 0 or more in {content}")
+        if content["group"] is not None and not isinstance(content["group"], str):
+            raise ValueError(f"group must be text or null in {content}")
+        for name in ("beyond_window", "higher_is_better"):
+            if not isinstance(content[name], bool):
+                raise ValueError(f"{name} must be true or false in {content}")
         return cls(**{each.name: content[each.name] for each in fields(cls)})
 
     @property
@@ -146,10 +158,7 @@ class Results:
 
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all."""
-        path = Path(path)
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        draft.replace(path)
+        write_whole(path, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
@@ -164,8 +173,9 @@ class Results:
             raise FileNotFoundError(f"{path}: no such file. Give the results.json that `longlora eval` wrote.")
         try:
             content = _read(path)
+            _check(content)
             return cls(**{**content, "details": [Row.of(row) for row in content["details"]]})
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path}: no results.json of `longlora eval` ({type(error).__name__}: {error})."
             ) from error
@@ -183,6 +193,24 @@ def _read(path: Path) -> dict[str, Any]:
     return {**content, "results": [Row.of(row) for row in content["results"]]}
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check(content: dict[str, Any]) -> None:
+    """See that what a comparison reads beside the rows is there.
+
+    Raises: ValueError.
+    """
+    for name in ("versions", "hardware", "model", "settings", "data"):
+        if not isinstance(content[name], dict):
+            raise ValueError(f"{name} must be an object, not {content[name]!r}")
+    settings = content["settings"]
+    for name, low, high in (("seed", 0, 2**63), ("bootstrap_replicates", 1, 10**6), ("confidence", 0, 1)):
+        if not (_is_number(settings[name]) and low <= settings[name] <= high):
+            raise ValueError(f"settings: {name} must be a number from {low} to {high}, not {settings[name]!r}")
+
+
 def read_results(folder: Path) -> tuple[list[Row], list[str]]:
     """The headline rows of a folder's results.json, and the names of its plots.
 
@@ -196,7 +224,7 @@ def read_results(folder: Path) -> tuple[list[Row], list[str]]:
     refuse_link(path)
     try:
         return _read(path)["results"], plots
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} cannot be used for the card: {type(error).__name__}: {error}. It must hold {{'schema_version': "
             f"{SCHEMA_VERSION}, 'results': [{{'task', 'dataset', 'metric', 'value', ...}}]}}. Correct or remove it."
@@ -213,7 +241,8 @@ def copy_results(source: Path, folder: Path) -> None:
     _, plots = read_results(source)
     if source.resolve() != folder.resolve():
         for name in (RESULTS, *plots):
-            shutil.copyfile(source / name, folder / name)
+            with (source / name).open("rb") as content, writing(folder / name) as copy:
+                shutil.copyfileobj(content, copy)
 
 
 def rounded(value: float | None) -> float | None:

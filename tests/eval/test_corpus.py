@@ -105,7 +105,7 @@ def test_documents_become_tokens_in_batches(corpus, monkeypatch, limit, sizes):
         seen.append(len(texts))
         return letters(texts)
 
-    tokens = [ids.tolist() for _, _, ids, _ in corpus.tokens(encode)]
+    tokens = [document.ids.tolist() for document in corpus.tokens(encode)]
     assert seen == sizes
     assert tokens == letters([d["text"] for d in corpus.documents()])
 

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from peft_longlora.eval import Corpus, Passkey, Perplexity, Processes, Results, Topics, evaluate
-from tests.helpers.answering_models import Bigrams, read_passkey, scripted_subject
+from peft_longlora.eval.subject import Subject
+from tests.helpers.answering_models import Bigrams, letter_tokenizer, read_passkey, scripted_subject
 from tests.helpers.evaluated import P, Small, letter_subject, letter_tasks, letters
 
 
@@ -102,21 +103,84 @@ def test_where_one_process_has_no_room_the_length_is_left_out(tmp_path):
         results, _ = pool.map(share, range(2), [letter_tasks(tmp_path) for _ in range(2)])
     assert results.unmeasured == ["perplexity 32 (documents)"]
     whole = evaluate(letter_subject(), letter_tasks(tmp_path), tmp_path / "whole")
-    assert results.results == [row for row in whole.results if row.length == 8] and len(results.results) == 2
+    assert results.results == [row for row in whole.results if row.length == 8] and len(results.results) == 3
 
 
 def test_a_folder_holds_one_run(tmp_path):
     subject, corpus = letter_subject(), letters(tmp_path)
     out = tmp_path / "out"
     evaluate(subject, [Perplexity(corpus, [8], stride=4)], out)
-    with pytest.raises(ValueError, match=r"holds another run.*stride=4, now 8"):
+    with pytest.raises(ValueError, match=r"holds another run.*stride was 4 and is now 8"):
         evaluate(subject, [Perplexity(corpus, [8], stride=8)], out)
     more = evaluate(subject, [Perplexity(corpus, [8, 16], stride=4)], out)
-    assert [row.length for row in more.results] == [8, 16], "lengths may be added"
+    assert [row.length for row in more.results if row.metric == "perplexity"] == [8, 16], "lengths may be added"
     (tmp_path / "0.txt").write_text("abab" * 9)
     with pytest.raises(ValueError, match="another run"):
         evaluate(subject, [Perplexity(Corpus(tmp_path / "0.txt"), [8], stride=4)], out)
     evaluate(subject, [Perplexity(corpus, [8], stride=8)], out, overwrite=True)
+
+
+def test_a_run_is_of_one_tokenizer_and_one_model(tmp_path):
+    """What changes a number is another run, also where its name is the same."""
+
+    def run(subject) -> None:
+        evaluate(subject, [Perplexity(letters(tmp_path), [8])], tmp_path / "out")
+
+    def with_letters(order: str) -> Subject:
+        return Subject.of(Bigrams(P), letter_tokenizer(order))
+
+    run(with_letters("abcd"))
+    run(with_letters("abcd"))
+    with pytest.raises(ValueError, match="holds another run: in its model, tokenizer_sha256 was"):
+        run(with_letters("badc"))
+    with pytest.raises(ValueError, match="holds another run: in its model, fingerprint was"):
+        run(letter_subject(Bigrams(P.flip(0))))
+    templated = with_letters("abcd")
+    templated.tokenizer.chat_template = "{{ messages }}"
+    with pytest.raises(ValueError, match="in its model, chat_template_sha256 was None"):
+        run(templated)
+    run(with_letters("abcd"))
+
+
+def test_a_run_is_of_the_versions_and_the_device_that_it_began_with(tmp_path, monkeypatch):
+    tasks = [Perplexity(letters(tmp_path), [8])]
+    evaluate(letter_subject(), tasks, tmp_path / "out")
+    began = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert began["versions"].keys() >= {"peft_longlora", "transformers", "torch", "peft", "tokenizers"}
+    for key, other in {"versions": {**began["versions"], "torch": "1.0"}, "device": "NVIDIA H100"}.items():
+        (tmp_path / "out" / "run.json").write_text(json.dumps({**began, key: other}))
+        with pytest.raises(ValueError, match=f"another run: in its {key}, .*was ('1.0'|'NVIDIA H100') and is now"):
+            evaluate(letter_subject(), tasks, tmp_path / "out")
+
+
+def test_a_second_run_is_refused_while_the_first_lasts(tmp_path):
+    """It comes while the first measures, which loses nothing by it; when the first has ended, it may."""
+    task, refused = Perplexity(letters(tmp_path), [8]), []
+
+    class Interrupted(Perplexity):
+        def _finish(self, *arguments):
+            if not refused:
+                with pytest.raises(ValueError, match="Another run writes into output="):
+                    evaluate(letter_subject(), [task], tmp_path / "out")
+                refused.append(True)
+            return super()._finish(*arguments)
+
+    results = evaluate(letter_subject(), [Interrupted(letters(tmp_path), [8])], tmp_path / "out")
+    assert refused and evaluate(letter_subject(), [task], tmp_path / "out").results == results.results
+
+
+def test_plots_of_earlier_results_do_not_stay(tmp_path):
+    """A folder may be gone on with for other tasks; a card shows all plots that lie there."""
+    subject = scripted_subject(lambda prompt: " 7")
+    evaluate(subject, [Passkey(lengths=[1000], depths=[0], seeds=1)], tmp_path)
+    (tmp_path / "mine.png").write_bytes(b"")
+    evaluate(subject, [Topics(source=write_topics(tmp_path))], tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["mine.png", "topics.png"]
+
+
+def write_topics(folder) -> str:
+    (folder / "talks.jsonl").write_text(json.dumps({"prompt": "Topics: art.", "topics": ["art"]}) + "\n")
+    return str(folder / "talks.jsonl")
 
 
 def test_results_are_what_the_schema_says(tmp_path):

@@ -20,9 +20,9 @@ def byte_tokenizer(**options) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
-def letter_tokenizer() -> PreTrainedTokenizerFast:
+def letter_tokenizer(order: str = "abcd") -> PreTrainedTokenizerFast:
     """Four letters, four tokens."""
-    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2, "d": 3}, unk_token="d"))
+    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(order)}, unk_token="d"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 

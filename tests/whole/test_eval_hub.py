@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import safetensors.torch
 
 from peft_longlora.eval import Results
 from tests.helpers.evaluated import save_adapter, save_base, save_texts
@@ -101,6 +102,26 @@ def test_results_are_those_of_the_same_files(longlora, tmp_path, base, adapter, 
     assert (data["sha256"], data["documents"], data["sources"]) == (same["sha256"], 3, [f"me/{name} ({split})"])
     assert [row.value for row in results.results] == [row.value for row in files.results]
     assert (results.model["name"], results.model["adapter"]) == ("me/base", "me/adapter")
+
+
+def test_another_commit_of_an_adapter_or_a_base_is_another_run(longlora, hub, tmp_path, base, adapter):
+    """Names on the Hub stand for whatever was pushed last; results name the commit."""
+    for what, folder, weights in (
+        ("adapter", adapter, "adapter_model.safetensors"),
+        ("model", base, "model.safetensors"),
+    ):
+        repo, files = f"me/moving-{what}", read_folder(folder)
+        hub.put(repo, files)
+        options = {"adapter": ["--model", "me/base", "--adapter", repo], "model": ["--model", repo]}[what]
+        command = ["eval", *options, *COMMON, "--data", "me/pg19", "--split", "test", "--output", tmp_path / what]
+        assert longlora(*command) == longlora(*command) == (0, [])
+        key = {"adapter": "adapter_sha256", "model": "fingerprint"}[what]
+        assert re.fullmatch("[0-9a-f]{40}", Results.load(tmp_path / what).model[key])
+        tensors = safetensors.torch.load(files[weights])
+        files[weights] = safetensors.torch.save({name: 1.5 * x for name, x in tensors.items()}, {"format": "pt"})
+        hub.put(repo, files)
+        code, [line] = longlora(*command)
+        assert code == 2 and f"holds another run: in its model, {key} was" in line
 
 
 @pytest.mark.parametrize(

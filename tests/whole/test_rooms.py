@@ -38,12 +38,13 @@ ARROWS = {
 LATE = {
     "cli": {"eval", "chat", "hub", "__init__"},
     "eval.report.tables": {"eval.report.plots"},
-    "eval.report.comparison": {"eval.report.plots"},
+    "eval.report.side_by_side": {"eval.report.plots"},
 }
 EXTRAS = {"accelerate", "bitsandbytes", "datasets", "flash_attn", "gradio", "lm_eval", "matplotlib", "pypdf"}
 EXTRAS |= {"rouge_score", "trl"}
 LATE_OTHERS = EXTRAS | {
     "kernels",  # of Hugging Face, for FlashAttention 3
+    "msvcrt",  # on Windows alone
     "readline",  # not on Windows
     "torch.distributed.tensor",  # where torch was built without it, everything else works
     "torch.nn.attention.flex_attention",  # brings the compiler

@@ -13,16 +13,20 @@ from typing import Any
 from peft_longlora.eval.report import statistics
 from peft_longlora.hub.results import Row, rounded
 
-LOWER_IS_BETTER = {"perplexity", "peak_memory_bytes", "kv_cache_bytes", "seconds_to_first_token"}
+LOWER_IS_BETTER = {"perplexity", "bits_per_byte", "peak_memory_bytes", "kv_cache_bytes", "seconds_to_first_token"}
 
 
 @dataclass
 class Cell:
-    """The samples behind one row: a numerator and a denominator for each independent unit."""
+    """The samples behind one row: a numerator and a denominator for each independent unit.
+
+    contents: of each unit, a number for all that was asked in it, whatever the order; None: a sample does not say.
+    """
 
     name: tuple[Any, ...]
     variant: str
     units: dict[str, list[float]] = field(default_factory=dict)
+    contents: dict[str, int | None] = field(default_factory=dict)
     tokens: float = 0.0
     samples: int = 0
     beyond_window: bool = False
@@ -35,7 +39,11 @@ class Cell:
 
     def add(self, record: dict[str, Any], numerator: float, denominator: float, tokens: float | None) -> None:
         """Add one sample to its unit."""
-        unit = self.units.setdefault(str(record["unit"]), [0.0, 0.0])
+        name = str(record["unit"])
+        unit = self.units.setdefault(name, [0.0, 0.0])
+        content, before = record.get("content"), self.contents.get(name, 0)
+        unknown = before is None or not isinstance(content, str)
+        self.contents[name] = None if unknown else (before + int(content, 16)) % 2**64
         unit[0] += numerator
         unit[1] += denominator
         self.tokens += tokens or 0

@@ -15,7 +15,9 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from peft_longlora.eval.report.units import UNITS, show_metric
 from peft_longlora.hub.results import Results, Row
+from peft_longlora.hub.writing import writing
 
+OURS = "(perplexity|native)_(documents|longlora)|passkey|needle|ruler|multidoc|topics|cost"
 COLORS = ("#00798c", "#d1495b", "#edae49", "#66a182", "#2e4057", "#8d99ae")
 
 
@@ -24,7 +26,8 @@ def write_plots(results: Results, folder: Path) -> list[str]:
 
     Returns: names of the files.
     """
-    rows, details = results.results, results.details
+    rows = [row for row in results.results if row.metric != "bits_per_byte"]
+    details = results.details
     figures: dict[str, Figure] = {}
     for task in ("perplexity", "native"):
         for protocol in dict.fromkeys(row.protocol for row in rows if row.task == task):
@@ -42,8 +45,12 @@ def write_plots(results: Results, folder: Path) -> list[str]:
             figures[task] = draw_places(ours, task)
     if cost := [row for row in rows if row.task == "cost"]:
         figures["cost"] = draw_cost(cost)
+    for path in folder.glob("*.png"):
+        if path.stem not in figures and re.fullmatch(OURS, path.stem):
+            path.unlink()  # of an earlier run in this folder, and of numbers that these results do not hold
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png")
+        with writing(folder / f"{name}.png") as file:
+            figure.savefig(file, format="png")
         plt.close(figure)
     return [f"{name}.png" for name in figures]
 

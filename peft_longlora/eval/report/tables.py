@@ -9,6 +9,7 @@ from transformers.utils import logging
 from peft_longlora.eval.report.cells import sort_key
 from peft_longlora.eval.report.units import show, show_interval, show_length, show_metric
 from peft_longlora.hub.results import Results, Row
+from peft_longlora.hub.writing import write_whole
 
 REPORT = "results.md"
 logger = logging.get_logger(__name__)
@@ -24,7 +25,7 @@ def write_report(results: Results, folder: Path) -> None:
     else:
         images = write_plots(results, folder)
     text = make_report(results) + "".join(f"\n![{image}]({image})\n" for image in images)
-    (folder / REPORT).write_text(text, encoding="utf-8")
+    write_whole(folder / REPORT, text)
 
 
 def make_report(results: Results) -> str:

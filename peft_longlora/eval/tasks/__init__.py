@@ -1,8 +1,8 @@
 """What can be measured. A task gives items in a fixed order; each measures one window or prompt and gives one sample.
 
 Read `task.py`, then `perplexity.py` (windows of documents) or `prompts.py`, which `passkey.py` and `ruler.py` (texts
-made here, of `haystack.py` and `words.py`) and `records.py` with `topics.py`, `multidoc.py` and `longqa.py` (texts that are
-given) build on. `metrics.py` scores answers, `cost.py` measures time and memory, `harness.py` hands on to lm-eval.
+made here, of `haystack.py` and `words.py`) and `records.py` with `topics.py`, `multidoc.py` and `longqa.py` (given
+texts) build on. `metrics.py` scores answers, `cost.py` measures time and memory, `harness.py` hands on to lm-eval.
 """
 
 from peft_longlora.eval.tasks.cost import Cost

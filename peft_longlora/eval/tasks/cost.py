@@ -39,8 +39,8 @@ class Cost:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Nothing that changes what a number means."""
-        return {"new_tokens": NEW_TOKENS}
+        """What time depends on besides the device."""
+        return {"new_tokens": NEW_TOKENS, "threads": torch.get_num_threads()}
 
     def data(self) -> None:
         """Random tokens are no data."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from peft_longlora.eval.identity import content_digest, versions
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks.task import Item
 
@@ -51,8 +53,15 @@ class Harness:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What changes the questions."""
-        return {"limit": self.limit, "num_fewshot": self.num_fewshot}
+        """What changes the questions and their scores."""
+        asked = {"limit": self.limit, "num_fewshot": self.num_fewshot}
+        own = (
+            sorted(path for path in Path(self.include_path or "").rglob("*") if path.is_file())
+            if self.include_path
+            else []
+        )
+        files = content_digest(*(part for path in own for part in (path.name, path.read_bytes()))) if own else None
+        return {**asked, "include_path": files, "lm_eval": versions("lm_eval").get("lm_eval")}
 
     def data(self) -> None:
         """lm-eval gets its own data."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -16,7 +18,7 @@ CHARACTERS_A_TOKEN = 10  # more than a prompt can need, so that seeds begin at o
 
 
 class Books:
-    """Words of documents in order, as haystacks; read once, and no further than the longest prompt needs.
+    """Words of documents in order, as haystacks; read no further than the longest prompt needs.
 
     Args:
         corpus: the documents.
@@ -25,7 +27,6 @@ class Books:
 
     def __init__(self, corpus: Corpus, length: int | None = None):
         self.corpus, self.length = corpus, length
-        self._documents = None
         self._words: list[str] = []
         self._ends: list[tuple[int, int]] = []  # of the documents read: characters and words up to each one's end
         self._excerpts: dict[int, Excerpt] = {}
@@ -38,7 +39,7 @@ class Books:
     def up_to(self, length: int) -> Excerpt:
         """The haystack of prompts of a length: the first documents, the same whatever other lengths are asked for.
 
-        Raises: ValueError: the length is above the longest that was named, or there are no words.
+        Raises: ValueError: the length is above the longest that was named.
         """
         if self.length is not None and length > self.length:
             raise ValueError(f"Books for prompts of up to {self.length} tokens hold too little for {length}.")
@@ -46,21 +47,18 @@ class Books:
             needed = CHARACTERS_A_TOKEN * length
             self._read(needed)
             words = next((words for characters, words in self._ends if characters >= needed), len(self._words))
-            if not words:
-                raise ValueError(f"{self.name} holds no words to hide anything between. Give more text as books=...")
             self._excerpts[length] = Excerpt(self.name, self._words[:words])
         return self._excerpts[length]
 
     def _read(self, characters: int) -> None:
-        if self._documents is None:
-            self._documents = self.corpus.documents()
-        while not self._ends or self._ends[-1][0] < characters:
-            document = next(self._documents, None)
-            if document is None:
-                return
-            self._words += document["text"].split()  # line ends are taken out, as RULER does
-            before = self._ends[-1][0] if self._ends else 0
-            self._ends.append((before + len(document["text"]), len(self._words)))
+        read = self._ends[-1][0] if self._ends else 0
+        # Files are closed in between, so what was read before is passed over.
+        with contextlib.closing(self.corpus.documents()) as documents:
+            rest = itertools.islice(documents, len(self._ends), None)
+            while read < characters and (document := next(rest, None)) is not None:
+                self._words += document["text"].split()  # line ends are taken out, as RULER does
+                read += len(document["text"])
+                self._ends.append((read, len(self._words)))
 
 
 @dataclass(frozen=True)

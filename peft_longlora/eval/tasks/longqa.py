@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from peft_longlora.data.records import IGNORED, tokenize_record
+from peft_longlora.eval.identity import content_digest, versions
 from peft_longlora.eval.subject import Subject
-from peft_longlora.eval.tasks.metrics import rouge_l, token_f1
+from peft_longlora.eval.tasks.metrics import check_rouge, rouge_l, token_f1
 from peft_longlora.eval.tasks.prompts import Prompt, Question
-from peft_longlora.eval.tasks.records import RecordTask, check_lists, check_texts, stem
+from peft_longlora.eval.tasks.records import RecordTask, check_lists, check_texts
 
 # LongBench: which score a data set has, and how long its answers may be (config/dataset2maxlen.json).
 LONGBENCH = {
@@ -66,13 +67,14 @@ class LongQA(RecordTask):
     @property
     def parameters(self) -> dict[str, Any]:
         """How prompts are made and cut."""
-        return {"chat": self.chat, "max_length": self.max_length, "prompts": self._templates}
+        made = {"chat": self.chat, "max_length": self.max_length, "prompts": self._templates}
+        return {**made, "rouge_score": versions("rouge-score").get("rouge_score")}
 
     def questions(self) -> Iterator[Question]:
         """One a record."""
         for number, (file, row) in enumerate(self.rows()):
             yield Question(
-                f"{file}/{number:05d}", None, lambda _, r=row: self.make_prompt(r), (), self.kind(row) or stem(file)
+                f"{file}/{number:05d}", None, lambda _, r=row: self.make_prompt(r), (), self.kind(row) or file
             )
 
     def check_record(self, row: dict[str, Any]) -> None:
@@ -87,8 +89,11 @@ class LongQA(RecordTask):
                 raise ValueError(f"no 'input', or no text in it: {str(row.get('input'))[:40]!r}.")
             if self.prompts and kind not in self._templates:
                 raise ValueError(f"{self.prompts} has no prompt for {kind!r}.")
+            if LONGBENCH[kind][0] == "rougeL":
+                check_rouge(row["answers"])
         elif "instruction" in row and "output" in row:
             check_texts(row, "instruction", "output")
+            check_rouge([row["output"]])
             if not isinstance(row.get("input") or "", str):
                 raise ValueError(f"'input' is no text: {str(row['input'])[:40]!r}.")
         else:
@@ -148,6 +153,7 @@ class LongQA(RecordTask):
             "variant": subject.variant,
             "length": None,
             "unit": question.unit or question.key,
+            "content": content_digest(prompt.text, *([room] if excess else [])),
             "beyond_window": len(ids) + max_new_tokens > subject.window,
             "tokens": len(ids),
             "cut_tokens": excess,

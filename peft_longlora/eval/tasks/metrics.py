@@ -22,8 +22,30 @@ def normalize_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
+def contains(answer: str, reference: str) -> bool:
+    """Whether a reference is within the answer, both normalised.
+
+    A reference that normalises to nothing ("The A", "?!") would be within any answer: see `_is_said`.
+    """
+    wanted = normalize_answer(reference)
+    return wanted in normalize_answer(answer) if wanted else _is_said(answer, reference)
+
+
+def _is_said(answer: str, reference: str) -> bool:
+    """Whether an answer is a reference of which a metric keeps no word: the same text, case and outer spaces aside.
+
+    A full stop or quotation marks around it are allowed unless it has none but such signs itself.
+    """
+    said, wanted = (" ".join(text.lower().split()) for text in (answer, reference))
+    signs = string.punctuation + string.whitespace
+    return said == wanted or (bool(wanted.strip(signs)) and said.strip(signs) == wanted.strip(signs))
+
+
 def token_f1(answer: str, references: list[str]) -> float:
-    """The best F1, over references, between normalised words as multisets. Source: LongBench's qa_f1_score."""
+    """The best F1, over references, between normalised words as multisets. Source: LongBench's qa_f1_score.
+
+    A reference that normalises to nothing gives 0, as there.
+    """
     return max((_f1(normalize_answer(answer).split(), normalize_answer(r).split()) for r in references), default=0.0)
 
 
@@ -37,13 +59,14 @@ def contains_any(answer: str, references: list[str]) -> float:
 
     Source: best_subspan_em of nelson-liu/lost-in-the-middle, and its cut at the line's end.
     """
-    line = normalize_answer(answer.strip().split("\n")[0])
-    return float(any(normalize_answer(reference) in line for reference in references))
+    line = answer.strip().split("\n")[0]
+    return float(any(contains(line, reference) for reference in references))
 
 
 def contains_all(answer: str, references: list[str]) -> float:
     """The part of the references within the answer, letter case aside. Source: RULER's string_match_all."""
-    return sum(reference.lower() in answer.lower() for reference in references) / len(references)
+    found = sum(bool(r.strip()) and r.strip().lower() in answer.lower() for r in references)
+    return found / len(references) if references else 0.0
 
 
 def rouge_l(answer: str, references: list[str]) -> float:
@@ -51,7 +74,18 @@ def rouge_l(answer: str, references: list[str]) -> float:
 
     Raises: ImportError: rouge-score is not installed.
     """
-    return max(_rouge_scorer().score(reference, answer)["rougeL"].fmeasure for reference in references)
+    scorer = _rouge_scorer()
+    return max((scorer.score(reference, answer)["rougeL"].fmeasure for reference in references), default=0.0)
+
+
+def check_rouge(references: list[str]) -> None:
+    """Refuse references in a script that rouge-score does not read: it knows a to z and digits, and would score 0.
+
+    Raises: ValueError.
+    """
+    for reference in references:
+        if any(sign.isalnum() for sign in reference) and not re.search("[a-z0-9]", reference.lower()):
+            raise ValueError(f"ROUGE-L reads words of a to z and digits alone, and {reference[:40]!r} has none.")
 
 
 @lru_cache(maxsize=1)

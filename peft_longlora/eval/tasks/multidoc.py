@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_longlora.eval.tasks.metrics import contains_any
 from peft_longlora.eval.tasks.prompts import Prompt, Question
-from peft_longlora.eval.tasks.records import RecordTask, check_lists, check_texts, stem
+from peft_longlora.eval.tasks.records import RecordTask, check_lists, check_texts
 
 
 @dataclass
@@ -48,7 +48,7 @@ class MultiDoc(RecordTask):
                 group = f"gold at {index + 1} of {len(row['ctxs'])}"
                 key = f"{file}/{number:05d}/{index:03d}"
                 unit = f"{file}/{number:05d}"  # the same question at five places is one, not five
-                yield Question(key, None, lambda _, p=prompt: p, (group,), stem(file), unit)
+                yield Question(key, None, lambda _, p=prompt: p, (group,), file, unit)
 
     @staticmethod
     def make_prompt(row: dict[str, Any], passages: list[dict[str, str]]) -> Prompt:

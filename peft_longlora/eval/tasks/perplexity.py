@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from peft_longlora.eval.corpus import Corpus, Window
+from peft_longlora.eval.identity import content_digest
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks.task import Item
 
@@ -20,6 +22,9 @@ LONGLORA_STRIDE = 256
 @dataclass
 class Perplexity:
     """The task "perplexity" (or, at the native window and beside the base, "native").
+
+    With protocol "documents", and if all windows are measured, bits per byte stand beside it: the same losses over the
+    bytes of the text, so models with other tokenizers can be compared.
 
     Args:
         corpus: the documents.
@@ -160,6 +165,9 @@ class Perplexity:
                 measures.append(self._measure_of(part, f"{low}-{high}"))
         if len(losses):
             measures.append(self._measure_of(losses, None))
+            if self.protocol == "documents" and self.max_windows is None:  # every document is scored whole
+                bits = losses.sum().item() / math.log(2)
+                measures.append(["bits_per_byte", None, bits, window.bytes - self._given_bytes(subject, window)])
         return {
             "key": key,
             "task": self.name,
@@ -168,10 +176,19 @@ class Perplexity:
             "variant": subject.variant,
             "length": length,
             "unit": f"{window.document:06d} {window.name}",
+            "content": content_digest(window.inputs.numpy().tobytes(), window.targets.numpy().tobytes(), window.first),
             "beyond_window": length > subject.window,
             "inputs": len(window.inputs),
             "measures": measures,
         }
+
+    @staticmethod
+    def _given_bytes(subject: Subject, window: Window) -> int:
+        """Bytes of the document's first token, which nothing predicts; counted in the document's first window."""
+        if window.start or window.first:
+            return 0
+        first = int(window.inputs[0])
+        return 0 if first in subject.tokenizer.all_special_ids else len(subject.tokenizer.decode([first]).encode())
 
     def _measure_of(self, losses: torch.Tensor, group: str | None) -> list[Any]:
         """A window counts once with its mean ("longlora"), a token once with its loss ("documents")."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft_longlora.eval.identity import content_digest
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks.haystack import Books
 from peft_longlora.eval.tasks.task import Item
@@ -109,6 +110,7 @@ class PromptTask:
             "variant": subject.variant,
             "length": question.length,
             "unit": question.unit or question.key,
+            "content": content_digest(prompt.text, prompt.prefix),
             "beyond_window": len(ids) + self.max_new_tokens > subject.window,
             "tokens": len(ids),
             "answers": prompt.answers,

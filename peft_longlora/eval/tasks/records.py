@@ -1,10 +1,11 @@
-"""Tasks on given records: topic retrieval (LongChat) and multi-document QA (lost in the middle). See also `longqa`."""
+"""Tasks on given records: what `topics`, `multidoc` and `longqa` share."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from peft_longlora.eval.tasks.prompts import PromptTask
 def read_records(
     source: str | Path, check: Callable[[dict[str, Any]], None], what: str
 ) -> list[tuple[str, dict[str, Any]]]:
-    """(file name, record) of a .jsonl or .json file (an object a line, or one list), each also .gz, or of a folder's.
+    """(name of data, record) of a .jsonl or .json file (an object a line, or one list), each also .gz, or of a folder.
+
+    Data is called as its file, without endings; of files of one name their folders, and if need be endings, tell them
+    apart.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, no JSON, or a record that `check` refuses; names file and line.
@@ -30,8 +34,23 @@ def read_records(
             check(row if isinstance(row, dict) else {})
         except ValueError as error:
             raise ValueError(f"{place}: {error} Correct the record of {what}, or remove it.") from None
-        rows.append((file.name, row))
-    return rows
+        rows.append((file, row))
+    names = _names({file: None for file, _ in rows}, path)
+    return [(names[file], row) for file, row in rows]
+
+
+def _names(files: Iterable[Path], folder: Path) -> dict[Path, str]:
+    """A name for each file, the shortest kind that is no other file's too."""
+    files = list(files)
+    within = {file: file.relative_to(folder).as_posix() if folder.is_dir() else file.name for file in files}
+    kinds = [{file: stem(file.name) for file in files}, {file: stem(within[file]) for file in files}, within]
+    counts = [Counter(kind.values()) for kind in kinds]
+    return {
+        file: next(
+            (kind[file] for kind, count in zip(kinds, counts, strict=True) if count[kind[file]] == 1), within[file]
+        )
+        for file in files
+    }
 
 
 def check_texts(row: dict[str, Any], *fields: str) -> None:
@@ -71,7 +90,7 @@ class RecordTask(PromptTask):
         self._rows: list[tuple[str, dict[str, Any]]] | None = None
 
     def rows(self) -> list[tuple[str, dict[str, Any]]]:
-        """(file name, record), read once, no more than `samples` of a file."""
+        """(name of the data, record), read once, no more than `samples` of a file."""
         if self._rows is None:
             counts: dict[str, int] = {}
             self._rows = []

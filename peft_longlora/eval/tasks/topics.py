@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from peft_longlora.eval.tasks.metrics import normalize_answer
+from peft_longlora.eval.tasks.metrics import contains
 from peft_longlora.eval.tasks.prompts import Prompt, Question
-from peft_longlora.eval.tasks.records import RecordTask, check_lists, check_texts, stem
+from peft_longlora.eval.tasks.records import RecordTask, check_lists, check_texts
 
 
 @dataclass
@@ -32,8 +32,8 @@ class Topics(RecordTask):
         for number, (file, row) in enumerate(self.rows()):
             prompt = Prompt(row["prompt"], [row["topics"][0]])
             group = f"{len(row['topics'])} topics"
-            yield Question(f"{file}/{number:05d}", None, lambda _, p=prompt: p, (group,), stem(file))
+            yield Question(f"{file}/{number:05d}", None, lambda _, p=prompt: p, (group,), file)
 
     def score(self, answer: str, prompt: Prompt) -> dict[str, float]:
         """1 where the answer contains the topic."""
-        return {"accuracy": float(normalize_answer(prompt.answers[0]) in normalize_answer(answer))}
+        return {"accuracy": float(contains(answer, prompt.answers[0]))}

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import torch
 
-from peft_longlora.eval import Passkey, Results, compare, evaluate
-from tests.helpers.answering_models import read_passkey, scripted_subject
-from tests.helpers.evaluated import letter_subject, letter_tasks, longlora
+from peft_longlora.eval import Passkey, Perplexity, Results, Subject, compare, evaluate
+from tests.helpers.answering_models import Bigrams, letter_tokenizer, read_passkey, scripted_subject
+from tests.helpers.evaluated import letter_subject, letter_tasks, letters, longlora
 
 
 def test_a_run_compared_with_itself_differs_in_nothing(tmp_path):
@@ -46,3 +47,118 @@ def test_compare_refuses_what_it_cannot_compare(tmp_path, capsys):
         assert message in line
     assert longlora("compare", tmp_path / "a", tmp_path / "a", "--output", tmp_path / "newer.json") == 2
     assert "newer.json is a file. Give a folder." in capsys.readouterr().err
+
+
+# -- the same question, or none ------------------------------------------------------------------------------------
+
+
+def run(subject, task, folder):
+    evaluate(subject, [task], folder, show_progress=False)
+    return folder
+
+
+def test_perplexities_over_other_tokens_are_not_judged_and_bits_per_byte_are(tmp_path):
+    """The second model knows letters by other numbers and predicts them evenly, which is better on these texts."""
+    even = Subject.of(Bigrams(torch.full((4, 4), 0.25)), letter_tokenizer("badc"))
+    first = run(letter_subject(), Perplexity(letters(tmp_path), [8, 32]), tmp_path / "a")
+    second = run(even, Perplexity(letters(tmp_path), [8, 32]), tmp_path / "b")
+    found, notes = compare(first, second)
+    for difference in found:
+        if difference.first.metric == "perplexity":
+            assert difference.verdict == "other tokens, not judged"
+            assert not difference.is_paired and difference.low is None and difference.value != 0
+        else:
+            assert difference.is_paired and difference.verdict == "better"
+    bits = [d for d in found if d.first.metric == "bits_per_byte"]
+    assert [d.second.value for d in bits] == [2.0, 2.0], "two bits a letter, whatever the window"
+    assert any(note.startswith("The tokenizers differ") for note in notes)
+
+
+def test_prompts_of_equal_names_that_are_other_texts_are_not_paired(tmp_path):
+    """As a run of before had them: the name of a prompt stood for what the longest length made of it."""
+    task = Passkey(lengths=[1000], depths=[0, 1], seeds=2)
+    first = run(scripted_subject(read_passkey), task, tmp_path / "a")
+    second = run(scripted_subject(lambda prompt: "no"), task, tmp_path / "b")
+    assert all(d.is_paired for d in compare(first, second)[0])
+    lines = [json.loads(line) for line in (second / "samples.jsonl").open()]
+    for content in ("0" * 16, None):
+        lines[0]["content"] = content
+        (second / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        found, notes = compare(first, second)
+        paired = {d.first.group: d.is_paired for d in found}
+        assert paired == {None: False, "depth 0%": False, "depth 100%": True}
+        assert any(note.startswith("passkey 1000: 1 of 4 documents or prompts") for note in notes)
+
+
+def test_what_differs_is_said(tmp_path):
+    """Settings by their names, versions, and what one has measured alone."""
+    first = run(letter_subject(), Perplexity(letters(tmp_path), [8, 16], stride=4), tmp_path / "a")
+    second = run(letter_subject(), Perplexity(letters(tmp_path), [8], stride=8, max_windows=3), tmp_path / "b")
+    content = json.loads((second / "results.json").read_text())
+    content["versions"]["transformers"] = "5.0.0"
+    content["model"]["dtype"] = "bfloat16"
+    (second / "results.json").write_text(json.dumps(content))
+    found, notes = compare(first, second)
+    assert not any(d.is_paired for d in found), "other windows are other questions"
+    text = "\n".join(notes)
+    assert "perplexity (documents): not the same settings: stride: 4 and 8; max_windows: None and 3." in text
+    assert "dtype: None and bfloat16." in text and " and 5.0.0." in text
+    assert "Only in the first: perplexity (documents) 8, bits_per_byte; perplexity (documents) 16, " in text
+
+
+def test_nothing_in_common_is_said_with_what_there_is(tmp_path):
+    first = run(letter_subject(), Perplexity(letters(tmp_path), [8], "longlora", stride=4), tmp_path / "a")
+    second = run(letter_subject(), Perplexity(letters(tmp_path), [8]), tmp_path / "b")
+    with pytest.raises(ValueError, match=r"in common. Only in the first: perplexity \(longlora\) 8, perplexity. Only"):
+        compare(first, second)
+
+
+# -- files of others -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"key": "passkey/x", "measures": [["accuracy", null, NaN, 1]]}', "line 1, is damaged (nan is no number"),
+        (b'{"key": "pass', "line 1, is damaged (JSONDecodeError"),
+        (
+            b'{"key": "x", "measures": [["f1", null, 1, 1]]}',
+            "a sample lacks what every sample has (KeyError: 'task')",
+        ),
+    ],
+)
+def test_a_damaged_sample_is_named_and_gives_no_interval(tmp_path, line, said):
+    task = Passkey(lengths=[1000], depths=[0, 1], seeds=2)
+    first = run(scripted_subject(read_passkey), task, tmp_path / "a")
+    second = run(scripted_subject(lambda prompt: "no"), task, tmp_path / "b")
+    lines = (second / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (second / "samples.jsonl").write_bytes(line + b"\n" + b"".join(lines[1:]))
+    found, notes = compare(first, second)
+    assert [d.value for d in found] == [-1] * 3 and not any(d.low or d.is_paired for d in found)
+    assert any(str(second / "samples.jsonl") in note and said in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("results", 0, "value"), "high", "value must be a finite number"),
+        (("results", 0, "length"), "8", "length must be a number of 0 or more"),
+        (("results", 0, "units"), None, "units must be a number of 0 or more"),
+        (("details", 0, "group"), 5, "group must be text or null"),
+        (("results", 0, "higher_is_better"), "yes", "higher_is_better must be true or false"),
+        (("settings", "seed"), "zero", "settings: seed must be a number from 0"),
+        (("settings", "bootstrap_replicates"), 10**9, "bootstrap_replicates must be a number from 1 to 1000000"),
+        (("model",), [], "model must be an object"),
+        (("details",), None, "no results.json of `longlora eval`"),
+    ],
+)
+def test_a_damaged_value_is_named_with_its_file(tmp_path, path, value, said):
+    folder = run(scripted_subject(read_passkey), Passkey(lengths=[1000], depths=[0, 1], seeds=1), tmp_path / "a")
+    content = place = json.loads((folder / "results.json").read_text())
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    (folder / "results.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError) as error:
+        compare(folder, folder)
+    assert str(folder / "results.json") in str(error.value) and said in str(error.value)

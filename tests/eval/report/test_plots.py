@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 
-from peft_longlora.eval.report.comparison import Difference, make_comparison, plot_comparison
+from peft_longlora.eval.report.comparison import Difference
 from peft_longlora.eval.report.plots import draw_perplexity
+from peft_longlora.eval.report.side_by_side import make_comparison, plot_comparison
 from peft_longlora.eval.report.units import show
 from peft_longlora.hub.results import Row
 

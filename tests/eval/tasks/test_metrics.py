@@ -5,7 +5,11 @@ import string
 
 import pytest
 
+from peft_longlora.eval.tasks.longqa import LongQA
 from peft_longlora.eval.tasks.metrics import contains_all, contains_any, normalize_answer, rouge_l, token_f1
+from peft_longlora.eval.tasks.multidoc import MultiDoc
+from peft_longlora.eval.tasks.prompts import Prompt
+from peft_longlora.eval.tasks.topics import Topics
 
 
 @pytest.mark.parametrize(
@@ -79,3 +83,25 @@ def test_contains():
     assert contains_any("first line\nThe Beatles", ["Beatles"]) == 0, "what follows the first line does not count"
     assert contains_any("It was Asuka.", ["Rousey", "asuka"]) == 1
     assert contains_all("7, 12 and ABC", ["12", "abc", "99", "7"]) == 0.75
+
+
+@pytest.mark.parametrize("reference", ["The A", "?!", "a", "...", "An the"])
+def test_a_reference_that_normalises_to_nothing_is_not_in_every_answer(reference):
+    """It is right where the answer is it, and nowhere else; the empty text is within any."""
+    topics, multidoc = Topics(), MultiDoc()
+    for answer in ("It is a whale, isn't it?!", "the", "...", "", "An answer of the kind", " \n", "!"):
+        is_it = answer.strip(" \n").lower() == reference.lower()
+        for score in (topics.score, multidoc.score):
+            assert score(answer, Prompt("", [reference]))["accuracy"] == is_it, (answer, score)
+        assert contains_any(answer, [reference, "whale"]) == float(is_it or "whale" in answer)
+        assert token_f1(answer, [reference]) == 0 == longbench_f1(answer, reference), "as LongBench has it"
+    assert contains_any(f" {reference}\nbecause", [reference]) == 1
+    assert contains_any(f'"{reference.upper()}."', [reference]) == float(any(sign.isalpha() for sign in reference))
+
+
+def test_a_reference_of_a_script_that_rouge_does_not_read_is_refused(tmp_path):
+    """rouge-score knows a to z and digits, and gives 0 to the very same text."""
+    assert rouge_l("东京", ["东京"]) == 0
+    (tmp_path / "qa.jsonl").write_text('{"instruction": "Which city?", "output": "东京"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"qa.jsonl:1: ROUGE-L reads words of a to z and digits alone, and '东京'"):
+        LongQA(source=str(tmp_path / "qa.jsonl")).data()

@@ -6,12 +6,14 @@ import random
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from peft_longlora.eval.corpus import Corpus
 from peft_longlora.eval.report.cells import collect_cells
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks.perplexity import Perplexity
 from tests.helpers.answering_models import Bigrams, letter_tokenizer
+from tests.helpers.paths import EMBEDDED
 
 P = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25], [0.05, 0.05, 0.45, 0.45]])
 TEXTS = ["".join(random.Random(i).choices("abcd", k=n)) for i, n in enumerate((150, 90, 40, 333))]
@@ -38,7 +40,8 @@ def measure(task, subject):
 
 
 def value(cells, group=None, length=64):
-    return next(c for c in cells.values() if c.name[5] == group and c.name[4] == length).sums()[1].value()
+    cell = next(c for c in cells.values() if (c.name[3], c.name[4], c.name[5]) == ("perplexity", length, group))
+    return cell.sums()[1].value()
 
 
 @pytest.mark.parametrize("stride", [None, 0, 64, 10])
@@ -73,6 +76,38 @@ def test_buckets_hold_the_tokens_at_their_positions(corpus, subject):
     cells = measure(Perplexity(corpus, [64], stride=64, buckets=[8, 20]), subject)
     for (low, high), losses in sums.items():
         assert value(cells, f"{low}-{high}") == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+
+def test_bits_per_byte_are_those_of_the_text_but_its_first_letter(corpus, subject):
+    """In closed form: minus the sum of log2 P over all pairs of letters, over the letters that are predicted."""
+    bits = sum(loss(a, b) / math.log(2) for text in TEXTS for a, b in itertools.pairwise(text))
+    letters = sum(len(text) - 1 for text in TEXTS)
+    for options in (dict(), dict(stride=0), dict(stride=10)):
+        cells = measure(Perplexity(corpus, [16, 64], **options), subject)
+        for length in (16, 64):
+            [cell] = [c for c in cells.values() if (c.name[3], c.name[4]) == ("bits_per_byte", length)]
+            assert cell.sums()[1].value() == pytest.approx(bits / letters, rel=1e-5)
+    for options in (dict(max_windows=1), dict(protocol="longlora", stride=8)):
+        cells = measure(Perplexity(corpus, [16], **options), subject)
+        assert {cell.name[3] for cell in cells.values()} == {"perplexity"}, "not every document is scored whole"
+
+
+def test_bytes_are_those_of_utf8_and_a_first_special_token_is_no_text(tmp_path):
+    text = "größer 😀\n" * 9
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer.pad_token_id = None
+
+    class Even(Bigrams):
+        """Every token is as likely as every other."""
+
+    size = len(tokenizer)
+    subject = Subject.of(Even(torch.full((size, size), 1 / size)), tokenizer)
+    ids = subject.encode(text)
+    assert ids[0] == tokenizer.bos_token_id
+    [cell] = [c for c in measure(Perplexity(Corpus(tmp_path), [16]), subject).values() if c.name[3] == "bits_per_byte"]
+    want = (len(ids) - 1) * math.log2(size) / len(text.encode())
+    assert cell.sums()[1].value() == pytest.approx(want, rel=1e-5)
 
 
 def test_documents_shorter_than_the_window_are_scored_and_named(corpus, subject):

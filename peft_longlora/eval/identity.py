@@ -1,0 +1,183 @@
+"""What a run is made of, as digests: weights, tokenizer, versions. Two runs that differ in one are two runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers import PreTrainedTokenizerBase
+
+from peft_longlora.hub.writing import write_whole
+
+# What is loaded from a model's or adapter's folder and changes what it computes; the tokenizer counts by itself.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
+CONFIGS = ("config.json", "adapter_config.json", "generation_config.json")
+BLOCK = 8 * 2**20
+PROBE = "The 3 quick brown  foxes\n\tdef f(x): return x\n ü 漢字 😀 <s>"
+# Of a config in memory: what says nothing about the numbers.
+UNTOLD = ("use_cache", "_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype")
+
+
+class Digests:
+    """SHA-256 of files, remembered in a file while size, place and times of change stay the same.
+
+    Args:
+        path: of what is remembered; None: nothing is.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self.path = path
+        self._known: dict[str, Any] = {}
+        if path is not None and path.is_file():
+            try:
+                known = json.loads(path.read_bytes())
+                self._known = known if isinstance(known, dict) else {}
+            except ValueError:  # it is only remembered: read again
+                pass
+
+    def of(self, files: Iterable[Path]) -> dict[Path, str]:
+        """The digest of each file, several at a time."""
+        files = list(files)
+        with ThreadPoolExecutor(max(1, min(len(files), os.cpu_count() or 1, 16))) as pool:
+            found = dict(zip(files, pool.map(self._digest, files), strict=True))
+        if self.path is not None:
+            write_whole(self.path, json.dumps(self._known, indent=1) + "\n")
+        return found
+
+    def _digest(self, file: Path) -> str:
+        about = file.stat()
+        # Of a file that is changed the system sets st_ctime_ns, which no program can set back.
+        name = f"{file.name} {about.st_dev}:{about.st_ino}"
+        state = [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
+        entry = self._known.get(name)
+        if not isinstance(entry, list) or entry[:3] != state:
+            entry = self._known[name] = [*state, _sha256(file)]
+        return entry[3]
+
+
+def _sha256(file: Path) -> str:
+    digest, block = hashlib.sha256(), bytearray(BLOCK)
+    with file.open("rb", buffering=0) as source:
+        while n := source.readinto(block):
+            digest.update(memoryview(block)[:n])  # other threads run meanwhile
+    return digest.hexdigest()
+
+
+def fingerprint(name: str, digests: Digests, commit: str | None = None) -> str:
+    """What tells two models, or two adapters, apart: the Hub's commit, or a digest of all bytes of a folder's files.
+
+    Of a folder it is what `sha256sum *.safetensors config.json ... | sha256sum` prints, the files in order of name.
+
+    Args:
+        name: a folder, or an id on the Hub. commit: of the latter, if it is known.
+
+    Raises: ValueError: an id of which this machine has no file.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if commit is not None:
+            return commit
+        for config in CONFIGS[:2]:
+            if isinstance(found := try_to_load_from_cache(name, config), str):
+                return Path(found).parent.name  # the cache names its folders by commit
+        raise ValueError(f"{name} is no folder, and the Hub's cache holds no config of it.")
+    files = sorted(f for f in folder.iterdir() if f.is_file() and (f.name.endswith(WEIGHTS) or f.name in CONFIGS))
+    lines = [f"{digest}  {file.name}\n" for file, digest in digests.of(files).items()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of what turns text into tokens and back: vocabulary, rules, special tokens; not the chat template."""
+    digest = hashlib.sha256()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        for state in ("truncation", "padding"):  # of the last call, and no part of the tokenizer
+            rules.pop(state, None)
+        digest.update(json.dumps(rules, sort_keys=True).encode())
+    else:
+        digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+        for file in sorted(
+            str(path) for name, path in tokenizer.init_kwargs.items() if name.endswith("_file") and path
+        ):
+            if Path(file).is_file():
+                digest.update(Path(file).read_bytes())
+    ids = tokenizer(PROBE, verbose=False)["input_ids"]
+    digest.update(json.dumps([ids, tokenizer.decode(ids), tokenizer.decode(ids, skip_special_tokens=True)]).encode())
+    digest.update(json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}).encode())
+    return digest.hexdigest()
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Of the chat template; None without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    return None if template is None else hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
+
+
+def model_digest(model: torch.nn.Module) -> tuple[str, list[str]]:
+    """Of a model in memory: all tensors, its config, and what adapters add to it.
+
+    Returns: the digest, and names of tensors that are elsewhere and so not part of it.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    held = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        lines = [f"{name} {digest}" for name, digest in zip(held, pool.map(_tensor_digest, held.values()), strict=True)]
+    for name, module in model.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict):  # of LoRA's layers, by adapter
+            states = [
+                getattr(module, state, None) for state in ("active_adapters", "merged_adapters", "disable_adapters")
+            ]
+            lines.append(f"{name} {sorted(scaling.items())} {states}")
+    config = getattr(model, "config", None)
+    told = config.to_dict() if hasattr(config, "to_dict") else vars(config) if hasattr(config, "__dict__") else {}
+    lines.append(json.dumps({k: v for k, v in told.items() if k not in UNTOLD}, sort_keys=True, default=str))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest(), sorted(tensors.keys() - held.keys())
+
+
+def _tensor_digest(tensor: torch.Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    for part in _parts(tensor.detach()):
+        # A copy of one tensor at a time: those of a GPU come over here by themselves.
+        digest.update(part.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Plain tensors that one is made of: quantised and sharded ones hold others."""
+    if hasattr(tensor, "__tensor_flatten__") and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts(getattr(tensor, name))
+    elif tensor.numel():
+        yield tensor
+
+
+def content_digest(*parts: str | bytes | int) -> str:
+    """Sixteen hexadecimal digits that name a question by what it is: its text, or its tokens."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Of Python, this package and those named, as far as they are installed."""
+    found = {"python": platform.python_version(), "peft_longlora": sys.modules["peft_longlora"].__version__}
+    for name in names:
+        try:
+            found[name.replace("-", "_")] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,4 +1,5 @@
-"""A rank's stretch of a batch that every rank holds, and whether all hold the same one. Called by `trainer`."""
+"""A rank's stretch of a batch that every rank holds, and the check that all hold the same batch. Called by
+`trainer`."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from peft_longlora.data.records import IGNORED
 from peft_longlora.kernels.groups import positions_in_documents
 from peft_longlora.sequence.edges import gather
 
-# What collators say of documents for kernels that take cumulative lengths; here positions say it.
+# Collators describe documents with these for kernels that take cumulative lengths; here positions describe them.
 _OF_WHOLE_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 CHECKSUM = "batch_checksum"
 
@@ -22,17 +23,18 @@ CHECKSUM = "batch_checksum"
 def shard_batch(batch: dict[str, Any], rank: int, ranks: int, *, pad_token_id: int = 0) -> dict[str, torch.Tensor]:
     """This rank's stretch of a batch that every rank holds.
 
-    The rows are laid end to end, padded to a multiple of `ranks`, and cut; so a rank gets one row, and positions say
-    where documents start. Labels are shifted before they are cut: a rank's last token predicts the next rank's first.
+    The rows are laid end to end, padded to a multiple of `ranks`, and cut. So a rank gets one row, and the positions
+    show where documents start. Labels are shifted before they are cut: a rank's last token predicts the next rank's
+    first.
 
     Args:
-        batch: input_ids (B, S) and, if there are, attention_mask, position_ids, labels and others of that shape.
-        rank, ranks: which stretch, of how many.
-        pad_token_id: what the last stretch is padded with.
+        batch: input_ids (B, S) and, if present, attention_mask, position_ids, labels and others of that shape.
+        rank, ranks: the number of this stretch, and of all stretches.
+        pad_token_id: the token that fills up the last stretch.
 
     Returns: input_ids, attention_mask, position_ids and, if there are labels, labels and shift_labels; (1, S') each.
 
-    Raises: ValueError: something else than one number a token.
+    Raises: ValueError: a part of the batch does not hold one number for each token.
 
     Example: one row of 5 tokens on 2 ranks: tokens 0 to 2, and 3, 4 and one of padding.
     """
@@ -60,7 +62,7 @@ def shard_batch(batch: dict[str, Any], rank: int, ranks: int, *, pad_token_id: i
 
 
 class SequenceCollator:
-    """A collator whose batches are cut: what `collator` makes, less what other ranks hold.
+    """A collator that cuts the batches of `collator`, and keeps this rank's stretch.
 
     Args:
         collator: makes a batch of PyTorch tensors. rank, ranks, pad_token_id: as `shard_batch`.
@@ -78,7 +80,7 @@ class SequenceCollator:
 
 
 def check_same(checksum: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Raises: ValueError: the ranks' checksums (1, 3) of `SequenceCollator` differ; on all of them."""
+    """Compare the ranks' checksums (1, 3) of `SequenceCollator`. Raises: ValueError, on all ranks: they differ."""
     found = torch.cat(gather(checksum, group)).tolist()
     if any(one != found[0] for one in found):
         raise ValueError(

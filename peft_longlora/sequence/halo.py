@@ -1,11 +1,11 @@
 """S2-Attn of a sequence that several ranks share: the exchange of the halo, and the kernels around it.
 
-Each rank holds a stretch of the sequence, and attends by the kernels of `operators` to the keys and values of it. Only
-the group that began before its first token needs more: the keys and values of that group's earlier tokens, its halo,
-at most a group of one half of the heads and half a group of the other, however long the sequence and however many the
-ranks. They come in one all-to-all meanwhile; then the rank's queries of that group attend to them too, and the two
-parts of each softmax are put together. The gradients of the halo go back in another all-to-all. Called by `layer`,
-with a plan of `edges`.
+Each rank holds a stretch of the sequence. The kernels of `operators` attend to the keys and values of this stretch.
+Only a group that began before the rank's first token needs more: the keys and values of its earlier tokens, the halo.
+The halo is at most a group for one half of the heads and half a group for the other, however long the sequence is and
+however many ranks there are. One all-to-all brings it while the kernels run. Then the rank's queries of that group
+attend to the halo too, and the two parts of each softmax are merged. Another all-to-all returns the gradients of the
+halo. Called by `layer`, with a plan of `edges`.
 
 A rank waits for earlier ranks in the forward and for later ranks in the backward, never for both. Waiting both ways in
 every layer would make each rank pay for the others' slow moments (GPUs at their power limit differ by a few percent
@@ -36,12 +36,14 @@ Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass
 class Kept:
-    """What a forward had of other ranks, for its recomputation: of one layer, with half a group on either side of the
-    border (G/2) (H_kv + H/2) D numbers, however long the sequence. Empty until the forward fills it.
+    """What the forward of one layer received from other ranks, kept for recomputation. Empty until the forward fills
+    it.
+
+    With half a group on each side of the border it holds (G/2) (H_kv + H/2) D numbers, whatever the sequence's length.
 
     Attributes:
         far: keys and values of the halo, (T, h_kv, D) and (T, h_kv, D_v) for each half.
-        rows: output (s, h, D_v) and log-sum-exp (h, s) of the queries that attend to it, for each half that has any.
+        rows: output (s, h, D_v) and log-sum-exp (h, s) of the queries that attend to the halo, for each half with any.
     """
 
     far: Pairs = field(default_factory=list)
@@ -61,23 +63,23 @@ def attend(
     Every rank of the group must call it, and its backward, in the same order.
 
     Args:
-        kept: an empty one is filled. One that was filled by the same layer in the same forward is used, and nothing
-            is exchanged; if by one rank, then by all.
+        kept: an empty object is filled. If the same layer filled it in the same forward, it is used and nothing is
+            exchanged; this must be the same on all ranks.
 
     Raises:
         ValueError: tensors that do not fit together, or a backend that is unknown or not available.
-        NotImplementedError: no backend that takes a forward and a backward apart can run this call.
+        NotImplementedError: no backend whose forward and backward can be called separately can run this call.
     """
     query, key, value = checked(query, key, value, options)
     name = pick_kernel(query, key, value, halo.groups.is_regular, options)
-    # (1, H, S, D) -> (S, H, D); a view of what a projection gives
+    # (1, H, S, D) -> (S, H, D); a view, because projections give (1, S, H, D)
     tensors = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     how = options.scale(query.shape[3]), options.softcap or 0.0, name
     return _Attend.apply(*tensors, halo, kept or Kept(), *how)[None]
 
 
 class _Attend(torch.autograd.Function):
-    """The kernels' forward and backward, and the exchanges, in the order in which they overlap."""
+    """The kernels' forward and backward, and the exchanges, in an order in which they overlap."""
 
     @staticmethod
     def forward(ctx, q, k, v, halo: Halo, kept: Kept, scaling: float, softcap: float, name: str) -> torch.Tensor:
@@ -102,11 +104,11 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout: torch.Tensor):
-        """The far keys and values first: their gradients travel while the rest is computed."""
+        """The far keys and values come first: their gradients travel while the rest is computed."""
         halo = ctx.halo
         q, k, v, out, lse, k_straight, v_straight, k_shifted, v_shifted = ctx.saved_tensors
         far = [(k_straight, v_straight), (k_shifted, v_shifted)]
-        q, dout = q.contiguous(), dout.contiguous()  # so slices of them and of out are laid out alike
+        q, dout = q.contiguous(), dout.contiguous()  # so that slices of them and of out have one layout
         gradients, near = list(far), []
         for half, own, heads in _borders(halo, q, k):
             one = dout[own, heads], q[own, heads], *far[half], out[own, heads], lse[heads, own]
@@ -131,14 +133,14 @@ def _borders(halo: Halo, q: torch.Tensor, k: torch.Tensor) -> list[tuple[int, sl
 
 
 def merge(out: torch.Tensor, lse: torch.Tensor, far_out: torch.Tensor, far_lse: torch.Tensor) -> None:
-    """Make one softmax of two over different keys, in place of the first; computed in float32.
+    """Merge two softmaxes over different keys into the first one, in place; computed in float32.
 
     Args:
         out, far_out: (S, H, D_v). lse, far_lse: (H, S), the log-sum-exp of the scores of each part.
 
-    Source: ring attention, arXiv:2310.01889; the parts of a flash kernel are put together the same way.
+    Source: ring attention, arXiv:2310.01889; a flash kernel merges its parts in the same way.
     """
-    far = torch.sigmoid(far_lse - lse).T.unsqueeze(2)  # what the far keys weigh
+    far = torch.sigmoid(far_lse - lse).T.unsqueeze(2)  # the weight of the far keys
     torch.addcmul(out * (1 - far), far_out, far, out=out)
     torch.logaddexp(lse, far_lse, out=lse)
 
@@ -146,7 +148,7 @@ def merge(out: torch.Tensor, lse: torch.Tensor, far_out: torch.Tensor, far_lse: 
 def attend_far(q, k, v, scaling: float, softcap: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Every query attends to every key: (S, H, D), (T, H_kv, D), (T, H_kv, D_v) -> (S, H, D_v) and (H, S) sums.
 
-    Args: as `operators.attend_halves`, of one half.
+    Args: as `operators.attend_halves`, for one half.
     """
     kernel, as_taken, pieces = _one_call(q, k, backend)
     out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
@@ -155,10 +157,10 @@ def attend_far(q, k, v, scaling: float, softcap: float, backend: str) -> tuple[t
 
 
 def attend_far_backward(dout, q, k, v, out, lse, scaling: float, softcap: float, backend: str) -> list[torch.Tensor]:
-    """What these keys contribute to dq, and dk and dv.
+    """The contribution of these keys to dq, and their dk and dv.
 
     Args:
-        out, lse: of the whole softmax, which has other keys too. others: as `operators.attend_halves_backward`.
+        out, lse: of the whole softmax, over other keys too. others: as `operators.attend_halves_backward`.
     """
     kernel, as_taken, pieces = _one_call(q, k, backend)
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
@@ -168,7 +170,7 @@ def attend_far_backward(dout, q, k, v, out, lse, scaling: float, softcap: float,
 
 
 def _one_call(q: torch.Tensor, k: torch.Tensor, backend: str) -> tuple[Kernel, Callable, Pieces]:
-    """The kernel, tensors as it takes them, and the one piece of the queries, with the one of the far keys."""
+    """The kernel, a function that brings tensors into its form, and one piece of queries with one of far keys."""
     if backend == "cudnn" and 1 in (len(q), len(k)):  # which it refuses
         backend = "varlen"
     kernel = KERNELS[backend]
@@ -189,14 +191,15 @@ def _by_half(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Pairs:
 
 
 class _Travelling(NamedTuple):
-    """An all-to-all under way, and what it will bring."""
+    """An all-to-all in progress, and the buffer that it fills."""
 
     buffer: torch.Tensor
     work: dist.Work
 
 
 def _views(ranges: Ranges, halves: Pairs) -> list[torch.Tensor]:
-    """What goes to, or comes from, the ranks in turn: keys and values of the straight half, then of the shifted one."""
+    """The parts to send to, or receive from, each rank: keys and values of the straight half, then of the shifted
+    half."""
     return [
         x[first:last]
         for of_rank in ranges
@@ -223,7 +226,7 @@ def _start(halo: Halo, sends: Ranges, receives: Ranges, halves: Pairs) -> _Trave
 
 
 def _add(ranges: Ranges, halves: Pairs, travelling: _Travelling | None) -> None:
-    """Add what came to where it belongs. A rank to which nothing comes waits for nobody, and may run ahead."""
+    """Add the received parts to `halves`. A rank that receives nothing waits for nobody, and may run ahead."""
     if travelling is None or not travelling.buffer.numel():
         return
     travelling.work.wait()

@@ -1,6 +1,6 @@
-"""A layer's attention where ranks share each sequence: S2-Attn with a halo, dense attention through Ulysses.
+"""A layer's attention if ranks share each sequence: S2-Attn with a halo, dense attention through Ulysses.
 
-Attention's `forward` calls it in place of what it does on one rank; `switch` puts it into a model's settings.
+Attention's `forward` calls it instead of its own attention; `switch` puts it into a model's settings.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class SharedSequence:
 
     mesh: DeviceMesh
 
-    @torch.compiler.disable  # exchanges between kernels, which no compiler is to move
+    @torch.compiler.disable  # a compiler must not move exchanges between kernels
     def attend(self, call: LayerCall, pattern: str) -> torch.Tensor:
         """Attention of this rank's stretch of the sequence: (1, H, S, D), (1, H_kv, S, D) -> (1, S, H, D_v).
 
         Args:
             call: the layer's call on this rank.
-            pattern: "s2" or "local"; "full" is dense over the whole sequence.
+            pattern: a sparse pattern, or "full": dense over the whole sequence.
 
         Raises:
             ValueError: more than one row, no position_ids, stretches that do not make up one sequence.
@@ -58,9 +58,10 @@ class SharedSequence:
 
 
 def _kept(call: LayerCall, mask: S2Mask) -> halo.Kept:
-    """What this layer keeps of other ranks: something empty while the model is called, and the same in its backward.
+    """What this layer keeps from other ranks: an empty object in the forward, and the same object in recomputation.
 
-    A layer that one call of the model runs more than once gets empty ones only: which run is recomputed is not known.
+    If one call of the model runs a layer more than once, it always gets an empty object, because nothing tells which
+    run is being recomputed.
     """
     runs: list[halo.Kept] = mask.once(("kept", id(call.module)), list)
     if call.settings.inputs.caller is not None:
@@ -70,22 +71,24 @@ def _kept(call: LayerCall, mask: S2Mask) -> halo.Kept:
 
 
 def _check(call: LayerCall) -> None:
-    """Refuse what would be computed on a stretch by itself, and so wrongly."""
+    """Refuse calls that would attend only inside this rank's stretch, and so give wrong results."""
     if isinstance(call.mask, torch.Tensor):
         raise ValueError(
-            f"attention_mask of shape {tuple(call.mask.shape)} cannot be shared out. Give each rank the 2-D "
+            f"attention_mask of shape {tuple(call.mask.shape)} cannot be split over ranks. Give each rank the 2-D "
             f"attention_mask of its stretch (shard_batch does)."
         )
     if call.cached or call.settings.inputs.has_cache:
         raise NotImplementedError(
-            f"The ranks share each sequence, and were called with a cache ({call.key.shape[2]} keys for "
-            f"{call.query.shape[2]} queries), which cannot be shared out. Generate within `with unshared(model):` of "
-            f"peft_longlora.sequence."
+            f"The ranks share each sequence, but were called with a cache ({call.key.shape[2]} keys for "
+            f"{call.query.shape[2]} queries), which cannot be split over ranks. Generate within `with "
+            f"unshared(model):` of peft_longlora.sequence."
         )
     if call.is_local:
         refuse_window([call.module.layer_idx])
     if not call.is_causal:
-        raise NotImplementedError("Only causal attention can be shared out. Train this model on one rank a sequence.")
+        raise NotImplementedError(
+            "Only causal attention can be split over ranks. Train this model without sequence parallelism."
+        )
     if call.query.shape[0] != 1:
         raise ValueError(
             f"A rank got {call.query.shape[0]} rows: with sequence parallelism it holds one stretch of all rows, laid "

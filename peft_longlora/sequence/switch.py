@@ -15,11 +15,11 @@ from peft_longlora.sequence.layer import SharedSequence, refuse_window
 
 
 def parallelize_sequence(model: nn.Module, mesh: DeviceMesh | None) -> None:
-    """Make the attention of a model work on sequences that the ranks of a mesh share, in the order of the mesh.
+    """Make the ranks of a mesh share each sequence in a model's attention, in the order of the mesh.
 
-    Call it after the adapter was added, on every rank. S2-Attn exchanges a halo of at most 3/2 groups of half the
-    heads; where attention is dense (evaluation, `dense_layers`, pattern "full") the whole sequence of each head is
-    gathered on one rank. The weights and their gradients are left to DDP or FSDP over all ranks.
+    Call it on every rank, after the adapter was added. S2-Attn exchanges a halo of at most 3/2 groups for half of the
+    heads. If attention is dense (evaluation, `dense_layers`, pattern "full"), the whole sequence of each head is
+    gathered on one rank. DDP or FSDP over all ranks handles the weights and their gradients.
 
     Args:
         model: a model with S2-Attn, bare or PEFT.
@@ -27,17 +27,17 @@ def parallelize_sequence(model: nn.Module, mesh: DeviceMesh | None) -> None:
 
     Raises:
         ValueError: a mesh of several dimensions, or a model without S2-Attn.
-        NotImplementedError: RoPE that depends on the length at hand, layers with a sliding window.
+        NotImplementedError: RoPE that depends on the length of a forward, or layers with a sliding window.
     """
     layers = find_attention_modules(model).values()
     if not layers or any(module.config._attn_implementation != S2_ATTN for module in layers):
         raise ValueError(
-            "This model does not use S2-Attn, so its ranks would attend to their own stretches only. Add a "
+            "This model does not use S2-Attn, so each rank would attend only to its own stretch. Add a "
             "LongLoraConfig adapter or call configure_attention first."
         )
     if mesh is not None:
         if mesh.ndim != 1:
-            raise ValueError(f"mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}: give the one of the sequence.")
+            raise ValueError(f"mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}: give only the sequence's.")
         _check_model(model, layers)
     for settings in map(settings_of, layers):
         settings.sharing = None if mesh is None else SharedSequence(mesh)
@@ -45,7 +45,7 @@ def parallelize_sequence(model: nn.Module, mesh: DeviceMesh | None) -> None:
 
 @contextmanager
 def unshared(model: nn.Module) -> Iterator[None]:
-    """Within the block each rank attends to whole sequences of its own: to generate, or to measure.
+    """Within the block each rank attends to its own whole sequences, to generate or to measure.
 
     Args:
         model: a model whose ranks share each sequence (`parallelize_sequence`), or any other.

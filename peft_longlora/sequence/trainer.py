@@ -1,9 +1,9 @@
 """Sequence parallelism: ranks share each sequence, and the rest of the training stays data parallel.
 
-Everything but attention works on one token at a time, so a rank that holds a stretch of the sequence is, to DDP, FSDP
-and the Trainer, a rank with a batch of its own: they sum the losses over all ranks and divide by all labels, as ever.
-What is different is here: every rank is given the same batch and keeps its stretch (`shard_batch`), and attention
-knows its neighbours (`parallelize_sequence`). `SequenceParallelMixin` does both for a Trainer.
+Everything but attention works on one token at a time. So for DDP, FSDP and the Trainer, a rank with a stretch of the
+sequence is a rank with a batch of its own: they sum the losses over all ranks and divide by the number of all labels,
+as always. Two things are different. Every rank gets the same batch and keeps its stretch (`shard_batch`), and attention
+exchanges with other ranks (`parallelize_sequence`). `SequenceParallelMixin` does both for a Trainer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.trainer_utils import has_length
 
 from peft_longlora.data.records import IGNORED
 from peft_longlora.sequence.batch import CHECKSUM, SequenceCollator, check_same
-from peft_longlora.sequence.batch import shard_batch as shard_batch  # found here by users
+from peft_longlora.sequence.batch import shard_batch as shard_batch  # users import it from here
 from peft_longlora.sequence.edges import gather
 from peft_longlora.sequence.switch import parallelize_sequence
 
@@ -29,24 +29,25 @@ from peft_longlora.sequence.switch import parallelize_sequence
 class SequenceParallelMixin:
     """Makes a Trainer share each sequence among ranks: `class LongTrainer(SequenceParallelMixin, SFTTrainer): ...`.
 
-    Batch sizes are then those of a group of ranks that share: with 8 processes and sequence_parallel_size=4 there are
-    two groups, and per_device_train_batch_size=1 means 2 rows a step. With one process it is the Trainer as it was.
+    A batch size then counts rows for each group of ranks that share. With 8 processes and sequence_parallel_size=4
+    there are two groups, so per_device_train_batch_size=1 means 2 rows a step. With one process nothing changes.
 
     Args:
-        sequence_parallel_size: how many neighbouring ranks share a sequence; None for all. The rest are copies.
-        args, kwargs: of the Trainer.
+        sequence_parallel_size: how many neighbouring ranks share a sequence; None for all ranks. The groups of ranks
+            train data parallel.
+        args, kwargs: arguments of the Trainer.
 
     Raises:
-        ValueError: a size that does not divide the processes, options under which the loss of a stretch cannot be
-            summed up, or metrics that need predictions. Others as `parallelize_sequence`.
-        TypeError: a class that names the Trainer before this one.
+        ValueError: a size that does not divide the number of processes, options with which the losses of stretches
+            cannot be summed, or metrics that need predictions. Other errors as `parallelize_sequence`.
+        TypeError: a class that names the Trainer before this mixin.
 
-    It is a subclass because transformers, TRL and accelerate accept a shared sequence (`cp_size`, `sp_size`) for their
-    own attention only. Of the Trainer's methods it overrides those that make data loaders, `evaluation_loop`,
-    `compute_loss` and `call_model_init`.
+    It is a subclass because transformers, TRL and accelerate accept a shared sequence (`cp_size`, `sp_size`) only for
+    their own attention. It overrides the Trainer's methods that make data loaders, `evaluation_loop`, `compute_loss`
+    and `call_model_init`.
 
     Attributes:
-        sequence_ranks: how many ranks share a sequence. sequence_mesh: this rank's group of them, if more than one.
+        sequence_ranks: how many ranks share a sequence. sequence_mesh: this rank's group, if it has more than one rank.
     """
 
     sequence_ranks = 1
@@ -57,8 +58,8 @@ class SequenceParallelMixin:
         before = cls.__mro__[: cls.__mro__.index(SequenceParallelMixin)]
         if any(hasattr(one, "train") and not issubclass(one, SequenceParallelMixin) for one in before):
             raise TypeError(
-                f"{cls.__name__} names the Trainer before SequenceParallelMixin, whose methods would never run. Write "
-                f"class {cls.__name__}(SequenceParallelMixin, ...)."
+                f"{cls.__name__} names the Trainer before SequenceParallelMixin, so the mixin's methods would never "
+                f"run. Write class {cls.__name__}(SequenceParallelMixin, ...)."
             )
 
     def __init__(self, *args: Any, sequence_parallel_size: int | None = None, **kwargs: Any):
@@ -67,13 +68,13 @@ class SequenceParallelMixin:
         size = processes if sequence_parallel_size is None else sequence_parallel_size
         if size < 1 or processes % size:
             raise ValueError(
-                f"sequence_parallel_size={size} does not divide the {processes} processes. Use one that does, from 1 "
-                f"up, or None for all."
+                f"sequence_parallel_size={size} does not divide the {processes} processes. Use a divisor, or "
+                f"None for all."
             )
         if size == 1:
             return
         self._check_options()
-        # Groups of their own and not a mesh over all: only so does ddp_timeout hold for them too.
+        # New process groups instead of a mesh over all ranks, so that ddp_timeout holds for them too.
         group, _ = dist.new_subgroups(size, timeout=timedelta(seconds=self.args.ddp_timeout))
         mesh = DeviceMesh.from_group(group, self.args.device.type, mesh_dim_names=("sequence",))
         self.sequence_ranks, self.sequence_mesh = size, mesh
@@ -81,7 +82,7 @@ class SequenceParallelMixin:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         pad_token_id = getattr(tokenizer, "pad_token_id", None) or 0
         self.data_collator = SequenceCollator(self.data_collator, mesh.get_local_rank(), mesh.size(), pad_token_id)
-        # Rows are read where they are used: one process cannot hand the others what each has to cut for itself.
+        # Each process reads the rows itself, because each must cut its own stretch.
         self.accelerator.dataloader_config.dispatch_batches = False
 
     def _check_options(self) -> None:
@@ -90,7 +91,7 @@ class SequenceParallelMixin:
             "compute_loss_func": self.compute_loss_func,
             "average_tokens_across_devices=False": not self.args.average_tokens_across_devices,
             "a model whose forward takes no loss arguments": not self.model_accepts_loss_kwargs,
-            "a Trainer with a loss of its own": getattr(self, "loss_is_scaled_for_ga", None) is not None,
+            "a Trainer with its own loss": getattr(self, "loss_is_scaled_for_ga", None) is not None,
             "output_router_logits of the model's config": getattr(
                 self.model.config.get_text_config(), "output_router_logits", False
             ),
@@ -106,13 +107,13 @@ class SequenceParallelMixin:
     def _check_loss_only(self, is_loss_only: bool) -> None:
         if not is_loss_only:
             raise ValueError(
-                "Sequence parallelism evaluates to losses only: each rank has the logits of its stretch, which the "
-                "Trainer would take for rows. Leave out compute_metrics, or set prediction_loss_only=True, and call "
-                "predict() in one process."
+                "Sequence parallelism can evaluate only losses: each rank has the logits of its stretch, and the "
+                "Trainer would treat them as rows. Leave out compute_metrics, or set prediction_loss_only=True, and "
+                "call predict() in one process."
             )
 
     def call_model_init(self, trial: Any = None) -> Any:
-        """As the Trainer's, which makes a new model when training begins; its ranks share sequences too."""
+        """As the Trainer's, which makes a new model when training begins; the new model shares sequences too."""
         model = super().call_model_init(trial)
         if self.sequence_mesh is not None:
             parallelize_sequence(model, self.sequence_mesh)
@@ -133,12 +134,12 @@ class SequenceParallelMixin:
     def _give_group_same_batches(self, loader: Any) -> Any:
         if self.sequence_ranks == 1:
             return loader
-        # accelerate deals batches out to processes by these two numbers; here it deals to groups.
+        # accelerate distributes batches to processes by these two numbers; here it distributes to groups.
         dealer = loader.batch_sampler if hasattr(loader.batch_sampler, "process_index") else loader.dataset
         if not hasattr(dealer, "process_index"):
             raise ValueError(
-                f"{type(loader.dataset).__name__} cannot be dealt out to groups of ranks: use a dataset with a length, "
-                f"or a stream of fewer shards than processes."
+                f"{type(loader.dataset).__name__} cannot be distributed to groups of ranks: use a dataset with a "
+                f"length, or a stream with fewer shards than processes."
             )
         rows = len(loader.dataset) if has_length(loader.dataset) else -1
         gathered = gather(torch.tensor([rows], device=self.args.device), self.sequence_mesh.get_group())
@@ -150,17 +151,17 @@ class SequenceParallelMixin:
             )
         dealer.num_processes = self.args.world_size // self.sequence_ranks
         dealer.process_index = self.args.process_index // self.sequence_ranks
-        if dealer.num_processes == 1:  # as in one process: nobody fills up the last batch
+        if dealer.num_processes == 1:  # as in one process: the last batch is not filled up
             if hasattr(dealer, "even_batches"):
                 dealer.even_batches = False
             else:
-                dealer.batch_size = 1  # of a stream, which is handed on row by row
+                dealer.batch_size = 1  # a stream, which is passed on row by row
         return loader
 
     def evaluation_loop(
         self, dataloader: Any, description: str, prediction_loss_only: bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As the Trainer's, with one loss from each group of ranks. Raises: ValueError: predictions are asked for."""
+        """As the Trainer's, with one loss for each group of ranks. Raises: ValueError: predictions are needed."""
         if self.sequence_ranks > 1:
             is_loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
             self._check_loss_only(is_loss_only)
@@ -168,7 +169,7 @@ class SequenceParallelMixin:
         return super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)
 
     def _gather_from_groups(self, data: Any) -> Any:
-        """As `accelerator.gather_for_metrics`, where data says the same on all ranks of a group, as losses do."""
+        """As `accelerator.gather_for_metrics`, for data that is equal on all ranks of a group, as losses are."""
         if not isinstance(data, torch.Tensor) or data.dim() != 1:
             return self.accelerator.gather_for_metrics(data)
         found = self.accelerator.gather(data).unflatten(0, (-1, self.sequence_ranks, len(data)))[:, 0].flatten()
@@ -177,9 +178,9 @@ class SequenceParallelMixin:
         return found[: state.remainder] if is_short else found
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):
-        """As the Trainer's; in evaluation, the mean over the labels of the whole sequence, the same on all its ranks.
+        """As the Trainer's. In evaluation it is the mean over the labels of the whole sequence, equal on all its ranks.
 
-        Raises: ValueError: the ranks of a sequence were given different batches, on all of them; or nobody averages
+        Raises: ValueError: the ranks of a sequence got different batches (raised on all of them), or nothing averages
             their gradients.
         """
         checksum = inputs.pop(CHECKSUM, None)
@@ -196,30 +197,30 @@ class SequenceParallelMixin:
         with self._counting_every_rank():
             result = super().compute_loss(model, inputs, return_outputs, labels.clamp(min=1))
         loss, *others = result if return_outputs else (result,)
-        # Scaled up by the Trainer, for gradients that are averaged over the processes.
+        # The Trainer scales the loss up, because gradients are averaged over the processes.
         loss = loss.detach() / self.accelerator.num_processes
         dist.all_reduce(loss, group=group)
         return (loss, *others) if return_outputs else loss
 
     @contextmanager
     def _counting_every_rank(self) -> Iterator[None]:
-        """In a short last batch accelerate drops ranks, which it takes for rows that only fill it up, from metrics."""
+        """Keep all ranks in metrics: in a short last batch accelerate treats some as padding and drops them."""
         loader = self.accelerator.gradient_state.active_dataloader
         if loader is None:
             yield
             return
-        remainder, loader.remainder = loader.remainder, -1  # as of a dataset without a length
+        remainder, loader.remainder = loader.remainder, -1  # as for a dataset without a length
         try:
             yield
         finally:
             loader.remainder = remainder
 
     def _check_wrapped(self, model: nn.Module) -> None:
-        """transformers 5.23 trains without DDP, and without a word, after an evaluation."""
+        """Refuse a model without DDP: after an evaluation transformers 5.23 trains without it, silently."""
         is_left_to_ddp = self.accelerator.distributed_type.name.startswith("MULTI_")
-        model = getattr(model, "_orig_mod", model)  # torch_compile=True wraps once more
+        model = getattr(model, "_orig_mod", model)  # torch_compile=True adds a wrapper
         if is_left_to_ddp and not isinstance(model, nn.parallel.DistributedDataParallel):
             raise ValueError(
-                "The model is not wrapped in DistributedDataParallel, so the ranks would train apart. Do not call "
-                "evaluate() before train(): eval_on_start=True measures the loss before."
+                "The model is not wrapped in DistributedDataParallel, so each rank would train a model of its own. "
+                "Do not call evaluate() before train(); to measure the loss before training, use eval_on_start=True."
             )

@@ -1,6 +1,6 @@
 """Dense attention over a sequence that ranks share: each rank gets the whole sequence of some heads (Ulysses).
 
-For evaluation and for dense layers; PyTorch's DTensor does the exchange. Traffic grows with the sequence, as it must.
+It is for evaluation and for dense layers. PyTorch's DTensor does the exchange; its traffic grows with the sequence.
 Called by `layer`. Source: DeepSpeed-Ulysses, arXiv:2309.14509.
 """
 
@@ -21,15 +21,15 @@ def plan_whole(edges: list[Edges], documents: Documents, group: dist.ProcessGrou
     """The plan of dense attention inside each document of the whole sequence, the same on every rank.
 
     Args:
-        edges: everyone's, from `edges.exchange_edges`. documents: of this rank's stretch.
+        edges: those of all ranks, from `edges.exchange_edges`. documents: those of this rank's stretch.
 
-    Raises: ValueError: stretches of different lengths, on all ranks.
+    Raises: ValueError, on all ranks: the stretches have different lengths.
     """
     lengths = [edge.length for edge in edges]
     if len(set(lengths)) > 1:
         raise ValueError(
-            f"Dense attention over a shared sequence takes stretches of one length, and they are {lengths}. Cut the "
-            f"batch with shard_batch, which pads."
+            f"Dense attention over a shared sequence needs stretches of one length; they have {lengths} tokens. Cut "
+            f"the batch with shard_batch, which pads."
         )
     everyone: list[Documents | None] = [None] * len(edges)
     dist.all_gather_object(everyone, documents, group)
@@ -53,21 +53,21 @@ def attend(
         groups: from `plan_whole`.
     """
     ranks, heads, kv_heads = mesh.size(), query.shape[1], key.shape[1]
-    if heads % ranks or kv_heads % ranks:  # then KV heads go where their query heads go, more than once if they must
+    if heads % ranks or kv_heads % ranks:  # then KV heads are repeated, and go with their query heads
         key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
     # (1, H, S, D) -> (1, H / n, n S, D)
     query, key, value = (_reshard(x, mesh, 2, 1, x.shape[2] * ranks) for x in (query, key, value))
     if query.shape[1]:
         out = attend_in_groups(query, key, value, Cuts.of(groups), options)
-    else:  # fewer heads than ranks: this one has none, and goes along in the exchanges of the backward
+    else:  # fewer heads than ranks: this rank has none, but takes part in the exchanges of the backward
         out = value.transpose(1, 2) + query.sum() + key.sum()
     # (1, n S, H / n, D_v) -> (1, S, H, D_v)
     return _reshard(out, mesh, 2, 1, heads)
 
 
 def _reshard(x: torch.Tensor, mesh: DeviceMesh, source: int, target: int, size: int) -> torch.Tensor:
-    """From a part of dimension `source`, which is `size` in all, to a part of dimension `target`; differentiable."""
-    from torch.distributed.tensor import DTensor, Shard  # a second to import
+    """Exchange a part of dimension `source` (of total size `size`) for a part of dimension `target`; differentiable."""
+    from torch.distributed.tensor import DTensor, Shard  # importing it takes a second
 
     shape = torch.Size([*x.shape[:source], size, *x.shape[source + 1 :]])
     stride = torch.empty(shape, device="meta").stride()

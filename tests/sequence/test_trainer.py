@@ -395,7 +395,7 @@ def refusals(folder: str) -> dict:
     return found
 
 
-GENERATES = "The ranks share each sequence, and were called with a cache"
+GENERATES = "The ranks share each sequence, but were called with a cache"
 EXPECTED = dict(
     evaluated="ValueError: The model is not wrapped in DistributedDataParallel",
     differs="ValueError: The ranks that share a sequence were given different batches: (rows, tokens a row, checksum)",
@@ -405,8 +405,8 @@ EXPECTED = dict(
     average="ValueError: Sequence parallelism cannot be used with average_tokens_across_devices=False",
     size="ValueError: sequence_parallel_size=3 does not divide the 2 processes",
     no_size="ValueError: sequence_parallel_size=0 does not divide the 2 processes",
-    metrics="ValueError: Sequence parallelism evaluates to losses only",
-    predictions="ValueError: Sequence parallelism evaluates to losses only",
+    metrics="ValueError: Sequence parallelism can evaluate only losses",
+    predictions="ValueError: Sequence parallelism can evaluate only losses",
     experts="ValueError: Sequence parallelism cannot be used with output_router_logits of the model's config",
     another="ValueError: Sequence parallelism cannot be used with a",
     order="TypeError: Unshared names the Trainer before SequenceParallelMixin",

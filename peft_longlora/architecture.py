@@ -70,7 +70,7 @@ def is_causal_layer(module: nn.Module) -> bool:
 def is_local_layer(module: nn.Module, config: PreTrainedConfig) -> bool:
     """Whether a layer has a window or chunks of its own, which it keeps."""
     if layer_types := getattr(config, "layer_types", None):
-        return layer_types[module.layer_idx] != "full_attention"
+        return any(name in layer_types[module.layer_idx] for name in ("sliding", "chunked", "window"))
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
@@ -79,6 +79,11 @@ def check_architecture(model: PreTrainedModel) -> None:
 
     Raises: NotImplementedError.
     """
+    if not hasattr(model, "_can_set_attn_implementation") or not hasattr(model, "config"):
+        raise NotImplementedError(
+            f"{type(model).__name__} is no model of transformers (PreTrainedModel), whose attention could be replaced "
+            f"and whose RoPE could be rescaled. Load one with AutoModelForCausalLM."
+        )
     kind = getattr(model.config, "model_type", type(model).__name__)
     layers = find_attention_modules(model).values()
     if layers and not any(is_causal_layer(module) for module in layers):

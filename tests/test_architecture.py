@@ -1,10 +1,12 @@
 """Models that are more, or less, than a causal language model: their encoders keep out of it, encoders are refused."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma3Config,
@@ -17,7 +19,7 @@ from transformers import (
 )
 
 from peft_longlora import LongLoraConfig, configure_attention, scale_rope, use_attention
-from peft_longlora.architecture import find_attention_modules, find_rotary_modules
+from peft_longlora.architecture import find_attention_modules, find_rotary_modules, is_local_layer
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4)
 TEXT = dict(
@@ -148,3 +150,20 @@ def test_an_encoder_that_is_loaded_by_name_says_that_it_stays_dense(caplog, monk
     model.set_attn_implementation("s2_attn")
     assert torch.equal(model(input_ids=IDS).logits, wanted)
     assert "ModernBertAttention is not causal" in caplog.text
+
+
+@pytest.mark.parametrize("is_local", [False, True])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_only_windows_and_chunks_make_a_layer_local(number, is_local):
+    """A layer that combines attention with a recurrent state, as Falcon-H1's, has no window."""
+    whole, cut = ("full_attention", "hybrid", "attention"), ("sliding_attention", "hybrid_sliding", "chunked_attention")
+    layer_type = (cut if is_local else whole)[number]
+    layer = SimpleNamespace(layer_idx=1)
+    config = SimpleNamespace(layer_types=["full_attention", layer_type], sliding_window=4096)
+    assert is_local_layer(layer, config) == is_local
+
+
+@pytest.mark.parametrize("switch", [configure_attention, lambda model: get_peft_model(model, LongLoraConfig())])
+def test_a_module_that_is_no_transformers_model_is_refused(switch):
+    with pytest.raises(NotImplementedError, match="Sequential is no model of transformers"):
+        switch(nn.Sequential(nn.Linear(4, 4)))

@@ -139,7 +139,8 @@ class LongLoraConfig(LoraConfig):
             )
         check_pattern(2 if self.group_size is None else self.group_size, self.attention_pattern)
         check_rope(self.rope_type, self.rope_parameters)
-        check_dense_every(self.dense_every)
+        if self.dense_every is not None:
+            self.dense_every = check_dense_every(self.dense_every)
         self._refuse_what_excludes_each_other()
         self.refuse_second_use()
 

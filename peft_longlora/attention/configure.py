@@ -71,9 +71,9 @@ def configure_attention(
             f"dense_layers={dense_layers} names {unknown}, which this model does not have: its layers are "
             f"{min(indices)} to {max(indices)}."
         )
-    size = group_size_of(group_size, group_size_ratio, window_of(config))
-    check_pattern(size, pattern)
-    check_dense_every(dense_every)
+    group_size = group_size if group_size is None else check_pattern(group_size, pattern)
+    check_pattern(group_size_of(group_size, group_size_ratio, window_of(config)), pattern)
+    dense_every = check_dense_every(dense_every)
     previous = config._attn_implementation
     known = next((getattr(m, _SETTINGS) for m in layers.values() if hasattr(m, _SETTINGS)), None)
     if dense_attention in (None, FASTEST):
@@ -96,7 +96,7 @@ def configure_attention(
         backend,
         is_fastest,
         sharing=known.sharing if known else None,
-        schedule=Schedule(dense_every or 0, known.training_forwards if known else 0),
+        schedule=Schedule(dense_every, known.training_forwards if known else 0),
     )
     _check_backend(config, layers, settings.backend)
     if layers and all(is_local_layer(module, config) for module in layers.values()):

@@ -59,7 +59,14 @@ def s2_attention_forward(
         return settings.sharing.attend(call, call.pattern if is_sparse else "full"), None
     if not is_sparse:
         return dense.attend(call)
-    return attend(query, key, value, call.cuts(call.pattern), options), None
+    pattern = call.pattern
+    cuts, order = call.cuts(pattern), call.order
+    if order is None:
+        return attend(query, key, value, cuts, options), None
+    # (B, S) token indices, for (B, H, S, D) and for (B, S, H, D_v)
+    query, key, value = (x.gather(2, order[:, None, :, None].expand_as(x)) for x in (query, key, value))
+    out = attend(query, key, value, cuts, options)
+    return out.gather(1, order.argsort(1)[:, :, None, None].expand_as(out)), None
 
 
 def _takes_pattern(call: LayerCall) -> bool:

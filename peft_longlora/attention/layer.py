@@ -92,13 +92,25 @@ class LayerCall:
         boundaries = self.settings.inputs.boundaries(self.more)
         return self.settings.inputs.positions(self.more) if boundaries is None else self.s2_mask.positions(boundaries)
 
+    @property
+    def order(self) -> torch.Tensor | None:
+        """In which order tokens are attended to, if not as they stand (`S2Mask.order`)."""
+        return self.mask.order(self.positions) if isinstance(self.mask, S2Mask) else None
+
     def cuts(self, pattern: str) -> Cuts:
         """Where attention by a pattern is cut, worked out once a forward."""
-        mask, size, positions = self.s2_mask, self.settings.group_size, self.positions
+        mask = self.s2_mask
+        if torch.compiler.is_compiling():
+            return self._cuts(pattern, mask)
+        return mask.once(("cuts", pattern), lambda: self._cuts(pattern, mask))
+
+    def _cuts(self, pattern: str, mask: S2Mask) -> Cuts:
+        size, positions = self.settings.group_size, self.positions
         groups = partial(mask.groups, size, pattern, positions)
 
         def make_tensors() -> tuple[torch.Tensor, torch.Tensor]:
-            ids = mask.segment_ids(positions)
+            ids, order = mask.segment_ids(positions), mask.order(positions)
+            ids = ids if order is None else ids.gather(1, order)
             return mask.once(f"tensors of {pattern}", lambda: plan(ids, *ids.shape, size, pattern, self.query.device))
 
         return Cuts(mask.batch, mask.length, groups, make_tensors)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
+from transformers.utils import logging
 
 from peft_longlora.kernels.cuts import regular_groups, tensors_of
 from peft_longlora.kernels.groups import (
@@ -22,6 +23,8 @@ from peft_longlora.kernels.groups import (
     positions_in_documents,
     refuse_bidirectional,
 )
+
+logger = logging.get_logger(__name__)
 
 
 class S2Mask:
@@ -84,7 +87,7 @@ class S2Mask:
 
     def _separated(self, position_ids: torch.Tensor | None) -> dict[str, Any]:
         """The arguments of a mask function, with a rule that lets no document see another one."""
-        if self._restarts(position_ids) is None or self._arguments["kv_length"] != self.length:
+        if not self._has_positions(position_ids) or self._arguments["kv_length"] != self.length:
             return self._arguments
         # Whether any position restarts is on the device. Layers with a window get a mask either way; the others use
         # what the groups of their neighbours need on the host too.
@@ -116,8 +119,11 @@ class S2Mask:
             groups = regular_groups(self.batch, self.length, group_size, pattern)
         else:
             documents = self.documents(position_ids)
-            padding = self.segment_ids(position_ids) == 0
-            groups = plan_groups(self.batch, self.length, group_size, pattern, documents=documents, padding=padding)
+            ids = self.segment_ids(position_ids)
+            if (order := self.order(position_ids)) is not None:
+                ids = ids.gather(1, order)
+                documents = find_documents(ids)
+            groups = plan_groups(self.batch, self.length, group_size, pattern, documents=documents, padding=ids == 0)
         tensors_of(groups, self._arguments["device"])
         return groups
 
@@ -156,6 +162,36 @@ class S2Mask:
             return []
         return self.once("runs", lambda: find_documents(self.segment_ids(position_ids)))
 
+    def order(self, position_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """(B, S) token indices, each row's padding behind its tokens, if padding stands inside a document; else None.
+
+        Groups are of tokens that follow each other, so such rows are attended to in this order. Compiled code cannot
+        ask what rows hold, and orders all that come with a padding mask.
+        """
+        if self._arguments.get("attention_mask") is None:
+            return None
+
+        def find() -> torch.Tensor | None:
+            if torch.compiler.is_compiling():
+                return _padding_last(self.segment_ids(position_ids))
+            return self._find_order(position_ids)
+
+        return self.once("order", find)
+
+    @torch.compiler.disable
+    def _find_order(self, position_ids: torch.Tensor | None) -> torch.Tensor | None:
+        runs = self._runs(position_ids)
+        numbers = [(start // self.length, number) for start, _, number in runs if number > 0]
+        if len(set(numbers)) == len(numbers):
+            return None
+        logger.warning_once(
+            "attention_mask has padding inside a document (0 between two 1). Those tokens are left out, and the "
+            "document goes on behind them, but every layer copies its tokens for it. If the mask was made as "
+            "input_ids != pad_token_id and the pad token is the eos token, give the tokenizer a pad token of its own. "
+            "To end a document there, give position_ids that restart."
+        )
+        return _padding_last(self.segment_ids(position_ids))
+
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
         """What layers derive from this mask: made by the first that asks, kept for the others."""
         if name not in self._made:
@@ -169,16 +205,14 @@ class S2Mask:
         if not self.is_causal or self.is_local or self._arguments["kv_length"] != self.length:
             return None
         try:
-            return self.groups(2, "full", None)
+            return self.groups(2, "full", None) if self.order(None) is None else None
         except NotImplementedError:
             self.is_causal = False
             return None
 
-    def _restarts(self, position_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """(1 or B, S - 1) bool, True where positions do not go on; None if positions do not tell."""
-        if position_ids is None or position_ids.dim() != 2 or position_ids.shape[-1] != self.length:
-            return None
-        return (position_ids.diff(dim=-1) != 1).to(self._arguments["device"])
+    def _has_positions(self, position_ids: torch.Tensor | None) -> bool:
+        """Whether positions tell of documents: one number a token."""
+        return position_ids is not None and position_ids.dim() == 2 and position_ids.shape[-1] == self.length
 
     def _number_documents(self, position_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Number the documents from the model's own mask rule, the padding mask and the positions.
@@ -186,26 +220,36 @@ class S2Mask:
         Returns: segment ids (B, S), 0 = padding; and (B, S) bool, True where the token before sees this one.
 
         The rule says for any two indices whether one sees the other; two neighbours that do not are in two documents.
-        Asking neighbours only keeps memory at O(S) and needs nothing but what every architecture gives.
+        Asking neighbours only keeps memory at O(S) and needs nothing but what every architecture gives. A neighbour is
+        the last token before that is no padding: padding inside a document does not end it, as in evaluation.
         """
         device, padding_mask = self._arguments["device"], self._arguments.get("attention_mask")
-        position = torch.arange(self.length, device=device)
         row = torch.arange(self.batch, device=device)[:, None]
+        here = torch.arange(self.length, device=device).expand(self.batch, -1)
+        last = here
+        if padding_mask is not None:
+            is_real = padding_mask.to(device=device, dtype=torch.bool)
+            last = torch.where(is_real, here, 0).cummax(1).values
+        here, left = here[:, 1:], last[:, :-1]
         is_start = torch.zeros(self.batch, self.length, dtype=torch.bool, device=device)
         sees_later = torch.zeros_like(is_start)
         if not self._arguments.get("allow_is_causal_skip", True):  # else the rule is plain causality
             rule = self._arguments["mask_function"]
-            left, right = position[None, :-1], position[None, 1:]
-            is_start[:, 1:] |= ~rule(row, 0, right, left)
-            sees_later[:, 1:] |= rule(row, 0, left, right)
-        if (restarts := self._restarts(position_ids)) is not None:
-            is_start[:, 1:] |= restarts
-        segment_ids = is_start.cumsum(1) + 1
-        if padding_mask is not None:
-            is_real = padding_mask.to(device=device, dtype=torch.bool)
-            is_start[:, 1:] |= is_real[:, 1:] != is_real[:, :-1]
-            segment_ids = (is_start.cumsum(1) + 1).masked_fill(~is_real, 0)
-        return segment_ids, sees_later
+            is_start[:, 1:] |= ~rule(row, 0, here, left)
+            sees_later[:, 1:] |= rule(row, 0, here - 1, here)
+        if self._has_positions(position_ids):
+            positions = position_ids.to(device).expand(self.batch, -1)
+            before, after = positions.gather(1, left), positions.gather(1, left + 1)
+            # Padding between two tokens is counted by their positions, if it is by its own.
+            is_start[:, 1:] |= positions[:, 1:] - before != torch.where(after - before == 1, here - left, 1)
+        if padding_mask is None:
+            return is_start.cumsum(1) + 1, sees_later
+        return ((is_start & is_real).cumsum(1) + 1).masked_fill(~is_real, 0), sees_later
+
+
+def _padding_last(segment_ids: torch.Tensor) -> torch.Tensor:
+    """(B, S) token indices: the tokens of each row in their order, then its padding."""
+    return torch.sort((segment_ids == 0).to(torch.uint8), dim=1, stable=True).indices
 
 
 def s2_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Any:

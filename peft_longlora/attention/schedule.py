@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from peft_longlora.kernels.groups import whole_number
+
 
 @dataclass
 class Schedule:
@@ -41,10 +43,12 @@ class Schedule:
         self.is_dense = is_training and self.training_forwards % self.dense_every == 0
 
 
-def check_dense_every(dense_every: Any) -> None:
-    """Refuse what is no number of forwards. Raises: ValueError."""
-    if dense_every is not None and (type(dense_every) is not int or dense_every < 0):
+def check_dense_every(dense_every: Any) -> int:
+    """The number, 0 for None; refuse what is no number of forwards. Raises: ValueError."""
+    number = 0 if dense_every is None else whole_number(dense_every)
+    if number is None or number < 0:
         raise ValueError(
             f"dense_every={dense_every!r} must be a whole number of training forwards, of which the last is dense; "
             f"None or 0 for no dense forwards."
         )
+    return number

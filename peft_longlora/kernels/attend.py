@@ -107,7 +107,7 @@ def s2_attention(
 
     Example: 10 tokens, G = 4: straight heads [0,4) [4,8) [8,10); shifted heads [0,2) [2,6) [6,10).
     """
-    check_pattern(group_size, pattern)
+    group_size = check_pattern(group_size, pattern)
     check_tensors(query, key, value)
     batch, _, length, _ = query.shape
     if segment_ids is not None:

@@ -5,8 +5,10 @@ Called by attention's `mask` (once a forward) and by `s2_attention` (for direct 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -226,27 +228,42 @@ def runs_of_equal_pieces(boundaries: tuple[int, ...], skip: frozenset[int]) -> l
     return runs
 
 
-def check_pattern(group_size: int, pattern: str) -> None:
-    """Refuse a group size that cannot be shifted by half, and an unknown pattern.
+def whole_number(value: Any) -> int | None:
+    """A whole number of Python, numpy or torch as Python's, or None; True and False are none."""
+    if type(value) is int:
+        return value
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_pattern(group_size: Any, pattern: str) -> int:
+    """The group size; refuse one that cannot be shifted by half, and an unknown pattern.
 
     Raises: ValueError.
     """
     if pattern not in PATTERNS:
         raise ValueError(f"pattern={pattern!r} is unknown. Use one of {', '.join(map(repr, PATTERNS))}.")
-    if not isinstance(group_size, int) or group_size < 2 or group_size % 2:
+    size = whole_number(group_size)
+    if size is None or size < 2 or size % 2:
         raise ValueError(
             f"group_size={group_size!r} cannot be used: it must be an even number of tokens, 2 or more, because "
             f"shifted heads move their groups by half of it."
         )
+    return size
 
 
 def group_size_of(group_size: int | None, ratio: float, window: int) -> int:
     """G in tokens: the one given, or a fraction of the window, rounded down to an even number.
 
     Raises: ValueError: a ratio outside (0, 1].
+
+    Example: 0.58 of 100 tokens is 58. The product of the two floats is a little less.
     """
     if group_size is not None:
         return group_size
     if not 0 < ratio <= 1:
         raise ValueError(f"group_size_ratio={ratio} is outside (0, 1]: it is a fraction of the window ({window}).")
-    return max(2, int(window * ratio) // 2 * 2)
+    # The fraction that was meant: a float holds neither 0.58 nor a third.
+    return max(2, int(window * Fraction(ratio).limit_denominator(10**6)) // 2 * 2)

@@ -28,6 +28,7 @@ class Edges(NamedTuple):
         length: tokens. head, tail: tokens of its first and of its last document, 0 if that is padding.
         first, last: positions of the first and of the last token.
         group_size, pattern: G, and the pattern's place among `groups.PATTERNS`: the same on all ranks.
+        has_hole: whether padding stands inside a document, 0 or 1.
     """
 
     length: int
@@ -37,12 +38,13 @@ class Edges(NamedTuple):
     last: int
     group_size: int
     pattern: int
+    has_hole: int = 0
 
 
 def exchange_edges(
     documents: Documents, position_ids: torch.Tensor, group_size: int, pattern: str, group: dist.ProcessGroup
 ) -> list[Edges]:
-    """Everyone's edges: one all-gather of seven numbers a rank, once a forward.
+    """Everyone's edges: one all-gather of eight numbers a rank, once a forward.
 
     Args:
         documents: of this rank's stretch, from `groups.find_documents`.
@@ -53,7 +55,10 @@ def exchange_edges(
     """
     length = position_ids.shape[1]
     (_, head, number), (_, tail, last_number) = (documents[0], documents[-1]) if length else ((0, 0, 0),) * 2
-    mine = [length, head * bool(number), tail * bool(last_number), 0, 0, group_size, PATTERNS.index(pattern)]
+    numbers = [number for _, _, number in documents if number]
+    has_hole = int(len(set(numbers)) < len(numbers))
+    ends = head * bool(number), tail * bool(last_number)
+    mine = Edges(length, *ends, 0, 0, group_size, PATTERNS.index(pattern), has_hole)
     mine = torch.tensor(mine).to(position_ids.device)
     if length:
         mine[3:5] = position_ids[0, [0, -1]]
@@ -75,7 +80,12 @@ def _check_edges(edges: list[Edges]) -> None:
             f"The ranks hold stretches of {[edge.length for edge in edges]} tokens, and each needs one or more. Cut "
             f"the batch with shard_batch, which pads."
         )
-    if len({edge[-2:] for edge in edges}) > 1:
+    if any(edge.has_hole for edge in edges):
+        raise ValueError(
+            "attention_mask has padding inside a document (0 between two 1), which ranks that share a sequence cannot "
+            "leave out. Mask the padding at the ends of rows only: give the tokenizer a pad token of its own."
+        )
+    if len({(edge.group_size, edge.pattern) for edge in edges}) > 1:
         raise ValueError(
             f"The ranks that share a sequence attend in different ways, (group_size, pattern) = "
             f"{[(edge.group_size, PATTERNS[edge.pattern]) for edge in edges]}. Configure all of them alike."

@@ -68,7 +68,16 @@ ROWS = {
     "packed and left padded": ([[0] * 2 + [1] * 7], [[0, 0, *positions(3, 4)]], [[0, 0, *ids(3, 4)]]),
     "packed, positions going on in padding": ([[1] * 7 + [0] * 2], [positions(3, 6)], [ids(3, 4) + [0] * 2]),
     "a split document that starts later": (None, [[5, 6, 7, 8, 0, 1, 2, 9, 10]], [ids(4, 3, 2)]),
-    "padding between documents": ([[1] * 3 + [0] * 2 + [1] * 4], None, [[1] * 3 + [0] * 2 + [2] * 4]),
+    "padding between documents": (
+        [[1] * 3 + [0] * 2 + [1] * 4],
+        [[*positions(3), 0, 0, *positions(4)]],
+        [[1] * 3 + [0] * 2 + [2] * 4],
+    ),
+    "rows laid end to end, the first padded right and the second left": (
+        [[1] * 3 + [0] * 2 + [0] * 3 + [1] * 2],
+        [[*positions(5), *positions(5)]],
+        [[1] * 3 + [0] * 5 + [2] * 2],
+    ),
 }
 
 
@@ -89,6 +98,34 @@ def test_documents_and_padding_are_found(name, with_cache):
         assert groups.padding_starts == truth.padding_starts
         assert (groups.padding is None) == (truth.padding is None)
         assert groups.padding is None or torch.equal(groups.padding, expected == 0)
+
+
+HOLE = [1, 1, 0, 1, 1, 1, 0, 0, 1]
+HOLES = {
+    "mask alone": (HOLE, None, [1, 1, 0, 1, 1, 1, 0, 0, 1]),
+    "positions count padding": (HOLE, positions(9), [1, 1, 0, 1, 1, 1, 0, 0, 1]),
+    "positions leave padding out": (HOLE, [0, 1, 1, 2, 3, 4, 4, 4, 5], [1, 1, 0, 1, 1, 1, 0, 0, 1]),
+    "the same, 1 at padding": (HOLE, [0, 1, 1, 2, 3, 4, 1, 1, 5], [1, 1, 0, 1, 1, 1, 0, 0, 1]),
+    "a document begins behind the second": (HOLE, [0, 1, 2, 3, 4, 5, 6, 7, 0], [1, 1, 0, 1, 1, 1, 0, 0, 2]),
+}
+
+
+@pytest.mark.parametrize("name", HOLES)
+def test_padding_inside_a_document_does_not_end_it(name):
+    padding_mask, position_ids, expected = (None if x is None else torch.tensor([x]) for x in HOLES[name])
+    mask = mask_for(1, 9, padding_mask, position_ids)
+    order = mask.order(position_ids)
+    assert order.tolist() == [[0, 1, 3, 4, 5, 8, 2, 6, 7]]
+    groups = mask.groups(4, "s2", position_ids)
+    truth = plan_from_segment_ids(expected.gather(1, order), 4, "s2")
+    assert (groups.straight, groups.shifted) == (truth.straight, truth.shifted)
+    assert groups.padding.tolist() == [[False] * 6 + [True] * 3]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_padding_at_the_ends_of_documents_changes_no_order(name):
+    attention_mask, position_ids, expected = (None if x is None else torch.tensor(x) for x in ROWS[name])
+    assert mask_for(*expected.shape, attention_mask, position_ids).order(position_ids) is None
 
 
 @pytest.mark.parametrize("name", ["packed", "two packings", "one packed row and one plain"])

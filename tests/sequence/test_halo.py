@@ -264,6 +264,8 @@ def different(kind: str) -> str:
     elif kind == "group size":
         group_size = 8 + 2 * rank
     documents = [(0, 6, 1)]
+    if kind == "padding inside" and rank == 1:
+        documents = [(0, 2, 1), (2, 1, 0), (3, 3, 1)]
     if kind == "tokens" and rank == 1:
         documents, position_ids = [], position_ids[:, :0]
     try:
@@ -274,16 +276,17 @@ def different(kind: str) -> str:
 
 
 def all_that_differs() -> list[str]:
-    return [different(kind) for kind in ("nothing", "positions", "group size", "tokens")]
+    return [different(kind) for kind in ("nothing", "positions", "group size", "tokens", "padding inside")]
 
 
 def test_stretches_that_do_not_fit_are_refused_on_every_rank():
     for found in run_ranks(2, all_that_differs):
-        nothing, positions, sizes, tokens = found
+        nothing, positions, sizes, tokens, padding = found
         assert nothing == "nothing"
         assert "rank 0 ends at position 5, and rank 1 begins at 9" in positions and "shard_batch" in positions
         assert "[(8, 's2'), (10, 's2')]" in sizes
         assert "stretches of [6, 0] tokens" in tokens
+        assert "padding inside a document" in padding and "a pad token of its own" in padding
 
 
 def test_kernels_that_only_autograd_can_run_are_refused():

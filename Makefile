@@ -25,11 +25,11 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	@echo "== tests: CPU, offline; add ARGS='-m gpu' on a machine with a GPU"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-lowest: $(LOWEST)/.test
 	@echo "== tests with the lowest versions: $$($(LOWEST)/bin/python -m peft_longlora --version)"
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 browser: $(VENV)/.browser
 	@echo "== browser: examples/app.py in headless Chromium (Debian: apt-get install chromium chromium-driver)"

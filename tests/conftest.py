@@ -16,6 +16,37 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 
+# Whole folders, or files, that share processes started for them: one worker runs all of a line.
+TOGETHER = {
+    "tests/hub/": "tests/hub/",
+    "tests/sequence/": "ranks",
+    "tests/attention/test_schedule.py": "ranks",
+    "tests/pages/test_benchmark_scripts.py": "ranks",
+}
+# They take longest, so that they begin first and the workers end together.
+FIRST = ("tests/hub/", "tests/pages/test_examples.py", "tests/sequence/", "tests/whole/")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`--dist loadfile`, but that what shares processes stays together."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return next(
+                (name for start, name in TOGETHER.items() if nodeid.startswith(start)), super()._split_scope(nodeid)
+            )
+
+    return Together(config, log)
+
+
 def pytest_collection_finish(session):
     """What imports have made stays: no later collection of garbage walks over it, which took 0.2 s each."""
     gc.freeze()

@@ -1,8 +1,8 @@
-"""What an adapter is, and what it does to a model: PEFT's config and tuner, as in PEFT's own folders of one method.
+"""What an adapter is, and what it does to a model: a config and a tuner, as in PEFT's own folder of a method.
 
-Read `config` and `model`. `files` reads adapters, `fit` checks them, `state` undoes them; `trainable`, `copies` and
-`precision` are about embeddings and norms, `lowrank` about LoRA's product. Nothing here knows of cards or of the Hub's
-repositories: `register` hands those in.
+Read `config` and `model`. `files` reads adapters, `fit` checks them, `state` undoes them. `trainable`, `copies` and
+`precision` handle embeddings and norms; `lowrank` computes LoRA's product. Nothing here knows of cards or of pushing:
+`register` passes those functions in.
 """
 
 from peft_longlora.adapter.config import LongLoraConfig

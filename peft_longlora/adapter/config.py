@@ -1,4 +1,4 @@
-"""`LongLoraConfig`: what a user sets. Everything of `LoraConfig` stays usable."""
+"""`LongLoraConfig`: the options that a user sets. All options of `LoraConfig` stay usable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peft_longlora.attention.schedule import check_dense_every
 from peft_longlora.kernels.groups import PATTERNS, check_pattern, group_size_of
 from peft_longlora.rope.parameters import check_rope
 
-# Of what an adapter's files mean; it grows when an older package would misread them.
+# The version of the file format. It grows when an older package would misread new files.
 FORMAT_VERSION = 1
 _LENGTHS = (
     *("context_length", "group_size"),
@@ -40,40 +40,43 @@ class LongLoraConfig(LoraConfig):
 
     context_length: int | None = field(
         default=None,
-        metadata={"help": "The window to extend to, in tokens. None, or not above the base's own window: RoPE stays."},
+        metadata={
+            "help": "The window to extend to, in tokens. If None or not above the base's window, RoPE is not changed."
+        },
     )
     rope_type: str = field(
         default="yarn",
         metadata={
-            "help": "How RoPE is rescaled: 'linear' (Position Interpolation, the paper's), 'ntk' (theta raised once), "
-            "'dynamic', 'yarn', 'llama3', 'longrope' (needs rope_parameters)."
+            "help": "How RoPE is rescaled: 'linear' (Position Interpolation, as in the paper), 'ntk' (theta raised "
+            "once), 'dynamic', 'yarn', 'llama3', 'longrope' (needs rope_parameters)."
         },
     )
     rope_parameters: dict[str, Any] | None = field(
-        default=None, metadata={"help": "transformers' own dict, used as it is. Excludes rope_type."}
+        default=None, metadata={"help": "The dict of transformers' configs, used unchanged. Excludes rope_type."}
     )
     group_size: int | None = field(
         default=None,
-        metadata={"help": "Tokens a group, even, 2 or more. None: group_size_ratio of the window, made even."},
+        metadata={"help": "Tokens in a group: even, 2 or more. None: group_size_ratio of the window, made even."},
     )
     group_size_ratio: float = field(
         default=0.25,
         metadata={
-            "help": "Group size as a fraction, in (0, 1], of context_length, or of the base's own window where that is "
-            "None. Never of the row at hand: a short document stays dense."
+            "help": "Group size as a fraction, in (0, 1], of context_length, or of the base's own window if that is "
+            "None. It is never a fraction of the row, so a short document stays dense."
         },
     )
     attention_pattern: str = field(
         default="s2",
-        metadata={"help": "'s2'; 'local' (groups, no shift); 'full' (dense while training too)."},
+        metadata={"help": "'s2'; 'local' (groups without a shift); 'full' (dense in training too)."},
     )
     dense_layers: list[int] | None = field(
-        default=None, metadata={"help": "Indices of layers that stay dense while training."}
+        default=None, metadata={"help": "Indices of layers that stay dense in training."}
     )
     dense_every: int | None = field(
         default=None,
         metadata={
-            "help": "One training forward in so many, the last of them, is dense in every layer. None or 0: none is."
+            "help": "n: one training forward in n (the n-th, the 2n-th, ...) is dense in every layer. None or 0: none "
+            "is."
         },
     )
     train_embeddings: bool = field(
@@ -88,15 +91,15 @@ class LongLoraConfig(LoraConfig):
     )
     applied_rope_parameters: dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "Filled in when the adapter is made: the rope_parameters in force, applied when loaded."},
+        metadata={"help": "Filled in when the adapter is made: the rope_parameters in use, applied when it is loaded."},
     )
     applied_context_length: int | None = field(
         default=None,
-        metadata={"help": "Filled in when the adapter is made: the window in force, for the card."},
+        metadata={"help": "Filled in when the adapter is made: the window in use, for the card."},
     )
     applied_group_size: int | None = field(
         default=None,
-        metadata={"help": "Filled in when the adapter is made: the group size in force, for the card."},
+        metadata={"help": "Filled in when the adapter is made: the group size in use, for the card."},
     )
     vocab_size: int | None = field(
         default=None,
@@ -105,25 +108,25 @@ class LongLoraConfig(LoraConfig):
 
     format_version: int = field(
         default=FORMAT_VERSION,
-        metadata={"help": "Filled in: the version of an adapter's format. Newer ones than the package's are refused."},
+        metadata={
+            "help": "Filled in: the version of the adapter's format. A version newer than the package's is refused."
+        },
     )
 
-    # What follows belongs to one object in memory and is in no file.
-    card: Any = field(
-        **_IN_MEMORY, metadata={"help": "What the adapter's card says beyond this config: `hub.card.CardOptions`."}
-    )
+    # The following fields exist only in memory; they are never saved.
+    card: Any = field(**_IN_MEMORY, metadata={"help": "Options of the adapter's card: `hub.card.CardOptions`."})
     model_tags: list[str] | None = field(
-        **_IN_MEMORY, metadata={"help": "The base's own list of tags, which grows with `add_model_tags`."}
+        **_IN_MEMORY, metadata={"help": "The base's own list of tags; `add_model_tags` extends it."}
     )
     file: AdapterFile | None = field(
-        **_IN_MEMORY, metadata={"help": "The table of contents of the weights beside the file that this was read from."}
+        **_IN_MEMORY, metadata={"help": "The table of contents of the weights file beside adapter_config.json."}
     )
     resolved_for: str | None = field(
         **_IN_MEMORY, metadata={"help": "The model_type for which target_modules and modules_to_save were filled in."}
     )
 
     on_save: ClassVar[Callable[[LongLoraConfig, str], None]] = lambda config, folder: None
-    """Called after a config was saved, with the folder; `register` puts the card's writer here."""
+    """Called with the folder after a config was saved; `register` puts the card's writer here."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,7 +151,7 @@ class LongLoraConfig(LoraConfig):
         if self.layer_replication and self.dense_layers:
             raise ValueError(
                 f"dense_layers={self.dense_layers!r} and layer_replication={self.layer_replication!r} cannot be used "
-                f"together: replication numbers the layers anew. Leave one of them out."
+                f"together: replication changes the numbers of layers. Leave one of them out."
             )
         if self.bias != "none" and self.train_norms:
             raise ValueError(
@@ -157,12 +160,12 @@ class LongLoraConfig(LoraConfig):
             )
         if self.trainable_token_indices is not None and self.train_embeddings:
             raise ValueError(
-                "trainable_token_indices trains some rows of the embeddings, train_embeddings=True all of them. Set "
+                "trainable_token_indices trains some rows of the embeddings, but train_embeddings=True trains all. Set "
                 "train_embeddings=False, or leave trainable_token_indices out."
             )
 
     def refuse_second_use(self) -> None:
-        """A config that was filled in for one window and then edited would bring the old RoPE along.
+        """Refuse a config that was filled in for one window and then edited, because it holds the old RoPE.
 
         Raises: ValueError.
         """
@@ -181,40 +184,41 @@ class LongLoraConfig(LoraConfig):
             )
 
     def group_size_on(self, window: int) -> int:
-        """G, tokens, that this config asks for on a base with a window of so many tokens."""
+        """The group size G in tokens, on a base with this window."""
         return group_size_of(self.group_size, self.group_size_ratio, self.context_length or window)
 
     def to_dict(self) -> dict[str, Any]:
-        """What adapter_config.json holds."""
+        """The content of adapter_config.json."""
         return {name: value for name, value in super().to_dict().items() if name not in _NOT_SAVED}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json and, beside it, the adapter's card (README.md).
 
-        In a Trainer's checkpoint, checkpoint-<step>, also the card of the folder above, which the Trainer pushes.
+        In a Trainer's checkpoint (checkpoint-<step>) it also writes the card of the parent folder, which the Trainer
+        pushes.
         """
         super().save_pretrained(save_directory, **kwargs)
         self.on_save(save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Read the config of an adapter, and the table of contents of the weights that lie beside it.
+        """Read the config of an adapter, and the table of contents of its weights file.
 
         Raises:
-            ValueError: there is no adapter, a file is damaged, a value is outside its rule, or a file is a link that
-                leads out of the folder.
+            ValueError: there is no adapter, a file is damaged, a value is outside its rule, or a file is a link out of
+                the folder.
         """
         hub_options, _, _ = cls._split_kwargs(kwargs)
         place = dict(subfolder=subfolder, **hub_options)
         read_json(find(pretrained_model_name_or_path, CONFIG_NAME, **place))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        with suppress(FileMissing):  # PEFT loads the same file next; from the Hub, out of the cache
+        with suppress(FileMissing):  # PEFT loads the same file next, from the folder or from the Hub's cache
             config.file = AdapterFile.read(find(pretrained_model_name_or_path, SAFETENSORS_WEIGHTS_NAME, **place))
         return config
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of numpy and torch as Python's own, which JSON can hold."""
+    """Convert numbers of numpy and torch to Python's own, which JSON can hold."""
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     if isinstance(value, int | float) or not hasattr(value, "item") or getattr(value, "ndim", 1):
@@ -234,7 +238,7 @@ def _is_list_of_layers(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(type(i) is int and i >= 0 for i in value))
 
 
-# What each field must be, and whether a value is it.
+# For each field: its rule, and a function that checks a value.
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "format_version": (
         f"must be a whole number, 1 to {FORMAT_VERSION}. Leave it out of a new config; an adapter_config.json that "

@@ -1,4 +1,4 @@
-"""The trained copies of embeddings and norms, in PEFT's wrappers: one for each adapter, one of them active."""
+"""The trained copies of embeddings and norms, in PEFT's wrappers: one copy for each adapter; one of them is active."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 
 def wrappers_of(model: nn.Module) -> list[ModulesToSaveWrapper]:
-    """The modules of which there are trained copies."""
+    """The wrappers of modules that have trained copies."""
     return [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
 
 
@@ -20,23 +20,23 @@ def of(model: nn.Module, adapter_name: str) -> Iterator[nn.Module]:
 
 
 def activate(model: nn.Module, adapter_names: list[str]) -> None:
-    """Make the copies of these adapters the active ones, which PEFT merges whatever it is told.
+    """Make the copies of these adapters active, because PEFT always merges the active copies.
 
-    Raises: ValueError: two of them have a copy of one module.
+    Raises: ValueError: two adapters have a copy of one module.
     """
     wrappers = wrappers_of(model)
     names = [[name for name in adapter_names if name in wrapper.modules_to_save] for wrapper in wrappers]
     if both := next((some for some in names if len(some) > 1), None):
         raise ValueError(
-            f"adapter_names={adapter_names}: {both} have embeddings or norms of their own, which cannot be added up as "
-            f"LoRA's weights are. Name one adapter, or train them with train_embeddings=False and train_norms=False."
+            f"adapter_names={adapter_names}: {both} have their own embeddings or norms, which cannot be added up as "
+            f"LoRA's weights can. Name one adapter, or train them with train_embeddings=False and train_norms=False."
         )
     for wrapper, some in zip(wrappers, names, strict=True):
         wrapper.set_adapter(some)
 
 
 def drop(model: nn.Module) -> None:
-    """Make PEFT put the base's own modules back when it unloads: it keeps the copies that are active."""
+    """Deactivate all copies, so that PEFT restores the base's own modules when it unloads."""
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             module.set_adapter([])
@@ -64,7 +64,7 @@ def tie(model: PreTrainedModel) -> None:
 
 
 def state_tied_sizes(model: nn.Module, adapter_name: str) -> None:
-    """State the sizes of a tied output layer: PEFT makes its copy with input and output exchanged."""
+    """Correct the sizes of a tied output layer's copy: PEFT makes it with input and output exchanged."""
     head = model.get_output_embeddings()
     if isinstance(head, ModulesToSaveWrapper) and adapter_name in head.modules_to_save:
         copy = head.modules_to_save[adapter_name]

@@ -1,6 +1,6 @@
-"""The number of training forwards, among an adapter's tensors: what a resumed run needs of `dense_every`.
+"""The number of training forwards, saved among an adapter's tensors. A resumed run needs it for `dense_every`.
 
-A Trainer that resumes reads an adapter's weights and not its config, so the number is a tensor.
+A Trainer that resumes reads an adapter's weights but not its config, so the number is saved as a tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PREFIX = "base_model.model."
 
 
 def add_count(state: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Put the number of a model's training forwards among the tensors of an adapter, if its schedule needs it."""
+    """Add the number of a model's training forwards to the tensors of an adapter, if its schedule needs the number."""
     settings = next(map(settings_of, find_attention_modules(model).values()), None)
     if settings is not None and settings.schedule.dense_every:
         prefix = PREFIX if any(name.startswith(PREFIX) for name in state) else ""
@@ -27,7 +27,7 @@ def add_count(state: dict[str, torch.Tensor], model: nn.Module) -> None:
 
 
 def take_count(state: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Take the number out of the tensors of an adapter, and let the model go on from it."""
+    """Remove the number from the tensors of an adapter, and let the model continue from it."""
     for name in [name for name in state if name.endswith(COUNT)]:
         count = int(state.pop(name))
         for module in find_attention_modules(model).values():
@@ -35,5 +35,5 @@ def take_count(state: dict[str, torch.Tensor], model: nn.Module) -> None:
 
 
 def without_count(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Of an adapter's tensors, or of their shapes, by name: those that are weights."""
+    """The tensors of an adapter (or their shapes) by name, without the number."""
     return {name: value for name, value in tensors.items() if not name.endswith(COUNT)}

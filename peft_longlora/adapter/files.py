@@ -1,4 +1,4 @@
-"""An adapter's files, in a folder or on the Hub: read, or refused."""
+"""Reads the files of an adapter, in a folder or on the Hub, or refuses them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _AGAIN = "Get it again, or save the adapter anew."
 
 
 class FileMissing(ValueError):
-    """The folder or repository lacks the file, as far as one can see from here."""
+    """The folder or repository does not have the file, or the Hub cannot be asked."""
 
 
 def find(place: str | os.PathLike, name: str, *, subfolder: str | None = None, **options: Any) -> Path:
@@ -32,12 +32,12 @@ def find(place: str | os.PathLike, name: str, *, subfolder: str | None = None, *
 
     Args:
         place: a folder, or the id of a repository on the Hub.
-        options: for a repository: revision, token, cache_dir and the like, as hf_hub_download takes them.
+        options: for a repository: revision, token, cache_dir and other arguments of hf_hub_download.
 
     Raises:
-        FileMissing: the place has no such file, or the Hub is not reached and its cache has none.
-        ValueError: there is no such place, it may not be read, or the file is a link that leads out of the folder.
-        OSError: there is no room for a download.
+        FileMissing: the place has no such file, or the Hub cannot be reached and its cache has no such file.
+        ValueError: the place does not exist or may not be read, or the file is a link out of the folder.
+        OSError: the disk is full.
     """
     place = str(place)
     if os.path.isdir(place):
@@ -50,7 +50,7 @@ def find(place: str | os.PathLike, name: str, *, subfolder: str | None = None, *
         raise ValueError(f"{place!r}: no such folder, and no id on the Hub ('owner/name').")
     try:
         return Path(hf_hub_download(place, name, subfolder=subfolder, **options))
-    except RepositoryNotFoundError as error:  # which the Hub also says of what one may not see
+    except RepositoryNotFoundError as error:  # the Hub also says this of a repository that the user may not see
         raise ValueError(
             f"{place!r}: no such folder, and no such repository on the Hub. Check the name; if it is private or gated, "
             f"log in with `hf auth login` or set HF_TOKEN."
@@ -82,7 +82,7 @@ class AdapterFile:
                 return cls(path, {name: tuple(file.get_slice(name).get_shape()) for name in names})
         except SafetensorError as error:
             cure = "Copy or download it again."
-            if "snapshots" in path.parts:  # in the Hub's cache, which downloads nothing that it has
+            if "snapshots" in path.parts:  # in the Hub's cache, which does not download a file again
                 cure = f"Delete {path.resolve()}, or load with force_download=True, and check the file on the Hub."
             raise ValueError(f"{path} ({path.stat().st_size} bytes) is damaged: {error}. {cure}") from error
 
@@ -90,7 +90,7 @@ class AdapterFile:
 def read_json(path: Path) -> dict[str, Any]:
     """The content of an adapter_config.json.
 
-    Raises: ValueError: it is no JSON object.
+    Raises: ValueError: it is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -102,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def refuse_link(file: Path) -> None:
-    """Refuse a file of an adapter that is a link out of its folder; in the Hub's cache all files are links.
+    """Refuse an adapter's file that is a link out of its folder. (In the Hub's cache all files are links within it.)
 
     Raises: ValueError.
     """
@@ -116,7 +116,7 @@ def refuse_link(file: Path) -> None:
 
 
 def hub_id(name: Any) -> str | None:
-    """`name` if it can be the id of a repository on the Hub, and None if it is a folder or anything else."""
+    """`name` if it can be a repository id on the Hub; None if it is a folder or anything else."""
     if not isinstance(name, str) or os.path.isdir(name):
         return None
     try:
@@ -127,14 +127,14 @@ def hub_id(name: Any) -> str | None:
 
 
 def check_whole(state: dict[str, torch.Tensor], adapter_name: str) -> None:
-    """Refuse to save an adapter whose weights other processes hold.
+    """Refuse to save an adapter if other processes hold its weights.
 
     Raises: ValueError: a tensor of the adapter is empty.
     """
     for name, tensor in state.items():
         if f".{adapter_name}." in f"{name}." and tensor.numel() == 0:
             raise ValueError(
-                f"{name} is empty here: DeepSpeed ZeRO-3 shares weights out over the processes, and the adapter would "
-                f"be saved without it. Save with trainer.save_model(), or with model.save_pretrained(folder, "
+                f"{name} is empty here: DeepSpeed ZeRO-3 splits weights over the processes, so the adapter would be "
+                f"saved without it. Save with trainer.save_model(), or with model.save_pretrained(folder, "
                 f"state_dict=state), where state = accelerator.get_state_dict(engine) is called by all processes."
             )

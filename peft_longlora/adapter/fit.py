@@ -1,7 +1,7 @@
-"""Whether an adapter fits the model it is added to, the adapters there, and the file that it is filled from.
+"""Checks that an adapter fits its model, the other adapters on it, and the file with its weights.
 
-`model` asks twice while it adds an adapter: `check_before` anything is changed, `check_after` the adapter is in place.
-Neither changes anything.
+`model` calls `check_before` before it changes anything, and `check_after` when the adapter is in place. Neither changes
+anything.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def check_before(
     """Refuse an adapter before the model is touched.
 
     Args:
-        configs: of all adapters of the model by name, the new one's among them.
+        configs: the configs of all adapters of the model by name, including the new one.
         tied: names of the modules that share the embeddings' weight.
 
     Raises: ValueError, NotImplementedError.
@@ -56,27 +56,27 @@ def _check_base(config: LongLoraConfig, model: nn.Module) -> None:
     rows = rows_of(model.get_input_embeddings())
     if config.vocab_size is not None and config.train_embeddings and rows != config.vocab_size:
         raise ValueError(
-            f"The adapter was made for a vocabulary of {config.vocab_size} tokens, this model has {rows}. The "
+            f"The adapter was made for a vocabulary of {config.vocab_size} tokens, but this model has {rows}. The "
             f"vocabulary is never resized: load the base that the adapter names "
             f"({config.base_model_name_or_path}), or call model.resize_token_embeddings({config.vocab_size}) "
             f"yourself if you know the extra tokens."
         )
-    # Adapters of version 1 may state the base's max_position_embeddings, which is not its window with linear scaling.
+    # Older adapters may hold the base's max_position_embeddings, which is not its window if it has linear scaling.
     if config.base_context_length not in (None, base.window, base.max_position_embeddings):
         raise ValueError(
             f"The adapter was made for a base with a window of {config.base_context_length} tokens "
-            f"(max_position_embeddings), this model has {base.window}. Load the base that the adapter names "
+            f"(max_position_embeddings), but this model has {base.window}. Load the base that the adapter names "
             f"({config.base_model_name_or_path}). For a new adapter make a new LongLoraConfig: this one was filled in "
             f"for another model."
         )
 
 
 def _check_tie(config: LongLoraConfig, model: PreTrainedModel, tied: list[str]) -> None:
-    """Refuse embeddings that cannot be trained together with the output layer that they are, or were, tied to."""
+    """Refuse embeddings that cannot be trained together with the output layer to which they are, or were, tied."""
     if config.base_context_length is not None and config.ensure_weight_tying and not tied:
         raise ValueError(
-            f"The adapter was trained on embeddings tied to the output layer, this model's are not tied. Load the base "
-            f"that the adapter names ({config.base_model_name_or_path})."
+            f"The adapter was trained on embeddings tied to the output layer, but this model's are not tied. Load the "
+            f"base that the adapter names ({config.base_model_name_or_path})."
         )
     targeted = [name for name in tied if config.target_modules and check_target_module_exists(config, name)]
     if targeted:
@@ -93,7 +93,7 @@ def _check_tie(config: LongLoraConfig, model: PreTrainedModel, tied: list[str]) 
 
 
 def _check_loader(config: LongLoraConfig) -> None:
-    """Refuse what transformers' own loading (load_adapter, AutoModelForCausalLM) would leave at its first values."""
+    """Refuse adapters of which transformers' own loaders (load_adapter, AutoModelForCausalLM) would lose parts."""
     is_ours = config.file is not None or config.base_context_length is None or config.resolved_for is not None
     what = []
     if config.use_dora:  # as of 5.23, for stock LoRA too
@@ -103,13 +103,13 @@ def _check_loader(config: LongLoraConfig) -> None:
     if what and not is_ours:
         raise NotImplementedError(
             f"transformers {transformers.__version__} loses {' and '.join(what)} when it loads an adapter itself. Load "
-            f"it with peft: PeftModel.from_pretrained(model, folder). To give that a config of your own, read it with "
+            f"it with peft: PeftModel.from_pretrained(model, folder). To pass a config to it, read the config with "
             f"LongLoraConfig.from_pretrained(folder), not with PeftConfig."
         )
 
 
 def _check_others(config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig]) -> None:
-    """Refuse an adapter that wants another RoPE or attention than one that is there."""
+    """Refuse an adapter that wants another RoPE or attention than an adapter on the model."""
     new_name = next((name for name, each in configs.items() if each is config), "new")
     for name, other in configs.items():
         if other is config:
@@ -122,15 +122,15 @@ def _check_others(config: LongLoraConfig, model: PreTrainedModel, configs: dict[
             if there != new:
                 raise ValueError(
                     f"Adapters {name!r} and {new_name!r} want different {what} of one model: {there} and {new}. A "
-                    f"model has one. Give both adapters the same settings, or load each on a model of its own."
+                    f"model can have only one. Give both adapters the same settings, or load each on its own model."
                 )
 
 
 def rope_of(config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig]) -> RopeWish:
-    """What an adapter wants of RoPE, equal for two configs that mean the same; None: nothing."""
+    """The RoPE that an adapter wants, equal for two configs that mean the same; None: the base's."""
     if config.applied_rope_parameters is not None:
         return config.applied_rope_parameters
-    for other in configs.values():  # the same wish as one that was carried out already
+    for other in configs.values():  # another adapter with the same fields already made it
         if other.applied_rope_parameters is not None and _fields_of(other) == _fields_of(config):
             return other.applied_rope_parameters
     window = rotary.rope_of(model, scaled=False).window
@@ -144,7 +144,7 @@ def _fields_of(config: LongLoraConfig) -> tuple[Any, ...]:
 
 
 def attention_of(config: LongLoraConfig, model: PreTrainedModel) -> dict[str, Any]:
-    """What an adapter wants of attention, as `configure_attention` takes it; equal for two that mean the same."""
+    """The attention that an adapter wants, as arguments of `configure_attention`; equal if two mean the same."""
     return dict(
         group_size=config.group_size_on(rotary.rope_of(model, scaled=False).window),
         pattern=config.attention_pattern,
@@ -156,13 +156,13 @@ def attention_of(config: LongLoraConfig, model: PreTrainedModel) -> dict[str, An
 def check_after(
     config: LongLoraConfig, wanted: dict[str, tuple[int, ...]], embeddings: dict[str, tuple[int, ...]]
 ) -> None:
-    """Compare the tensors of an adapter just added (name: shape) with the file it will be filled from.
+    """Compare the tensors of a new adapter (name: shape) with the file that its weights come from.
 
     Args:
-        embeddings: the base's own embeddings and output layer, which the file may hold too: PEFT saves them where the
-            vocabulary was resized (`save_embedding_layers`), under the names of its wrappers if they have one.
+        embeddings: the base's own embeddings and output layer. The file may hold them too: PEFT saves them if the
+            vocabulary was resized (`save_embedding_layers`), under the names of its wrappers if there are wrappers.
 
-    Raises: ValueError: the file lacks a tensor, or holds one too many or of another shape.
+    Raises: ValueError: a tensor is missing from the file, is too many, or has another shape.
     """
     if config.file is None:
         return
@@ -171,26 +171,26 @@ def check_after(
         raise ValueError(
             f"{path} lacks {len(missing)} of the {len(wanted)} tensors that this model's adapter has, the first "
             f"being {missing[0]}. The file is incomplete, or belongs to another base than this model "
-            f"({config.base_model_name_or_path} is the one it names)."
+            f"(it names {config.base_model_name_or_path})."
         )
     extra = {name: _WRAPPERS.sub("", name) for name in sorted(found.keys() - wanted.keys())}
     needed = wanted | {name: embeddings[plain] for name, plain in extra.items() if plain in embeddings}
     for name, shape in needed.items():
         if found[name] != shape:
             raise ValueError(
-                f"{path}: tensor {name} has shape {found[name]}, this model needs {shape}. The adapter belongs to "
-                f"another base ({config.base_model_name_or_path} is the one it names), or to that base with another "
-                f"vocabulary (model.resize_token_embeddings)."
+                f"{path}: tensor {name} has shape {found[name]}, but this model needs {shape}. The adapter belongs to "
+                f"another base (it names {config.base_model_name_or_path}), or to that base with another vocabulary "
+                f"(model.resize_token_embeddings)."
             )
     if foreign := [name for name in extra if name not in needed and ".lm_head." not in name]:
         raise ValueError(
             f"{path} holds {len(foreign)} tensors that this model has no place for, the first being {foreign[0]}. The "
-            f"adapter belongs to another base ({config.base_model_name_or_path} is the one it names)."
+            f"adapter belongs to another base (it names {config.base_model_name_or_path})."
         )
 
 
 def embedding_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Names, as they are in files, and shapes of the base's own tensors that PEFT saves where they were resized."""
+    """The names in the file, and the shapes, of the base's own tensors that PEFT saves if they were resized."""
     return {
         f"base_model.model.{name}.{key}": tuple(parameter.shape)
         for layer in (model.get_input_embeddings(), model.get_output_embeddings())

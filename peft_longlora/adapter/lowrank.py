@@ -1,13 +1,13 @@
 """The low-rank product of an adapted projection in the base's half precision, added inside one matrix product.
 
 PEFT keeps LoRA's weights in float32 and computes with them in float32: each adapted projection casts its whole input,
-(B, S, in), and its whole output, (B, S, out), to float32 and back. In a 7B step at 32768 tokens that is a fifth of the
-time, and the cast inputs are kept for the backward. Here the float32 weights are rounded instead, r rows of them, and
-the product is added to the base's output where that lies, which is what cuBLAS's `beta` is for. Sums inside the
-products stay in float32, as those of the base's own projection do. The gradients of the weights are float32.
+(B, S, in), and its whole output, (B, S, out), to float32 and back. In a 7B step at 32768 tokens this takes a fifth of
+the time, and the cast inputs are kept for the backward. Here the float32 weights are rounded instead (only r rows), and
+the matrix product adds its result to the base's output in place (cuBLAS's `beta`). Sums inside the products stay in
+float32, as in the base's own projection. The gradients of the weights are float32.
 
-It runs while a model trains and in its simple case, which `is_plain` states; PEFT's own forward runs otherwise, so
-evaluation, generation and merged weights give what they gave before. Called by `model`, when a layer is made.
+It runs only in training, and only in the simple case that `is_plain` defines. Otherwise PEFT's own forward runs, so
+evaluation, generation and merged weights give the same results as without it. `model` calls it when a layer is made.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _AddLowRank(torch.autograd.Function):
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A sum over all tokens, in the weight's dtype: rounded once if the device can give it so, twice if not."""
+    """A sum over all tokens, in the weight's dtype: rounded once if the device can do that, otherwise twice."""
     if left.is_cuda and weight.dtype == torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return (left @ right).to(weight.dtype)
@@ -62,21 +62,21 @@ def add_low_rank(
     """The output of an adapted projection: result + scaling * (x @ a.T) @ b.T.
 
     Args:
-        result: (..., out) float16 or bfloat16, of the base's projection; it is written into, and returned.
+        result: (..., out) float16 or bfloat16, the base projection's output; it is changed in place and returned.
         x: (..., in) of the same dtype. a: (r, in), b: (out, r), float32 or the same dtype.
         scaling: LoRA's alpha / r.
 
     Returns: (..., out), dtype of result.
     """
     if torch.compiler.is_compiling() or not result.is_contiguous() or result._is_view():
-        # A compiler fuses by itself, and a view must not be written into.
+        # A compiler fuses by itself, and a view must not be changed in place.
         low = nn.functional.linear(x, a.to(x.dtype))
         return result + nn.functional.linear(low, (b * scaling).to(x.dtype))
     return _AddLowRank.apply(result, x, a, b, scaling)
 
 
 class HalfLowRank:
-    """Mixed into a LoRA layer's class: its forward while training goes through `add_low_rank`."""
+    """Mixed into a LoRA layer's class: in training its forward uses `add_low_rank`."""
 
     original_class: type[LoraLayer]
 
@@ -85,7 +85,7 @@ class HalfLowRank:
         if args or not is_plain(self, x, kwargs):
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x)
-        if result.dtype != x.dtype:  # a base that computes in another precision
+        if result.dtype != x.dtype:  # the base computes in another precision
             return super().forward(x)
         for name in self.active_adapters:
             if name in self.lora_A:
@@ -94,16 +94,16 @@ class HalfLowRank:
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made on the fly, so pickle and copy are told how to make it again.
+        # The class is made at run time, so pickle and copy must be told how to make it again.
         return _rebuild, (self.original_class,), self.__getstate__()
 
 
 def is_plain(layer: LoraLayer, x: torch.Tensor, options: dict[str, Any]) -> bool:
     """Whether a call is the simple case: training in half precision, adapters on and unmerged, LoRA without variants.
 
-    Whether gradients are on is not asked: reentrant checkpointing computes without them first, and with them again.
-    Hooks on LoRA's own little layers mean that somebody else puts their weights in place (FSDP, DeepSpeed ZeRO-3,
-    accelerate's device maps): then they must be called, as PEFT does.
+    It does not depend on whether gradients are on, because reentrant checkpointing computes first without and then with
+    them. Hooks on LoRA's own small layers mean that another library provides their weights (FSDP, DeepSpeed ZeRO-3,
+    accelerate's device maps). Then these layers must be called, as PEFT does.
     """
     if not (layer.training and x.dtype in HALF) or layer.disable_adapters or layer.merged:
         return False

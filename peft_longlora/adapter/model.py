@@ -1,8 +1,8 @@
 """`LongLoraModel`: what an adapter changes on a model, in the order in which PEFT calls it, and how it is undone.
 
-An adapter brings LoRA weights, copies of embeddings and norms, a RoPE scaling and S2-Attn. PEFT handles the first two;
-this file resolves which modules they are, and keeps the last two in step with the adapter being added, switched off,
-merged or removed.
+An adapter consists of LoRA weights, copies of embeddings and norms, a RoPE scaling and S2-Attn. PEFT handles the first
+two; this file finds the modules for them. RoPE and S2-Attn must follow when an adapter is added, switched off, merged
+or removed; this file does that.
 """
 
 from __future__ import annotations
@@ -36,36 +36,37 @@ class LongLoraModel(LoraModel):
     Made by `get_peft_model(model, LongLoraConfig(...))`, `PeftModel.from_pretrained` or `model.add_adapter`.
 
     Raises:
-        ValueError, NotImplementedError: the model, the config or the adapter's file do not fit; the base model is
-            left as it was.
+        ValueError, NotImplementedError: the model, the config and the adapter's file do not fit together. The base
+            model is not changed then.
     """
 
     on_made: ClassVar[Callable[[LongLoraModel], Callable[[], None] | None]] = lambda tuner: None
-    """Called when a tuner was made; what it returns is called when its `PeftModel` has it. `register` fills it in."""
+    """Called when a tuner was made. It may return a function to call when a `PeftModel` has taken the tuner. `register`
+    sets it."""
     _on_taken: Callable[[], None] | None = None
 
     # -- adding an adapter ---------------------------------------------------------------------------------------
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        check_place(model, adapter_name)  # before PEFT forgets the config of the first
+        check_place(model, adapter_name)  # before PEFT forgets the first adapter's config
         check_architecture(model)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         self._on_taken = self.on_made()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, or leave the model as it was and say why not."""
+        """Add an adapter. If that fails, restore the model and raise."""
         config = self.peft_config[adapter_name]
         for name, other in self.peft_config.items():
             if not isinstance(other, LongLoraConfig):
                 del self.peft_config[adapter_name]
                 raise ValueError(
                     f"This model has an adapter {name!r} of type {other.peft_type.value}, which cannot be mixed with "
-                    f"LONGLORA. Delete it first, or load each on a model of its own."
+                    f"LONGLORA. Delete it first, or load each adapter on its own model."
                 )
         is_first = AdapterState.on(model) is None
         if is_first and hasattr(model, rotary.STATES):
             raise ValueError(
-                "RoPE of this model was rescaled by scale_rope, which an adapter does itself. Call "
+                "RoPE of this model was rescaled by scale_rope, but an adapter rescales it itself. Call "
                 "restore_rope(model) first, and give the adapter the context_length or the rope_parameters."
             )
         trainable_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -90,12 +91,12 @@ class LongLoraModel(LoraModel):
         return layer
 
     def _resolve(self, config: LongLoraConfig, model: nn.Module) -> None:
-        """Write into the config what its defaults mean for this architecture, before PEFT looks for ties."""
+        """Replace the config's defaults by the modules of this architecture, before PEFT looks for ties."""
         tied = self._tied_names()
         fit.check_before(config, model, self.peft_config, tied)
         if config.target_modules is None and not config.target_parameters:
             config.target_modules = set(trainable.find_projections(model))
-        # PEFT renames expert weights for LORA only; the names mean the same here.
+        # PEFT renames expert weights only for LORA; here the names mean the same.
         config.peft_type = PeftType.LORA
         try:
             convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))
@@ -121,14 +122,14 @@ class LongLoraModel(LoraModel):
 
     def _tied_names(self) -> list[str]:
         """Names of the modules that share the embeddings' weight."""
-        if copies.are_both_of_one_weight(self.model):  # which PEFT does not see once they are in its wrappers
+        if copies.are_both_of_one_weight(self.model):  # PEFT does not see the tie once both are in its wrappers
             return [name for name, _ in trainable.find_module(self.model, self.model.get_output_embeddings())]
         return self._get_module_names_tied_with_embedding()
 
     def _prepare_model(self, peft_config: LongLoraConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
         text_config = model.config.get_text_config()
-        if peft_config.layer_replication:  # replicas are deep copies; a model has one config
+        if peft_config.layer_replication:  # replicas are deep copies with their own configs; a model has one config
             for module in model.modules():
                 if isinstance(getattr(module, "config", None), type(text_config)):
                     module.config = text_config
@@ -140,29 +141,29 @@ class LongLoraModel(LoraModel):
                 rope_type="yarn" if wanted else peft_config.rope_type,
                 rope_parameters=wanted or peft_config.rope_parameters,
             )
-        else:  # a second adapter, which `_check_new_adapter_config` found to want the same
+        else:  # a second adapter; `fit` has checked that it wants the same
             others = (c.applied_rope_parameters for c in self.peft_config.values() if c is not peft_config)
             applied = next(others, peft_config.applied_rope_parameters)  # one config may serve both (DPO's reference)
         settings = configure_attention(model, **fit.attention_of(peft_config, model))
         peft_config.applied_rope_parameters = applied
         peft_config.applied_group_size = settings.group_size
         window = rotary.rope_of(model, scaled=True).window
-        # What RoPE leaves room for beyond the length that was asked for, nobody has trained.
+        # RoPE may leave room beyond the requested length, but nothing is trained there.
         peft_config.applied_context_length = min(window, peft_config.context_length or window) if applied else window
         peft_config.base_context_length = rotary.rope_of(model, scaled=False).window
         model.add_model_tags(["longlora"])
         peft_config.model_tags = model.model_tags
 
     def _shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
-        """Names, as they are in files, and shapes of the tensors of an adapter."""
+        """The names in the file, and the shapes, of an adapter's tensors."""
         state = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
         return {f"base_model.{name}": tuple(tensor.shape) for name, tensor in count.without_count(state).items()}
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """What PEFT does to LoRA's weights, float32 for the optimiser, done to embeddings and norms as well."""
+        """PEFT makes LoRA's weights float32 for the optimiser; do the same for embeddings and norms."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if (state := AdapterState.on(self.model)) is not None:
-            state.is_in_peft_model = True  # nobody else calls this
+            state.is_in_peft_model = True  # only a PeftModel calls this method
         if self._on_taken is not None:
             self._on_taken()
             self._on_taken = None
@@ -172,8 +173,8 @@ class LongLoraModel(LoraModel):
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Tie embeddings and output layer again, in the base and in the trained copies.
 
-        Called by accelerate, whose memory-saving start of FSDP2 unties them; the base's own method does not see through
-        PEFT's wrappers.
+        accelerate calls it, because its memory-saving start of FSDP2 unties them. The base's own method does not find
+        the modules inside PEFT's wrappers.
         """
         if not copies.has_both(self.model):
             self.model.tie_weights(*args, **kwargs)
@@ -194,9 +195,10 @@ class LongLoraModel(LoraModel):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """A tensor's name in the file. A trained copy has one name only.
+        """A tensor's name in the file. A trained copy has only one name.
 
-        PEFT saves embeddings once more, as they stand in the model, where the vocabulary was resized or it is asked to.
+        PEFT saves embeddings a second time, under their name in the model, if the vocabulary was resized or if it is
+        told to.
         """
         return super()._remove_adapter_name_from_key(
             key.replace(f".modules_to_save.{adapter_name}.", "."), adapter_name
@@ -219,7 +221,7 @@ class LongLoraModel(LoraModel):
             state.switch(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove one adapter; with the last one goes all that adapters changed."""
+        """Remove one adapter. With the last one, everything that adapters changed is undone."""
         super().delete_adapter(adapter_name)
         if not self.peft_config:
             self._restore()
@@ -238,9 +240,9 @@ class LongLoraModel(LoraModel):
 
         Args:
             progressbar, safe_merge: as PEFT's.
-            adapter_names: adapters to merge, active or not; of embeddings and norms, one can have copies.
+            adapter_names: adapters to merge, active or not; only one of them may have copies of a module.
 
-        Raises: ValueError: an adapter that is not there, or adapters whose copies exclude each other.
+        Raises: ValueError: an adapter does not exist, or two adapters have copies of one module.
         """
         if adapter_names is not None:
             self._check_merge_allowed()
@@ -263,7 +265,7 @@ class LongLoraModel(LoraModel):
             if config.layer_replication:
                 raise ValueError(
                     f"Adapter {name!r} has layer_replication={config.layer_replication!r}: replicated layers share "
-                    f"their weights, so different changes cannot be merged into them. Serve it unmerged."
+                    f"their weights, so different changes cannot be merged into them. Serve the adapter unmerged."
                 )
 
     def _restore(self) -> None:
@@ -271,7 +273,7 @@ class LongLoraModel(LoraModel):
             state.end()
 
     def _undo(self, adapter_name: str, before: AdapterState | None) -> None:
-        """Take back a half-added adapter."""
+        """Remove a half-added adapter."""
         if before is None:  # others stay
             super().delete_adapter(adapter_name)
             return

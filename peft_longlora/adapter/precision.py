@@ -1,9 +1,9 @@
 """Train copies of embeddings and norms in float32 while they compute in the base's half precision.
 
-PEFT keeps LoRA weights in float32 but leaves copied modules in bfloat16, whose 8 bits a step of 2e-5 cannot move: norms
-would not train at all. Here the stored weights are float32 and every forward rounds them, so that a trained copy
-computes what the base's module would compute with the rounded weights, and merging changes nothing.
-Called by `model`; imports torch alone.
+PEFT keeps LoRA weights in float32 but leaves copied modules in bfloat16. A step of 2e-5 is too small to change its 8
+bits, so norms would not train at all. Here the stored weights are float32, and every forward rounds them. So a trained
+copy computes what the base's module would compute with the rounded weights, and merging changes nothing. Called by
+`model`; imports only torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Float32Weights:
-    """Mixed into a module's class: its parameters are float32, its forward sees them in `compute_dtype`."""
+    """Mixed into a module's class: its parameters are float32, but its forward uses them in `compute_dtype`."""
 
     compute_dtype: torch.dtype
     original_class: type[nn.Module]
@@ -33,7 +33,7 @@ class Float32Weights:
         plain = {name: self.__dict__[name] for name in rounded if name in self.__dict__}
         try:
             for name, weight in rounded.items():
-                object.__setattr__(self, name, weight)  # found before the parameter of that name
+                object.__setattr__(self, name, weight)  # Python finds it before the parameter of that name
             return super().forward(*args, **kwargs)
         finally:
             for name in rounded:
@@ -41,14 +41,14 @@ class Float32Weights:
             self.__dict__.update(plain)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        # `model.float()` and the like mean what is computed as well as what is stored.
+        # `model.float()` and similar calls change the computation as well as the storage.
         module = super()._apply(fn, recurse)
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return module
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made on the fly, so pickle and copy are told how to make it again. The state comes third, because
-        # it may lead back to the module (accelerate's hooks do).
+        # The class is made at run time, so pickle and copy must be told how to make it again. The state comes third,
+        # because it may refer to the module (accelerate's hooks do).
         return _rebuild, (self.original_class,), self.__getstate__()
 
 
@@ -63,16 +63,18 @@ def _rebuild(kind: type[nn.Module]) -> nn.Module:
 
 def _change_class(module: nn.Module, kind: type[nn.Module]) -> None:
     module.__class__ = kind
-    if "_old_forward" in vars(module):  # accelerate's hooks (device_map) call what was `forward` when they came
+    if "_old_forward" in vars(
+        module
+    ):  # accelerate's hooks (device_map) call the `forward` that they found when they were added
         module._old_forward = MethodType(kind.forward, module)
 
 
 def keep_in_float32(modules: Iterable[nn.Module]) -> None:
-    """Store the weights of half-precision modules in float32; what they compute stays the same.
+    """Store the weights of half-precision modules in float32; their results stay the same.
 
     Args:
-        modules: all that may share a weight, together. Parameters stay the same objects, so ties and optimisers hold.
-            Modules with children, quantised ones and those that are float32 already are left alone.
+        modules: all modules that may share a weight, in one call. Parameters stay the same objects, so ties and
+            optimisers stay valid. Modules with children, quantised modules and float32 modules are not changed.
     """
     dtypes = [(module, {p.dtype for p in module.parameters()}) for module in modules]
     for module, found in dtypes:
@@ -85,7 +87,7 @@ def keep_in_float32(modules: Iterable[nn.Module]) -> None:
 
 
 def round_to_half(module: nn.Module) -> None:
-    """Undo `keep_in_float32`, rounding the weights once and for all; nothing is done to other modules."""
+    """Undo `keep_in_float32` and round the weights permanently. Other modules are not changed."""
     if isinstance(module, Float32Weights):
         for parameter in module.parameters():
             parameter.data = parameter.data.to(module.compute_dtype)

@@ -1,6 +1,6 @@
-"""What adapters have changed on one base model besides its weights, and how it is undone: RoPE and attention.
+"""RoPE and attention, which adapters change on a base model besides its weights, and how these changes are undone.
 
-`model` makes one `AdapterState` with the first adapter; it leaves with the last.
+`model` makes one `AdapterState` with the first adapter, and ends it with the last.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _STATE = "longlora_adapters"
 
 @dataclass(eq=False)
 class AdapterState:
-    """Kept on a base model as long as it has adapters: what it was before, and whether they are switched on.
+    """Stored on a base model while it has adapters: its state before, and whether the adapters are switched on.
 
-    `PeftModel` tells the tuner when adapters are switched or removed; `disable_adapters`, `enable_adapters` and
-    `delete_adapter` of transformers tell the layers only. So every forward first looks at a layer: this object is a
-    hook of the model.
+    `PeftModel` tells the tuner when adapters are switched or removed. `disable_adapters`, `enable_adapters` and
+    `delete_adapter` of transformers tell only the layers. So this object is a hook of the model, and looks at a layer
+    before every forward.
 
     Attributes:
-        is_in_peft_model: whether a `PeftModel` has these adapters, which adds more of them itself.
+        is_in_peft_model: whether a `PeftModel` has these adapters; it adds further adapters itself.
     """
 
     model: nn.Module
@@ -53,26 +53,26 @@ class AdapterState:
         setattr(self.model, _STATE, self)
 
     def __call__(self, *_: Any) -> None:
-        """What transformers calls before a forward."""
+        """PyTorch calls this before each forward of the model."""
         if self.is_enabled:
             rope.keep_float32(self.model)
         if not getattr(self.model, "peft_config", None):
             self.end()
         elif self.layer is not None and self.layer.disable_adapters == self.is_enabled:
             self.switch(not self.is_enabled)
-            for module in self.model.modules():  # which enable_adapters of transformers forgets
+            for module in self.model.modules():  # transformers' enable_adapters forgets these
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     module.enable_adapters(self.is_enabled)
 
     def switch(self, enabled: bool) -> None:
-        """RoPE and attention of the adapters, or of the base."""
+        """Use the adapters' RoPE and attention, or the base's."""
         self.is_enabled = enabled
         rope.switch_rope(self.model, scaled=enabled)
         for module in find_attention_modules(self.model).values():
             settings_of(module).is_enabled = enabled
 
     def end(self) -> None:
-        """Give the base its own RoPE (unless `rope.keep_rope` was called) and attention back."""
+        """Restore the base's attention, and its RoPE unless `rope.keep_rope` was called."""
         for handle in self.handles:
             handle.remove()
         rope.restore_rope(self.model)
@@ -82,27 +82,27 @@ class AdapterState:
 
 
 def check_place(model: nn.Module, adapter_name: str) -> None:
-    """Refuse what is no model of transformers, and a base that another model with an adapter is built on already.
+    """Refuse anything but a transformers model, and a base that another model with an adapter uses already.
 
-    Both would change its RoPE and attention.
+    Two models on one base would both change its RoPE and attention.
 
     Raises: ValueError, NotImplementedError.
     """
     if isinstance(model, PeftModel | BaseTuner):
         raise ValueError(
             f"{type(model).__name__} is a model with an adapter already. Give get_peft_model and PeftModel a base, "
-            f"such as model.unload(); for one more adapter on it, call model.add_adapter or model.load_adapter."
+            f"such as model.unload(); to add another adapter, call model.add_adapter or model.load_adapter."
         )
     if not isinstance(model, PreTrainedModel):
         raise NotImplementedError(
-            f"{type(model).__name__} is no model of transformers, so there is no RoPE to rescale and no attention to "
-            f"replace. Give one, such as AutoModelForCausalLM.from_pretrained returns, or use peft's LoraConfig."
+            f"{type(model).__name__} is not a transformers model, so there is no RoPE to rescale and no attention to "
+            f"replace. Load one with AutoModelForCausalLM.from_pretrained, or use peft's LoraConfig."
         )
     state, names = AdapterState.on(model), list(getattr(model, "peft_config", None) or ())
     # transformers' add_adapter and load_adapter, and PEFT's inject_adapter_in_model, make a tuner for each adapter.
     takes_more = state is None or not state.is_in_peft_model or getattr(model, "_hf_peft_config_loaded", False)
     if state is not None and (adapter_name in names or not takes_more):
         raise ValueError(
-            f"This model has a LongLoRA adapter {names[0]!r} already, in the PeftModel that was made of it before. "
-            f"Call unload() of that one first; for one more adapter on it, call its add_adapter or load_adapter."
+            f"This model has a LongLoRA adapter {names[0]!r} already, in a PeftModel that was made from it. "
+            f"Call that PeftModel's unload() first; to add another adapter, call its add_adapter or load_adapter."
         )

@@ -1,6 +1,6 @@
-"""Which modules an adapter trains: projections, embeddings, norms; found by what they are, not by what they are called.
+"""Which modules an adapter trains: projections, embeddings, norms. They are found by type, not by name.
 
-Called by `model` before anything is injected; knows nothing of PEFT.
+`model` calls it before anything is injected. Knows nothing of PEFT.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from peft_longlora.architecture import find_attention_modules, find_text_model
 def find_projections(model: PreTrainedModel) -> list[str]:
     """Names of the q, k, v and o projections: every linear layer inside the attention modules.
 
-    Returns: as few and as short suffixes as select exactly these, such as ["k_proj", "o_proj", "q_proj", "v_proj"].
+    Returns: the fewest and shortest suffixes that match exactly these, such as ["k_proj", "o_proj", "q_proj",
+        "v_proj"].
     """
     attentions = tuple(f"{name}." for name in find_attention_modules(model))
     return _select(model, lambda name, module: name.startswith(attentions) and _is_linear(module))
 
 
 def find_embeddings(model: PreTrainedModel) -> list[str]:
-    """Full name of the module that `get_input_embeddings()` returns, which is how PEFT names it when it ties it."""
+    """Full name of the module that `get_input_embeddings()` returns. PEFT uses this name when it ties the module."""
     return [name for name, _ in find_module(model, model.get_input_embeddings())]
 
 
 def find_module(model: nn.Module, wanted: nn.Module | None) -> list[tuple[str, nn.Module]]:
-    """The full names of one of the model's own modules, and itself; both seen through what adapters have wrapped."""
+    """The full names of one of the model's own modules, and the module; wrappers of adapters are looked through."""
     wanted = None if wanted is None else _unwrap(wanted)
     return [(name, module) for name, module in named_modules(model) if module is wanted]
 
@@ -43,7 +44,7 @@ def find_norms(model: PreTrainedModel) -> list[str]:
 
 
 def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The model's own modules by name, seen through what adapters have wrapped around them."""
+    """The model's own modules by name; wrappers of adapters are looked through."""
     inner = _unwrap(module)
     yield prefix, inner
     if inner is module:
@@ -78,7 +79,7 @@ def shorten(names: list[str], all_names: list[str]) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # Quantised linear layers (bitsandbytes, GPTQ, AWQ ...) are not all subclasses of nn.Linear.
+    # Some quantised linear layers (bitsandbytes, GPTQ, AWQ ...) are not subclasses of nn.Linear.
     return isinstance(module, nn.Linear) or ("Linear" in type(module).__name__ and hasattr(module, "in_features"))
 
 

@@ -165,6 +165,6 @@ def test_an_adapter_of_a_tied_base_is_refused_on_an_untied_one(tmp_path):
     train(extend(make(tie_word_embeddings=True))).save_pretrained(tmp_path)
     model = make()
     before = snapshot(model)
-    with pytest.raises(ValueError, match="tied to the output layer, this model's are not"):
+    with pytest.raises(ValueError, match="tied to the output layer, but this model's are not"):
         PeftModel.from_pretrained(model, tmp_path)
     assert_same(snapshot(model), before)

@@ -64,7 +64,7 @@ BAD = {
         "--data",
         "{text}",
     ],
-    "made for a vocabulary of 97 tokens, this model has 4096": ["--adapter", "{tmp}/other", "--data", "{text}"],
+    "made for a vocabulary of 97 tokens, but this model has 4096": ["--adapter", "{tmp}/other", "--data", "{text}"],
     "the following arguments are required": None,
     "--device mps: ": ["--device", "mps", "--data", "{text}"],
     "--device abacus: ": ["--device", "abacus", "--data", "{text}"],

@@ -246,7 +246,7 @@ def test_zero_refuses_another_number_of_processes_but_its_adapter_loads(config, 
 @needs_deepspeed
 def test_saving_by_hand_under_zero3_is_refused(tmp_path, bases):
     by_hand = dict(base=bases["tied"], output=tmp_path / "out", batch_size=2, save_by_hand=True)
-    assert "DeepSpeed ZeRO-3 shares weights out" in launch_to_fail(tmp_path, "zero3_every_weight", [by_hand])
+    assert "DeepSpeed ZeRO-3 splits weights" in launch_to_fail(tmp_path, "zero3_every_weight", [by_hand])
 
 
 # -- examples ------------------------------------------------------------------------------------------------------

@@ -140,9 +140,10 @@ def model_digest(model: torch.nn.Module) -> tuple[str, list[str]]:
                 getattr(module, state, None) for state in ("active_adapters", "merged_adapters", "disable_adapters")
             ]
             lines.append(f"{name} {sorted(scaling.items())} {states}")
-    config = getattr(model, "config", None)
-    told = config.to_dict() if hasattr(config, "to_dict") else vars(config) if hasattr(config, "__dict__") else {}
-    lines.append(json.dumps({k: v for k, v in told.items() if k not in UNTOLD}, sort_keys=True, default=str))
+    for name in ("config", "generation_config"):  # the latter names the tokens that end an answer
+        config = getattr(model, name, None)
+        told = config.to_dict() if hasattr(config, "to_dict") else vars(config) if hasattr(config, "__dict__") else {}
+        lines.append(json.dumps({k: v for k, v in told.items() if k not in UNTOLD}, sort_keys=True, default=str))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest(), sorted(tensors.keys() - held.keys())
 
 

@@ -51,8 +51,16 @@ class Run:
 
         Raises: FileNotFoundError, ValueError.
         """
+        made: dict[str, Any] = {}
         for task in self.tasks:
-            self.data[name_of(task)] = task.data()
+            name = name_of(task)
+            self.data[name] = task.data()
+            this = [task.parameters, self.data[name]]
+            if made.setdefault(name, this) != this:
+                raise ValueError(
+                    f"Two tasks are called {name!r} and differ in settings or data, so their samples would be mixed "
+                    f"up. Give one of them another name, or measure it in a run of its own."
+                )
         for task in self.tasks:
             task.check(self.subject)
 

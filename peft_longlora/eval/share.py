@@ -44,8 +44,9 @@ class Share:
             for item in prefetch(self.task.items(self.run.subject)):
                 if item.label != self._label:
                     self._begin_label(item.label)
+                is_new = item.key not in self.run.places
                 self._show(item)
-                if item.key not in self.run.done:
+                if is_new and item.key not in self.run.done:  # a length may have been given twice
                     self._pending += 1
                     if self._has_room and self._pending % processes.count == processes.rank:
                         self._attempt(self._begin, item)

@@ -169,6 +169,19 @@ def test_a_second_run_is_refused_while_the_first_lasts(tmp_path):
     assert refused and evaluate(letter_subject(), [task], tmp_path / "out").results == results.results
 
 
+def test_two_tasks_of_one_name_that_differ_are_refused(tmp_path):
+    """Their samples have the same names: one's would be counted for the other."""
+    tasks = [Passkey(lengths=[1000], depths=[0], seeds=1, seed=seed) for seed in (0, 1)]
+    with pytest.raises(ValueError, match="Two tasks are called 'passkey' and differ"):
+        evaluate(scripted_subject(read_passkey), tasks, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    twice = [Perplexity(letters(tmp_path), [8, 8]), Perplexity(letters(tmp_path), [8, 16])]
+    once = evaluate(letter_subject(), [Perplexity(letters(tmp_path), [8, 16])], tmp_path / "once")
+    found = evaluate(letter_subject(), twice, tmp_path / "twice")
+    assert found.results == once.results, "a length that is given twice is measured once"
+    assert (tmp_path / "twice" / "samples.jsonl").read_bytes() == (tmp_path / "once" / "samples.jsonl").read_bytes()
+
+
 def test_plots_of_earlier_results_do_not_stay(tmp_path):
     """A folder may be gone on with for other tasks; a card shows all plots that lie there."""
     subject = scripted_subject(lambda prompt: " 7")

@@ -38,7 +38,7 @@ ARROWS = {
 LATE = {
     "cli": {"eval", "chat", "hub", "__init__"},
     "eval.report.tables": {"eval.report.plots"},
-    "eval.report.side_by_side": {"eval.report.plots"},
+    "eval.report.side_by_side": {"eval.report.style"},
 }
 EXTRAS = {"accelerate", "bitsandbytes", "datasets", "flash_attn", "gradio", "lm_eval", "matplotlib", "pypdf"}
 EXTRAS |= {"rouge_score", "trl"}
@@ -151,7 +151,7 @@ def test_imports_inside_functions_have_a_reason():
 
 def test_extras_are_imported_by_no_file_at_its_top():
     top = {file: {each.module for each in imports(file) if not each.late} for file in FILES}
-    allowed = {"eval.report.plots": {"matplotlib"}}
+    allowed = {"eval.report.plots": {"matplotlib"}, "eval.report.style": {"matplotlib"}}
     wrong = {
         file: sorted(m for m in found if is_in(m, EXTRAS - allowed.get(file, set()))) for file, found in top.items()
     }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft_longlora.eval.report.comparison import Difference
 from peft_longlora.eval.report.tables import table
 from peft_longlora.eval.report.units import PERCENT, scale_of, show, show_length, show_metric
+from peft_longlora.hub.markdown import cell
 from peft_longlora.hub.results import Row
 from peft_longlora.hub.writing import write_whole, writing
 
@@ -31,9 +32,9 @@ def make_comparison(differences: list[Difference], notes: list[str], labels: tup
     """The headline rows, then the details, as Markdown."""
     head = ["task", "protocol", "data", "length", "metric", *labels, "difference", "interval", "n", ""]
     lines = [
-        f"# {labels[1]} against {labels[0]}",
+        f"# {cell(labels[1])} against {cell(labels[0])}",
         "",
-        f"Differences are {labels[1]} less {labels[0]}, in brackets their intervals.",
+        f"Differences are {cell(labels[1])} less {cell(labels[0])}, in brackets their intervals.",
     ]
     if any(row.beyond_window for d in differences for row in (d.first, d.second)):
         lines[-1] += " † above the window that one of the two was made for."
@@ -45,7 +46,7 @@ def make_comparison(differences: list[Difference], notes: list[str], labels: tup
         lines += [title, ""] if title else []
         lines += table(head, [_line(d) for d in rows])
         lines.append("")
-    lines += [*(f"- {note}" for note in notes), ""] if notes else []
+    lines += [*(f"- {cell(note)}" for note in notes), ""] if notes else []
     return "\n".join(lines)
 
 
@@ -83,32 +84,42 @@ def _below(d: Difference) -> str:
 
 def plot_comparison(differences: list[Difference], labels: tuple[str, str]) -> Figure:
     """Both runs' values with their intervals, one panel for each task and metric; below, differences with theirs."""
-    from peft_longlora.eval.report import plots
+    from peft_longlora.eval.report import style
 
-    panels: dict[tuple[str, str, str], list[Difference]] = {}
+    groups: dict[tuple[str, str, str], list[Difference]] = {}
     for d in differences:
         if d.first.group is None:
-            panels.setdefault((d.first.task, d.first.protocol, d.first.metric), []).append(d)
-    columns = min(3, len(panels))
-    figure, axes = plots.panels(len(panels), columns, max(len(rows) for rows in panels.values()))
-    for ax, ((task, protocol, metric), rows) in zip(axes, panels.items(), strict=False):
-        scale = scale_of(metric)
-        for index, (label, part) in enumerate(zip(labels, ("first", "second"), strict=True)):
-            ours = [getattr(d, part) for d in rows]
-            x = [i + 0.2 * (index - 0.5) for i in range(len(ours))]
-            ax.plot(x, [row.value / scale for row in ours], "o", color=plots.COLORS[index], label=label)
-            for place, row in zip(x, ours, strict=True):
-                if row.low is not None:
-                    ax.plot([place] * 2, [row.low / scale, row.high / scale], color=plots.COLORS[index], alpha=0.5)
+            groups.setdefault((d.first.task, d.first.protocol, d.first.metric), []).append(d)
+    columns = min(3, len(groups))
+    figure, axes = style.panels(len(groups), columns, max(len(rows) for rows in groups.values()))
+    for ax, ((task, protocol, metric), rows) in zip(axes, groups.items(), strict=False):
+        numbers = []
+        for index, (label, color) in enumerate(zip(labels, (style.BEFORE, style.AFTER), strict=True)):
+            ours = [(d.first, d.second)[index] for d in rows]
+            numbers += _draw_points(ax, ours, 0.2 * (index - 0.5), color, label)
         ax.set_xticks(range(len(rows)), [_below(d) for d in rows], fontsize=8 if len(rows) < 5 else 7)
         ax.set_xlim(-0.6, len(rows) - 0.4)
-        values = [row.value for d in rows for row in (d.first, d.second)]
-        if metric == "perplexity" and max(values) > 4 * min(values):
-            ax.set_yscale("log")
-            plots.round_ticks(ax.yaxis)
         unit = ", %" if metric in PERCENT else ""
         ax.set_title(f"{task}, {protocol}\n{show_metric(rows[0].first)}{unit}", fontsize=9, loc="left")
         if unit:
             ax.set_ylim(-3, 103)
+        elif metric == "perplexity" and max(numbers) > 4 * min(numbers):
+            style.fit_log(ax, numbers)
+        else:
+            style.fit_linear(ax, numbers)
     axes[0].legend(frameon=False, fontsize=8)
     return figure
+
+
+def _draw_points(ax: Any, rows: list[Row], shift: float, color: str, label: str) -> list[float]:
+    """The values of one run, beside those of the other, with their intervals; gives all numbers drawn."""
+    scale, numbers = scale_of(rows[0].metric), []
+    for place, row in enumerate(rows):
+        numbers.append(row.value / scale)
+        if row.low is not None:
+            ends = [row.low / scale, row.high / scale]
+            ax.plot([place + shift] * 2, ends, color=color, alpha=0.5)
+            numbers += ends
+    x = [place + shift for place in range(len(rows))]
+    ax.plot(x, [row.value / scale for row in rows], "o", color=color, label=label)
+    return numbers

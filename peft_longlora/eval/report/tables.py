@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from peft_longlora.eval.report.cells import sort_key
 from peft_longlora.eval.report.units import show, show_interval, show_length, show_metric
+from peft_longlora.hub.markdown import cell
 from peft_longlora.hub.results import Results, Row
 from peft_longlora.hub.writing import write_whole
 
@@ -34,7 +35,7 @@ def make_report(results: Results) -> str:
     name = model["name"] + (f" + {model['adapter']}" if model.get("adapter") else "")
     rope = (model.get("rope_parameters") or {}).get("rope_type", "default")
     lines = [
-        f"# {name}",
+        f"# {cell(name)}",
         "",
         f"{model['attention']} attention, {model['dtype']}, RoPE {rope}, window {model['native_window']} -> "
         f"{model['window']} tokens. {results.hardware['device']}, {results.hardware['processes']} process(es). "
@@ -52,18 +53,19 @@ def make_report(results: Results) -> str:
     ]
     lines += [*table(head, [list(map(str, row)) for row in body]), ""]
     for title, rows in _by_title(results.details).items():
-        lines += [f"## {title}", "", *_grid(rows), ""]
+        lines += [f"## {cell(title)}", "", *_grid(rows), ""]
     if results.notes:
-        lines += ["## Notes", "", *(f"- {note}" for note in results.notes), ""]
+        lines += ["## Notes", "", *(f"- {cell(note)}" for note in results.notes), ""]
     return "\n".join(lines)
 
 
 def table(head: list[str], body: list[list[str]]) -> list[str]:
-    """A Markdown table with aligned columns."""
+    """A Markdown table with aligned columns; names of others stay text in it."""
+    head, body = [cell(text) for text in head], [[cell(text) for text in row] for row in body]
     widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
     rows = [head, ["-" * width for width in widths], *body]
     return [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
 
 

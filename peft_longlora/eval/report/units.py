@@ -6,6 +6,7 @@ from peft_longlora.hub.results import Row
 
 PERCENT = {"accuracy", "recall", "f1", "rougeL"}
 UNITS = {
+    "bits_per_byte": ("bits per byte", 1),
     "peak_memory_bytes": ("peak memory, GiB", 2**30),
     "kv_cache_bytes": ("KV cache, MiB", 2**20),
     "seconds_to_first_token": ("first token, ms", 1e-3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,9 @@ class LongQA(RecordTask):
             return Prompt(text, [row["output"]])
         own = SUMMARY_PROMPT if LONGBENCH[kind][0] == "rougeL" else PROMPT
         template = self._templates.get(kind, own)
-        return Prompt(template.replace("{context}", row["context"]).replace("{input}", row["input"]), row["answers"])
+        # In one step: a context may hold "{input}" itself.
+        text = re.sub(r"\{(context|input)\}", lambda found: row[found[1]], template)
+        return Prompt(text, row["answers"])
 
     def _measure(self, subject: Subject, key: str, question: Question) -> dict[str, Any]:
         limits = LONGBENCH.get(question.dataset)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from peft_longlora.eval import Passkey, Perplexity, Results, Subject, compare, evaluate
+from peft_longlora.eval.report.side_by_side import make_comparison
+from peft_longlora.eval.report.tables import make_report
 from tests.helpers.answering_models import Bigrams, letter_tokenizer, read_passkey, scripted_subject
 from tests.helpers.evaluated import letter_subject, letter_tasks, letters, longlora
 
@@ -162,3 +164,17 @@ def test_a_damaged_value_is_named_with_its_file(tmp_path, path, value, said):
     with pytest.raises(ValueError) as error:
         compare(folder, folder)
     assert str(folder / "results.json") in str(error.value) and said in str(error.value)
+
+
+def test_names_of_others_stay_text_in_the_tables(tmp_path):
+    """A data set's name is no heading, no column, no HTML, and no sequence for the terminal."""
+    folder = run(scripted_subject(read_passkey), Passkey(lengths=[1000], depths=[0, 1], seeds=1), tmp_path / "a")
+    content = json.loads((folder / "results.json").read_text())
+    for each in content["results"] + content["details"]:
+        each["dataset"] = "a|b\n# Heading <img src=x> \x1b[2J"
+    (folder / "results.json").write_text(json.dumps(content))
+    differences, notes = compare(folder, folder)
+    for text in (make_comparison(differences, notes, ("x|y", "<b>")), make_report(Results.load(folder))):
+        assert "\n# Heading" not in text and "<img" not in text and "<b>" not in text and "\x1b" not in text
+        rows = [line for line in text.splitlines() if line.startswith("| passkey")]
+        assert rows and len({line.replace("\\\\|", "").count("|") for line in rows}) == 1

@@ -3,10 +3,12 @@
 import itertools
 
 import pytest
+from matplotlib.colors import to_hex
 
 from peft_longlora.eval.report.comparison import Difference
-from peft_longlora.eval.report.plots import draw_perplexity
+from peft_longlora.eval.report.plots import draw_cost, draw_perplexity, draw_places
 from peft_longlora.eval.report.side_by_side import make_comparison, plot_comparison
+from peft_longlora.eval.report.style import AFTER, BEFORE
 from peft_longlora.eval.report.units import show
 from peft_longlora.hub.results import Row
 
@@ -26,7 +28,7 @@ def differences(count: int) -> list[Difference]:
 @pytest.mark.parametrize("count", [1, 4, 9])
 def test_numbers_under_the_panels_of_a_comparison_do_not_overlap(count):
     figure = plot_comparison(differences(count), ("before", "after"))
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     [ax] = [ax for ax in figure.axes if ax.get_visible()]
     boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
     assert len(boxes) == count
@@ -48,11 +50,63 @@ def test_base_and_adapter_at_one_length_stand_side_by_side_in_their_colours():
     points = [line for line in left.lines if line.get_marker() == "o"]
     places = left.transAxes.inverted().transform(left.transData.transform([line.get_xydata()[0] for line in points]))
     assert all(0.4 < x < 0.6 for x, _ in places) and places[0][0] < places[1][0]
-    assert [line.get_color() for line in points] == [tuple_to_hex(patch.get_edgecolor()) for patch in right.patches]
+    assert [line.get_color() for line in points] == [to_hex(patch.get_edgecolor()) for patch in right.patches]
 
 
-def tuple_to_hex(color) -> str:
-    return "#" + "".join(f"{round(255 * part):02x}" for part in color[:3])
+MODEL = {"attention": "dense", "native_window": 512}
+
+
+def test_before_and_after_have_one_colour_each_in_every_plot():
+    """The base and what was made of it, the first run and the second; windows of one model are its shades."""
+
+    def perplexities(*variants: str):
+        rows = [row(10.0 + i, variant=variant) for i, variant in enumerate(variants)]
+        figure = draw_perplexity(rows, [row(r.value, variant=r.variant, group="0-512") for r in rows], MODEL)
+        return [line.get_color() for line in figure.axes[0].lines if line.get_marker() == "o"]
+
+    assert perplexities("base") == [BEFORE] and perplexities("adapter") == perplexities("rescaled") == [AFTER]
+    assert perplexities("adapter", "base") == [AFTER, BEFORE]
+    pair = plot_comparison(differences(2), ("before", "after")).axes[0]
+    assert [line.get_color() for line in pair.lines if line.get_marker() == "o"] == [BEFORE, AFTER]
+    cost = draw_cost([row(1.0, task="cost", metric="kv_cache_bytes", variant="adapter")])
+    assert cost.axes[0].lines[0].get_color() == AFTER
+    parts = [row(9.0, length, group="0-256") for length in (256, 512, 1024)]
+    shades = [to_hex(p.get_edgecolor()) for p in draw_perplexity([row(9.0)], parts, MODEL).axes[1].patches]
+    assert shades[0] == BEFORE and len(set(shades)) == 3
+
+
+def test_lines_that_coincide_are_all_seen():
+    """Later ones are narrower and lie above: some of each colour stays visible."""
+    rows = [row(10.0, n, variant=v) for v in ("base", "adapter") for n in (256, 512)]
+    parts = [row(10.0, n, variant=v, group="0-256") for v in ("base", "adapter") for n in (256, 512, 1024, 2048)]
+    left, right = draw_perplexity(rows, parts, MODEL).axes
+    lines = [line for line in left.lines if line.get_marker() == "o"]
+    for drawn in (lines, right.patches):
+        widths = [each.get_linewidth() for each in drawn]
+        assert len(widths) in (2, 8) and all(below - above >= 0.7 for below, above in itertools.pairwise(widths))
+        assert [each.get_zorder() for each in drawn] == sorted({each.get_zorder() for each in drawn})
+
+
+def test_no_line_is_left_out_however_many_there_are():
+    parts = [row(9.0, 256 * n, group="0-256") for n in range(1, 12)]
+    assert len(draw_perplexity([row(9.0)], parts, MODEL).axes[1].patches) == 11
+    places = [row(0.5, None, "topics", "accuracy", group=f"{n} topics") for n in (5, 10)]
+    many = [r.__class__(**{**vars(r), "dataset": f"set {i}"}) for i in range(9) for r in places]
+    labels = draw_places(many, "topics").axes[0].get_legend_handles_labels()[1]
+    assert labels == [f"base, set {i}" for i in range(9)], "data sets are lines of their own"
+
+
+@pytest.mark.parametrize("spread", [1.0, 1.001, 1.5, 3.0])
+def test_axes_do_not_exaggerate(spread):
+    """On a logarithmic axis a factor of two is in view at the least, with all intervals; on others zero is."""
+    rows = [row(10.0, 256, low=9.8, high=10.2), row(10.0 * spread, 512, low=9.8 * spread, high=10.2 * spread)]
+    left, right = draw_perplexity(rows, [row(r.value, r.length, group=f"0-{r.length}") for r in rows], MODEL).axes
+    for ax in (left, right):
+        low, high = ax.get_ylim()
+        assert high / low >= 2 and low < 9.8 + 0.2 * (ax is right) and high > 10.2 * spread - 0.2 * (ax is right)
+    pairs = [Difference(r, row(1.01 * r.value, r.length), 0.1, 0.05, 0.15, True) for r in rows]
+    low, high = plot_comparison(pairs, ("a", "b")).axes[0].get_ylim()
+    assert high > 10.2 * spread and (low == 0 or (spread == 3.0 and high > 4 * low)), "a factor of four is logarithmic"
 
 
 @pytest.mark.parametrize(

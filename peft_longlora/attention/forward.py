@@ -54,6 +54,8 @@ def s2_attention_forward(
     settings = settings_of(module)
     options = Options(scaling, dropout, kwargs.get("softcap"), kwargs.get("s_aux"), settings.backend)
     call = LayerCall(module, settings, query, key, value, attention_mask, options, kwargs)
+    if settings.probe is not None:
+        settings.probe(call)
     is_sparse = _takes_pattern(call)
     if settings.sharing is not None:
         return settings.sharing.attend(call, call.pattern if is_sparse else "full"), None

@@ -7,6 +7,7 @@ Nothing is kept in module globals, so two models in one process do not touch eac
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -55,6 +56,7 @@ class AttentionSettings:
         is_enabled: False while the adapter that brought these settings is switched off: then all is as without it.
         schedule: which training forwards are dense in every layer.
         inputs: what the model was last called with.
+        probe: sees every call of a layer (a `layer.LayerCall`) before it is computed; None for nobody.
     """
 
     config: PreTrainedConfig = field(repr=False)
@@ -70,6 +72,7 @@ class AttentionSettings:
     is_enabled: bool = True
     schedule: Schedule = field(default_factory=Schedule)
     inputs: ModelInputs = field(default_factory=ModelInputs, repr=False, compare=False)
+    probe: Callable[[Any], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.inputs.schedule = self.schedule

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -164,11 +165,11 @@ def test_extras_are_imported_by_no_file_at_its_top():
 )
 def test_the_ground_needs_torch_alone(place, allowed):
     """The definition and the arithmetic; of the kernels, none but backends and flash know transformers."""
-    standard = {"collections", "dataclasses", "functools", "importlib", "inspect", "itertools", "typing", "contextlib"}
-    standard |= {"__future__", "types", "math"}
     for file in FILES:
         if is_in(file, {place}):
-            found = {each.module.partition(".")[0] for each in imports(file)} - standard - {"peft_longlora"}
+            found = (
+                {each.module.partition(".")[0] for each in imports(file)} - sys.stdlib_module_names - {"peft_longlora"}
+            )
             assert found <= ({"torch"} if file not in ("kernels.backends", "kernels.flash") else allowed), file
 
 

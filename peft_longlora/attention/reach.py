@@ -1,0 +1,143 @@
+"""How far each layer of a model attends: which layers to keep dense, measured on a few rows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from peft_longlora.architecture import find_attention_modules, find_text_model, is_local_layer
+from peft_longlora.attention.configure import FASTEST, configure_attention, use_attention
+from peft_longlora.attention.layer import LayerCall
+from peft_longlora.attention.settings import S2_ATTN, AttentionSettings, AttentionState, settings_of
+from peft_longlora.kernels.groups import whole_number
+
+# The first tokens of a row draw attention from everywhere, whatever they say; that is no reach.
+SINKS = 128
+
+
+def far_layers(
+    model: nn.Module, rows: Iterable[torch.Tensor | Sequence[int]], beyond: int, *, queries: int = 64
+) -> dict[int, float]:
+    """The layers of a model, those that attend farthest first, with the share of their attention that goes far.
+
+    A layer's figure is the mean over heads, rows and queries of the attention weights on keys that stand `beyond` or
+    more tokens before the query, the first 128 tokens of the row left out. The model attends densely, in evaluation
+    mode. Of each row `queries` queries are looked at, so memory is O(queries * S), and never S * S.
+
+    Args:
+        model: a causal language model of transformers, bare or with an adapter; it is left as it was.
+        rows: token ids, (S,) or (1, S) each, one document a row, without padding.
+        beyond: tokens; the group size of the training to come.
+        queries: how many queries of each row, evenly spaced over those that have far keys.
+
+    Returns: {layer index: share from 0 to 1}, largest first. Layers with a window or chunks of their own have 0.
+
+    Raises:
+        ValueError: no rows, a row of more than one document's shape or too short for any far key, a `beyond` or
+            `queries` below 1, or a model whose ranks share sequences.
+        NotImplementedError: as `configure_attention`.
+
+    Example:
+        >>> far = far_layers(model, rows, beyond=8192)
+        >>> config = LongLoraConfig(context_length=32768, dense_layers=sorted(list(far)[:5]))
+    """
+    for name, value in (("beyond", beyond), ("queries", queries)):
+        if (whole_number(value) or 0) < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number, 1 or more.")
+    rows = [_as_row(row, number, beyond) for number, row in enumerate(rows)]
+    if not rows:
+        raise ValueError("rows is empty: give one or more rows of token ids, each longer than beyond + 128 tokens.")
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    text = find_text_model(whole)
+    backbone = getattr(text, "base_model", text)
+    with _attending_densely(model, whole) as settings:
+        probe = _Probe(beyond, queries)
+        for one in settings:
+            one.probe = probe
+        try:
+            for row in rows:
+                with torch.no_grad():
+                    backbone(input_ids=row.to(text.device), use_cache=False)
+        finally:
+            for one in settings:
+                one.probe = None
+    figures = {layer: sum(shares) / len(shares) for layer, shares in probe.shares.items()}
+    return dict(sorted(figures.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _as_row(row: torch.Tensor | Sequence[int], number: int, beyond: int) -> torch.Tensor:
+    """(1, S) token ids."""
+    ids = torch.as_tensor(row, dtype=torch.long)
+    ids = ids[None] if ids.dim() == 1 else ids
+    if ids.dim() != 2 or len(ids) != 1:
+        raise ValueError(f"rows[{number}] has shape {tuple(ids.shape)}: give (S,) or (1, S) token ids, row by row.")
+    if ids.shape[1] <= beyond + SINKS:
+        raise ValueError(
+            f"rows[{number}] has {ids.shape[1]} tokens, so no query has a key {beyond} tokens before it behind the "
+            f"first {SINKS}. Give rows of more than {beyond + SINKS} tokens, best of the length to train at."
+        )
+    return ids
+
+
+@contextmanager
+def _attending_densely(model: nn.Module, whole: nn.Module) -> Iterator[list[AttentionSettings]]:
+    """The settings of all layers, while the model attends densely in evaluation mode."""
+    modes = {module: module.training for module in model.modules()}
+    before = None
+    if whole.config._attn_implementation != S2_ATTN:
+        before = AttentionState.of(whole)
+        configure_attention(whole)
+    try:
+        settings = list({id(s): s for s in map(settings_of, find_attention_modules(whole).values())}.values())
+        if any(one.sharing is not None for one in settings):
+            raise ValueError("The ranks of this model share sequences. Measure within `with unshared(model):`.")
+        model.eval()
+        with use_attention(whole, "dense", dense_attention=FASTEST):
+            yield settings
+    finally:
+        if before is not None:
+            before.put_on(whole)
+        for module, training in modes.items():
+            module.training = training
+
+
+@dataclass
+class _Probe:
+    """Sums up what far keys weigh in each layer.
+
+    Attributes:
+        beyond, queries: as `far_layers`. shares: of each layer, one number a row.
+    """
+
+    beyond: int
+    queries: int
+    shares: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def __call__(self, call: LayerCall) -> None:
+        """A layer is called with a row."""
+        layer = call.module.layer_idx
+        if call.is_local or is_local_layer(call.module, call.module.config):
+            self.shares[layer].append(0.0)
+            return
+        heads, length = call.query.shape[1:3]
+        device = call.query.device
+        first = self.beyond + SINKS
+        at = torch.linspace(first, length - 1, min(self.queries, length - first), device=device).round().long()
+        key_at = torch.arange(length, device=device)
+        is_later = key_at > at[:, None]
+        is_far = (key_at <= at[:, None] - self.beyond) & (key_at >= SINKS)
+        share, kv_heads = torch.zeros((), device=device), call.key.shape[1]
+        for kv_head in range(kv_heads):
+            # (H / H_kv, queries, D) and (S, D) -> (H / H_kv, queries, S)
+            query = call.query[0, kv_head * heads // kv_heads : (kv_head + 1) * heads // kv_heads, at]
+            scores = (query @ call.key[0, kv_head].T).float() * call.options.scale(query.shape[-1])
+            if softcap := call.options.softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            weights = scores.masked_fill(is_later, -torch.inf).softmax(-1)
+            share += (weights * is_far).sum(-1).mean(1).sum()
+        self.shares[layer].append(share.item() / heads)

@@ -1,10 +1,15 @@
-"""A long document and questions about it: a `Conversation` holds the keys and values, and answers from them.
+"""A long document and questions about it: a `Conversation` holds the document's keys and values and answers from them.
 
-Read `document`, `dialogue`, `kvcache`, `conversation`; `passages` shows what an answer attended to.
+A question sees the document and all that was said before it. The document's keys and values are computed once, for all
+questions, and each answer can show which passages of the document it attended to.
+
+    document.py -> dialogue.py (tokens) -> kvcache.py (keys and values) -> conversation.py -> passages.py
 """
 
 from peft_longlora.chat.conversation import Conversation
-from peft_longlora.chat.document import read_document
-from peft_longlora.chat.kvcache import CACHES
+from peft_longlora.chat.document import Document, read_document
+from peft_longlora.chat.kvcache import CACHES, KVCache, OffloadedCache
+from peft_longlora.chat.limits import Limits
+from peft_longlora.chat.passages import Passage
 
-__all__ = ["CACHES", "Conversation", "read_document"]
+__all__ = ["CACHES", "Conversation", "Document", "KVCache", "Limits", "OffloadedCache", "Passage", "read_document"]

@@ -10,6 +10,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from peft_longlora.chat.limits import Limits
+from peft_longlora.chat.pdf import read_pages
+
 SUFFIXES = (".txt", ".md", ".pdf")
 PAGE_BREAK = "\n\n"
 
@@ -40,7 +43,7 @@ class Document:
         return f"{self.unit} {first}" if first == last else f"{self.unit}s {first}-{last}"
 
 
-def read_document(path: str | Path) -> Document:
+def read_document(path: str | Path, limits: Limits | None = None) -> Document:
     """Read a .txt, .md or .pdf file.
 
     Raises:
@@ -59,10 +62,10 @@ def read_document(path: str | Path) -> Document:
         raise ValueError(f"{path}: {path.suffix or 'a name without suffix'} is none of {', '.join(SUFFIXES)}.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes).")
-    return _read_pdf(path) if path.suffix.lower() == ".pdf" else _read_text(path)
+    return (_read_pdf if path.suffix.lower() == ".pdf" else _read_text)(path, limits or Limits())
 
 
-def _read_text(path: Path) -> Document:
+def _read_text(path: Path, limits: Limits) -> Document:
     raw = path.read_bytes()
     if b"\0" in raw:
         raise ValueError(f"{path} is a binary file, not text (byte {raw.index(0)} is 0); .pdf files need that suffix.")
@@ -79,36 +82,13 @@ def _read_text(path: Path) -> Document:
     text = text[cut:]
     if not text:
         raise ValueError(f"{path} holds only white space.")
+    limits.check_characters(path, len(text))
     starts = [0] + [match.end() for match in re.finditer("\n", text)]
     return Document(path.name, text, starts, list(range(first, first + len(starts))), "line")
 
 
-def _read_pdf(path: Path) -> Document:
-    try:
-        import pypdf
-        from pypdf.errors import DependencyError, FileNotDecryptedError, PyPdfError
-    except ImportError:
-        raise ImportError("Reading a PDF needs pypdf: pip install 'peft-longlora[chat]'") from None
-    locked = f"{path} is encrypted. Remove its password first: qpdf --decrypt --password=... {path.name} open.pdf"
-    pages = []
-    try:
-        reader = pypdf.PdfReader(path)
-        # Many files are locked with the empty password, which only forbids printing or copying.
-        if reader.is_encrypted and not reader.decrypt(""):
-            raise ValueError(locked)
-        for page in reader.pages:
-            pages.append(page.extract_text())
-    except (DependencyError, FileNotDecryptedError):
-        raise ValueError(locked) from None
-    except ValueError as error:
-        if str(error) == locked:
-            raise
-        raise ValueError(f"{path} is a broken PDF: {error}") from None
-    # A broken file makes pypdf fail anywhere, with its own errors and with Python's.
-    except (PyPdfError, OSError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise ValueError(f"{path} is not a PDF, or is broken: {error or type(error).__name__}") from None
-    # Broken font tables give lone surrogates, which no tokenizer accepts.
-    pages = [page.encode("utf-8", "replace").decode("utf-8").replace("\0", "").strip() for page in pages]
+def _read_pdf(path: Path, limits: Limits) -> Document:
+    pages = read_pages(path, limits)
     if not any(pages):
         raise ValueError(
             f"{path}: none of its {len(pages)} pages holds text; it is probably a scan. Run OCR on it first: "

@@ -23,6 +23,7 @@ from peft_longlora.chat.kvcache import KVCache
 
 LAYERS = 4  # the last ones: their attention goes to what the model is about to say
 SPAN = 64  # tokens of a passage
+WORD = 40  # characters before and after a passage in which a word must end; Chinese or Thai text has no such end
 SINKS = 4  # first tokens of a row, which attract attention whatever they say (arXiv:2309.17453)
 WEIGHTS = 2**26  # numbers of attention weights in memory at a time
 
@@ -32,7 +33,7 @@ class Passage:
     """A part of a document.
 
     Attributes:
-        place: such as "page 12" or "lines 3-5". text: the part, in whole words.
+        place: such as "page 12" or "lines 3-5". text: the part; its words are whole, if the text has words.
         share: its share of the attention that the answer gave to the document, between 0 and 1.
     """
 
@@ -89,15 +90,20 @@ def top_passages(scores: torch.Tensor, dialogue: Dialogue, count: int) -> list[P
         first = int(sums.argmax())
         share = float(sums[first] / whole)
         sums[max(0, first - width + 1) : first + width] = 0
-        start, end = dialogue.offsets[first][0], dialogue.offsets[first + width - 1][1]
         text = dialogue.document.text
-        while start > 0 and not text[start - 1].isspace():
-            start -= 1
-        while end < len(text) and not text[end].isspace():
-            end += 1
+        start, end = _whole_words(text, dialogue.offsets[first][0], dialogue.offsets[first + width - 1][1])
         if text[start:end].strip():
             found.append(Passage(dialogue.document.place(start, end), text[start:end].strip(), share))
     return found
+
+
+def _whole_words(text: str, start: int, end: int) -> tuple[int, int]:
+    """The ends of a span, moved out so that no word is cut. Text that has no space within reach keeps its ends."""
+    first = next((i for i in range(start, max(start - WORD, 0), -1) if text[i - 1].isspace()), None)
+    last = next((i for i in range(end, min(end + WORD, len(text))) if text[i].isspace()), None)
+    first = 0 if first is None and start <= WORD else first
+    last = len(text) if last is None and len(text) - end <= WORD else last
+    return (start if first is None else first), (end if last is None else last)
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """Documents: every character is there, its place is the file's, and what cannot be read is refused by name."""
 
+import io
 import random
+import re
 
 import pytest
 
-from peft_longlora.chat.document import read_document
+from peft_longlora.chat import Limits, read_document
 from tests.helpers.chat_models import make_pdf
 
 pypdf = pytest.importorskip("pypdf")
@@ -98,16 +100,117 @@ def test_urls_are_no_paths(url):
         read_document(url)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_no_damage_to_a_pdf_gives_another_error(tmp_path, seed):
-    """Cut or with bytes changed, it is read or refused."""
-    rng, data = random.Random(seed), bytearray(make_pdf(PAGES))
-    for _ in range(40):
-        damaged = bytearray(data[: rng.randrange(1, len(data))] if rng.random() < 0.5 else data)
-        for _ in range(rng.randrange(12)):
-            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
-        (tmp_path / "a.pdf").write_bytes(bytes(damaged))
-        try:
-            assert read_document(tmp_path / "a.pdf").text
-        except ValueError as error:
-            assert "a.pdf" in str(error)
+# -- damaged PDFs ------------------------------------------------------------------------------------------------------
+
+
+def compressed(folder) -> bytes:
+    """As a word processor writes it: content streams deflated."""
+    writer = pypdf.PdfWriter(clone_from=pypdf.PdfReader(io.BytesIO(make_pdf(PAGES))))
+    for page in writer.pages:
+        page.compress_content_streams()
+    writer.write(folder / "compressed.pdf")
+    return (folder / "compressed.pdf").read_bytes()
+
+
+def drawn(folder, font_type: int) -> bytes:
+    """As matplotlib draws it: fonts inside the file, with tables from glyphs to characters."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    with pyplot.rc_context({"pdf.fonttype": font_type, "pdf.compression": 0 if font_type == 3 else 6}):
+        figure = pyplot.figure(figsize=(3, 2))
+        for i, line in enumerate(PAGES):
+            figure.text(0.1, 0.2 + i / 4, line)
+        figure.savefig(folder / "drawn.pdf")
+        pyplot.close(figure)
+    return (folder / "drawn.pdf").read_bytes()
+
+
+KINDS = {
+    "plain": lambda folder: make_pdf(PAGES),
+    "compressed": compressed,
+    "type 3 fonts": lambda folder: drawn(folder, 3),
+    "TrueType fonts": lambda folder: drawn(folder, 42),
+}
+
+
+def damage_and_read(folder, data: bytes, rng: random.Random) -> str:
+    """Cut a PDF or change a few of its bytes; returns "read", or what the refusal says."""
+    damaged = bytearray(data[: rng.randrange(1, len(data))] if rng.random() < 0.1 else data)
+    for _ in range(rng.randrange(1, 6)):
+        damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+    (folder / "a.pdf").write_bytes(bytes(damaged))
+    try:
+        assert read_document(folder / "a.pdf").text
+    except ValueError as error:
+        assert "a.pdf" in str(error) and "\n" not in str(error)
+        return str(error)
+    return "read"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [10, pytest.param(300, marks=pytest.mark.slow)])
+def test_a_damaged_pdf_is_read_or_refused_by_name(tmp_path, kind, count):
+    data, rng = KINDS[kind](tmp_path), random.Random(kind)
+    (tmp_path / "a.pdf").write_bytes(data)
+    assert read_document(tmp_path / "a.pdf").text
+    said = [damage_and_read(tmp_path, data, rng) for _ in range(count)]
+    assert "read" in said  # most bytes are not of that kind
+    if count > 100:
+        assert len(set(said)) > 5
+
+
+FILTERS = {"/Fl": "Fl", "/JBIG2Decode": "", "/Nonsense": "Nonsense", "/BrotliDecode": "", "[/FlateDecode /LZW]": ""}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_page_that_cannot_be_decoded_is_named_and_not_called_encrypted(tmp_path, name):
+    """The filter of page 2's stream: a short name, one of images, one that needs a package, one that nobody knows."""
+    head, mark, tail = make_pdf(PAGES).decode().partition("stream\n")
+    second = tail.index("<< /Length")
+    content = (head + mark + tail[:second] + f"<< /Filter {name} /Length" + tail[second + 10 :]).encode()
+    (tmp_path / "a.pdf").write_bytes(content)
+    try:
+        text = read_document(tmp_path / "a.pdf").text
+    except ValueError as error:
+        assert re.search(r"a\.pdf cannot be read: page 2 of 3 is broken \(.+\)", str(error))
+        assert FILTERS[name] in str(error) and "encrypted" not in str(error)
+    else:  # a version of pypdf that leaves out what it cannot decode
+        assert "Page 1" in text and "Page 3" in text
+
+
+@pytest.mark.parametrize("error", [RecursionError("deep"), MemoryError(), NotImplementedError("new"), Exception("odd")])
+def test_any_error_of_the_parser_names_file_and_page(tmp_path, monkeypatch, error):
+    (tmp_path / "a.pdf").write_bytes(make_pdf(PAGES))
+    whole = pypdf.PageObject.extract_text
+
+    def extract_text(page, *args, **kwargs):
+        text = whole(page, *args, **kwargs)
+        if "Page 3" in text:
+            raise error
+        return text
+
+    monkeypatch.setattr(pypdf.PageObject, "extract_text", extract_text)
+    said = str(error) or type(error).__name__
+    with pytest.raises(ValueError, match=rf"a\.pdf cannot be read: page 3 of 3 is broken \({said}\)"):
+        read_document(tmp_path / "a.pdf")
+
+
+# -- limits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "limits, message",
+    [
+        (Limits(pages=2), "a.pdf has 3 pages, and at most 2 are read here"),
+        (Limits(characters=40), "a.pdf holds 5[0-9] characters or more, and at most 40 are read here"),
+        (Limits(seconds=-1), "takes longer to read than -1 seconds, which ended at page 1 of 3"),
+    ],
+)
+def test_what_is_beyond_a_limit_is_refused(tmp_path, limits, message):
+    (tmp_path / "a.pdf").write_bytes(make_pdf(PAGES))
+    with pytest.raises(ValueError, match=message):
+        read_document(tmp_path / "a.pdf", limits)
+    (tmp_path / "a.txt").write_text("word " * 11)
+    if limits.characters < 50:
+        with pytest.raises(ValueError, match=r"a\.txt holds 54 characters"):
+            read_document(tmp_path / "a.txt", limits)
+    assert read_document(tmp_path / "a.pdf", Limits(pages=3, characters=90, seconds=600)).text

@@ -85,6 +85,32 @@ def test_the_best_spans_are_the_best(tmp_path):
     assert len(passages.top_passages(scores, dialogue, 9)) == 3  # nothing is shown that got no attention
 
 
+@pytest.mark.parametrize("text", ["".join(chr(0x4E00 + i * 7919 % 5000) for i in range(3000)), "x" * 3000])
+def test_passages_of_text_without_spaces_are_short_and_apart(tmp_path, text):
+    """A token is a byte here, three to a Chinese character."""
+    dialogue = Conversation(a_reader(chat=True), a_document(tmp_path, text)).dialogue
+    scores = torch.rand(len(dialogue.document_ids), generator=torch.Generator().manual_seed(0))
+    best = len(scores) // 2
+    scores[best : best + passages.SPAN] += 5
+    found = passages.top_passages(scores, dialogue, 3)
+    assert len(found) == 3 and all(len(p.text) <= passages.SPAN for p in found)
+    first, last = (dialogue.offsets[i][k] for i, k in ((best, 0), (best + passages.SPAN - 1, 1)))
+    assert found[0].text == text[first:last]
+
+
+@pytest.mark.parametrize("text", ["word " * 30, "one two", "a " + "b" * 100 + " c", "x" * 30, "y" * 100])
+def test_words_are_whole_and_long_ones_are_not_followed(text):
+    for start in range(len(text)):
+        for end in range(start + 1, len(text) + 1):
+            first, last = passages._whole_words(text, start, end)
+            assert start - passages.WORD <= first <= start < end <= last <= end + passages.WORD
+            for at, given in ((first, start), (last, end)):
+                is_end = at in (0, len(text)) or text[at - 1].isspace() or text[at].isspace()
+                assert is_end or at == given
+            if first == start > 0 and not text[start - 1].isspace():  # a long word: there is no end within reach
+                assert " " not in text[max(start - passages.WORD, 0) : start] and start > passages.WORD
+
+
 def test_a_planted_answer_is_found(tmp_path):
     """A head that looks for the same byte: the answer's bytes stand in one line of the document alone."""
     text = "aaaa bbbb cccc\n" * 40 + "zzzz zzzz zzzz zzzz\n" + "dddd eeee ffff\n" * 40

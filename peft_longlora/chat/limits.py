@@ -1,0 +1,42 @@
+"""How much of a file is read at most. Called by document.py and pdf.py; a page that serves strangers sets limits."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that a document may be, and the most time that reading it may take; a check raises ValueError.
+
+    Attributes:
+        pages: of a PDF. characters: of the text. seconds: of reading a PDF, looked at after each page.
+    """
+
+    pages: float = math.inf
+    characters: float = math.inf
+    seconds: float = math.inf
+
+    def check_pages(self, path: Path, count: int) -> None:
+        """Refuse a PDF that has too many pages."""
+        if count > self.pages:
+            raise ValueError(f"{path} has {count:,} pages, and at most {self.pages:,} are read here. Split the file.")
+
+    def check_characters(self, path: Path, count: int) -> None:
+        """Refuse a text that is too long."""
+        if count > self.characters:
+            raise ValueError(
+                f"{path} holds {count:,} characters or more, and at most {self.characters:,} are read here. "
+                f"Split the file."
+            )
+
+    def check_time(self, path: Path, end: float, place: str) -> None:
+        """Refuse a file that takes too long: `end` is a time of `time.monotonic`."""
+        if time.monotonic() > end:
+            raise ValueError(
+                f"{path} takes longer to read than {self.seconds:g} seconds, which ended at {place}. "
+                f"Save its text as .txt."
+            )

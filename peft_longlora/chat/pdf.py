@@ -1,0 +1,60 @@
+"""The text of a PDF, page by page, or one error that names the file and the page.
+
+Called by document.py. A damaged file makes pypdf raise errors of any kind: its own, Python's and other libraries'. Each
+of them becomes a ValueError here.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from peft_longlora.chat.limits import Limits
+
+
+def read_pages(path: Path, limits: Limits) -> list[str]:
+    """The text of each page, without white space around it; empty for a page without text.
+
+    Raises:
+        ValueError: not a PDF, a broken or encrypted one, or one beyond the limits. ImportError: pypdf is not installed.
+    """
+    try:
+        import pypdf
+        from pypdf.errors import FileNotDecryptedError
+    except ImportError:
+        raise ImportError("Reading a PDF needs pypdf: pip install 'peft-longlora[chat]'") from None
+    end = time.monotonic() + limits.seconds
+    pages: list[str] = []
+    try:
+        reader = pypdf.PdfReader(path)
+        # Many files are locked with the empty password, which only forbids printing or copying.
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise FileNotDecryptedError
+        count = len(reader.pages)
+    except Exception as error:
+        raise _refusal(path, error, "is not a PDF, or is broken") from None
+    limits.check_pages(path, count)
+    characters = 0
+    for number in range(count):
+        try:
+            text = reader.pages[number].extract_text()
+        except Exception as error:
+            raise _refusal(path, error, f"cannot be read: page {number + 1} of {count} is broken") from None
+        # Broken font tables give lone surrogates, which no tokenizer accepts.
+        pages.append(text.encode("utf-8", "replace").decode("utf-8").replace("\0", "").strip())
+        characters += len(pages[-1])
+        limits.check_characters(path, characters)
+        limits.check_time(path, end, f"page {number + 1} of {count}")
+    return pages
+
+
+def _refusal(path: Path, error: Exception, what: str) -> ValueError:
+    from pypdf.errors import DependencyError, FileNotDecryptedError
+
+    reason = " ".join(str(error).split()) or type(error).__name__
+    # A package is also missing for some filters of images: only decryption is about a password.
+    if isinstance(error, FileNotDecryptedError) or (isinstance(error, DependencyError) and "cryptography" in reason):
+        return ValueError(
+            f"{path} is encrypted. Remove its password first: qpdf --decrypt --password=... {path.name} open.pdf"
+        )
+    return ValueError(f"{path} {what} ({reason[:200]}). Print it to a new PDF, or save its text as .txt.")

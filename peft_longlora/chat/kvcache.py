@@ -64,6 +64,12 @@ class KVCache:
         """
         self.model, self.kind, self.chunk_size = model, kind, chunk_size
         self.backend = check_cache(kind, model.device, backend)
+        self.has_states = has_states(model.config.get_text_config())
+        if self.has_states and kind != "dense":
+            raise ValueError(
+                f"--cache {kind} holds keys and values, and some layers of this model ({model.config.model_type}) hold "
+                f"states instead. Use --cache dense."
+            )
         self.clear()
 
     def clear(self) -> None:
@@ -76,6 +82,8 @@ class KVCache:
         if self.kind == "quantised":
             config = self.model.config.get_text_config()
             return QuantizedCache(self.backend, config, **quantiser_options(self.backend, config))
+        if self.has_states:
+            return DynamicCache(config=self.model.config.get_text_config())
         # No config is given, because layers that drop what left their sliding window could not go back to a prefix.
         return OffloadedCache() if self.kind == "offloaded" else DynamicCache()
 
@@ -99,7 +107,7 @@ class KVCache:
         chunk_size = self.chunk_size
         if self._frequencies(len(ids)) != self._frequencies(len(self.ids)):
             self.clear()
-        if self._frequencies(len(ids)):
+        if self._frequencies(len(ids)) or self.has_states:
             chunk_size = len(ids)
         self._go_back(shared_prefix(self.ids, ids))
         self.append(ids[len(self.ids) :], chunk_size, on_progress)
@@ -108,6 +116,8 @@ class KVCache:
     def append(self, ids: list[int], chunk_size: int, on_progress: Callable[[int, int], Any] | None = None) -> None:
         """Forward tokens behind the held ones; see `fill`."""
         total = len(self.ids) + len(ids)
+        if self.has_states and self.ids:
+            chunk_size = 1  # behind a state, transformers' layers take one token at a time
         while len(self.ids) < total:
             chunk, ids = ids[:chunk_size], ids[chunk_size:]
             inputs = torch.tensor([chunk], device=self.model.device)
@@ -126,12 +136,12 @@ class KVCache:
         A quantised cache cannot drop tokens, so it keeps a copy of this prefix. The copy needs memory only after 128
         more tokens have come.
         """
-        if self.kind == "quantised":
+        if self.kind == "quantised" or self.has_states:
             self._kept = (self.ids, _copied(self.cache))
 
     def sync(self, ids: list[int]) -> None:
         """Record what `generate` left in the cache: a prefix of `ids`, which are the prompt and the answer."""
-        self.ids = ids[: self.cache.get_seq_length()]
+        self.ids = ids[:-1] if self.has_states else ids[: self.cache.get_seq_length()]
 
     def nbytes(self) -> int:
         """Bytes of the held keys and values, on any device; a kept copy is not counted."""
@@ -140,7 +150,7 @@ class KVCache:
     def _go_back(self, length: int) -> None:
         if length == len(self.ids):
             return
-        if self.kind == "quantised":
+        if self.kind == "quantised" or self.has_states:
             if self._kept is None or len(self._kept[0]) > length:
                 self.clear()
             else:
@@ -163,6 +173,16 @@ class KVCache:
         if length <= native:
             return 0
         return {"longrope": 1, "dynamic": length}.get(rope.get("rope_type"), 0)
+
+
+def has_states(config: PreTrainedConfig) -> bool:
+    """Whether some layers hold a state, such as that of a linear attention, which cannot go back to a shorter row."""
+    try:
+        layers = DynamicCache(config=config).layers
+    except (AttributeError, KeyError, TypeError, ValueError):  # a config that says nothing about caches
+        return False
+    plain = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+    return any(type(layer).__name__ not in plain for layer in layers)
 
 
 def check_cache(kind: str, device: torch.device | str, backend: str | None = None) -> str | None:
@@ -202,7 +222,7 @@ def _copied(cache: Cache) -> Cache:
     """An independent copy of a cache. The tensors are shared, because quantised layers replace tensors and never change
     them."""
     other = copy.copy(cache)
-    other.layers = [copy.copy(layer) for layer in cache.layers]
+    other.layers = [copy.deepcopy(x) if hasattr(x, "conv_states") else copy.copy(x) for x in cache.layers]
     return other
 
 

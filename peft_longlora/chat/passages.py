@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from peft_longlora.architecture import find_attention_modules
+from peft_longlora.architecture import find_attention_modules, is_local_layer
 from peft_longlora.chat.dialogue import Dialogue
 from peft_longlora.chat.kvcache import KVCache
 
@@ -55,19 +55,18 @@ def document_attention(kv: KVCache, row: list[int], start: int) -> torch.Tensor:
         predicted the answer's tokens (those at start - 1 and after it).
     """
     kv.fill(row[: start - 1])
-    layers = [m for m in find_attention_modules(kv.model).values() if not getattr(m, "sliding_window", None)]
-    layers = (layers or list(find_attention_modules(kv.model).values()))[-LAYERS:]
+    config, layers = kv.model.config.get_text_config(), list(find_attention_modules(kv.model).values())
+    layers = ([layer for layer in layers if not is_local_layer(layer, config)] or layers)[-LAYERS:]
     total = torch.zeros(start, device=kv.model.device)
 
     def add(module: nn.Module, args: Any, output: Any) -> None:
         # (1, H, A, T), rows that sum to one
         total.add_(output[1][0, :, :, :start].float().mean(0).sum(0).to(total.device))
 
-    heads = kv.model.config.get_text_config().num_attention_heads
     hooks = [layer.register_forward_hook(add) for layer in layers]
     try:
         with _eager(kv.model):
-            kv.append(row[start - 1 : -1], max(1, WEIGHTS // (heads * len(row))))
+            kv.append(row[start - 1 : -1], max(1, WEIGHTS // (config.num_attention_heads * len(row))))
     finally:
         for hook in hooks:
             hook.remove()

@@ -42,8 +42,8 @@ def decoding(
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values in a cache of transformers, wherever they are; a tensor counts once."""
-    names = ("keys", "values", "_quantized_keys", "_quantized_values")
+    """Bytes of the keys, values and states in a cache of transformers, wherever they are; a tensor counts once."""
+    names = ("keys", "values", "_quantized_keys", "_quantized_values", "conv_states", "recurrent_states")
     held = {
         id(part): part for layer in cache.layers for name in names if (part := getattr(layer, name, None)) is not None
     }

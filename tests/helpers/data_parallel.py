@@ -1,6 +1,6 @@
 """Run by test_data_parallel.py, in as many processes as `accelerate launch` starts: train, save, resume, fail.
 
-    accelerate launch --config_file ... tests/on_cpu.py tests/data_parallel.py RUNS.json
+    accelerate launch --config_file ... tests/helpers/on_cpu.py tests/helpers/data_parallel.py RUNS.json
 
 RUNS.json is a list of dicts, the arguments of `train`. One process alone does the same by calling `train`.
 """

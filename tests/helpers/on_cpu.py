@@ -1,6 +1,6 @@
 """Run a script as one of several CPU processes, where `accelerate launch` wants GPUs for its configuration.
 
-    accelerate launch --config_file examples/accelerate/fsdp2.yaml tests/on_cpu.py SCRIPT ARGUMENTS ...
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml tests/helpers/on_cpu.py SCRIPT ARGUMENTS ...
 
 accelerate averages gradients (DDP) on CPUs as well, but shards models (FSDP, DeepSpeed) on accelerators only. Here it
 is told that there are several devices, reached through gloo, which compute in bfloat16; the rest goes as on GPUs.

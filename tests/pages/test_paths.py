@@ -1,5 +1,6 @@
 """Every file that a page names is there: pages outlive moves only if somebody checks."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -45,3 +46,12 @@ def test_links_lead_to_files(page):
     found = [(folder / target).resolve() for target in LINK.findall((ROOT / page).read_text())]
     missing = [path for path in found if not path.exists() and path.relative_to(ROOT).as_posix() not in WRITTEN]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_imported_in_the_text_exist_where_users_look(page):
+    """In a room's own list of names, and no deeper."""
+    for module, names in re.findall(r"^from (peft_longlora[\w.]*) import ([\w, ]+)", (ROOT / page).read_text(), re.M):
+        assert module.count(".") <= 1, f"{page}: {module} is no public path"
+        public = importlib.import_module(module).__all__
+        assert not [name for name in names.replace(" ", "").split(",") if name not in public]

@@ -26,6 +26,7 @@ from tests.helpers.tiny import logits, make
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "accelerate"
+HELPERS = ROOT / "tests" / "helpers"
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 ZERO = [pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)]
@@ -35,10 +36,10 @@ EVERY_WEIGHT = pytest.param("zero3_every_weight", marks=needs_deepspeed)
 
 def start(config: str, script: Path, *args, processes: int = 2, options: tuple = (), on_gpu: bool = False) -> list[str]:
     """The command line of a user, but for on_cpu.py."""
-    path = (ROOT / "tests" if config == "zero3_every_weight" else CONFIGS) / f"{config}.yaml"
+    path = (HELPERS if config == "zero3_every_weight" else CONFIGS) / f"{config}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path]
     command += ["--main_process_port", 0, "--num_processes", processes, *options]
-    scripts = [script] if on_gpu else [ROOT / "tests" / "on_cpu.py", script]
+    scripts = [script] if on_gpu else [HELPERS / "on_cpu.py", script]
     return [str(part) for part in (*command, *scripts, *args)]
 
 
@@ -47,7 +48,7 @@ def is_on_gpu(command: list[str]) -> bool:
 
 
 def run(command: list[str], timeout: float = 300) -> subprocess.CompletedProcess:
-    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not is_on_gpu(command):
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -56,14 +57,14 @@ def run(command: list[str], timeout: float = 300) -> subprocess.CompletedProcess
 
 def launch(folder: Path, config: str, runs: list[dict], **kwargs) -> None:
     (folder / "runs.json").write_text(json.dumps(runs, default=str))
-    result = run(start(config, ROOT / "tests" / "data_parallel.py", folder / "runs.json", **kwargs))
+    result = run(start(config, HELPERS / "data_parallel.py", folder / "runs.json", **kwargs))
     assert result.returncode == 0, result.stderr[-5000:]
 
 
 def launch_to_fail(folder: Path, config: str, runs: list[dict], **kwargs) -> str:
     """What a run that has to fail wrote to stderr. It ends by itself, or the timeout of `run` fails the test."""
     (folder / "runs.json").write_text(json.dumps(runs, default=str))
-    result = run(start(config, ROOT / "tests" / "data_parallel.py", folder / "runs.json", **kwargs), timeout=120)
+    result = run(start(config, HELPERS / "data_parallel.py", folder / "runs.json", **kwargs), timeout=120)
     assert result.returncode != 0
     return result.stderr
 

@@ -15,7 +15,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-
 # Whole folders, or files, that share processes started for them: one worker runs all of a line.
 TOGETHER = {
     "tests/hub/": "tests/hub/",

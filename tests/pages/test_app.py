@@ -19,11 +19,12 @@ from tests.helpers.chat_models import make_pdf
 from tests.helpers.paths import EMBEDDED
 
 pytestmark = pytest.mark.browser
-gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'peft-longlora[app]'")
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if not (CHROMIUM and shutil.which("chromedriver")):
     pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)", allow_module_level=True)
+# After that, because collecting any test would import it, for seconds.
+gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'peft-longlora[app]'")
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
 
 QUESTION = "What does this module do?"
 TOKENS = 24

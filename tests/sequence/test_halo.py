@@ -1,4 +1,4 @@
-"""The halo exchange against the definition of S2-Attn on the whole sequence, in 2, 3 and 4 processes."""
+"""The halo exchange against the definition of S2-Attn on the whole sequence, in 2, 3, 4 and 8 processes."""
 
 import random
 from itertools import accumulate, pairwise

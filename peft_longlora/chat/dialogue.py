@@ -79,8 +79,8 @@ class Dialogue:
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except (TemplateError, ValueError, TypeError) as error:
-            raise ValueError(f"The tokenizer's chat template fails ({error}). Use --plain.") from error
+            raise ValueError(f"The tokenizer's chat template fails ({error}). Use plain=True.") from error
         head, mark, tail = text.partition(MARK)
         if not mark:
-            raise ValueError("The tokenizer's chat template leaves out what the user says. Use --plain.")
+            raise ValueError("The tokenizer's chat template leaves out what the user says. Use plain=True.")
         return head, tail

@@ -67,8 +67,8 @@ class KVCache:
         self.has_states = has_states(model.config.get_text_config())
         if self.has_states and kind != "dense":
             raise ValueError(
-                f"--cache {kind} holds keys and values, and some layers of this model ({model.config.model_type}) hold "
-                f"states instead. Use --cache dense."
+                f"cache={kind!r} holds keys and values, and some layers of this model ({model.config.model_type}) hold "
+                f"states instead. Use cache='dense'."
             )
         self.clear()
 
@@ -196,7 +196,7 @@ def check_cache(kind: str, device: torch.device | str, backend: str | None = Non
         raise ValueError(f"cache {kind!r} is none of {', '.join(CACHES)}.")
     if kind == "offloaded" and torch.device(device).type == "cpu":
         raise ValueError(
-            "--cache offloaded keeps keys and values of a GPU in the CPU's memory: the model is on the CPU."
+            "cache='offloaded' keeps keys and values of a GPU in the CPU's memory: the model is on the CPU."
         )
     if kind != "quantised":
         return None
@@ -204,7 +204,7 @@ def check_cache(kind: str, device: torch.device | str, backend: str | None = Non
         package = QUANTISERS[name]
         if importlib.util.find_spec(package.partition(".")[0]) and importlib.util.find_spec(package):
             return name
-    raise ImportError("--cache quantised needs a package that quantises: pip install hqq (or optimum-quanto)")
+    raise ImportError("cache='quantised' needs a package that quantises: pip install hqq (or optimum-quanto)")
 
 
 def quantiser_options(backend: str, config: PreTrainedConfig) -> dict[str, Any]:

@@ -75,8 +75,8 @@ def test_a_row_begins_as_the_tokenizer_begins_a_text(tmp_path):
 @pytest.mark.parametrize(
     "template, message",
     [
-        ("{{ raise_exception('only one message') }}", "chat template fails (only one message). Use --plain."),
-        ("{{ messages[0]['content'] | length }}", "chat template leaves out what the user says. Use --plain."),
+        ("{{ raise_exception('only one message') }}", "chat template fails (only one message). Use plain=True."),
+        ("{{ messages[0]['content'] | length }}", "chat template leaves out what the user says. Use plain=True."),
     ],
 )
 def test_templates_that_cannot_carry_a_document_are_refused(tmp_path, template, message):

@@ -51,6 +51,6 @@ def test_answers_are_those_of_generate_without_our_cache(tmp_path, name):
 
 def test_other_kinds_of_cache_are_refused():
     model = a_model("lfm2", adapter=False, **MODELS["lfm2"])
-    with pytest.raises(ValueError, match=r"--cache quantised holds keys and values, and some layers of .*lfm2"):
+    with pytest.raises(ValueError, match=r"cache='quantised' holds keys and values, and some layers of .*lfm2"):
         KVCache(model, "quantised", backend="hqq")
     assert not KVCache(a_model(adapter=False)).has_states

@@ -112,10 +112,18 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         ):
             if Path(file).is_file():
                 digest.update(Path(file).read_bytes())
-    ids = tokenizer(PROBE, verbose=False)["input_ids"]
-    digest.update(json.dumps([ids, tokenizer.decode(ids), tokenizer.decode(ids, skip_special_tokens=True)]).encode())
+    digest.update(json.dumps(_tried(tokenizer)).encode())
     digest.update(json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}).encode())
     return digest.hexdigest()
+
+
+def _tried(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
+    """What a tokenizer makes of a text: options of Python's side, such as a leading <bos>, are in no file of rules."""
+    try:
+        ids = tokenizer(PROBE, verbose=False)["input_ids"]
+    except Exception:  # tokenizers' own: a vocabulary without an unknown token refuses what it does not hold
+        return None
+    return [ids, tokenizer.decode(ids), tokenizer.decode(ids, skip_special_tokens=True)]
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -164,7 +172,7 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
 
 
-def content_digest(*parts: str | bytes | int) -> str:
+def content_digest(*parts: str | bytes | int | float | None) -> str:
     """Sixteen hexadecimal digits that name a question by what it is: its text, or its tokens."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:

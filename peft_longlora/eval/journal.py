@@ -71,6 +71,8 @@ class Journal:
 
     def _check(self, identity: dict[str, Any], overwrite: bool) -> None:
         """See that the folder holds this run or none, and say so in it."""
+        for path in self.folder.glob("*.[0-9]*.draft"):
+            path.unlink()  # of a process that was killed while it wrote: nobody else is here
         if overwrite:
             # Results too: they would stand beside the samples of another run until this one has ended.
             for name in ("samples*.jsonl", RUN, RESULTS):

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from peft_longlora.eval import identity
 from peft_longlora.eval.identity import Digests, fingerprint, model_digest, template_digest, tokenizer_digest
@@ -85,6 +86,16 @@ def test_a_tokenizer_is_what_it_does(tmp_path):
     assert template_digest(more) == template_digest(used)
     more.chat_template = "{{ messages[0]['content'] }}"
     assert tokenizer_digest(more) != plain and template_digest(more) not in (None, template_digest(used))
+
+
+def test_a_tokenizer_without_an_unknown_token_has_a_digest_too():
+    """It refuses texts that it does not hold, such as one that tokenizers are tried with."""
+
+    def words(*known: str):
+        table = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="?"))
+        return PreTrainedTokenizerFast(tokenizer_object=table)
+
+    assert tokenizer_digest(words("a", "b")) == tokenizer_digest(words("a", "b")) != tokenizer_digest(words("b", "a"))
 
 
 def test_a_model_in_memory_is_all_that_it_computes_with():

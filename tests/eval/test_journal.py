@@ -119,3 +119,10 @@ def test_overwriting_takes_the_old_results_away(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     opened(tmp_path, overwrite=True)
     assert not (tmp_path / "results.json").exists()
+
+
+def test_drafts_of_a_killed_process_are_cleared_away(tmp_path):
+    (tmp_path / "samples.jsonl.4711.draft").write_bytes(LINE)
+    (tmp_path / "mine.draft").write_bytes(LINE)
+    opened(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.draft")] == ["mine.draft"]

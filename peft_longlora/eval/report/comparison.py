@@ -189,6 +189,8 @@ def _hash(entry: Any) -> str:
 
 def _unequal_settings(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     notes = []
+    if first["confidence"] != second["confidence"]:
+        notes.append(f"Intervals of {first['confidence']:g} and {second['confidence']:g}; of differences, the former.")
     for name in sorted(first.keys() & second.keys()):
         ours, theirs = first[name], second[name]
         if isinstance(ours, dict) and isinstance(theirs, dict) and ours != theirs:

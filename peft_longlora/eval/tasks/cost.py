@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from peft_longlora.architecture import cache_name
+from peft_longlora.eval.identity import content_digest
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks.task import Item
 from peft_longlora.hub.generation import cache_bytes, decoding
@@ -94,6 +95,7 @@ class Cost:
             "variant": subject.variant,
             "length": length,
             "unit": key,
+            "content": content_digest("random tokens", length, repeat),
             "beyond_window": length > subject.window,
             "measures": measures,
         }

@@ -115,16 +115,19 @@ class Harness:
             error = values.get(f"{metric}_stderr,{kind}")
             if isinstance(error, int | float):
                 errors[shown] = error
+        shots = found["n-shot"].get(self.task, 0)
+        questions = found["n-samples"].get(self.task, {}).get("effective")
         return {
             "key": f"{self.name}/{variant}",
             "task": self.name,
             "dataset": self.task,
-            "protocol": f"lm-eval, {found['n-shot'].get(self.task, 0)}-shot",
+            "protocol": f"lm-eval, {shots}-shot",
             "variant": variant,
             "length": None,
             "unit": self.task,
+            "content": content_digest(self.task, questions, shots, found.get("versions", {}).get(self.task)),
             "measures": measures,
             "standard_errors": errors,
             "lower_is_better": lower_is_better,
-            "questions": found["n-samples"].get(self.task, {}).get("effective"),
+            "questions": questions,
         }

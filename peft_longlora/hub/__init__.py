@@ -1,8 +1,8 @@
-"""What lies beside an adapter's weights, and their way out and back.
+"""The files beside an adapter's weights, and how adapters are pushed, loaded and converted.
 
-`card` writes README.md (`readme` knows whose the old one is, `markdown` keeps other people's text text), `results`
-reads and writes results.json, `push` and `trainers` bring both to the Hub, `loading` loads a base with an adapter,
-`export` and `original` turn our adapters into plain LoRA and the original project's into ours.
+`card` writes README.md (`readme` finds out who wrote the old one, `markdown` escapes text). `results` reads and writes
+results.json. `push` and `trainers` bring both to the Hub. `loading` loads a base with an adapter. `export` turns our
+adapters into plain LoRA, and `original` turns the original project's adapters into ours.
 """
 
 from peft_longlora.hub.export import export_lora

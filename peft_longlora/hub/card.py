@@ -1,7 +1,7 @@
-"""An adapter's model card: what its README.md says. A text that is there already is the business of `readme`.
+"""An adapter's model card: the content of its README.md. (`readme` handles a README that exists already.)
 
-Every save of a `LongLoraConfig` calls `write_cards_of_save` (see `register`), so every way of saving an adapter leaves
-a card; `push` brings it to the Hub. The text itself is one template, templates/adapter_card.md.
+Every save of a `LongLoraConfig` calls `write_cards_of_save` (see `register`), so every way of saving an adapter writes
+a card; `push` brings it to the Hub. The text is one template, templates/adapter_card.md.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What a card says that neither the adapter's config nor its folder tells.
+    """Facts for a card that are neither in the adapter's config nor in its folder.
 
     Attributes:
-        template: a Jinja template of one's own, a file. It is given the same variables as templates/adapter_card.md.
-        license: an identifier of the Hub's, such as "apache-2.0".
+        template: your own Jinja template, a file. It gets the same variables as templates/adapter_card.md.
+        license: a licence identifier of the Hub, such as "apache-2.0".
         datasets: ids of data sets on the Hub.
         language: language codes, such as "en".
-        tags: more tags than the card's own.
-        results: a folder whose results.json and plots are put beside the adapter at every save.
-        base_license: the base's licence, for where neither `license` nor the README there names one.
-        adapter: what the card's code loads, the id of a repository. None: the folder that the card lies in.
-        subfolder: of that repository, where the adapter lies in one.
+        tags: further tags.
+        results: a folder whose results.json and plots are copied beside the adapter at every save.
+        base_license: the base's licence, used if neither `license` nor the old README names one.
+        adapter: the repository id that the card's code loads. None: the folder of the card.
+        subfolder: the adapter's folder in that repository, if it is in one.
     """
 
     template: str | Path | None = None
@@ -58,20 +58,20 @@ class CardOptions:
 
     @classmethod
     def of(cls, config: LongLoraConfig) -> CardOptions:
-        """The options that were set for an adapter, or none."""
+        """The options that were set for an adapter, or the defaults."""
         return config.card or cls()
 
 
 def write_card(config: LongLoraConfig, folder: str | os.PathLike, subfolder: str | None = None) -> Path:
     """Write or update README.md in an adapter's folder.
 
-    A README of somebody's own keeps its text and gets our metadata, as PEFT does it. One that a library drafted is
-    replaced; in one of ours, what stands between the two marks is.
+    A README that a person wrote keeps its text and gets our metadata, as in PEFT. A README that a library drafted is
+    replaced. In our own README the part between the two marks is replaced.
 
     Args:
-        config: of the adapter.
-        folder: of the adapter; a results.json and plots (*.png) that lie there are shown.
-        subfolder: of the folder, where the adapter itself lies in one.
+        config: the adapter's config.
+        folder: the adapter's folder; if it has a results.json and plots (*.png), the card shows them.
+        subfolder: the adapter's subfolder of that folder, if it is in one.
 
     Raises:
         ValueError: the template, the README or results.json cannot be read.
@@ -95,14 +95,14 @@ def write_card(config: LongLoraConfig, folder: str | os.PathLike, subfolder: str
 
 
 def write_cards_of_save(config: LongLoraConfig, folder: str | os.PathLike) -> None:
-    """Write the card of an adapter that was just saved; a card that cannot be written is a warning.
+    """Write the card of an adapter that was just saved. If it cannot be written, warn.
 
-    Of a Trainer's checkpoint, the folder above gets one too, unless a README stands there that is no library's draft:
-    that folder is what the Trainer pushes at every save, with TRL's draft in it or with no README at all.
+    For a Trainer's checkpoint the parent folder gets a card too, because the Trainer pushes that folder at every save,
+    with TRL's draft in it or without a README. A README that a person wrote there is kept.
 
-    A Trainer's checkpoint is known by its name, checkpoint-{number}, alone: transformers (5.17 to 5.23) saves the model
-    before anything else, training_args.bin included, and pushes before any callback. So a folder of such a name gets a
-    card above it whoever saves; name it otherwise where that is not wanted.
+    Only its name, checkpoint-{number}, shows that a folder is a Trainer's checkpoint: transformers (5.17 to 5.23) saves
+    the model before all other files, training_args.bin included, and pushes before any callback. So every save into a
+    folder with such a name writes a card above it. If you do not want this, use another name.
     """
     folder = Path(folder)
     try_card(config, folder)
@@ -111,7 +111,7 @@ def write_cards_of_save(config: LongLoraConfig, folder: str | os.PathLike) -> No
 
 
 def try_card(config: LongLoraConfig, folder: str | os.PathLike, subfolder: str | None = None) -> None:
-    """`write_card`, for where hours of training should not end in a README."""
+    """`write_card`, but an error is only a warning, so that a bad README does not end a training."""
     try:
         write_card(config, folder, subfolder)
     except (OSError, ValueError) as error:
@@ -127,15 +127,15 @@ def make_card(
     subfolder: str | None = None,
     extra: dict[str, Any] | None = None,
 ) -> ModelCard:
-    """The card of an adapter, with what people wrote into the old one.
+    """The card of an adapter; text that people wrote into the old card is kept.
 
     Args:
-        config: of the adapter, as it was saved: with base_model_name_or_path and applied_rope_parameters.
+        config: the config of a saved adapter, with base_model_name_or_path and applied_rope_parameters.
         adapter: what the card's code loads: a repository's id or a folder.
         results, plots: as `read_results` returns them.
-        old: the text of the README that is there.
-        subfolder: of the repository, where the adapter lies in one.
-        extra: variables for a template of one's own.
+        old: the text of the existing README.
+        subfolder: the adapter's folder in the repository, if it is in one.
+        extra: further variables for a template.
 
     Raises:
         ValueError: the template cannot be rendered.
@@ -144,10 +144,10 @@ def make_card(
     before = ModelCard(old or "---\n{}\n---\n")
     kept = before.data.to_dict()
     if hub_id(kept.get("base_model")) is None:
-        kept.pop("base_model", None)  # PEFT writes folders there, which the Hub refuses
+        kept.pop("base_model", None)  # PEFT may write a folder here, which the Hub refuses
     index = kept.get("model-index")
     if isinstance(index, list) and all(isinstance(entry, dict) and not entry.get("results") for entry in index):
-        kept.pop("model-index")  # a Trainer's, without an evaluation
+        kept.pop("model-index")  # a Trainer wrote it without an evaluation
     options = CardOptions.of(config)
     base = hub_id(config.base_model_name_or_path)
     name = Path(adapter).name or "adapter"
@@ -165,7 +165,7 @@ def make_card(
         data.setdefault("license", options.base_license)
     if results:
         data = {k: v for k, v in data.items() if k != "model-index"}
-        # The base's numbers are no claim of this model's, and what a length costs is one of the machine.
+        # The base's numbers are not results of this model, and costs are results of the machine.
         own = [row.eval_result() for row in results if row.variant == "adapter" and row.task != "cost"]
         data |= {"model_name": name, "eval_results": own} if own else {}
     datasets = data.get("datasets") or []
@@ -193,18 +193,18 @@ def _render(data: ModelCardData, template: str | Path | None, variables: dict[st
     except (OSError, jinja2.TemplateError, TypeError, ValueError, yaml.YAMLError) as error:
         line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise ValueError(
-            f"template={path!r}{line} gives no card: {type(error).__name__}: {error}. Begin from {TEMPLATE}, which has "
-            f"the metadata block and shows all variables."
+            f"template={path!r}{line} gives no card: {type(error).__name__}: {error}. Start from {TEMPLATE}, which has "
+            f"the metadata block and uses all variables."
         ) from error
     if not card.data.tags:
         raise ValueError(
-            f"template={path!r} renders no metadata. Begin it with the lines '---', '{{{{ card_data }}}}' and '---'."
+            f"template={path!r} renders no metadata. Start it with the lines '---', '{{{{ card_data }}}}' and '---'."
         )
     return card
 
 
 def _variables(config: LongLoraConfig, adapter: str, base: str | None, name: str) -> dict[str, Any]:
-    """What a template can use besides the metadata. Text from a config reaches Python code as a literal only."""
+    """The variables of a template, besides the metadata. Text from a config enters Python code only as a literal."""
     window = config.applied_context_length or config.context_length or config.base_context_length
     rope = config.applied_rope_parameters
     modules = config.target_modules
@@ -231,7 +231,7 @@ def _pattern_text(config: LongLoraConfig, window: int | None) -> str:
     if config.attention_pattern == "full":
         return "`full`: dense"
     size = config.applied_group_size or config.group_size
-    if size is None and window:  # an adapter of before it was recorded
+    if size is None and window:  # the adapter is older than this field
         size = config.group_size_on(window)
     shift = ", half the heads shifted by half a group" if config.attention_pattern == "s2" else ", no shift"
     groups = f"groups of {size:,} tokens" if size else f"groups of {config.group_size_ratio} of the window"
@@ -250,5 +250,5 @@ def _versions(config: LongLoraConfig) -> list[str]:
 
 
 def as_list(value: str | Iterable[str] | None) -> list[str] | None:
-    """One text or several, as a list; None if there is none."""
+    """One or several texts as a list; None if there are none."""
     return [value] if isinstance(value, str) else list(value) if value else None

@@ -1,7 +1,7 @@
-"""A plain LoRA adapter for servers, out of ours.
+"""Makes a plain LoRA adapter for servers from ours.
 
-For servers the merged model is the simplest way (`model.merge_and_unload().save_pretrained(folder)`); `export_lora` is
-for those that keep one base and many LoRA adapters.
+For servers the merged model is the simplest way (`model.merge_and_unload().save_pretrained(folder)`). `export_lora` is
+for servers that keep one base and many LoRA adapters.
 """
 
 from __future__ import annotations
@@ -30,47 +30,47 @@ LORA_TEMPLATE = Path(__file__).parent / "templates" / "lora_card.md"
 PREFIX = "base_model.model."
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes (vllm/config/lora.py, 0.32)
 NOT_IN_VLLM = ("use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
-# Inits that change the base's weights, which a server would not repeat.
+# Inits that change the base's weights. A server would not repeat that.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 logger = logging.get_logger(__name__)
 
 
 def export_lora(model: PeftModel, folder: str | os.PathLike, *, fold_into: str | os.PathLike | None = None) -> Path:
-    """Write a plain `peft_type: LORA` adapter, as vLLM, TGI and LoRAX take it, and a card that says how to start them.
+    """Write a plain `peft_type: LORA` adapter for vLLM, TGI and LoRAX, and a card that says how to start them.
 
     Args:
-        model: with one LongLoRA adapter, enabled; the active one is exported.
+        model: a model whose active adapter is a LongLoRA adapter; this adapter is exported.
         folder: for adapter_config.json, adapter_model.safetensors and README.md.
-        fold_into: a folder for a full base model, in which trained embeddings and norms and the RoPE scaling are
-            folded; the adapter then names that as its base. Needed where embeddings or norms were trained.
+        fold_into: a folder for a complete base model that includes the trained embeddings and norms and the RoPE
+            scaling; the adapter then names it as its base. Needed if embeddings or norms were trained.
 
     Returns:
         The adapter's folder.
 
     Raises:
-        ValueError: no active LongLoRA adapter, embeddings or norms were trained and fold_into is None, or other whole
-            modules, or an init that changed the base.
+        ValueError: there is no active LongLoRA adapter; embeddings, norms or other whole modules were trained and
+            fold_into is None; or an init changed the base.
     """
     name = model.active_adapter if isinstance(model, PeftModel) else None
     config = model.peft_config.get(name) if isinstance(name, str) else None
     if not isinstance(config, LongLoraConfig):
         raise ValueError(
-            f"{type(model).__name__} has no active LongLoRA adapter to export. Give a model that has one, such as "
-            f"PeftModel.from_pretrained(base, adapter) returns."
+            f"{type(model).__name__} has no active LongLoRA adapter to export. Load one with "
+            f"PeftModel.from_pretrained(base, adapter)."
         )
     if isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower().startswith(CHANGES_BASE):
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} changed the base's own weights, which a server would not. "
-            f"Merge instead: model.merge_and_unload().save_pretrained(folder)."
+            f"init_lora_weights={config.init_lora_weights!r} changed the base's own weights, which a server would not "
+            f"do. Merge instead: model.merge_and_unload().save_pretrained(folder)."
         )
     state = without_count(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     weights = {key: tensor.contiguous() for key, tensor in state.items() if "lora_" in key}
     if (whole := sorted(state.keys() - weights.keys())) and fold_into is None:
         raise ValueError(
             f"The adapter holds {len(whole)} trained tensors that are not LoRA's, the first being {whole[0]}, and "
-            f"servers of LoRA adapters take none. Give fold_into=FOLDER to fold them into a copy of the base, merge "
-            f"the model, or train with train_embeddings=False, train_norms=False."
+            f"servers of LoRA adapters do not take such tensors. Give fold_into=FOLDER to save them in a copy of the "
+            f"base, merge the model, or train with train_embeddings=False, train_norms=False."
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def export_lora(model: PeftModel, folder: str | os.PathLike, *, fold_into: str |
 
 
 def _save_folded(model: PeftModel, adapter: str, folder: Path) -> None:
-    """Save the base with an adapter's embeddings and norms in it, and without its LoRA."""
+    """Save the base with an adapter's embeddings and norms, but without its LoRA."""
     base = model.get_base_model()
     names = {}
     for name, module in base.named_modules():
@@ -133,6 +133,6 @@ def _write_lora_card(
 
 
 def _not_in_vllm(config: LongLoraConfig, rank: int) -> str:
-    """The settings of an adapter that vLLM refuses, or nothing (vllm/lora/peft_helper.py, 0.32)."""
+    """The settings of an adapter that vLLM refuses (vllm/lora/peft_helper.py, 0.32); empty if there are none."""
     found = [f"{name}={value!r}" for name in NOT_IN_VLLM if (value := getattr(config, name, None))]
     return ", ".join(found + ([f"r={rank}"] if rank > VLLM_RANKS[-1] else []))

@@ -1,4 +1,5 @@
-"""How a model writes, and what it holds meanwhile. Called by the chat and by the evaluation, which must not differ."""
+"""Settings of generation, and the size of a cache. The chat and the evaluation share them, so that they do not
+differ."""
 
 from __future__ import annotations
 
@@ -17,18 +18,18 @@ def decoding(
     pad_token_id: int | None = None,
     **more: Any,
 ) -> GenerationConfig:
-    """Settings of `generate` that a model's own defaults cannot change, but for the tokens that end an answer.
+    """Settings of `generate` that a model's own defaults cannot change, except the tokens that end an answer.
 
     Args:
         max_new_tokens, min_new_tokens: tokens of the answer.
-        temperature: 0: always the likeliest token. top_p: with a temperature, the share of the likeliest tokens.
-        pad_token_id: None: token 0, which stands in no row of its own.
+        temperature: with 0 always the most likely token. top_p: nucleus sampling, for a temperature above 0.
+        pad_token_id: None: token 0, which is never used because there is only one row.
         more: further fields of `GenerationConfig`.
     """
     if temperature > 0:
         choice = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     else:
-        choice = dict(do_sample=False, temperature=1.0, top_p=1.0, top_k=50)  # transformers warns of other values
+        choice = dict(do_sample=False, temperature=1.0, top_p=1.0, top_k=50)  # transformers warns about other values
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
@@ -42,7 +43,7 @@ def decoding(
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys, values and states in a cache of transformers, wherever they are; a tensor counts once."""
+    """Bytes of the keys, values and states in a transformers cache, on any device; a tensor counts once."""
     names = ("keys", "values", "_quantized_keys", "_quantized_values", "conv_states", "recurrent_states")
     held = {
         id(part): part for layer in cache.layers for name in names if (part := getattr(layer, name, None)) is not None
@@ -51,7 +52,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 def _nbytes(value: Any) -> int:
-    """Of a tensor, of the parts of one that is packed (a tensor subclass), or of a container of tensors."""
+    """Bytes of a tensor, of the parts of a packed tensor (a subclass), or of a container of tensors."""
     if isinstance(value, torch.Tensor):
         if hasattr(value, "__tensor_flatten__") and type(value) is not torch.Tensor:
             return sum(_nbytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])

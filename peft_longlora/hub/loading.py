@@ -1,6 +1,6 @@
-"""A base, its tokenizer and an adapter on it, loaded loudly. Called by the evaluation and by `longlora chat`.
+"""Loads a base, its tokenizer and an adapter, and refuses what does not fit. Used by the evaluation and the chat.
 
-Messages speak of arguments, as `model='me/base'`; the command line puts its options in their place.
+Messages name arguments, such as `model='me/base'`; the command line replaces them by its options.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peft_longlora.rope.parameters import check_rope, window_of
 from peft_longlora.rope.scale import scale_rope
 
 DEFAULT_ROPE = "yarn"
-PADDED = 0.9  # models have up to 2% more embeddings than tokens, so that their number is a round one
+PADDED = 0.9  # models have up to 2% more embeddings than tokens, to get a round number
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Loaded:
 
     Attributes:
         native_window, window: tokens, before and after extension.
-        notes: what a user must know about how the parts fit.
+        notes: warnings about how the parts fit together.
     """
 
     model: PreTrainedModel | PeftModel
@@ -54,27 +54,27 @@ def load_model(
     """Load a base or a merged model, and an adapter on it.
 
     Args:
-        model: a folder or an id on the Hub. adapter: likewise; of any PEFT type.
+        model: a folder or an id on the Hub. adapter: the same, of any PEFT type.
         tokenizer: a folder or an id; None: the model's.
-        dtype: "auto" (the file's), "float32", "bfloat16" or "float16".
+        dtype: "auto" (as in the file), "float32", "bfloat16" or "float16".
         device: None: the GPU if there is one.
-        attn_implementation: of dense attention, transformers' name.
+        attn_implementation: transformers' name for the implementation of dense attention.
         context_length, rope_type: rescale RoPE without an adapter, as `scale_rope` does; rope_type None: "yarn".
 
     Raises:
-        ValueError: something is not there, does not fit, or would change nothing; the tokenizer has tokens that the
-            model has not.
+        ValueError: a part does not exist or does not fit, an option would have no effect, or the tokenizer has tokens
+            that the model does not have.
     """
     place = find_device(device)
     check_rope(rope_type or DEFAULT_ROPE, None)
     if rope_type and not context_length:
         raise ValueError(
-            f"rope_type={rope_type!r} does nothing without context_length=..."
-            + (": an adapter brings its own scaling. Leave it out." if adapter else ". Give both, or neither.")
+            f"rope_type={rope_type!r} has no effect without context_length=..."
+            + (": an adapter has its own scaling. Leave it out." if adapter else ". Give both, or neither.")
         )
     if adapter and context_length:
         raise ValueError(
-            f"context_length={context_length} and an adapter exclude each other: an adapter brings its own."
+            f"context_length={context_length} and an adapter exclude each other: an adapter has its own window."
         )
     if (Path(model) / "adapter_config.json").is_file():
         raise ValueError(
@@ -88,8 +88,8 @@ def load_model(
     known, rows = len(words.get_vocab()), rows_of(base.get_input_embeddings())
     if known < PADDED * rows:
         notes.append(
-            f"The tokenizer knows {known} tokens and the model has {rows} embeddings: it may be another model's. "
-            f"Give the one that belongs to it with tokenizer=..."
+            f"The tokenizer knows {known} tokens and the model has {rows} embeddings: it may belong to another "
+            f"model. Give the model's own tokenizer with tokenizer=..."
         )
     if adapter:
         base = _add_adapter(base, adapter, model, notes)
@@ -105,9 +105,9 @@ def load_model(
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
-    """The device of this name, or the GPU if there is one.
+    """The device of this name; with None the GPU if there is one.
 
-    Raises: ValueError: PyTorch knows no such device, or has none here.
+    Raises: ValueError: PyTorch does not know the device, or it is not available.
     """
     try:
         place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -115,18 +115,18 @@ def find_device(name: str | torch.device | None) -> torch.device:
             raise ValueError(f"device={str(name)!r}: PyTorch sees no GPU here.")
         if torch.empty(1, device=place).is_meta:
             raise ValueError(f"device={str(name)!r} holds no numbers. Use cpu, cuda or another that does.")
-    except (RuntimeError, AssertionError) as error:  # which of them depends on the device
+    except (RuntimeError, AssertionError) as error:  # which error it is depends on the device
         raise ValueError(f"device={str(name)!r}: {str(error).splitlines()[0]}") from None
     return place
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no memory left; of a CPU's PyTorch says so in words alone."""
+    """Whether memory ran out. For a CPU's memory PyTorch has no error class, only a text."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def check_tokenizer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer whose tokens the model has no embeddings for.
+    """Refuse a tokenizer with tokens for which the model has no embeddings.
 
     Raises: ValueError.
     """
@@ -159,17 +159,17 @@ def _add_adapter(base: PreTrainedModel, adapter: str, model: str, notes: list[st
         reason = " ".join(str(error).split())
         raise ValueError(f"adapter={adapter!r} cannot be loaded on {model}: {reason[:600]}") from error
     if named and Path(named).name != Path(model).name:
-        notes.append(f"The adapter names {named!r} as its base and is put on {model!r}.")
+        notes.append(f"The adapter names {named!r} as its base, but is loaded on {model!r}.")
     return loaded
 
 
 def _check_adapter(adapter: str) -> None:
-    """Say what is wrong with an adapter's place, for which PEFT has one sentence: that it finds no config."""
+    """Check an adapter's place and say what is wrong. PEFT only says that it finds no config."""
     try:
         path = find(adapter, CONFIG_NAME)
         if Path(adapter).is_dir() and not Path(adapter, WEIGHTS_NAME).is_file():
             find(adapter, SAFETENSORS_WEIGHTS_NAME)
-    except ValueError as error:  # begins with the place
+    except ValueError as error:  # the message begins with the place
         raise ValueError(f"adapter={error}") from error
     try:
         config = read_json(path)

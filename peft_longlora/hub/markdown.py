@@ -1,4 +1,4 @@
-"""Text of files and of other people, put into Markdown so that it stays text. Called by `card` and `export`."""
+"""Escapes text from files and from other people, so that it stays text in Markdown. Called by `card` and `export`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def one_line(value: Any) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as text of a heading, a list or a table: no HTML, and no end of the cell.
+    """A value as text of a heading, a list or a table: HTML is escaped, and the cell cannot end early.
 
     Example: "a|b <i>" -> "a\\|b &lt;i&gt;".
     """
@@ -21,10 +21,10 @@ def cell(value: Any) -> str:
 
 
 def code(value: Any) -> str:
-    """A value as inline code, which knows no escapes: backticks become quotation marks."""
+    """A value as inline code. Inline code has no escapes, so backticks become quotation marks."""
     return f"`{one_line(value).replace('`', chr(39)).replace('<!--', '< !--').replace('|', chr(92) + '|')}`"
 
 
 def literal(value: Any) -> str:
-    """A value as JSON, whose text is a literal of Python too; nothing in it looks like HTML or ends a block of code."""
+    """A value as JSON, which is also a Python literal. Nothing in it looks like HTML or ends a code block."""
     return json.dumps(value, sort_keys=True).replace("<", "\\u003c").replace("`", "\\u0060")

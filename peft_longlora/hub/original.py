@@ -1,4 +1,4 @@
-"""The original project's adapters, converted."""
+"""Converts adapters of the original project."""
 
 from __future__ import annotations
 
@@ -35,24 +35,25 @@ def convert_original_adapter(
     revision: str | None = None,
     token: bool | str | None = None,
 ) -> LongLoraConfig:
-    """Turn an adapter of the original project (Llama-2-7b-longlora-8k ... 70b-32k) into one of this package.
+    """Convert an adapter of the original project (Llama-2-7b-longlora-8k ... 70b-32k) into one of this package.
 
     Args:
         source: a folder, or a repository's id, with adapter_config.json, adapter_model.bin, trainable_params.bin.
         folder: for the new adapter.
-        context_length: the window it was trained for, tokens. None: from the name ("...-32k" is 32768).
-        factor: of RoPE, instead of context_length. None: context_length over base_context_length, rounded up to a
-            whole number, as the original does when it trains.
-        base_model: of the new adapter. None: the one that adapter_config.json names, often a folder of its authors'.
+        context_length: the window it was trained for, tokens. None: read from the name ("...-32k" is 32768).
+        factor: RoPE's factor, instead of context_length. None: context_length divided by base_context_length, rounded
+            up to a whole number, as the original does when it trains.
+        base_model: the base of the new adapter. None: the base that adapter_config.json names, often a folder of its
+            authors.
         base_context_length, rope_theta, vocab_size: of the base; the defaults are Llama 2's. Rows of the embedding
-            beyond vocab_size are the [PAD] that the original appends; they are dropped, and the log says so.
+            beyond vocab_size are the [PAD] that the original appends. They are dropped, with a warning.
         revision, token: for a repository.
 
     Returns:
         The new adapter's config.
 
     Raises:
-        ValueError: a file is missing, holds more than tensors, or does not fit; or no window is known.
+        ValueError: a file is missing, holds more than tensors, or does not fit, or the window is not known.
 
     Source: get_trainable_weights.py and merge_lora_weights_and_save_hf_model.py of github.com/dvlab-research/LongLoRA.
     """
@@ -99,21 +100,21 @@ def convert_original_adapter(
     base = config.base_model_name_or_path
     if hub_id(base) is None and not os.path.isdir(str(base)):
         logger.warning(
-            f"{label}/{CONFIG_NAME} names the base {base!r}, which is no folder here and no id on the Hub. Give "
-            f"base_model, such as 'meta-llama/Llama-2-7b-hf', for PEFT to find it by itself."
+            f"{label}/{CONFIG_NAME} names the base {base!r}, which is neither a folder here nor an id on the Hub. Give "
+            f"base_model, such as 'meta-llama/Llama-2-7b-hf', so that PEFT can find it."
         )
     return config
 
 
 def _original_files(label: str, revision: str | None, token: bool | str | None) -> Path:
-    """The folder with an original adapter's files, downloaded if need be."""
+    """The folder with an original adapter's files, downloaded if necessary."""
     options = {} if os.path.isdir(label) else {"revision": revision, "token": token}
     try:
         paths = [find(label, name, **options) for name in (CONFIG_NAME, WEIGHTS, TRAINABLE)]
     except FileMissing as error:
         raise ValueError(
-            f"{error} So it is no adapter of the original LongLoRA project. (Those whose names end in -ft are whole "
-            f"models: load them as they are.)"
+            f"{error} So it is not an adapter of the original LongLoRA project. (Names that end in -ft belong to "
+            f"whole models: load these without converting.)"
         ) from error
     return paths[0].parent
 
@@ -135,20 +136,20 @@ def _window_from_name(label: str) -> int:
     found = re.findall(r"(\d+)k(?![a-z])", Path(label).name.lower())
     if len(found) != 1:
         raise ValueError(
-            f"{label} does not say its window in its name, as 'Llama-2-7b-longlora-32k' does. Give context_length."
+            f"{label} does not have its window in its name, as 'Llama-2-7b-longlora-32k' has. Give context_length."
         )
     return int(found[0]) * 1024
 
 
 def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A pickle's tensors; one that holds anything else is not opened."""
+    """The tensors of a pickle. A pickle that holds anything else is refused."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path} is refused: it is damaged, or holds more than tensors, which could run code when opened "
-            f"({first}). Get it from its authors again; do not open it with weights_only=False."
+            f"({first}). Get it again from its authors; do not open it with weights_only=False."
         ) from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{path} must hold a dict of tensors, as the original project writes it.")
@@ -157,10 +158,10 @@ def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _drop_added_rows(weight: torch.Tensor, rows: int, what: str) -> torch.Tensor:
     if weight.shape[0] < rows:
-        raise ValueError(f"{what} has {weight.shape[0]} rows, the base {rows}. Give the base's own vocab_size.")
+        raise ValueError(f"{what} has {weight.shape[0]} rows, but the base has {rows}. Give the base's own vocab_size.")
     if weight.shape[0] > rows:
         logger.warning(
-            f"{what} has {weight.shape[0]} rows, the base {rows}: the rest, which the original appends for padding, "
-            f"is dropped. Pad with a token of the base's."
+            f"{what} has {weight.shape[0]} rows, the base has {rows}. The other rows, which the original appends for "
+            f"padding, are dropped. Pad with a token of the base."
         )
     return weight[:rows]

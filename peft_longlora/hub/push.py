@@ -1,8 +1,9 @@
-"""An adapter and its card on their way to the Hub: `push_adapter`, `push_card`, and `push_to_hub` of a model.
+"""Pushes an adapter and its card to the Hub: `push_adapter`, `push_card`, and `push_to_hub` of a model.
 
-transformers' own `push_to_hub` writes a README of its own after saving and just before the upload, and asks nobody
-(PushToHubMixin.push_to_hub in its utils/hub.py); its Trainer drafts one, and where our README stood it asks the model
-to complete it (Trainer.create_model_card). So the one object that has the adapter, no class, gets these two methods.
+transformers' `push_to_hub` always replaces the README after saving and just before the upload
+(PushToHubMixin.push_to_hub in its utils/hub.py). Its Trainer drafts a README, and then asks the model to complete it
+(Trainer.create_model_card). So the object that has the adapter gets its own versions of these two methods; no class is
+changed.
 """
 
 from __future__ import annotations
@@ -44,21 +45,21 @@ def push_adapter(
     create_pr: bool = False,
     tags: list[str] | None = None,
 ) -> CommitInfo:
-    """Push an adapter and its card in one commit, so that no card stands there before its weights do.
+    """Push an adapter and its card in one commit, so that a card never appears without its weights.
 
-    The arguments are those of `PeftModel.push_to_hub`. A text that people wrote into the repository's README stays.
+    The arguments are those of `PeftModel.push_to_hub`. Text that people wrote into the repository's README is kept.
 
     Raises:
         ValueError: the model has no LongLoRA adapter.
         LocalTokenNotFoundError: no token is given or stored; the message says how to get one.
-        HfHubHTTPError: the Hub's answer; nothing is committed then, and the same call again completes the push.
+        HfHubHTTPError: the Hub refused. Nothing is committed then; repeat the same call to complete the push.
     """
     api, configs = _writing_api(token), adapters_of(model)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     with TemporaryDirectory() as folder:
-        has_folders = isinstance(model, PeftModel)  # one for each adapter of another name than "default"
+        has_folders = isinstance(model, PeftModel)  # one folder for each adapter that is not named "default"
         for name in configs:
             path = Path(folder, name) if has_folders and name != "default" else Path(folder)
             _download_readme(api, repo_id, revision, path.relative_to(folder).as_posix(), path)
@@ -86,20 +87,20 @@ def push_card(
     token: bool | str | None = None,
     revision: str | None = None,
 ) -> CommitInfo:
-    """Write the card of an adapter that is on the Hub already, from its own adapter_config.json and results.json.
+    """Write the card of an adapter that is already on the Hub, from its adapter_config.json and results.json.
 
     Args: as those of `use_longlora_card`.
 
     Raises:
         ValueError: the repository holds no LongLoRA adapter, or its README or results.json cannot be read.
-        HfHubHTTPError: the Hub's answer.
+        HfHubHTTPError: the Hub refused.
     """
     api = _writing_api(token)
     names = api.list_repo_files(repo_id, revision=revision)
     if CONFIG_NAME not in names:
         raise ValueError(
-            f"{repo_id} holds no {CONFIG_NAME} but {', '.join(sorted(names)[:5]) or 'nothing'}, so it is no adapter. "
-            f"Push one there first: model.push_to_hub({repo_id!r})."
+            f"{repo_id} holds no {CONFIG_NAME} but {', '.join(sorted(names)[:5]) or 'nothing'}, so it is not an "
+            f"adapter. Push one there first: model.push_to_hub({repo_id!r})."
         )
     with TemporaryDirectory() as folder:
         wanted = [n for n in names if n in (CONFIG_NAME, README, RESULTS) or (n.endswith(".png") and "/" not in n)]
@@ -107,7 +108,7 @@ def push_card(
             api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)
         config = PeftConfig.from_pretrained(folder)
         if not isinstance(config, LongLoraConfig):
-            raise ValueError(f"{repo_id} is an adapter of type {config.peft_type}; this card is for LONGLORA alone.")
+            raise ValueError(f"{repo_id} is an adapter of type {config.peft_type}; this card is only for LONGLORA.")
         config.card = CardOptions(template, license, as_list(datasets), as_list(language), adapter=repo_id)
         config.card = with_base_license(config, api.token)
         path = write_card(config, folder)
@@ -121,11 +122,11 @@ def push_card(
 
 
 def update_card(model: nn.Module, output_dir: str | os.PathLike) -> None:
-    """Stands in for PEFT's `create_or_update_model_card`: our card, not PEFT's lines in a draft.
+    """Replaces PEFT's `create_or_update_model_card`: it writes our card instead of PEFT's lines in a draft.
 
-    PEFT calls it when a save begins. The save of each adapter's config ends with its card, so there is nothing to do
-    but for the folder above adapters that all have folders of their own. transformers' Trainer calls it after it has
-    drafted a card that it is about to push.
+    PEFT calls it when a save begins. Each adapter's config writes its card when it is saved, so this function only
+    writes the card of the parent folder, if all adapters have their own folders. transformers' Trainer calls it after
+    it has drafted a card and before it pushes it.
     """
     configs = adapters_of(model)
     name = "default" if "default" in configs else next(iter(configs))
@@ -153,7 +154,7 @@ def adapters_of(model: nn.Module) -> dict[str, LongLoraConfig]:
 
 
 def with_base_license(config: LongLoraConfig, token: bool | str | None) -> CardOptions:
-    """What a config's card says, with what only the Hub can tell: the base's licence, if none was given."""
+    """The options of a config's card; if no licence was given, with the base's licence from the Hub."""
     options, base = CardOptions.of(config), hub_id(config.base_model_name_or_path)
     return replace(options, base_license=_license_of(base, token) if base and not options.license else None)
 
@@ -162,13 +163,13 @@ def with_base_license(config: LongLoraConfig, token: bool | str | None) -> CardO
 def _license_of(repo_id: str, token: bool | str | None) -> str | None:
     try:
         data = HfApi(token=token).model_info(repo_id).card_data
-    except Exception:  # of the Hub, of the network, of httpx or its successor: the card says that none is stated
+    except Exception:  # any error of the Hub or the network: the card then states no licence
         return None
     return data.get("license") if data else None
 
 
 def _writing_api(token: bool | str | None) -> HfApi:
-    """An API that asks for a token before it does anything, where None would let it try without."""
+    """An API that requires a token before it does anything. (With None it would try without a token.)"""
     return HfApi(token=True if token is None else token)
 
 
@@ -176,7 +177,7 @@ def _writing_api(token: bool | str | None) -> HfApi:
 def _on_the_hub(
     configs: dict[str, LongLoraConfig], repo_id: str, api: HfApi, tags: list[str] | None, has_folders: bool
 ) -> Iterator[None]:
-    """Within the block, cards that are saved are those of adapters in a repository."""
+    """Within the block, saved cards describe adapters in this repository."""
     before = {name: config.card for name, config in configs.items()}
     try:
         for name, config in configs.items():
@@ -191,7 +192,7 @@ def _on_the_hub(
 
 
 def _download_readme(api: HfApi, repo_id: str, revision: str | None, subfolder: str, folder: Path) -> None:
-    """Put a README of the repository, if there is one, where the new one will be written."""
+    """If the repository has a README, put it where the new one will be written."""
     name = README if subfolder == "." else f"{subfolder}/{README}"
     with TemporaryDirectory() as download:
         try:
@@ -206,13 +207,13 @@ def _download_readme(api: HfApi, repo_id: str, revision: str | None, subfolder: 
 
 
 def give_methods(tuner: nn.Module) -> Callable[[], None] | None:
-    """Give whoever holds the adapter a `push_to_hub` and a `create_or_update_model_card` that bring its card.
+    """Give the model that holds the adapter a `push_to_hub` and a `create_or_update_model_card` with our card.
 
-    That is the base model under transformers' own `add_adapter`. Otherwise it is the `PeftModel` that takes the tuner
-    as a submodule. It does so as its next step, tells nobody but torch, and is no argument of anything it calls; so
-    torch is asked, until the caller says that the step is done.
+    With transformers' own `add_adapter` this is the base model. Otherwise it is the `PeftModel` that takes the tuner as
+    a submodule in its next step. It passes itself to no function, and only torch notices the new submodule; so a torch
+    hook finds it, until the caller says that the step is done.
 
-    Returns: to be called then, or None.
+    Returns: a function to call when the step is done, or None.
     """
     if getattr(tuner.model, "_hf_peft_config_loaded", False):
         _take_over(tuner.model)
@@ -224,12 +225,12 @@ def give_methods(tuner: nn.Module) -> Callable[[], None] | None:
             _take_over(owner)
 
     handle = register_module_module_registration_hook(meet)
-    weakref.finalize(tuner, handle.remove)  # where no PeftModel takes it (inject_adapter_in_model)
+    weakref.finalize(tuner, handle.remove)  # if no PeftModel takes it (inject_adapter_in_model)
     return handle.remove
 
 
 def _take_over(model: nn.Module) -> None:
-    # partials, which deepcopy and pickle bind to the copy
+    # partials, because deepcopy and pickle bind them to the copy
     model.push_to_hub = partial(_push, model)
     model.create_or_update_model_card = partial(_update_card, model)
 

@@ -1,4 +1,4 @@
-"""The README.md that stands in an adapter's folder already: whose it is, and how our part gets into it."""
+"""The README.md that exists in an adapter's folder: who wrote it, and how our part is put into it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BEGIN = "<!-- peft-longlora: this part is written anew at every save; what stand
 END = "<!-- peft-longlora: end -->"
 _OUR_PART = re.compile(rf"^{re.escape(BEGIN)}$.*?^{re.escape(END)}$", re.DOTALL | re.MULTILINE)
 _TRAINERS_DRAFT = "generated automatically according to the information the Trainer had"
-# Written by libraries into a README that nobody has touched: lines of theirs that vary.
+# Lines that libraries write into a README, and that vary.
 _LIBRARY_LINE = re.compile(
     r"- PEFT \S+|### Framework versions|## Training procedure|The following `bitsandbytes` quantization config .*"
     r"|- (_?load_in_|quant_method|llm_int8_|bnb_4bit_)\w*: .*|This is the model card of a \S+ transformers model .*"
@@ -34,7 +34,7 @@ def read_readme(path: Path) -> str:
 
 
 def write_readme(path: Path, text: str) -> None:
-    """Write a README in one step, so that a full disk leaves the old one, and never through a link into a cache."""
+    """Write a README in one step: a full disk leaves the old one, and a link into a cache is never followed."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         draft.write_text(text, encoding="utf-8")
@@ -44,7 +44,7 @@ def write_readme(path: Path, text: str) -> None:
 
 
 def with_our_part(text: str, part: str) -> str | None:
-    """A README's text with our part in place of the one before; None: it is a person's, without a part of ours."""
+    """A README's text with our part replaced; None if a person wrote it and it has no part of ours."""
     part = f"{BEGIN}\n{part.strip()}\n{END}"
     if found := _OUR_PART.search(text):
         return text[: found.start()] + part + text[found.end() :]
@@ -52,7 +52,7 @@ def with_our_part(text: str, part: str) -> str | None:
 
 
 def is_draft(text: str) -> bool:
-    """Whether a README's text is what a library wrote, with nothing of a person's own in it."""
+    """Whether a library wrote the whole text of a README, and no person changed it."""
     if not text.strip() or ("model card has been generated automatically" in text and "remove this comment" in text):
         return True
     if "It has been trained using [TRL]" in text:
@@ -63,7 +63,7 @@ def is_draft(text: str) -> bool:
 
 
 def is_free(path: Path) -> bool:
-    """Whether no README stands there, or one that a library drafted. One that cannot be read is a person's."""
+    """Whether there is no README, or one that a library drafted. A README that cannot be read counts as a person's."""
     if not path.exists():
         return True
     try:
@@ -73,5 +73,5 @@ def is_free(path: Path) -> bool:
 
 
 def is_trainers_draft(path: Path) -> bool:
-    """Whether transformers' Trainer has drafted the README a moment ago."""
+    """Whether transformers' Trainer has just drafted this README."""
     return path.is_file() and _TRAINERS_DRAFT in path.read_text(encoding="utf-8", errors="replace")

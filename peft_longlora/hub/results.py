@@ -1,7 +1,7 @@
-"""`results.json`: what an evaluation found, and how it was found.
+"""`results.json`: the results of an evaluation, and how they were measured.
 
-`longlora eval` writes it, `longlora compare` and the model card read it; it lies in the folder of a run, and beside an
-adapter whose card shows it. Rows of a file that somebody wrote by hand need task, dataset, metric and value alone.
+`longlora eval` writes it; `longlora compare` and the model card read it. It is in the folder of a run, and beside an
+adapter whose card shows it. In a file that was written by hand, a row needs only task, dataset, metric and value.
 
 Schema version 1, a JSON object:
 
@@ -11,14 +11,14 @@ Schema version 1, a JSON object:
     hardware        {"device", "processes": n}
     model           name, fingerprint, adapter (name or null), adapter_sha256 (or null), tokenizer, tokenizer_sha256,
                     chat_template_sha256 (or null), dtype, attention ("dense" or "sparse"), rope_parameters,
-                    native_window and window (tokens, before and after extension). A fingerprint is the Hub's commit, or
-                    of a folder what `sha256sum FILES | sha256sum` prints for its weights and configs
+                    native_window and window (tokens, before and after extension). A fingerprint is the Hub's commit;
+                    for a folder it is what `sha256sum FILES | sha256sum` prints for its weights and configs
     settings        {"seed", "bootstrap_replicates", "confidence"} and, by task, its parameters
     data            {task: {"name", "sources", "documents" or "records", "characters", "sha256"}}
-    notes           sentences a reader must know: documents shorter than a window, truncated prompts, ...
-    results         the headline rows, which a model card shows
-    details         rows of the same kind by position, depth, place, ...: `group` is not null
-    speed           {task: {"tokens", "seconds"}} of this run's own work
+    notes           warnings: documents shorter than a window, truncated prompts, ...
+    results         the main rows, which a model card shows
+    details         the same kind of rows by position, depth, place, ...: `group` is not null
+    speed           {task: {"tokens", "seconds"}} of the work that this run did itself
     unmeasured      tasks with their lengths that ran out of memory, such as "perplexity 262144 (documents)"; they have
                     no rows
 
@@ -26,14 +26,14 @@ Each row of `results` and `details`:
 
     task            "perplexity", "passkey", "ruler_vt", "multidoc", an lm-eval task, ...
     dataset         name of the data, or "generated"
-    protocol        which of the known ways of measuring: "longlora", "documents", "ruler", ...
+    protocol        the way of measuring: "longlora", "documents", "ruler", ...
     variant         "base", "adapter", or "rescaled" (RoPE rescaled, nothing trained)
     metric          "perplexity", "accuracy", "f1", "rougeL", ...
-    length          tokens of a window or prompt; null where the data decides
-    group           null, or what the row is restricted to: "512-1024", "depth 50%", "gold at 1 of 10", ...
-    value           finite number, rounded to 6 significant digits (whole numbers are not)
-    low, high       interval at `confidence`, or null where there are not two independent units
-    units           how many independent units (documents, prompts, questions) the interval is over
+    length          tokens of a window or prompt; null if the data decides
+    group           null, or the part that the row covers: "512-1024", "depth 50%", "gold at 1 of 10", ...
+    value           finite number, rounded to 6 significant digits (whole numbers are not rounded)
+    low, high       interval at `confidence`, or null if there are fewer than two independent units
+    units           the number of independent units (documents, prompts, questions) of the interval
     tokens          scored tokens, or the mean prompt length, or null
     beyond_window   whether the length is above the window the model was made for
     higher_is_better  bool
@@ -57,7 +57,7 @@ from peft_longlora.hub.writing import write_whole, writing
 
 RESULTS = "results.json"
 SCHEMA_VERSION = 1
-# What a row has that a file does not say.
+# Values for fields that a file leaves out.
 _UNSAID = dict.fromkeys(("length", "group", "low", "high", "tokens")) | {
     "protocol": "",
     "variant": "adapter",
@@ -88,9 +88,9 @@ class Row:
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> Row:
-        """A row of a file.
+        """Make a row from an object of a file.
 
-        Raises: ValueError, TypeError, KeyError: it lacks a field, or a field is not what the schema says.
+        Raises: ValueError, TypeError, KeyError: a field is missing, or is not what the schema says.
         """
         content = {**_UNSAID, **content}
         for name in ("task", "dataset", "metric", "protocol", "variant"):
@@ -113,12 +113,12 @@ class Row:
 
     @property
     def name(self) -> tuple[Any, ...]:
-        """What the row measures: equal in two runs that can be compared. The variant is what they differ in."""
+        """What the row measures. It is equal in two runs that can be compared; the variant may differ."""
         return (self.task, self.dataset, self.protocol, self.metric, self.length, self.group)
 
     @property
     def shown(self) -> str:
-        """The value with its interval, in five digits; large numbers whole."""
+        """The value with its interval, in five digits; large numbers are rounded to whole numbers."""
         numbers = [self.value] if None in (self.low, self.high) else [self.value, self.low, self.high]
         value, *interval = (f"{n:,.0f}" if abs(n) >= 1e5 else f"{n:.5g}" for n in numbers)
         return f"{value} [{', '.join(interval)}]" if interval else value
@@ -132,7 +132,7 @@ class Row:
             task_name=self.task,
             dataset_type=self.dataset,
             dataset_name=self.dataset,
-            dataset_config=", ".join([self.task, *details]),  # results that differ in it stay apart
+            dataset_config=", ".join([self.task, *details]),  # the Hub keeps results with different configs apart
             metric_type=self.metric,
             metric_name=", ".join([self.metric, *details]),
             metric_value=self.value,
@@ -157,7 +157,7 @@ class Results:
     schema_version: int = SCHEMA_VERSION
 
     def save(self, path: str | Path) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file completely or not at all."""
         write_whole(path, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
 
     @classmethod
@@ -165,7 +165,7 @@ class Results:
         """Read a results.json, or the one in a folder.
 
         Raises:
-            FileNotFoundError: there is none. ValueError: it is no results.json of this or an older schema.
+            FileNotFoundError: there is none. ValueError: it is not a results.json of this or an older schema.
         """
         path = Path(path)
         path = path / RESULTS if path.is_dir() else path
@@ -177,12 +177,12 @@ class Results:
             return cls(**{**content, "details": [Row.of(row) for row in content["details"]]})
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path}: no results.json of `longlora eval` ({type(error).__name__}: {error})."
+                f"{path}: not a results.json of `longlora eval` ({type(error).__name__}: {error})."
             ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The content of a results.json, with its headline rows as `Row`s."""
+    """The content of a results.json, with its main rows as `Row`s."""
     content = json.loads(path.read_text(encoding="utf-8"))
     version = content.get("schema_version", SCHEMA_VERSION)
     if version > SCHEMA_VERSION:
@@ -198,7 +198,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _check(content: dict[str, Any]) -> None:
-    """See that what a comparison reads beside the rows is there.
+    """Check the parts that a comparison reads besides the rows.
 
     Raises: ValueError.
     """
@@ -212,10 +212,10 @@ def _check(content: dict[str, Any]) -> None:
 
 
 def read_results(folder: Path) -> tuple[list[Row], list[str]]:
-    """The headline rows of a folder's results.json, and the names of its plots.
+    """The main rows of a folder's results.json, and the names of its plots.
 
     Raises:
-        ValueError: results.json is no such file, or a link that leads out of the folder.
+        ValueError: results.json does not follow the schema, or is a link out of the folder.
     """
     plots = sorted(path.name for path in folder.glob("*.png") if path.resolve().parent == folder.resolve())
     path = folder / RESULTS
@@ -232,7 +232,7 @@ def read_results(folder: Path) -> tuple[list[Row], list[str]]:
 
 
 def copy_results(source: Path, folder: Path) -> None:
-    """Put results.json and its plots where the card is.
+    """Copy results.json and its plots into the folder of the card.
 
     Raises: ValueError: there is no results.json, or `read_results` refuses it.
     """
@@ -246,7 +246,7 @@ def copy_results(source: Path, folder: Path) -> None:
 
 
 def rounded(value: float | None) -> float | None:
-    """To the reported precision, 6 significant digits; a whole number, such as of bytes, stays as it is."""
+    """Round to the reported precision, 6 significant digits. A whole number, such as of bytes, is not rounded."""
     if value is None or not math.isfinite(value):
         return None
     return float(value) if float(value).is_integer() else float(f"{value:.6g}")

@@ -1,4 +1,4 @@
-"""`use_longlora_card`: every save and push of a trainer leaves our card, and says what you know of the data."""
+"""`use_longlora_card`: every save and push of a trainer writes our card, with what you know about the data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from peft_longlora.hub.card import CardOptions, as_list, try_card, write_card
 from peft_longlora.hub.push import adapters_of, with_base_license
 
-if TYPE_CHECKING:  # the Trainer brings half of the installed packages along
+if TYPE_CHECKING:  # the Trainer imports half of the installed packages
     from transformers import Trainer
 
 
@@ -28,25 +28,25 @@ def use_longlora_card(
     tags: str | Iterable[str] | None = None,
     results: str | os.PathLike | None = None,
 ) -> None:
-    """Make every save and push leave a LongLoRA card that says what an adapter cannot know of itself.
+    """Make every save and push write a LongLoRA card, with facts that an adapter does not know itself.
 
-    Without this line, a model's `save_pretrained` and `push_to_hub` write our card already. The card of a Trainer of
-    transformers is ours too, but its code loads the output folder, since nobody tells the card for which repository it
-    is. TRL's trainers end their last push with a card of TRL's, which `push_card` or the next `model.push_to_hub`
-    replaces. With this line, the cards of both name the repository, and `create_model_card` of this one trainer is
-    ours (no class is touched).
+    Without this call, a model's `save_pretrained` and `push_to_hub` already write our card. transformers' Trainer
+    pushes our card too, but the card's code loads the output folder, because the card does not know the repository.
+    TRL's trainers end their last push with a card of their own, which `push_card` or the next `model.push_to_hub`
+    replaces. After this call the cards of both name the repository, and `create_model_card` of this one trainer writes
+    our card (no class is changed).
 
     Args:
         target: a model with a LongLoRA adapter, or a `Trainer` of transformers or TRL that trains one.
         template: a Jinja file instead of the package's templates/adapter_card.md, with the same variables.
-        license: an identifier of the Hub's, such as "apache-2.0". None: the base model's, asked for when pushing.
+        license: a licence identifier of the Hub, such as "apache-2.0". None: the base model's, looked up when pushing.
         datasets: ids of data sets on the Hub.
         language: codes such as "en".
-        tags: tags beside the card's own.
-        results: a folder that `longlora eval` wrote; its results.json and plots go along and are shown.
+        tags: further tags.
+        results: a folder that `longlora eval` wrote; its results.json and plots are copied and shown.
 
     Raises:
-        ValueError: no LongLoRA adapter in the target, a template that cannot be rendered, or no results there.
+        ValueError: the target has no LongLoRA adapter, the template cannot be rendered, or the folder has no results.
     """
     trainer = None if isinstance(target, nn.Module) else target
     model = target if trainer is None else _model_of(trainer)
@@ -54,7 +54,7 @@ def use_longlora_card(
     for config in adapters_of(model).values():
         config.card = options
         with TemporaryDirectory() as folder:
-            write_card(config, folder)  # a bad template is said now, not after hours of training
+            write_card(config, folder)  # a bad template raises now, not after hours of training
         if trainer is not None:
             config.card = _of_trainer(config, trainer)
     if trainer is not None:
@@ -66,7 +66,7 @@ def _model_of(trainer: Trainer) -> nn.Module:
 
 
 def _of_trainer(config: Any, trainer: Trainer) -> CardOptions:
-    """What the card says when the trainer has made the repository that it pushes to."""
+    """The options of the card if the trainer pushes to a repository."""
     if not (repo_id := trainer.hub_model_id or trainer.args.hub_model_id):
         return CardOptions.of(config)
     return replace(with_base_license(config, trainer.args.hub_token), adapter=repo_id)
@@ -82,7 +82,7 @@ def _write_trainer_card(
     dataset_name: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Stands in for a trainer's `create_model_card`, with its keywords: transformers' dataset is TRL's dataset_name."""
+    """Replaces a trainer's `create_model_card`. transformers calls the data sets `dataset`, TRL `dataset_name`."""
     if not trainer.is_world_process_zero():
         return
     config = next(iter(adapters_of(_model_of(trainer)).values()))

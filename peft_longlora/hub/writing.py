@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: a crash leaves the old one, never half of the new one."""
+"""Writes a file completely or not at all: after a crash the old file is there, never half of the new one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import BinaryIO
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write into, which takes the place of `path` when all of it is on the disk.
+    """Open a draft to write into. When all of it is on the disk, it replaces `path`.
 
-    It stands beside `path` meanwhile, because only within a folder is a file replaced in one step. After an error
-    nothing is left of it.
+    The draft is in the same folder, because only there can a file be replaced in one step. After an error the draft is
+    deleted.
     """
     path = Path(path)
     draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
@@ -29,6 +29,6 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Write a file, text in UTF-8."""
+    """Write a file completely or not at all; text is written in UTF-8."""
     with writing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)

@@ -70,8 +70,8 @@ BAD = {
     "--device abacus: ": ["--device", "abacus", "--data", "{text}"],
     "--device meta holds no numbers": ["--device", "meta", "--data", "{text}"],
     "--rope-type nonsense is unknown": ["--rope-type", "nonsense", "--data", "{text}"],
-    "--rope-type linear does nothing without": ["--rope-type", "linear", "--data", "{text}"],
-    "an adapter brings its own scaling": ["--rope-type", "ntk", "--adapter", "{tmp}/other", "--data", "{text}"],
+    "--rope-type linear has no effect without": ["--rope-type", "linear", "--data", "{text}"],
+    "an adapter has its own scaling": ["--rope-type", "ntk", "--adapter", "{tmp}/other", "--data", "{text}"],
     "--context-length 32 is not above the model's own window of 64": ["--context-length", "32", "--data", "{text}"],
 }
 

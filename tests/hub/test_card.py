@@ -323,8 +323,8 @@ def test_a_template_of_ones_own(adapted, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("---\n{{ card_data }}\n---\n\n{% if %}\n", "line 5 gives no card: .*Begin from"),
-        ("# {{ name }}\n", "renders no metadata. Begin it with"),
+        ("---\n{{ card_data }}\n---\n\n{% if %}\n", "line 5 gives no card: .*Start from"),
+        ("# {{ name }}\n", "renders no metadata. Start it with"),
         (None, "gives no card: FileNotFoundError"),
     ],
 )

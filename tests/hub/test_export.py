@@ -106,8 +106,8 @@ def test_rows_appended_for_padding_are_dropped_and_said(original, tmp_path, monk
     said = []
     monkeypatch.setattr("peft_longlora.hub.original.logger.warning", said.append)
     convert_original_adapter(original[0], tmp_path / "ours", **TINY)
-    assert len(said) == 1 and re.search(r"embed_tokens.weight has 98 rows, the base 97: .*is dropped", said[0])
-    with pytest.raises(ValueError, match=r"has 98 rows, the base 99. Give the base's own vocab_size"):
+    assert len(said) == 1 and re.search(r"embed_tokens.weight has 98 rows, the base has 97.*are dropped", said[0])
+    with pytest.raises(ValueError, match=r"has 98 rows, but the base has 99. Give the base's own vocab_size"):
         convert_original_adapter(original[0], tmp_path / "more", base_context_length=512, vocab_size=99)
 
 
@@ -163,7 +163,7 @@ def test_a_base_that_is_nowhere_is_said(original, tmp_path, monkeypatch):
     path = original[0] / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "/models/Llama-2-7b-hf"}))
     convert_original_adapter(original[0], tmp_path / "ours", **TINY)
-    assert "names the base '/models/Llama-2-7b-hf', which is no folder here" in said[-1]
+    assert "names the base '/models/Llama-2-7b-hf', which is neither a folder here" in said[-1]
     said.clear()
     config = convert_original_adapter(original[0], tmp_path / "ours", base_model=str(tmp_path / "base"), **TINY)
     assert len(said) == 1 and config.base_model_name_or_path == str(tmp_path / "base")
@@ -188,14 +188,14 @@ def test_a_link_out_of_the_folder_is_refused(original, tmp_path, name):
 
 def test_what_is_missing_is_said(original, tmp_path):
     folder = original[0].rename(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"does not say its window in its name.* Give context_length"):
+    with pytest.raises(ValueError, match=r"does not have its window in its name.* Give context_length"):
         convert_original_adapter(folder, tmp_path / "ours", **TINY)
     with pytest.raises(ValueError, match="context_length=256 is not above the base's window of 512"):
         convert_original_adapter(folder, tmp_path / "ours", context_length=256, **TINY)
     with pytest.raises(ValueError, match="nowhere': no such folder, and no id on the Hub"):
         convert_original_adapter(tmp_path / "nowhere", tmp_path / "ours")
     (folder / "trainable_params.bin").unlink()
-    with pytest.raises(ValueError, match=r"no trainable_params.bin in it. So it is no adapter of the original"):
+    with pytest.raises(ValueError, match=r"no trainable_params.bin in it. So it is not an adapter of the original"):
         convert_original_adapter(folder, tmp_path / "ours", context_length=2048, **TINY)
 
 

@@ -124,7 +124,7 @@ def test_no_token(hub, pusher):
     [
         ("me/none", "RepositoryNotFoundError", "me/none"),
         ("me/../base", "HFValidationError", "me/../base"),
-        ("me/base", "ValueError", "me/base holds no adapter_config.json .*it is no adapter. Push one there first"),
+        ("me/base", "ValueError", "me/base holds no adapter_config.json .*it is not an adapter. Push one there first"),
         ("me/lora", "ValueError", "me/lora is an adapter of type .*LORA"),
     ],
 )

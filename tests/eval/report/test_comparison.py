@@ -42,7 +42,7 @@ def test_compare_refuses_what_it_cannot_compare(tmp_path, capsys):
         "b": "no task, data, protocol and length in common",
         "none": "no such file",
         "newer.json": "schema_version 2 is newer than 1",
-        "other.json": "no results.json of `longlora eval`",
+        "other.json": "not a results.json of `longlora eval`",
     }.items():
         assert longlora("compare", tmp_path / "a", tmp_path / second) == 2
         [line] = capsys.readouterr().err.splitlines()
@@ -151,7 +151,7 @@ def test_a_damaged_sample_is_named_and_gives_no_interval(tmp_path, line, said):
         (("settings", "seed"), "zero", "settings: seed must be a number from 0"),
         (("settings", "bootstrap_replicates"), 10**9, "bootstrap_replicates must be a number from 1 to 1000000"),
         (("model",), [], "model must be an object"),
-        (("details",), None, "no results.json of `longlora eval`"),
+        (("details",), None, "not a results.json of `longlora eval`"),
     ],
 )
 def test_a_damaged_value_is_named_with_its_file(tmp_path, path, value, said):

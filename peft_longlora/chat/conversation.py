@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from peft_longlora.chat.dialogue import Dialogue, Turn
 from peft_longlora.chat.document import Document
 from peft_longlora.chat.kvcache import KVCache
 from peft_longlora.chat.passages import Passage, document_attention, top_passages
+from peft_longlora.chat.stream import Stop, Stopped, from_first_word, until
 from peft_longlora.hub.generation import decoding
 from peft_longlora.hub.loading import Loaded
 
@@ -67,7 +69,8 @@ class Conversation:
         self.sampling = dict(temperature=temperature, top_p=top_p)
         self.lock = lock or threading.Lock()
         self.turns: list[Turn] = []
-        self._stop: _Stop | None = None
+        self._running: list[tuple[Stop, threading.Thread]] = []
+        self._closed = threading.Event()
         self._prompt: list[int] = []
         self._row: list[int] = []
 
@@ -86,8 +89,30 @@ class Conversation:
         """How much of the window is used, such as "5,120 of 8,192 tokens (62.5%)"."""
         return f"{self.tokens:,} of {self.window:,} tokens ({self.tokens / self.window:.1%})"
 
-    def warnings(self) -> list[str]:
-        """Warnings to show before the first question: unread parts of the document, and a window that is too short."""
+    @property
+    def has_answer(self) -> bool:
+        """Whether the last question was answered, at least in part."""
+        return 0 < len(self._prompt) < len(self._row)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed.is_set()
+
+    def warnings(self, question: str | None = None) -> list[str]:
+        """Warnings to show before a question: unread parts of the document, and a window that is too short.
+
+        Args:
+            question: the next one; None: there is none yet.
+        """
+        if question is not None:
+            tokens = len(self.dialogue.ids([*self.turns, Turn(question.strip())]))
+            if tokens + self.max_new_tokens <= self.window:
+                return []
+            return [
+                f"This question ends at token {tokens:,} of the window's {self.window:,}, and its answer may take "
+                f"{self.max_new_tokens:,} more: expect a wrong answer, or forget the questions so far."
+            ]
         name, found = self.dialogue.document.name, list(self.dialogue.document.notes)
         room = self.window - len(self.dialogue.start)
         if room < 0:
@@ -103,8 +128,8 @@ class Conversation:
         return found
 
     def read(self, on_progress: Callable[[int, int], Any] | None = None) -> None:
-        """Compute the document's keys and values, in chunks. If you do not call it, `ask` does."""
-        with self.lock:
+        """Compute the document's keys and values, in chunks. If you do not call it, `ask` does; `close` ends it."""
+        with suppress(Stopped), self._turn(self._closed.is_set):
             self._read(on_progress)
 
     def ask(self, question: str) -> Iterator[str]:
@@ -114,64 +139,95 @@ class Conversation:
         """
         if not question.strip():
             raise ValueError("The question is empty.")
-        turn, stop = Turn(question.strip()), _Stop(self.tokenizer, self.dialogue.stop)
-        self._stop = stop
+        turn, stop = Turn(question.strip()), Stop(self.tokenizer, self.dialogue.stop)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
 
         def work() -> None:
             # This thread holds the lock, so a caller that stops reading the answer does not block the others.
             try:
-                with self.lock:
+                with self._turn(stop.is_set):
                     self._answer(turn, streamer, stop)
-            except _Stopped:
+            except Stopped:
                 streamer.end()
             except BaseException as error:
                 failure.append(error)
                 streamer.end()
 
-        worker = threading.Thread(target=work, daemon=True)
-        worker.start()
+        running = (stop, threading.Thread(target=work, daemon=True))
+        self._prompt = []  # what `passages` shows belongs to this question from now on
+        self._running.append(running)
+        running[1].start()
         try:
-            yield from _until(_from_first_word(streamer), self.dialogue.stop)
+            yield from until(from_first_word(streamer), self.dialogue.stop)
         finally:
             stop.set()
-            worker.join()
+            running[1].join()
+            self._running.remove(running)
         if failure:
             raise failure[0]
 
     def stop(self) -> None:
-        """Stop the current answer, if there is one; the part so far is kept."""
-        if self._stop:
-            self._stop.set()
+        """Stop the current answer, if there is one; the part so far is kept. A question without any is not kept."""
+        for stop, _ in list(self._running):
+            stop.set()
 
     def forget(self) -> None:
-        """Drop the questions and answers; the document's keys and values stay."""
+        """Stop the current answer and drop the questions and answers; the document's keys and values stay."""
+        self.stop()
+        for _, worker in list(self._running):
+            worker.join()
         self.turns, self._prompt, self._row = [], [], []
+
+    def close(self) -> None:
+        """Stop reading and answering, and free the memory. Nothing can be asked afterwards."""
+        self._closed.set()
+        self.forget()
+        with self.lock:
+            self.kv.clear()
 
     def passages(self, count: int = 3) -> list[Passage]:
         """The passages of the document that the last answer attended to most, best first.
 
         Raises: ValueError: there is no answer yet, or the tokenizer gives no offsets.
         """
-        if len(self._row) <= len(self._prompt):
+        if not self.has_answer:
             raise ValueError("There is no answer yet.")
         if self.dialogue.offsets is None:
             raise ValueError(
                 f"{type(self.tokenizer).__name__} does not give the places of its tokens in the text. Use a fast one."
             )
-        head = len(self.dialogue.head)
+        head, row, start = len(self.dialogue.head), self._row, len(self._prompt)
         with self.lock:
-            scores = document_attention(self.kv, self._row, len(self._prompt))[head : head + self.document_tokens]
+            scores = document_attention(self.kv, row, start)[head : head + self.document_tokens]
         return top_passages(scores, self.dialogue, count)
 
+    @contextmanager
+    def _turn(self, is_stopped: Callable[[], bool]) -> Iterator[None]:
+        """This conversation's turn at the model. Who is told to stop waits for nobody."""
+        while not self.lock.acquire(timeout=0.05):
+            if is_stopped():
+                raise Stopped
+        try:
+            if is_stopped() or self.is_closed:
+                raise Stopped
+            yield
+        finally:
+            self.lock.release()
+
     def _read(self, on_progress: Callable[[int, int], Any] | None) -> None:
+        def check(done: int, total: int) -> None:
+            if on_progress:
+                on_progress(done, total)
+            if self.is_closed:
+                raise Stopped
+
         start = self.dialogue.start
         if self.kv.ids[: len(start)] != start:
-            self.kv.fill(start, on_progress)
+            self.kv.fill(start, check)
             self.kv.keep()
 
-    def _answer(self, turn: Turn, streamer: TextIteratorStreamer, stop: _Stop) -> None:
+    def _answer(self, turn: Turn, streamer: TextIteratorStreamer, stop: Stop) -> None:
         self._read(stop.check)
         prompt = self.dialogue.ids([*self.turns, turn])
         stop.start = len(prompt)
@@ -196,52 +252,3 @@ class Conversation:
         turn.answer = (text.partition(self.dialogue.stop)[0] if self.dialogue.stop else text).strip()
         self.turns.append(turn)
         self._prompt, self._row = prompt, row
-
-
-class _Stopped(Exception):
-    """The answer was stopped before it began."""
-
-
-class _Stop(StoppingCriteria):
-    """Ends an answer when `set` is called, or when the answer begins to write a question itself."""
-
-    def __init__(self, tokenizer: Any, text: str | None) -> None:
-        self.tokenizer, self.text, self.start = tokenizer, text, 0
-        self._event = threading.Event()
-        self.set = self._event.set
-
-    def check(self, done: int, total: int) -> None:
-        if self._event.is_set():
-            raise _Stopped
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        is_done = self._event.is_set()
-        if self.text and not is_done:
-            tail = input_ids[0, max(self.start, input_ids.shape[1] - 16) :]
-            is_done = self.text in self.tokenizer.decode(tail, skip_special_tokens=True)
-        return torch.full((input_ids.shape[0],), is_done, device=input_ids.device)
-
-
-def _from_first_word(pieces: Iterator[str]) -> Iterator[str]:
-    """The same pieces of text, without white space before the first word."""
-    has_begun = False
-    for piece in pieces:
-        piece = piece if has_begun else piece.lstrip()
-        has_begun = has_begun or bool(piece)
-        yield piece
-
-
-def _until(pieces: Iterator[str], stop: str | None) -> Iterator[str]:
-    """The pieces of text up to `stop`; a piece that may be the start of `stop` is held back."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        if stop and stop in held:
-            yield held.partition(stop)[0]
-            return
-        back = max((n for n in range(1, len(stop or "")) if held.endswith(stop[:n])), default=0)
-        if held[: len(held) - back]:
-            yield held[: len(held) - back]
-        held = held[len(held) - back :]
-    if held:
-        yield held

@@ -1,14 +1,16 @@
 """Conversations: the answers are those of a plain `generate` on the whole row, and the document is computed once."""
 
 import threading
+import time
 
 import pytest
 import torch
 from transformers import QuantizedCache
 
-from peft_longlora.chat.conversation import Conversation, _from_first_word, _Stop, _Stopped, _until
+from peft_longlora.chat import Conversation
 from peft_longlora.chat.dialogue import Turn
 from peft_longlora.chat.kvcache import quantiser_options
+from peft_longlora.chat.stream import Stop, Stopped, from_first_word, until
 from tests.helpers.chat_models import TEXT, a_document, a_model, a_reader
 from tests.helpers.releases import CACHE
 
@@ -131,11 +133,11 @@ def test_an_answer_can_be_stopped_and_counts(tmp_path):
 def test_stopping_while_reading_keeps_what_was_read(tmp_path):
     """As Ctrl-C does during the first question: the second chunk is the first to find the sign."""
     conversation = Conversation(a_reader(chat=True), a_document(tmp_path), max_new_tokens=8, chunk_size=64)
-    stop, seen = _Stop(conversation.tokenizer, None), []
+    stop, seen = Stop(conversation.tokenizer, None), []
     hook = conversation.model.get_input_embeddings().register_forward_hook(
         lambda *_: seen.append(1) or (stop.set() if len(seen) == 2 else None)
     )
-    with pytest.raises(_Stopped):
+    with pytest.raises(Stopped):
         conversation._answer(Turn("Where?"), None, stop)
     hook.remove()
     assert conversation.turns == [] and len(conversation.kv.ids) == 128 < len(conversation.dialogue.start)
@@ -193,13 +195,13 @@ def test_what_exceeds_the_window_is_said_and_not_cut(tmp_path):
     ],
 )
 def test_a_stop_string_never_shows(pieces, want):
-    found = list(_until(iter(pieces), "\nQuestion:"))
+    found = list(until(iter(pieces), "\nQuestion:"))
     assert "".join(found) == want and "" not in found[:-1]
-    assert "".join(_until(iter(pieces), None)) == "".join(pieces)
+    assert "".join(until(iter(pieces), None)) == "".join(pieces)
 
 
 def test_an_answer_begins_with_its_first_word():
-    assert list(_from_first_word(iter([" ", "\n\n a", " b", "\n"]))) == ["", "a", " b", "\n"]
+    assert list(from_first_word(iter([" ", "\n\n a", " b", "\n"]))) == ["", "a", " b", "\n"]
 
 
 def test_plain_answers_end_where_a_question_follows(tmp_path):
@@ -217,3 +219,68 @@ def test_plain_answers_end_where_a_question_follows(tmp_path):
     assert "".join(conversation.ask("Where?")) == "the 1st box."
     assert conversation.turns[0].answer == "the 1st box."
     assert conversation.tokens < start + len(ids)
+
+
+# -- several readers -----------------------------------------------------------------------------------------------
+
+
+def test_a_question_that_waits_for_another_reader_is_stopped_at_once(tmp_path):
+    """Stop before the first token: no turn is kept, and no passages are shown that belong to the answer before."""
+    conversation = Conversation(a_reader(chat=True), a_document(tmp_path), max_new_tokens=8)
+    for before in ([], ["Where?"]):
+        for question in before:
+            list(conversation.ask(question))
+            assert conversation.has_answer and conversation.passages()
+        with conversation.lock:  # another reader has the model
+            said = []
+            asking = threading.Thread(target=lambda: said.extend(conversation.ask("Why?")))  # noqa: B023
+            asking.start()
+            time.sleep(0.2)
+            assert asking.is_alive()
+            conversation.stop()
+            asking.join(timeout=30)
+            assert not asking.is_alive()
+        assert "".join(said) == "" and [turn.question for turn in conversation.turns] == before
+        assert not conversation.has_answer
+        with pytest.raises(ValueError, match="no answer yet"):
+            conversation.passages()
+
+
+@pytest.mark.parametrize("end", ["forget", "close"])
+def test_an_answer_under_way_ends_first_and_does_not_come_back(tmp_path, end):
+    conversation = Conversation(a_reader(chat=True), a_document(tmp_path), max_new_tokens=400)
+    answer = conversation.ask("Why?")
+    next(answer)
+    getattr(conversation, end)()
+    assert conversation.turns == [] and not conversation.has_answer and not conversation._running[0][1].is_alive()
+    list(answer)
+    assert conversation.turns == [] and conversation._running == []
+    if end == "close":
+        assert conversation.kv.ids == [] and "".join(conversation.ask("Why?")) == "" and conversation.turns == []
+    else:
+        assert "".join(conversation.ask("Why?"))
+
+
+def test_reading_ends_when_the_reader_is_gone(tmp_path):
+    conversation = Conversation(a_reader(chat=True), a_document(tmp_path), chunk_size=50)
+    seen = []
+
+    def leave(done: int, total: int) -> None:
+        seen.append(done)
+        if len(seen) == 2:
+            threading.Thread(target=conversation.close).start()
+            assert conversation._closed.wait(30)
+
+    conversation.read(leave)
+    assert seen == [50, 100]
+    with conversation.lock:
+        pass
+    assert conversation.is_closed
+
+
+def test_a_question_beyond_the_window_is_said_before_it_is_asked(tmp_path):
+    conversation = Conversation(a_reader(chat=True, context_length=1024), a_document(tmp_path), max_new_tokens=8)
+    assert conversation.warnings("Why?") == []
+    room = conversation.window - len(conversation.dialogue.ids([Turn("x")])) + 1 - 8
+    assert conversation.warnings("x" * room) == []
+    assert "at token 1,017 of the window's 1,024" in conversation.warnings("x" * (room + 1))[0]

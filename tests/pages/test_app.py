@@ -6,6 +6,7 @@ The answers on the page are compared with those of plain `generate`, by their le
 import importlib.util
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -49,9 +50,11 @@ def url():
     path = Path(__file__).parents[2] / "examples" / "app.py"
     spec = importlib.util.spec_from_file_location("app", path)
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
     spec.loader.exec_module(module)
+    sys.path.remove(str(path.parent))
     app = module.make_app(load(), "Read", max_new_tokens=TOKENS, chunk_size=64)
-    yield app.launch(prevent_thread_lock=True, quiet=True, css=module.CSS)[1]
+    yield module.launch(app, prevent_thread_lock=True, quiet=True)[1]
     app.close()
 
 
@@ -168,7 +171,7 @@ def test_a_broken_pdf_gives_a_message_and_nothing_to_ask(driver, url, files):
     message = page.drop(files["broken.pdf"], "broken.pdf is not a PDF, or is broken")
     assert "/" not in message  # no paths of the machine that serves the page
     page.ask(QUESTION)
-    page.wait_until(lambda: "Drop a document first" in page.text("body"), "a warning")
+    page.wait_until(lambda: "There is no document here" in page.text("body"), "a warning")
     assert page.said == []
     page.find("#file button[aria-label='Clear'], #file button[title='Clear']").click()
     page.drop(files["sockets.txt"], "of 512 tokens")

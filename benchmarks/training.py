@@ -67,7 +67,7 @@ def apply(row: str, model: torch.nn.Module, length: int) -> dict:
     if row == "memory filled" and length >= 4096:
         plan = fit_memory(model, length)
         print(plan, flush=True)
-        return dict(free_blocks=plan.free, expected_gib=plan.peak / 2**30)
+        return dict(free_blocks=plan.free, expected_gib=plan.peak / 2**30, means=plan.means)
     offload = 2 if row.startswith("half offloaded") else row.startswith("offloaded")
     tile = 16384 if row.endswith("tiled") else None
     keep = row in ("attention kept", "liger", "memory filled")
@@ -201,8 +201,8 @@ def main() -> None:
                 results.append(
                     run(row, make_model(shape, length, args.group_size, device), shape, args, length, device)
                 )
-            except torch.OutOfMemoryError:
-                print(f"{row:18s} {length:7d} tokens: out of memory", flush=True)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                print(f"{row:18s} {length:7d} tokens: out of memory. {error}", flush=True)
                 results.append(dict(row=row, length=length, seconds=None))
             free_memory(device)
             if args.output:

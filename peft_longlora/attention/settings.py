@@ -158,3 +158,9 @@ def _replace_settings(model: PreTrainedModel, settings: dict[str, AttentionSetti
             setattr(module, _SETTINGS, settings[name])
     for one in {id(s): s for s in settings.values()}.values():
         one.inputs.follow(model)
+
+
+def schedule_of(module: nn.Module) -> Schedule | None:
+    """The schedule of an attention layer's model, or None if `configure_attention` was never called."""
+    settings = getattr(module, _SETTINGS, None)
+    return None if settings is None else settings.schedule

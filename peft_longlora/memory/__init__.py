@@ -1,6 +1,6 @@
 """What fits into a GPU's memory, and what makes it fit: which blocks are computed twice, and what they keep.
 
-Read `blocks`, `keep`, `offload`, `tile`, then `fit`. Imports `architecture` alone.
+Read `blocks`, `keep`, `offload`, `tile`, then `fit`. Imports `attention` and `architecture`.
 """
 
 from peft_longlora.memory.blocks import checkpoint_blocks

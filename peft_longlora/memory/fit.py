@@ -8,13 +8,17 @@ everything, tell what a block costs. Nothing is assumed of the architecture.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
+from peft_longlora.architecture import find_attention_modules
+from peft_longlora.attention.settings import schedule_of
 from peft_longlora.memory.blocks import checkpoint_blocks, find_blocks
 
 logger = logging.get_logger(__name__)
@@ -28,6 +32,16 @@ SHORTEST = 2048  # tokens of the first step that is measured
 STEADY = 0.05  # two slopes that differ by less are one
 FREE_PROBES = (4, 8)  # blocks that keep everything in two more steps
 ADAM_BYTES = 8  # two float32 moments a trained number
+TILE = 4096  # tokens of a tile, where a whole row's feed-forward layers do not fit
+HOST_FILLED = 0.75  # of the host's memory that inputs of blocks may take
+# What is tried, from the fastest to what needs least; arguments of `checkpoint_blocks`.
+MEANS: tuple[dict[str, Any], ...] = (
+    dict(keep=True),
+    dict(keep=False),
+    dict(keep=False, offload=True),
+    dict(keep=False, offload=True, tile_tokens=TILE),
+    dict(keep=False, offload=2, tile_tokens=TILE),
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,8 @@ class MemoryPlan:
         a_loss: a token's bytes when the loss is computed, less those of blocks that keep everything.
         a_block: a token's bytes more then for each block that keeps everything.
         blocks: number of the model's blocks. free: how many of them are not checkpointed.
+        means: what `checkpoint_blocks` was told of the others.
+        host: bytes of the host's memory that wait there, and host_budget: those that may.
     """
 
     length: int
@@ -52,16 +68,25 @@ class MemoryPlan:
     a_block: float
     blocks: int
     free: int = 0
+    means: dict[str, Any] = field(default_factory=dict)
+    host: int = 0
+    host_budget: int = 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPU and the host have room for it."""
+        return self.peak <= self.budget and self.host <= self.host_budget
 
     @property
     def peak(self) -> int:
         """The peak that is expected."""
-        return round(self.fixed + self.length * max(self.a_token, self.a_loss + self.free * self.a_block))
+        at_loss = self.a_loss + self.free * self.a_block if self.free else 0.0
+        return round(self.fixed + self.length * max(self.a_token, at_loss))
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest step that fits with every block checkpointed."""
-        return int((self.budget - self.fixed) / self.a_token)
+        """Tokens of the longest step that fits with these means and every block checkpointed."""
+        return max(0, int((self.budget - self.fixed) / self.a_token))
 
     def __str__(self) -> str:
         rows = [
@@ -69,21 +94,15 @@ class MemoryPlan:
             ("weights, gradients, optimiser", self.fixed),
             (f"{self.length} tokens, every block checkpointed", round(self.length * self.a_token)),
             (f"{self.free} of {self.blocks} blocks not checkpointed: peak expected", self.peak),
+            ("in the host's memory", self.host),
         ]
-        return "\n".join(f"{name:56s} {size / 2**30:8.2f} GiB" for name, size in rows)
+        means = ", ".join(f"{name}={value}" for name, value in self.means.items())
+        lines = [f"{name:56s} {size / 2**30:8.2f} GiB" for name, size in rows]
+        return "\n".join([*lines, f"checkpoint_blocks(free={self.free}, {means})"])
 
 
 def choose(plan: MemoryPlan) -> MemoryPlan:
-    """The same plan with the most free blocks that fit: they need no second forward.
-
-    Raises: MemoryError: not even a step with every block checkpointed fits; the message says which length does.
-    """
-    if plan.peak > plan.budget:
-        raise MemoryError(
-            f"A step of {plan.length} tokens needs {plan.peak / 2**30:.1f} GiB with every block checkpointed, and the "
-            f"budget is {plan.budget / 2**30:.1f} GiB. {max(plan.longest, 0)} tokens fit. Use shorter rows, a 4-bit "
-            f"base, sequence parallelism over more GPUs, or a loss that makes no logits of the whole row."
-        )
+    """The same plan with the most free blocks that fit: they need no second forward."""
     fitting = (replace(plan, free=free) for free in range(plan.blocks, 0, -1))
     return next((one for one in fitting if one.peak <= plan.budget), plan)
 
@@ -95,10 +114,11 @@ def fit_memory(
     *,
     loss: Loss | None = None,
 ) -> MemoryPlan:
-    """Choose how many blocks are checkpointed, so that a step of `length` tokens fills the GPU and no more.
+    """Choose the fastest way to compute a step of `length` tokens that fits on this GPU.
 
-    Checkpointed blocks keep the outputs of attention (`keep_attention`). Give the Trainer gradient_checkpointing=False:
-    it would switch all blocks on again.
+    If memory is left with every block checkpointed, some blocks keep everything. If it does not suffice, blocks first
+    compute attention twice, then their inputs wait in the host's memory, then feed-forward layers work by tiles. Give
+    the Trainer gradient_checkpointing=False: it would switch all blocks on again.
 
     Args:
         model: a model of transformers with its adapter, on its GPU, ready to train with AdamW.
@@ -111,44 +131,78 @@ def fit_memory(
 
     Raises:
         ValueError: the model is not on a CUDA device, or has no blocks to checkpoint.
-        MemoryError: not even a step with every block checkpointed fits. All blocks are then checkpointed.
+        MemoryError: no way fits; the message says which length does. All blocks are then checkpointed.
     """
     device = next(model.parameters()).device
-    if device.type != "cuda":
-        raise ValueError(f"The model is on {device.type!r}: fit_memory measures on the GPU that is to be filled.")
-    if length < 2 * SHORTEST:
-        raise ValueError(f"length={length} is below {2 * SHORTEST} tokens: a step so short needs no plan.")
+    _check(device, length)
     loss = loss or (lambda model, ids: model(input_ids=ids, labels=ids).loss)
     if budget is None:
         free, total = torch.cuda.mem_get_info(device)
         others = total - free - torch.cuda.memory_reserved(device)
         budget = int(total * FILLED) - others
-    blocks = len(find_blocks(model))
-    checkpoint_blocks(model)
-    try:
-        tokens, peak, a_token = _growth(model, length, loss)
-        some, more = (min(free, blocks) for free in FREE_PROBES)
-        with_some, with_more = (_with_free(model, free, tokens, loss) for free in (some, more))
-    except torch.OutOfMemoryError as error:
+    plan = None
+    for means in MEANS:
+        try:
+            plan = _measure(model, length, budget, loss, means)
+        except torch.OutOfMemoryError:  # in a short step already
+            logger.info(f"fit_memory: a short step with {means} ran out of memory.")
+            continue
+        if plan.fits:
+            checkpoint_blocks(model, free=plan.free, **means)
+            logger.info(f"fit_memory:\n{plan}")
+            return plan
+    checkpoint_blocks(model, keep=False)
+    if plan is None:
         raise MemoryError(
-            f"fit_memory measures steps of {SHORTEST} to {length // 2} tokens to plan for {length}, and one ran "
-            f"out of memory. Use shorter rows, a 4-bit base, or a loss that makes no logits of the whole row. ({error})"
-        ) from error
+            f"Not even a step of some {SHORTEST} tokens fits into memory. Use a 4-bit base, or shard the model over "
+            f"more GPUs."
+        )
+    raise MemoryError(
+        f"A step of {length} tokens needs {plan.peak / 2**30:.1f} GiB with the means that need least, {plan.means}; "
+        f"the budget is {plan.budget / 2**30:.1f} GiB, and {plan.longest} tokens fit. The step puts "
+        f"{plan.host / 2**30:.1f} GiB into the host's memory, of which {plan.host_budget / 2**30:.1f} GiB may be used. "
+        f"Use shorter rows, a 4-bit base, sequence parallelism over more GPUs, or a loss that makes no logits of the "
+        f"whole row."
+    )
+
+
+def _check(device: torch.device, length: int) -> None:
+    if device.type != "cuda":
+        raise ValueError(f"The model is on {device.type!r}: fit_memory measures on the GPU that is to be filled.")
+    if length < 2 * SHORTEST:
+        raise ValueError(f"length={length} is below {2 * SHORTEST} tokens: a step so short needs no plan.")
+
+
+def _measure(model: nn.Module, length: int, budget: int, loss: Loss, means: dict[str, Any]) -> MemoryPlan:
+    """The plan with these means, from a few short steps."""
+    checkpoint_blocks(model, **means)
+    blocks = len(find_blocks(model))
+    tokens, peak, a_token = _growth(model, length, loss)
     bare = peak - tokens * a_token
-    a_block = (with_more - with_some) / max(1, more - some) / tokens
-    a_loss = (with_some - bare) / tokens - some * a_block
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     fixed = round(bare) + ADAM_BYTES * trained
-    plan = choose(MemoryPlan(length, budget, fixed, a_token, a_loss, a_block, blocks))
-    checkpoint_blocks(model, free=plan.free)
-    logger.info(f"fit_memory:\n{plan}")
+    offload = int(means.get("offload", 0))
+    host = length * _input_bytes(model) * -(-blocks // offload) if offload else 0
+    room = int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * HOST_FILLED)
+    plan = MemoryPlan(length, budget, fixed, a_token, 0.0, 0.0, blocks, 0, means, host, room)
+    if plan.fits and not offload:  # memory is left over
+        some, more = min(FREE_PROBES[0], blocks // 2), min(FREE_PROBES[1], blocks)
+        with_some, with_more = (_with_free(model, free, tokens, loss, means) for free in (some, more))
+        a_block = (with_more - with_some) / (more - some) / tokens
+        a_loss = (with_some - bare) / tokens - some * a_block
+        plan = choose(replace(plan, a_loss=a_loss, a_block=a_block))
     return plan
+
+
+def _input_bytes(model: nn.Module) -> int:
+    """A token's bytes in the input of a block."""
+    return model.config.get_text_config().hidden_size * 2
 
 
 def _growth(model: nn.Module, length: int, loss: Loss) -> tuple[int, int, float]:
     """A number of tokens from which on the peak grows steadily, the peak there, and a token's bytes."""
-    # A checkpointed block keeps its input at least; growth below that is no growth of the blocks.
-    least = len(find_blocks(model)) * model.config.get_text_config().hidden_size * 2
+    # A block's backward holds its input, queries, keys, values and gradients; growth below that is of other parts.
+    least = 6 * _input_bytes(model)
     tokens, slope = SHORTEST, 0.0
     _peak(model, tokens, loss)  # kernels are compiled
     peak = _peak(model, tokens, loss)
@@ -161,13 +215,15 @@ def _growth(model: nn.Module, length: int, loss: Loss) -> tuple[int, int, float]
     return tokens, peak, slope
 
 
-def _with_free(model: nn.Module, free: int, tokens: int, loss: Loss) -> int:
-    """`_peak` with some free blocks."""
-    checkpoint_blocks(model, free=free)
+def _with_free(model: nn.Module, free: int, tokens: int, loss: Loss, means: dict[str, Any]) -> int:
+    """`_peak` with some free blocks; more than the GPU has if they do not fit."""
+    checkpoint_blocks(model, free=free, **means)
     try:
         return _peak(model, tokens, loss)
+    except torch.OutOfMemoryError:
+        return torch.cuda.mem_get_info(next(model.parameters()).device)[1]
     finally:
-        checkpoint_blocks(model)
+        checkpoint_blocks(model, **means)
 
 
 def _peak(model: nn.Module, tokens: int, loss: Loss) -> int:
@@ -175,6 +231,8 @@ def _peak(model: nn.Module, tokens: int, loss: Loss) -> int:
     device = next(model.parameters()).device
     was_training = model.training
     model.train()
+    schedules = {id(one): one for one in map(schedule_of, find_attention_modules(model).values()) if one is not None}
+    counts = {key: one.training_forwards for key, one in schedules.items()}
     try:
         with torch.random.fork_rng(devices=[device]):
             ids = torch.randint(model.get_input_embeddings().weight.shape[0], (1, tokens), device=device)
@@ -186,3 +244,5 @@ def _peak(model: nn.Module, tokens: int, loss: Loss) -> int:
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
+        for key, one in schedules.items():  # `dense_every` counts the training's forwards alone
+            one.training_forwards = counts[key]

@@ -22,7 +22,7 @@ ARROWS = {
     "data": set(),
     "kernels": set(),
     "rope": {"architecture"},
-    "memory": {"architecture"},
+    "memory": {"attention", "architecture"},
     "attention": {"kernels", "rope", "architecture"},
     "sequence": {"attention", "kernels", "data", "architecture"},
     "adapter": {"attention", "rope", "kernels.groups", "architecture"},

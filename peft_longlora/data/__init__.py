@@ -9,12 +9,15 @@ Everything is read loudly: what cannot be used is an error that names file and l
 from peft_longlora.data.counts import Counts
 from peft_longlora.data.documents import read_documents, read_records
 from peft_longlora.data.encoding import encode_all
+from peft_longlora.data.held import TokensHeldCallback, count_tokens
 from peft_longlora.data.prefetch import prefetch
 from peft_longlora.data.records import tokenize_record, tokenize_records
 from peft_longlora.data.windows import to_windows
 
 __all__ = [
     "Counts",
+    "TokensHeldCallback",
+    "count_tokens",
     "encode_all",
     "prefetch",
     "read_documents",

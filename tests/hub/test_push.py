@@ -127,7 +127,8 @@ def run_longalpaca(*data):
     settings |= {"--learning-rate": 1e-2, "--warmup-steps": 1, "--output": tempfile.mkdtemp()}
     arguments = [str(part) for setting in settings.items() for part in setting]
     argv = mock.patch.object(sys, "argv", [str(script), *arguments, "--data", *data])
-    with argv, contextlib.redirect_stdout(io.StringIO()) as printed:
+    path = mock.patch.object(sys, "path", [str(EXAMPLES), *sys.path])  # as `python examples/...` has it
+    with argv, path, contextlib.redirect_stdout(io.StringIO()) as printed:
         runpy.run_path(str(script), run_name="__main__")
     return [line for line in printed.getvalue().splitlines() if "record" in line or "Loss" in line]
 

@@ -271,6 +271,7 @@ def test_sft_longalpaca(run, base, tmp_path, packing, chat):
 
 def run_by_rank(script: str, args: list) -> None:
     sys.argv = [script, *map(str, args)]
+    sys.path.insert(0, str(EXAMPLES))
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
 

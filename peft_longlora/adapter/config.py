@@ -17,6 +17,7 @@ from peft_longlora.rope.parameters import check_rope
 
 # The version of the file format. It grows when an older package would misread new files.
 FORMAT_VERSION = 1
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LENGTHS = (
     *("context_length", "group_size"),
     *("base_context_length", "applied_context_length", "applied_group_size", "vocab_size"),
@@ -142,6 +143,8 @@ class LongLoraConfig(LoraConfig):
             )
         check_pattern(2 if self.group_size is None else self.group_size, self.attention_pattern)
         check_rope(self.rope_type, self.rope_parameters)
+        if self.applied_rope_parameters is not None:
+            check_rope("yarn", self.applied_rope_parameters)  # as `rope_parameters`, whatever its type
         if self.dense_every is not None:
             self.dense_every = check_dense_every(self.dense_every)
         self._refuse_what_excludes_each_other()
@@ -186,6 +189,20 @@ class LongLoraConfig(LoraConfig):
     def group_size_on(self, window: int) -> int:
         """The group size G in tokens, on a base with this window."""
         return group_size_of(self.group_size, self.group_size_ratio, self.context_length or window)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the initialisation changes the base's own weights, as PiSSA does."""
+        return str(self.init_lora_weights).lower().startswith(CHANGES_BASE)
+
+    @property
+    def init_weights(self) -> Any:
+        """PEFT's name for `init_lora_weights` in other types; its conversion to a plain LoRA sets this one."""
+        return self.init_lora_weights
+
+    @init_weights.setter
+    def init_weights(self, value: Any) -> None:
+        self.init_lora_weights = value
 
     def to_dict(self) -> dict[str, Any]:
         """The content of adapter_config.json."""

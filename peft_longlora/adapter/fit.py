@@ -14,14 +14,17 @@ from packaging.version import Version
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from peft_longlora.adapter import trainable
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.count import without_count
 from peft_longlora.architecture import rows_of
 from peft_longlora.rope import state as rotary
+from peft_longlora.rope.parameters import is_nested
 
 RopeWish = dict[str, Any] | tuple[Any, ...] | None
+logger = logging.get_logger(__name__)
 _WRAPPERS = re.compile(r"\.(original_module|modules_to_save|base_layer)(?=\.)")
 
 
@@ -38,6 +41,7 @@ def check_before(
     """
     config.refuse_second_use()
     _check_base(config, model)
+    _check_init(config, configs)
     _check_loader(config)
     if config.train_embeddings:
         _check_tie(config, model, tied)
@@ -60,6 +64,12 @@ def _check_base(config: LongLoraConfig, model: nn.Module) -> None:
             f"vocabulary is never resized: load the base that the adapter names "
             f"({config.base_model_name_or_path}), or call model.resize_token_embeddings({config.vocab_size}) "
             f"yourself if you know the extra tokens."
+        )
+    if _is_applied(config, base.rope_parameters) and config.base_context_length != base.window:
+        raise ValueError(
+            f"This model's RoPE is already scaled as the adapter scales it, to a window of {base.window} tokens: the "
+            f"adapter was merged into it. Load the base that the adapter names ({config.base_model_name_or_path}), or "
+            f"use this model without the adapter."
         )
     # Older adapters may hold the base's max_position_embeddings, which is not its window if it has linear scaling.
     if config.base_context_length not in (None, base.window, base.max_position_embeddings):
@@ -90,6 +100,35 @@ def _check_tie(config: LongLoraConfig, model: PreTrainedModel, tied: list[str]) 
             f"{tied[0]} is tied to the embeddings and has a bias, which PEFT drops from the copy it trains. Use "
             f"train_embeddings=False, or untie the model."
         )
+
+
+def _is_applied(config: LongLoraConfig, parameters: dict[str, Any] | None) -> bool:
+    """Whether a model's rope_parameters are those that the adapter brings."""
+    applied = config.applied_rope_parameters
+    if applied is None or config.base_context_length is None or not parameters:
+        return False
+    return applied == (parameters if is_nested(applied) else parameters.get("full_attention", parameters))
+
+
+def _check_init(config: LongLoraConfig, configs: dict[str, LongLoraConfig]) -> None:
+    """Refuse an initialisation that would change what other adapters compute; say what it does to the base."""
+    if config.bias != "none":
+        logger.warning(
+            f"bias={config.bias!r} trains the base's own biases. disable_adapter() and unload() then keep the trained "
+            f"biases; load the base again to get it unchanged."
+        )
+    if not config.changes_base:
+        return
+    if others := [name for name, each in configs.items() if each is not config]:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the base's weights, on which {others} build: they "
+            f"would compute something else. Load it on a model of its own, or convert it to a plain LoRA first "
+            f"(path_initial_model_for_weight_conversion of save_pretrained)."
+        )
+    logger.warning(
+        f"init_lora_weights={config.init_lora_weights!r} changes the base's weights. disable_adapter(), unload() and "
+        f"the reference of DPO then give the changed base; load the base again to get it unchanged."
+    )
 
 
 def _check_loader(config: LongLoraConfig) -> None:

@@ -93,6 +93,16 @@ class HalfLowRank:
                 result = add_low_rank(result, self.lora_dropout[name](x), a, b, self.scaling[name])
         return result
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's `convert_to_lora` asks each layer; it would leave the RoPE scaling and trained copies out.
+
+        Raises: ValueError.
+        """
+        raise ValueError(
+            "convert_to_lora would drop the RoPE scaling and the trained embeddings and norms of a LongLoRA adapter. "
+            "Use peft_longlora.export_lora(model, folder), which writes a plain LoRA adapter and says what it needs."
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle and copy must be told how to make it again.
         return _rebuild, (self.original_class,), self.__getstate__()

@@ -21,6 +21,7 @@ from torch import nn
 
 from peft_longlora.adapter import copies, count, fit, lowrank, precision, trainable
 from peft_longlora.adapter.config import LongLoraConfig
+from peft_longlora.adapter.ending import EndingLoraModel
 from peft_longlora.adapter.files import check_whole
 from peft_longlora.adapter.state import AdapterState, check_place
 from peft_longlora.architecture import check_architecture, rows_of
@@ -30,7 +31,7 @@ from peft_longlora.rope import scale as rope
 from peft_longlora.rope import state as rotary
 
 
-class LongLoraModel(LoraModel):
+class LongLoraModel(EndingLoraModel):
     """LoRA with trainable embeddings and norms, scaled RoPE and S2-Attn (LongLoRA, arXiv:2309.12307).
 
     Made by `get_peft_model(model, LongLoraConfig(...))`, `PeftModel.from_pretrained` or `model.add_adapter`.
@@ -204,79 +205,10 @@ class LongLoraModel(LoraModel):
             key.replace(f".modules_to_save.{adapter_name}.", "."), adapter_name
         )
 
-    # -- switching, merging and removing ---------------------------------------------------------------------------
-
-    def disable_adapter_layers(self) -> None:
-        """Switch all adapters off: weights, RoPE and attention are the base's, bit for bit."""
-        super().disable_adapter_layers()
-        self._switch(False)
-
-    def enable_adapter_layers(self) -> None:
-        """Switch the adapters on again."""
-        super().enable_adapter_layers()
-        self._switch(True)
-
-    def _switch(self, enabled: bool) -> None:
-        if (state := AdapterState.on(self.model)) is not None:
-            state.switch(enabled)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove one adapter. With the last one, everything that adapters changed is undone."""
-        super().delete_adapter(adapter_name)
-        if not self.peft_config:
-            self._restore()
-
-    def unload(self) -> nn.Module:
-        """The base model without any adapter, bit for bit."""
-        copies.drop(self.model)
-        model = super().unload()
-        self._restore()
-        return model
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """The base model with the adapter in its weights and the RoPE scaling in its config.
-
-        Args:
-            progressbar, safe_merge: as PEFT's.
-            adapter_names: adapters to merge, active or not; only one of them may have copies of a module.
-
-        Raises: ValueError: an adapter does not exist, or two adapters have copies of one module.
-        """
-        if adapter_names is not None:
-            self._check_merge_allowed()
-            if unknown := [name for name in adapter_names if name not in self.peft_config]:
-                raise ValueError(
-                    f"adapter_names={adapter_names} names {unknown}; there are {sorted(self.peft_config)}."
-                )
-            copies.activate(self.model, adapter_names)
-        self._switch(True)
-        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
-        for module in model.modules():
-            precision.round_to_half(module)
-        rope.keep_rope(model)
-        self._restore()
-        return model
-
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for name, config in self.peft_config.items():
-            if config.layer_replication:
-                raise ValueError(
-                    f"Adapter {name!r} has layer_replication={config.layer_replication!r}: replicated layers share "
-                    f"their weights, so different changes cannot be merged into them. Serve the adapter unmerged."
-                )
-
-    def _restore(self) -> None:
-        if (state := AdapterState.on(self.model)) is not None:
-            state.end()
-
-    def _undo(self, adapter_name: str, before: AdapterState | None) -> None:
-        """Remove a half-added adapter."""
-        if before is None:  # others stay
-            super().delete_adapter(adapter_name)
-            return
-        copies.drop(self.model)
-        self._unload_and_optionally_merge(merge=False)
-        before.end()
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls, peft_model: nn.Module, peft_config: LongLoraConfig, path: str, state: dict[str, Any], kwargs: Any
+    ) -> dict[str, Any]:
+        """What PEFT does for `path_initial_model_for_weight_conversion`, which keeps LoRA's weights alone."""
+        lora = super()._convert_state_dict_for_initial_model(peft_model, peft_config, path, dict(state), kwargs)
+        return {**{name: tensor for name, tensor in state.items() if "lora_" not in name}, **lora}

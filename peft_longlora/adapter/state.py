@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from peft_longlora.adapter import merged
 from peft_longlora.architecture import find_attention_modules, follow
 from peft_longlora.attention.settings import AttentionState, settings_of
 from peft_longlora.rope import scale as rope
@@ -32,6 +33,7 @@ class AdapterState:
 
     Attributes:
         is_in_peft_model: whether a `PeftModel` has these adapters; it adds further adapters itself.
+        set_aside: the base's own weights while adapters are merged into copies of them.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class AdapterState:
     is_enabled: bool = True
     is_in_peft_model: bool = False
     handles: list[RemovableHandle] = field(default_factory=list)
+    set_aside: merged.Weights = field(default_factory=list)
 
     @classmethod
     def on(cls, model: nn.Module) -> AdapterState | None:
@@ -54,8 +57,6 @@ class AdapterState:
 
     def __call__(self, *_: Any) -> None:
         """PyTorch calls this before each forward of the model."""
-        if self.is_enabled:
-            rope.keep_float32(self.model)
         if not getattr(self.model, "peft_config", None):
             self.end()
         elif self.layer is not None and self.layer.disable_adapters == self.is_enabled:
@@ -66,10 +67,19 @@ class AdapterState:
 
     def switch(self, enabled: bool) -> None:
         """Use the adapters' RoPE and attention, or the base's."""
+        if not enabled and self.set_aside:
+            for layer in merged.layers_of(self.model):
+                layer.unmerge()
+            self.put_weights_back()
         self.is_enabled = enabled
         rope.switch_rope(self.model, scaled=enabled)
         for module in find_attention_modules(self.model).values():
             settings_of(module).is_enabled = enabled
+
+    def put_weights_back(self) -> None:
+        """End a merge."""
+        merged.put_back(self.set_aside)
+        self.set_aside = []
 
     def end(self) -> None:
         """Restore the base's attention, and its RoPE unless `rope.keep_rope` was called."""

@@ -74,8 +74,10 @@ class ModelInputs:
         given = more.get("cu_seq_lens_q")
         return self.cu_seq_lens if given is None else given
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Hook: a followed module is called."""
+        if kwargs is None:  # torch forgets them if another hook has ended this one during the same call
+            return
         position_ids, cu_seq_lens = kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q")
         place = self.places.get(type(module).__name__)
         if position_ids is None and place is not None and len(args) > place:

@@ -14,29 +14,39 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper, get_peft_model_state_dict
+from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from peft_longlora.adapter import merged
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.count import without_count
+from peft_longlora.adapter.probe import Probe
+from peft_longlora.adapter.trainable import named_modules
 from peft_longlora.hub.card import CardOptions, make_card
 from peft_longlora.hub.markdown import literal, one_line
 from peft_longlora.hub.readme import README
+from peft_longlora.rope.state import attributes_of
 
 LORA_TEMPLATE = Path(__file__).parent / "templates" / "lora_card.md"
 PREFIX = "base_model.model."
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes (vllm/config/lora.py, 0.32)
 NOT_IN_VLLM = ("use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
-# Inits that change the base's weights. A server would not repeat that.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
 logger = logging.get_logger(__name__)
 
 
-def export_lora(model: PeftModel, folder: str | os.PathLike, *, fold_into: str | os.PathLike | None = None) -> Path:
+def export_lora(
+    model: PeftModel,
+    folder: str | os.PathLike,
+    *,
+    fold_into: str | os.PathLike | None = None,
+    check: bool = True,
+) -> Path:
     """Write a plain `peft_type: LORA` adapter for vLLM, TGI and LoRAX, and a card that says how to start them.
 
     Args:
@@ -44,13 +54,14 @@ def export_lora(model: PeftModel, folder: str | os.PathLike, *, fold_into: str |
         folder: for adapter_config.json, adapter_model.safetensors and README.md.
         fold_into: a folder for a complete base model that includes the trained embeddings and norms and the RoPE
             scaling; the adapter then names it as its base. Needed if embeddings or norms were trained.
+        check: compare the export with the adapter on a few tokens. It makes no copy of the base.
 
     Returns:
         The adapter's folder.
 
     Raises:
-        ValueError: there is no active LongLoRA adapter; embeddings, norms or other whole modules were trained and
-            fold_into is None; or an init changed the base.
+        ValueError: there is no active LongLoRA adapter; it is merged; embeddings, norms or other whole modules were
+            trained and fold_into is None; an init changed the base; or the export computes something else.
     """
     name = model.active_adapter if isinstance(model, PeftModel) else None
     config = model.peft_config.get(name) if isinstance(name, str) else None
@@ -59,11 +70,18 @@ def export_lora(model: PeftModel, folder: str | os.PathLike, *, fold_into: str |
             f"{type(model).__name__} has no active LongLoRA adapter to export. Load one with "
             f"PeftModel.from_pretrained(base, adapter)."
         )
-    if isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower().startswith(CHANGES_BASE):
+    if config.changes_base:
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} changed the base's own weights, which a server would not "
             f"do. Merge instead: model.merge_and_unload().save_pretrained(folder)."
         )
+    if merged.is_merged(model):
+        raise ValueError(
+            "The adapter is merged into the base's weights, so it would be exported twice: in the base and as LoRA. "
+            "Call model.unmerge_adapter() first."
+        )
+    base = model.get_base_model()
+    probe = Probe.of(base) if check else None
     state = without_count(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     weights = {key: tensor.contiguous() for key, tensor in state.items() if "lora_" in key}
     if (whole := sorted(state.keys() - weights.keys())) and fold_into is None:
@@ -75,35 +93,57 @@ def export_lora(model: PeftModel, folder: str | os.PathLike, *, fold_into: str |
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plain = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
-    plain |= {"modules_to_save": None, "ensure_weight_tying": False, "inference_mode": True, "peft_type": PeftType.LORA}
-    exported = LoraConfig(**plain)
+    plain |= {"modules_to_save": None, "trainable_token_indices": None, "ensure_weight_tying": False}
+    exported = LoraConfig(**{**plain, "inference_mode": True, "peft_type": PeftType.LORA})
+    folded = _folded_state(base, name)
     if fold_into is not None:
-        _save_folded(model, name, Path(fold_into))
+        base.save_pretrained(Path(fold_into), state_dict=dict(folded))
         exported.base_model_name_or_path = str(fold_into)
     save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     exported.save_pretrained(folder)
     _write_lora_card(model, config, folder, fold_into)
+    if probe is not None:
+        probe.compare(PeftModel.from_pretrained(_rebuilt(base, folded), folder), "What was exported")
     return folder
 
 
-def _save_folded(model: PeftModel, adapter: str, folder: Path) -> None:
-    """Save the base with an adapter's embeddings and norms, but without its LoRA."""
-    base = model.get_base_model()
-    names = {}
+def _folded_state(base: PreTrainedModel, adapter: str) -> dict[str, torch.Tensor]:
+    """The base's tensors with an adapter's embeddings, tokens and norms among them, and without its LoRA."""
+    names, state = {}, {}
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer):
             names[f"{name}.base_layer."] = f"{name}."
         elif isinstance(module, ModulesToSaveWrapper):
             names[f"{name}.modules_to_save.{adapter}."] = f"{name}."
+        elif isinstance(module, TrainableTokensWrapper):
+            names[f"{name}.token_adapter.base_layer."] = f"{name}."
+            if adapter in module.token_adapter.token_indices:
+                state[f"{name}.weight"] = module.token_adapter.get_merged_weights([adapter]).detach()
     adapted = tuple(set(names.values()))
-    state = {}
     for key, tensor in base.state_dict(keep_vars=True).items():
         inner = next((prefix for prefix in names if key.startswith(prefix)), None)
         if inner is not None:
-            state[names[inner] + key.removeprefix(inner)] = tensor.detach()
+            state.setdefault(names[inner] + key.removeprefix(inner), tensor.detach())
         elif not key.startswith(adapted):
             state[key] = tensor.detach()
-    base.save_pretrained(folder, state_dict=state)
+    return state
+
+
+def _rebuilt(base: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """A plain model of these tensors, which it shares with `base`."""
+    with torch.device("meta"):
+        plain = type(base)(copy.deepcopy(base.config))
+    plain.load_state_dict(state, assign=True, strict=False)
+    plain.tie_weights()
+    buffers = {f"{name}.{key}": b for name, module in named_modules(base) for key, b in module._buffers.items()}
+    for name, module in plain.named_modules():
+        for key in module._buffers:
+            module._buffers[key] = buffers.get(f"{name}.{key}", module._buffers[key])
+        for key, value in attributes_of(module).items() if hasattr(module, "rope_type") else ():
+            setattr(module, key, value)
+    if lacking := [name for name, tensor in plain.state_dict().items() if tensor.is_meta]:
+        raise ValueError(f"The base that was written lacks {lacking[0]} and {len(lacking) - 1} more tensors.")
+    return plain.eval()
 
 
 def _write_lora_card(

@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from peft_longlora.rope.values import ORIGINAL, check_values
+
 ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "longrope")
-ORIGINAL = "original_max_position_embeddings"
 ROUNDING = 0.01  # people write factors with two or three digits, which is about this inexact
 
 
@@ -56,6 +57,11 @@ def check_rope(rope_type: str, rope_parameters: dict[str, Any] | None) -> None:
                 f"{{'rope_type': 'linear', 'factor': 4.0}}. To give only a name, use rope_type."
             )
         for parameters in rope_parameters.values() if is_nested(rope_parameters) else (rope_parameters,):
+            if not isinstance(parameters, dict | None):
+                raise ValueError(
+                    f"rope_parameters={rope_parameters!r} mixes {parameters!r} with a dict for each layer type. Give "
+                    f"one dict, or a dict of dicts."
+                )
             if parameters is not None:
                 _check_parameters(rope_type, parameters)
     elif rope_type == "longrope":
@@ -72,12 +78,7 @@ def _check_parameters(rope_type: str, parameters: dict[str, Any]) -> None:
             f"rope_type={rope_type!r} and rope_parameters={parameters!r} exclude each other: rope_parameters is used "
             f"as it is. Give one of them."
         )
-    factor = parameters.get("factor", 1.0)
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 1:
-        raise ValueError(
-            f"rope_parameters={parameters!r}: factor={factor!r} must be a number, 1 or more: the new window "
-            f"divided by the base's."
-        )
+    check_values(parameters)
     if "rope_type" not in parameters:
         raise ValueError(f"rope_parameters={parameters!r} lacks 'rope_type'. Add it, as transformers wants it.")
     if parameters["rope_type"] in ("linear", "dynamic", "yarn", "llama3") and "factor" not in parameters:

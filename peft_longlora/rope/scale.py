@@ -22,6 +22,7 @@ from peft_longlora.rope.parameters import (
     window_of,
 )
 from peft_longlora.rope.state import STATES, RopeState, attributes_of, fresh, transplant
+from peft_longlora.rope.values import SCALING
 
 
 def scale_rope(
@@ -40,9 +41,9 @@ def scale_rope(
         rope_type: "linear" (Position Interpolation, arXiv:2306.15595, as in the paper), "ntk" (theta raised once by
             factor ** (d / (d - 2))), "dynamic" (the same, growing with the row), "yarn" (arXiv:2309.00071), "llama3";
             "longrope" needs rope_parameters.
-        rope_parameters: the dict of transformers' configs, used unchanged (if it has no rope_theta or
-            partial_rotary_factor, the base's are kept). If the base holds one dict for each layer type: the dict for
-            full attention, or a dict of the layer types to replace.
+        rope_parameters: the dict of transformers' configs, used unchanged. Entries of the base that are not a scaling,
+            such as rope_theta and mrope_section, are kept if it has none. If the base holds one dict for each layer
+            type: the dict for full attention, or a dict of the layer types to replace.
 
     Returns:
         The rope_parameters now in use (those of full attention layers, unless you gave one dict for each layer type),
@@ -76,36 +77,35 @@ def scale_rope(
     except Exception:
         base.put_on(model)
         raise
-    setattr(model, STATES, (base, RopeState.of(model)))
+    setattr(model, STATES, (base, scaled := RopeState.of(model)))
+    scaled.keep()
     return copy.deepcopy(config.rope_parameters if is_nested(new) else base_rope(config))
 
 
 def restore_rope(model: PreTrainedModel) -> None:
     """Undo `scale_rope`, bit for bit. If it was never called, nothing happens."""
     if hasattr(model, STATES):
-        getattr(model, STATES)[0].put_on(model)
+        base, scaled = getattr(model, STATES)
+        scaled.let_go()
+        base.put_on(model)
         delattr(model, STATES)
 
 
 def keep_rope(model: PreTrainedModel) -> None:
     """Forget the base's RoPE: from now on the rescaled RoPE is the model's own."""
     if hasattr(model, STATES):
+        getattr(model, STATES)[1].let_go()
         delattr(model, STATES)
 
 
 def switch_rope(model: PreTrainedModel, *, scaled: bool) -> None:
     """Use the base's RoPE or the rescaled one; both are kept."""
     if hasattr(model, STATES):
-        getattr(model, STATES)[int(scaled)].put_on(model)
-
-
-def keep_float32(model: PreTrainedModel) -> None:
-    """Restore frequencies that `model.to(torch.bfloat16)` rounded. Checks each rotary module, which is cheap."""
-    if hasattr(model, STATES):
-        scaled = getattr(model, STATES)[1]
-        for module, buffers, _ in scaled.modules:
-            if any(module.get_buffer(n).dtype != b.dtype for n, b in buffers.items() if n in module._buffers):
-                transplant(module, buffers, attributes_of(module))
+        states = getattr(model, STATES)
+        states[1].let_go()
+        states[int(scaled)].put_on(model)
+        if scaled:
+            states[1].keep()
 
 
 def _refuse_scaled(config: PreTrainedConfig) -> None:
@@ -137,7 +137,7 @@ def _scaled_parameters(model: PreTrainedModel, context_length: int, rope_type: s
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The new parameters of one kind of layer; entries that are not a scaling are kept if `new` has none."""
-    return {**{key: old[key] for key in ("rope_theta", "partial_rotary_factor") if key in old}, **new}
+    return {**{key: value for key, value in old.items() if key not in SCALING}, **new}
 
 
 def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
@@ -180,6 +180,8 @@ def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
         ) from error
     for module, donor in zip(find_rotary_modules(model), donors, strict=True):
         buffers = dict(donor.named_buffers(recurse=False))
+        if not all(buffer.isfinite().all() for buffer in buffers.values()):
+            raise ValueError(f"rope_parameters={new} give {config.model_type} frequencies that are not finite numbers.")
         for name, old_buffer in module.named_buffers(recurse=False):
             if name.endswith("inv_freq") and name in buffers and buffers[name].shape != old_buffer.shape:
                 raise NotImplementedError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_longlora.architecture import find_rotary_modules
@@ -31,6 +32,7 @@ class RopeState:
     head_dim: int | None
     window: int
     modules: list[tuple[nn.Module, dict[str, torch.Tensor], dict[str, Any]]] = field(repr=False)
+    handles: list[RemovableHandle] = field(default_factory=list, repr=False)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> RopeState:
@@ -54,6 +56,32 @@ class RopeState:
             config.head_dim = self.head_dim
         for module, buffers, attributes in self.modules:
             transplant(module, buffers, attributes)
+
+    def keep(self) -> None:
+        """Put the frequencies back before each use if `model.to(torch.bfloat16)` or the like has rounded them."""
+        self.handles = [
+            module.register_forward_pre_hook(_Keeper(buffers, attributes))
+            for module, buffers, attributes in self.modules
+        ]
+
+    def let_go(self) -> None:
+        """End `keep`."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+
+@dataclass(eq=False)
+class _Keeper:
+    """A hook of a rotary module; an object, which deepcopy and pickle bind to the copy."""
+
+    buffers: dict[str, torch.Tensor]
+    attributes: dict[str, Any]
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        if any(module._buffers[n].dtype != b.dtype for n, b in self.buffers.items() if n in module._buffers):
+            # The attributes too: "dynamic" and "longrope" note there which frequencies are in force after a long row.
+            transplant(module, self.buffers, self.attributes)
 
 
 def rope_of(model: PreTrainedModel, *, scaled: bool) -> RopeState:

@@ -1,0 +1,154 @@
+"""How adapters are switched off, merged and removed.
+
+`model.LongLoraModel` builds on `EndingLoraModel`. However an adapter ends, the base comes back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.lora import LoraModel
+from torch import nn
+
+from peft_longlora.adapter import copies, merged, precision
+from peft_longlora.adapter.probe import Probe
+from peft_longlora.adapter.state import AdapterState
+from peft_longlora.rope import scale as rope
+from peft_longlora.rope import state as rotary
+
+
+class EndingLoraModel(LoraModel):
+    """LoRA whose adapters bring RoPE and attention, which go on and off with them."""
+
+    @property
+    def _state(self) -> AdapterState | None:
+        return AdapterState.on(self.model)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off: weights, RoPE and attention are the base's, bit for bit."""
+        self.unmerge_adapter()
+        super().disable_adapter_layers()
+        self._switch(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the adapters on again."""
+        super().enable_adapter_layers()
+        self._switch(True)
+
+    def _switch(self, enabled: bool) -> None:
+        if self._state is not None:
+            self._state.switch(enabled)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        if names is not None and "__base__" in names and hasattr(self.model, rotary.STATES):
+            raise ValueError(
+                f"adapter_names={list(names)!r}: rows of the base and rows of the adapter need different RoPE, and a "
+                f"batch has one. Run the rows of '__base__' by themselves, inside model.disable_adapter()."
+            )
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove one adapter; with the last one goes everything that adapters changed."""
+        self.unmerge_adapter()
+        super().delete_adapter(adapter_name)
+        if not self.peft_config:
+            self._restore()
+
+    def unload(self) -> nn.Module:
+        """The base model without any adapter, bit for bit, also after `merge_adapter`."""
+        self.unmerge_adapter()
+        copies.drop(self.model)
+        model = super().unload()
+        self._restore()
+        return model
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into copies of the base's weights, which `unmerge_adapter` puts back.
+
+        Args: as PEFT's.
+
+        The base's own weights wait in the host's memory if the model is on a GPU.
+        """
+        self._check_merge_allowed()
+        if self._state is not None and not self._state.set_aside:
+            self._state.set_aside = merged.set_aside(self.model)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put the base's own weights back, bit for bit."""
+        if merged.is_merged(self.model):
+            super().unmerge_adapter()
+        if self._state is not None:
+            self._state.put_weights_back()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        check: bool = True,
+    ) -> nn.Module:
+        """The base model with the adapter in its weights and the RoPE scaling in its config.
+
+        Args:
+            progressbar, safe_merge: as PEFT's.
+            adapter_names: adapters to merge, active or not; of embeddings and norms, one can have copies.
+            check: compare the merged model with the adapter on a few tokens.
+
+        Raises:
+            ValueError: an adapter that is not there, adapters whose copies exclude each other, or a merged model that
+                computes something else than the adapter did.
+        """
+        if adapter_names is not None:
+            self._check_merge_allowed()
+            if unknown := [name for name in adapter_names if name not in self.peft_config]:
+                raise ValueError(
+                    f"adapter_names={adapter_names} names {unknown}; there are {sorted(self.peft_config)}."
+                )
+            copies.activate(self.model, adapter_names)
+        self._switch(True)
+        is_as_used = adapter_names is None and not any(each.disable_adapters for each in merged.layers_of(self.model))
+        probe = Probe.of(self.model) if check and is_as_used else None
+        merged.untie(self.model)
+        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        merged.tie_if_equal(model)
+        for module in model.modules():
+            precision.round_to_half(module)
+        rope.keep_rope(model)
+        if self._state is not None:
+            self._state.set_aside.clear()
+        self._restore()
+        if probe is not None:
+            probe.compare(model, "The merged model")
+        return model
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name, config in self.peft_config.items():
+            if config.layer_replication:
+                raise ValueError(
+                    f"Adapter {name!r} has layer_replication={config.layer_replication!r}: replicated layers share "
+                    f"their weights, so different changes cannot be merged into them. Serve it unmerged."
+                )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: PEFT's conversion knows neither RoPE nor trained copies. `export_lora` makes a plain adapter."""
+        return False
+
+    def _restore(self) -> None:
+        if self._state is not None:
+            self._state.end()
+
+    def _undo(self, adapter_name: str, before: AdapterState | None) -> None:
+        """Take back a half-added adapter."""
+        if before is None:  # others stay
+            super().delete_adapter(adapter_name)
+            return
+        copies.drop(self.model)
+        self._unload_and_optionally_merge(merge=False)
+        before.end()

@@ -1,0 +1,84 @@
+"""The base's weights while adapters are merged into them: set aside, so that they come back bit for bit.
+
+PEFT adds an adapter to the base's weights in place and subtracts it later, which rounds. Here the adapter is added to a
+copy. Weights that an output layer shares with the embeddings are copied for the same reason: a change of one layer must
+not reach the other.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+Weights = list[tuple[nn.Module, str, nn.Parameter, torch.device]]
+
+
+def layers_of(model: nn.Module) -> list[BaseTunerLayer]:
+    """The layers that adapters can be merged into."""
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether an adapter is merged into the base's weights now."""
+    return any(layer.merged for layer in layers_of(model))
+
+
+def set_aside(model: nn.Module) -> Weights:
+    """Put copies in place of the weights that merging is about to change.
+
+    Returns: (module, name of its parameter, the base's own parameter, its device). On a GPU the base's own wait in the
+    host's memory, unless another layer shares them. Weights on the meta device (offloaded ones) are left alone.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    weights: Weights = []
+    for module in dict.fromkeys(layer.get_base_layer() for layer in layers_of(model)):
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter.is_meta:
+                continue
+            weights.append((module, name, parameter, parameter.device))
+            if not parameter.is_floating_point():  # quantised: merging replaces the parameter itself
+                continue
+            module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            if owners[id(parameter)] == 1 and parameter.is_cuda:
+                parameter.data = parameter.data.cpu()
+    return weights
+
+
+def put_back(weights: Weights) -> None:
+    """Put the base's own weights back."""
+    for module, name, parameter, device in weights:
+        parameter.data = parameter.data.to(device)
+        module._parameters[name] = parameter
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Give embeddings and output layer a weight each if they share one and LoRA is on one of them."""
+    pair = [_base_of(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())]
+    shared = [getattr(base, "weight", None) for base, _ in pair]
+    if None in shared or shared[0] is not shared[1] or not any(is_adapted for _, is_adapted in pair):
+        return
+    pair[1][0].weight = nn.Parameter(shared[1].detach().clone(), shared[1].requires_grad)
+
+
+def tie_if_equal(model: PreTrainedModel) -> None:
+    """After a merge: let embeddings and output layer share a weight again if both came out equal, or say otherwise."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    configs = [c for c in (model.config, model.config.get_text_config()) if getattr(c, "tie_word_embeddings", False)]
+    if not configs or head is None:
+        return
+    if embeddings.weight.shape == head.weight.shape and torch.equal(embeddings.weight, head.weight):
+        head.weight = embeddings.weight
+    else:
+        for config in configs:
+            config.tie_word_embeddings = False
+
+
+def _base_of(module: nn.Module | None) -> tuple[nn.Module | None, bool]:
+    is_adapted = isinstance(module, BaseTunerLayer)
+    return (module.get_base_layer() if is_adapted else module), is_adapted

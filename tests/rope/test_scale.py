@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from peft_longlora import LongLoraConfig, restore_rope, scale_rope
 from peft_longlora.rope.parameters import window_of
 from tests.helpers.configs import tiny_llama_config
+from tests.helpers.tiny import make
 
 WINDOW, LONGER, D = 64, 256, 8
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -428,3 +429,29 @@ def test_an_adapter_keeps_its_frequencies_in_float32_when_the_model_is_cast():
     assert rotary.inv_freq.dtype == torch.bfloat16  # what torch does
     assert torch.equal(model(tokens(100)).logits, expected)
     assert rotary.inv_freq.dtype == torch.float32 and torch.equal(rotary.inv_freq, wanted)
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+LONGROPE["original_max_position_embeddings"] = 64
+
+
+@pytest.mark.parametrize("how", ["to", "deepcopy", "half"])
+@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope"])
+def test_frequencies_stay_float32_without_an_adapter_also_after_a_long_row(kind, how):
+    """`dynamic` and `longrope` note after a long row which frequencies are in force; rounding must not outlive that."""
+    model, rows = make(), [torch.arange(3, 3 + n)[None] % 97 for n in (200, 40, 220)]
+    parameters = {**LONGROPE, "factor": 4.0} if kind == "longrope" else None
+    scale_rope(model, 256, rope_type="yarn" if parameters else kind, rope_parameters=parameters)
+    rotary = model.model.rotary_emb
+    with torch.no_grad():
+        wanted = [rotary(torch.zeros(1), torch.arange(row.shape[1])[None]) for row in rows]
+        if how == "deepcopy":
+            model = copy.deepcopy(model)
+        model = model.half() if how == "half" else model.to(torch.bfloat16)
+        rotary = model.model.rotary_emb
+        for row, (cos, sin) in zip(rows, wanted, strict=True):
+            again = rotary(torch.zeros(1), torch.arange(row.shape[1])[None])
+            assert torch.equal(again[0], cos) and torch.equal(again[1], sin)
+            model(row)
+    restore_rope(model)
+    assert not rotary._forward_pre_hooks

@@ -1,0 +1,72 @@
+"""Values of RoPE parameters that a damaged or hostile file may hold are refused before anything is computed."""
+
+import json
+
+import pytest
+from peft import PeftModel
+
+from peft_longlora import LongLoraConfig, scale_rope
+from peft_longlora.rope.values import check_values
+from tests.helpers.tiny import assert_same, extend, make, snapshot
+
+INF, NAN = float("inf"), float("nan")
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+BAD = {
+    "factor": [INF, NAN, "2", None, True, 0, -2.0, 0.5, 1e308, [2.0]],
+    "rope_theta": [INF, NAN, "1e4", None, True, 0, -10000.0, 1e300],
+    "original_max_position_embeddings": [INF, NAN, "64", 0, -5, True, 2**60],
+    "attention_factor": [INF, NAN, 0, -1.0, "1", 1e30],
+    "beta_fast": [INF, NAN, 0, "32", 1e30],
+    "partial_rotary_factor": [0.0, 9.0, NAN, "half"],
+    "rope_type": [["yarn"], None, 3],
+    "short_factor": ["1", 1.0, [1.0, NAN], [0.0], [-1.0], [INF]],
+    "an_architectures_own": [NAN, INF],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, each in BAD.items() for value in each], ids=str)
+def test_a_value_that_nothing_can_be_computed_with_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"rope_parameters=.*: {name}=.* must be"):
+        check_values({**YARN, name: value})
+    with pytest.raises(ValueError):
+        LongLoraConfig(rope_parameters={**YARN, name: value})
+    with pytest.raises(ValueError):
+        LongLoraConfig(applied_rope_parameters={**YARN, name: value}, context_length=128, base_context_length=64)
+
+
+def test_bands_of_llama3_must_be_in_order():
+    with pytest.raises(ValueError, match=r"low_freq_factor=4.0 must be below high_freq_factor=4.0"):
+        check_values({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0})
+
+
+@pytest.mark.parametrize("extra", [{}, {"attention_factor": None}, {"mrope_section": [2, 3, 3]}, {"truncate": False}])
+def test_what_models_use_is_taken(extra):
+    check_values({**YARN, **extra})
+
+
+def test_one_dict_and_many_are_not_mixed():
+    with pytest.raises(ValueError, match="mixes 'y' with a dict for each layer type"):
+        LongLoraConfig(rope_parameters={"full_attention": YARN, "x": "y"})
+
+
+def test_a_damaged_file_leaves_the_base_as_it_was(tmp_path):
+    extend(make()).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["applied_rope_parameters"]["attention_factor"] = NAN
+    path.write_text(json.dumps(config))
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"attention_factor=nan must be .* get it again"):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert_same(snapshot(model), before)
+
+
+def test_entries_that_are_no_scaling_are_kept():
+    """Of the base's rope_parameters, whatever an architecture holds there."""
+    model = make()
+    own = {"mrope_section": [1, 1, 2], "mrope_interleaved": True, "llama_4_scaling_beta": 0.1, "of_the_future": "x"}
+    model.config.rope_parameters.update(own)
+    for kind in ("yarn", "linear", "ntk", "dynamic", "llama3"):
+        scale_rope(copy := make(rope_parameters={**model.config.rope_parameters}), 128, rope_type=kind)
+        assert own.items() <= copy.config.rope_parameters.items()

@@ -69,9 +69,9 @@ def say_options(text: str, args: argparse.Namespace, names: Mapping[str, str]) -
     known = {name: name for name in vars(args)} | dict(names)
     for parameter, option in known.items():
         flag = f"--{option.replace('_', '-')}"
-        text = re.sub(rf"(?<![\w-]){parameter}=(?:True\b|\.\.\.)", flag, text)
-        text = re.sub(rf"(?<![\w-]){parameter}='([^']*)'", lambda found, flag=flag: f"{flag} {found[1]}", text)
-        text = re.sub(rf"(?<![\w-]){parameter}=(?=\S)", f"{flag} ", text)
+        text = re.sub(rf"(?<![\w./-]){parameter}=(?:True\b|\.\.\.)", flag, text)
+        text = re.sub(rf"(?<![\w./-]){parameter}='([^']*)'", lambda found, flag=flag: f"{flag} {found[1]}", text)
+        text = re.sub(rf"(?<![\w./-]){parameter}=(?=\S)", f"{flag} ", text)
     return text
 
 

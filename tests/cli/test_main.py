@@ -164,7 +164,13 @@ def test_help_version_and_typing_errors_import_nothing_heavy(arguments, code, sa
     assert done.stderr.splitlines()[-1] == "heavy: []"
 
 
-@pytest.mark.parametrize("name", ["longlora_command", "peft_longlora.cli"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "longlora_command",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("peft_longlora", "peft_longlora.cli")),
+    ],
+)
 def test_the_console_script_and_the_module_are_one_command(name):
     done = subprocess.run(
         [sys.executable, "-m", name, "compare"], cwd=ROOT, capture_output=True, text=True, timeout=300

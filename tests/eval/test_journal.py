@@ -2,26 +2,15 @@
 
 import json
 import logging
-import signal
-import subprocess
-import sys
 
 import pytest
 
 from peft_longlora.eval.journal import Journal
-from tests.helpers.paths import ROOT
+from peft_longlora.eval.lock import FolderLock
+from tests.helpers.killed import another_process
 
 RUN = {"model": {"a": 1}}
 LINE = b'{"key": "a"}\n'
-HOLDS = """
-import sys, time
-from pathlib import Path
-from peft_longlora.eval.lock import FolderLock
-lock = FolderLock(Path(sys.argv[1]))
-lock.take()
-print("taken", flush=True)
-time.sleep(600)
-"""
 
 
 def opened(folder, identity=RUN, **options) -> Journal:
@@ -48,15 +37,16 @@ def test_a_second_run_is_refused_and_the_first_loses_nothing(tmp_path):
 
 
 def test_a_killed_process_leaves_no_lock_behind(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "taken\n"
-        with pytest.raises(ValueError, match=f"process {holder.pid} on "):
+    def hold(tell) -> None:
+        lock = FolderLock(tmp_path)
+        lock.take()
+        tell()
+
+    with another_process(hold) as (holder, kill):
+        with pytest.raises(ValueError, match=f"process {holder} on "):
             opened(tmp_path)
-    finally:
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-    assert opened(tmp_path).done() == set()
+        kill()
+        assert opened(tmp_path).done() == set()
 
 
 def test_processes_of_one_run_share_the_folder(tmp_path):

@@ -5,7 +5,7 @@ Reading order: `run.py` (evaluate: check, open, measure, gather), then what it c
     subject.py      a model with its tokenizer, and what is asked of it: losses (losses.py) and answers
     corpus.py       documents, and the windows that perplexity is measured in
     tasks/          what is measured: each task gives items, each item one sample
-    share.py        one process's share of a task (processes.py); journal.py keeps its samples
+    share.py        the share of a task that one process measures (processes.py); journal.py keeps its samples
     gather.py       samples become rows and notes
     report/         tables, plots, and two runs side by side
     callback.py     the same while a model trains

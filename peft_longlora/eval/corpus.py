@@ -1,12 +1,12 @@
-"""Documents for evaluation: read one at a time, hashed, turned into tokens, cut into windows.
+"""Documents for evaluation: read one by one, hashed, tokenised, cut into windows.
 
-Two ways of cutting, which give different numbers and are named in every result:
+There are two protocols for cutting. They give different numbers, so every result names its protocol:
 
-- "longlora": the token streams of all documents one after the other, a window of W tokens every 256. The loss of a
-  window is the mean over all its tokens but the first; windows overlap, so tokens count many times, early positions as
-  much as late ones. Source: eval.py of the original LongLoRA, which also leaves out the last window, as here.
-- "documents": each document alone, windows of W tokens that move by a stride; of each window only tokens that no window
-  before it has scored count, so every token but a document's first counts once.
+- "longlora": all documents form one stream of tokens, and a window of W tokens begins every 256 tokens. The loss of a
+  window is the mean over all its tokens but the first. Windows overlap, so most tokens count many times, and early
+  positions count as much as late ones. Source: eval.py of the original LongLoRA, which also leaves out the last window.
+- "documents": each document is cut alone, into windows of W tokens that move by a stride. A token counts in the first
+  window that predicts it, so every token but a document's first counts once.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from peft_longlora.data.encoding import BATCH_CHARACTERS
 from peft_longlora.data.prefetch import prefetch
 from peft_longlora.data.rows import Sources
 
-# Token ids of each of some texts: fast tokenizers turn several documents into tokens at once, one a core.
+# Gives the token ids of each text: fast tokenizers tokenise several documents at once, one on each core.
 Encode = Callable[[list[str]], Sequence[torch.Tensor | list[int]]]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a corpus holds. sha256 is of the documents' text in order, each closed by a zero byte."""
+    """The content of a corpus. sha256 covers the texts of all documents in order, each with a zero byte at its end."""
 
     name: str
     sources: list[str]
@@ -39,22 +39,22 @@ class Summary:
     sha256: str
 
     def entry(self) -> dict[str, Any]:
-        """The "data" entry of results.json: ids, and names of files, not where they lie on this machine."""
+        """The "data" entry of results.json: ids and names of files, without paths of this machine."""
         return {**asdict(self), "sources": [Path(s).name if Path(s).exists() else s for s in self.sources]}
 
 
 @dataclass(frozen=True)
 class Window:
-    """One forward: all inputs are read, targets[i] follows inputs[i], and those from `first` on are scored.
+    """One forward: the model reads all inputs; targets[i] follows inputs[i]; targets from `first` on are scored.
 
     Attributes:
-        document: number of the document that the window (its first token) belongs to. number: of the window, within
-            its document ("documents") or in all ("longlora").
-        name: where the document came from.
+        document: number of the document of the window's first token. number: the window's number within its document
+            ("documents") or among all ("longlora").
+        name: the source of the document.
         start: place of the first input in its document, or in the stream.
-        is_short: the document is shorter than a window.
+        is_short: whether the document is shorter than a window.
         progress: the part of the corpus up to the window's last token, 0 to 1.
-        bytes: of the document's text in UTF-8, in its last window ("documents"); 0 in all others.
+        bytes: in a document's last window ("documents") the bytes of its text in UTF-8; otherwise 0.
     """
 
     document: int
@@ -74,8 +74,8 @@ class Document:
     """One document as tokens.
 
     Attributes:
-        name: where it came from. ids: int32. bytes: of its text in UTF-8.
-        parts: of the corpus, before the document and up to its end, 0 to 1.
+        name: its source. ids: int32. bytes: size of its text in UTF-8.
+        parts: the parts of the corpus before the document and up to its end, 0 to 1.
     """
 
     number: int
@@ -86,13 +86,14 @@ class Document:
 
 
 class Corpus:
-    """Documents from files, folders or a dataset on the Hub, streamed anew for each pass.
+    """Documents from files, folders or a dataset on the Hub, streamed again for each pass.
 
     Args:
-        sources: as `read_documents` takes them. split, config, field: likewise.
+        sources, split, config, field: as for `read_documents`.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, nothing in it, or not readable; when `summary` is first asked.
+        FileNotFoundError, ValueError, at the first call of `summary`: a source does not exist, is empty or cannot be
+            read.
     """
 
     def __init__(self, sources: Sources, split: str = "train", config: str | None = None, field: str = "text"):
@@ -101,7 +102,7 @@ class Corpus:
         self._summary: Summary | None = None
 
     def documents(self) -> Iterator[dict[str, str]]:
-        """Documents, one at a time."""
+        """The documents, one by one."""
         return read_documents(self.sources, **self._options)
 
     def summary(self) -> Summary:
@@ -114,7 +115,7 @@ class Corpus:
                 documents += 1
                 characters += len(document["text"])
             if not documents:
-                raise ValueError(f"{', '.join(self.sources)}: no document in it.")
+                raise ValueError(f"{', '.join(self.sources)}: no document in it. Check the path.")
             name = ", ".join(Path(source).name.split(".")[0] or source for source in self.sources)
             split, config = self._options["split"], self._options["config"]
             where = f" ({split}{f', {config}' if config else ''})"
@@ -133,7 +134,8 @@ class Corpus:
                 number += 1
 
     def _encoded(self, encode: Encode) -> Iterator[list[tuple[str, int, int, torch.Tensor]]]:
-        """(source, characters, bytes, token ids) of a batch's documents: what waits is tokens, without their text."""
+        """(source, characters, bytes, token ids) for each document of a batch. Only the tokens are kept, not the
+        text."""
         for batch in self._batches():
             tokens = encode([document["text"] for document in batch])
             yield [
@@ -142,7 +144,7 @@ class Corpus:
             ]
 
     def _batches(self) -> Iterator[list[dict[str, str]]]:
-        """Documents in order, as many together as BATCH_CHARACTERS allow, and one at least."""
+        """The documents in order, in batches of up to BATCH_CHARACTERS, with at least one document each."""
         batch: list[dict[str, str]] = []
         characters = 0
         for document in self.documents():
@@ -182,7 +184,8 @@ class Corpus:
                     break
 
     def stream_windows(self, encode: Encode, length: int, stride: int = 256) -> Iterator[Window]:
-        """Windows of the "longlora" protocol: starts 0, stride, ... below N - length, without the last of them."""
+        """Windows of the "longlora" protocol. They start at 0, stride, ... below N - length; the last one is left
+        out."""
         buffer = torch.empty(0, dtype=torch.int32)
         offset = start = index = 0  # of the buffer's first token and the next window, in the stream
         owners: list[tuple[int, int, str]] = []  # where documents begin in the stream
@@ -192,7 +195,7 @@ class Corpus:
             owners.append((end, document.number, document.name))
             end += len(ids)
             buffer = torch.cat([buffer, ids])
-            # The window after this one must start below N - length, or this one would be the last.
+            # If the next window does not start below N - length, this window is the last and is left out.
             while start + stride < end - length:
                 while len(owners) > 1 and owners[1][0] <= start:
                     owners.pop(0)
@@ -201,7 +204,7 @@ class Corpus:
                 yield Window(owners[0][1], index, owners[0][2], part, part[1:], 0, start, False, progress)
                 start, index = start + stride, index + 1
             used = min(len(buffer), start - offset)
-            # A copy: a view would keep all of a long document in memory.
+            # A copy, because a view would keep the whole document in memory.
             buffer, offset = buffer[used:].clone(), offset + used
         if not index:
             raise ValueError(
@@ -211,6 +214,6 @@ class Corpus:
 
 
 def _between(parts: tuple[float, float], tokens: int, length: int) -> float:
-    """The part of the corpus before some tokens of a document of that length."""
+    """The part of the corpus up to a token of a document of this length."""
     before, after = parts
     return before + (after - before) * min(max(tokens / max(length, 1), 0.0), 1.0)

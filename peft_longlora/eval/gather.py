@@ -1,4 +1,4 @@
-"""The results of a run: rows of its samples, and notes of what a reader must know."""
+"""Makes the results of a run: rows from its samples, and notes with warnings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def gather(run: Run) -> Results:
-    """Results from the samples of this run's items, without what is not measured in full."""
+    """The results from the samples of this run's items, without places that are not completely measured."""
     samples = _Samples(run)
     settings = run.settings
     cells = collect_cells(samples.measured())

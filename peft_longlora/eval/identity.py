@@ -1,4 +1,4 @@
-"""What a run is made of, as digests: weights, tokenizer, versions. Two runs that differ in one are two runs."""
+"""Digests that identify a run: weights, tokenizer, versions. Runs that differ in one of them are different runs."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ UNTOLD = ("use_cache", "_name_or_path", "name_or_path", "transformers_version", 
 
 
 class Digests:
-    """SHA-256 of files, remembered in a file while size, place and times of change stay the same.
+    """SHA-256 digests of files. They are stored, and reused while size, path and times of a file stay the same.
 
     Args:
-        path: of what is remembered; None: nothing is.
+        path: the file that stores them; None: nothing is stored.
     """
 
     def __init__(self, path: Path | None = None):
@@ -74,14 +74,14 @@ def _sha256(file: Path) -> str:
 
 
 def fingerprint(name: str, digests: Digests, commit: str | None = None) -> str:
-    """What tells two models, or two adapters, apart: the Hub's commit, or a digest of all bytes of a folder's files.
+    """A fingerprint of a model or an adapter: the Hub's commit, or a digest of all bytes of a folder's files.
 
-    Of a folder it is what `sha256sum *.safetensors config.json ... | sha256sum` prints, the files in order of name.
+    For a folder it is what `sha256sum *.safetensors config.json ... | sha256sum` prints, the files in order of name.
 
     Args:
         name: a folder, or an id on the Hub. commit: of the latter, if it is known.
 
-    Raises: ValueError: an id of which this machine has no file.
+    Raises: ValueError: an id without files on this machine.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -90,14 +90,15 @@ def fingerprint(name: str, digests: Digests, commit: str | None = None) -> str:
         for config in CONFIGS[:2]:
             if isinstance(found := try_to_load_from_cache(name, config), str):
                 return Path(found).parent.name  # the cache names its folders by commit
-        raise ValueError(f"{name} is no folder, and the Hub's cache holds no config of it.")
+        raise ValueError(f"{name} is not a folder, and the Hub's cache has no config of it. Load the model first.")
     files = sorted(f for f in folder.iterdir() if f.is_file() and (f.name.endswith(WEIGHTS) or f.name in CONFIGS))
     lines = [f"{digest}  {file.name}\n" for file, digest in digests.of(files).items()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of what turns text into tokens and back: vocabulary, rules, special tokens; not the chat template."""
+    """A digest of everything that turns text into tokens and back: vocabulary, rules, special tokens; not the chat
+    template."""
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -127,15 +128,15 @@ def _tried(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Of the chat template; None without one."""
+    """A digest of the chat template; None if there is none."""
     template = getattr(tokenizer, "chat_template", None)
     return None if template is None else hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
 
 
 def model_digest(model: torch.nn.Module) -> tuple[str, list[str]]:
-    """Of a model in memory: all tensors, its config, and what adapters add to it.
+    """A digest of a model in memory: all tensors, its config, and what adapters add.
 
-    Returns: the digest, and names of tensors that are elsewhere and so not part of it.
+    Returns: the digest, and the names of tensors that are not in memory and so not part of it.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     held = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
@@ -173,7 +174,7 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def content_digest(*parts: str | bytes | int | float | None) -> str:
-    """Sixteen hexadecimal digits that name a question by what it is: its text, or its tokens."""
+    """Sixteen hexadecimal digits that identify a question by its text or its tokens."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         data = part if isinstance(part, bytes) else str(part).encode()
@@ -182,7 +183,7 @@ def content_digest(*parts: str | bytes | int | float | None) -> str:
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Of Python, this package and those named, as far as they are installed."""
+    """The versions of Python, this package and the named packages, if they are installed."""
     found = {"python": platform.python_version(), "peft_longlora": sys.modules["peft_longlora"].__version__}
     for name in names:
         try:

@@ -1,7 +1,7 @@
-"""The journal of a run: one JSON line for each finished window or prompt, so that a killed run goes on.
+"""The journal of a run: one JSON line for each finished window or prompt, so that a stopped run can continue.
 
-While a run lasts, process r appends to samples-r.jsonl; at its end the main process makes one samples.jsonl of them.
-run.json says which run the lines belong to. A lock keeps a second run out of the folder.
+During a run process r appends to samples-r.jsonl. At the end the main process makes one samples.jsonl from these files.
+run.json says to which run the lines belong. A lock keeps a second run out of the folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Journal:
     """Finished samples of one run, in a folder.
 
     Args:
-        folder: of the run, created if need be.
+        folder: the folder of the run; it is created if necessary.
         rank: number of this process.
     """
 
@@ -39,7 +39,7 @@ class Journal:
         self._damaged: set[str] = set()
 
     def lock(self) -> None:
-        """Keep other runs out of the folder, until `release` or the end of this process. For the main process.
+        """Keep other runs out of the folder until `release` or the end of this process. The main process calls it.
 
         Raises: ValueError: another run is in it.
         """
@@ -52,12 +52,12 @@ class Journal:
         self._lock.release()
 
     def open(self, identity: dict[str, Any], overwrite: bool = False, is_main: bool = True) -> None:
-        """Begin or go on; the main process does so before any other.
+        """Begin or continue a run. The main process calls it before the others.
 
         Args:
-            identity: what must be the same for lines to belong to one run: {"model": ..., "versions": ..., and, by
-                task, parameters and data}. Tasks may be added later, but not changed.
-            overwrite: throw away what is there.
+            identity: everything that must be equal in one run: {"model": ..., "versions": ..., and for each task its
+                parameters and data}. Tasks may be added later, but not changed.
+            overwrite: delete what the folder holds.
 
         Raises:
             ValueError: the folder holds another run, or its run.json is damaged.
@@ -70,7 +70,7 @@ class Journal:
         self._file = self.path.open("ab")
 
     def _check(self, identity: dict[str, Any], overwrite: bool) -> None:
-        """See that the folder holds this run or none, and say so in it."""
+        """Check that the folder holds this run or none, and write run.json."""
         for path in self.folder.glob("*.[0-9]*.draft"):
             path.unlink()  # of a process that was killed while it wrote: nobody else is here
         if overwrite:
@@ -103,11 +103,11 @@ class Journal:
         except (ValueError, RecursionError) as error:  # JSONDecodeError names line and column
             raise ValueError(
                 f"{run} is damaged ({type(error).__name__}: {error}), and it says which run the samples beside it "
-                f"belong to. Put the file back, choose another output=..., or pass overwrite=True to measure all anew."
+                f"belong to. Restore the file, choose another output=..., or pass overwrite=True to measure all again."
             ) from error
 
     def _cut_half_line(self) -> None:
-        """Forget the line that was being written when the run was killed."""
+        """Remove an incomplete last line, which was being written when the run was killed."""
         with self.path.open("rb+") as file:
             file.seek(0, 2)
             end = file.tell()
@@ -123,9 +123,9 @@ class Journal:
         return {record["key"] for record in self.records()}
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Finished samples of all processes, each key once, one at a time.
+        """The finished samples of all processes, one by one, each key once.
 
-        A damaged line is named in a warning and left out, so that its window or prompt is measured again.
+        A damaged line is left out with a warning, so its window or prompt is measured again.
         """
         seen: set[str] = set()
         for path in [self.folder / SAMPLES, *sorted(self.folder.glob("samples-*.jsonl"))]:
@@ -137,12 +137,13 @@ class Journal:
     def _warn(self, what: str) -> None:
         if what not in self._damaged:
             self._damaged.add(what)
-            logger.warning(f"{what} What it was is measured again; all other lines are kept.")
+            logger.warning(f"{what} Its window or prompt is measured again; all other lines are kept.")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one finished sample; the system has it when this returns, so a killed process loses none.
+        """Append one finished sample. When this returns, the operating system has it, so a killed process loses
+        nothing.
 
-        A machine that loses power may lose or damage the last lines; they are measured again.
+        If the machine loses power, the last lines may be lost or damaged; they are measured again.
         """
         self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
@@ -154,7 +155,8 @@ class Journal:
             self._file = None
 
     def merge(self) -> None:
-        """Make one file of all processes' samples. For the main process, when all others have closed theirs."""
+        """Make one file from the samples of all processes. The main process calls it when the others have closed their
+        files."""
         with writing(self.folder / SAMPLES) as file:
             for record in self.records():
                 file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
@@ -166,7 +168,7 @@ def read_samples(path: Path, on_damage: Callable[[str], None]) -> Iterator[dict[
     """The samples of a file, one at a time; none if it is not there. A last line without an end is not read.
 
     Args:
-        on_damage: called with a sentence for each line that is no sample; it names file, line and what is wrong.
+        on_damage: called for each line that is not a sample, with a sentence that names file, line and fault.
     """
     if not path.is_file():
         return
@@ -185,15 +187,15 @@ def read_samples(path: Path, on_damage: Callable[[str], None]) -> Iterator[dict[
 
 
 def _fault(record: Any) -> str | None:
-    """What is wrong with a sample: it has no key, or a number in it is none."""
+    """The fault of a sample: it has no key, or a number is not a number. None if it has no fault."""
     if not isinstance(record, dict) or not isinstance(record.get("key"), str):
-        return "no object with a 'key'"
+        return "not an object with a 'key'"
     for measure in record.get("measures", []):
         if not isinstance(measure, list) or len(measure) not in (4, 5) or not isinstance(measure[0], str):
-            return f"{measure!r} is no measure: [metric, group, numerator, denominator]"
+            return f"{measure!r} is not a measure [metric, group, numerator, denominator]"
         for number in measure[2:4]:
             if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-                return f"{number!r} is no number in {measure!r}"
+                return f"{number!r} is not a number in {measure!r}"
     return None
 
 

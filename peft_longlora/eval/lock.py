@@ -20,10 +20,10 @@ logger = logging.get_logger(__name__)
 
 
 class FolderLock:
-    """A lock that the operating system holds for a process, and drops when the process ends, however it ends.
+    """A lock that the operating system holds for a process, and releases when the process ends, however it ends.
 
     Args:
-        folder: that one run at a time may write into. Its file `.lock` stays, and means nothing by itself.
+        folder: only one run at a time may write into it. Its file `.lock` stays; alone it has no meaning.
     """
 
     def __init__(self, folder: Path):
@@ -33,7 +33,7 @@ class FolderLock:
     def take(self) -> None:
         """Take the lock.
 
-        Raises: ValueError: another run has it.
+        Raises: ValueError: another run holds it.
         """
         self._file = self.path.open("a+b")
         try:
@@ -43,11 +43,11 @@ class FolderLock:
             holder = self._file.read().decode(errors="replace").strip()
             self.release()
             raise ValueError(
-                f"Another run writes into output={str(self.path.parent)!r} ({holder or 'it did not say which'}). Wait "
-                f"for its end, or choose another output=..."
+                f"Another run writes into output={str(self.path.parent)!r} ({holder or 'its process is not known'}). "
+                f"Wait for its end, or choose another output=..."
             ) from None
         except OSError as error:  # some network file systems have no locks
-            logger.warning(f"{self.path} cannot be locked ({error}): see that no other run uses this folder.")
+            logger.warning(f"{self.path} cannot be locked ({error}): make sure that no other run uses this folder.")
             return
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -68,7 +68,7 @@ class FolderLock:
         msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
 
     def release(self) -> None:
-        """Let others have it; nothing happens if it was not taken."""
+        """Release the lock. If it was not taken, nothing happens."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()

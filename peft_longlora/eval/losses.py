@@ -1,8 +1,8 @@
 """Cross entropy of every token of a long window, without the logits of the whole window.
 
-A window's logits are the largest tensor there is: 32,768 tokens of a 128,256-token vocabulary are 16.8 GB in float32.
-Here the model runs once with its output embeddings seeing the last token only, and the hidden states that they were to
-see go through them in chunks.
+A window's logits would be the largest tensor: 32,768 tokens of a 128,256-token vocabulary are 16.8 GB in float32. Here
+the model runs once, and its output embeddings get only the last token. The other hidden states then go through the
+output embeddings in chunks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class TokenLosses:
 
     Args:
         model: called as model(input_ids=..., use_cache=False); in evaluation mode.
-        chunk_size: tokens whose logits exist at a time. None: as many as fit into 256 MiB.
+        chunk_size: tokens whose logits are in memory at once. None: as many as fit into 256 MiB.
 
     Raises:
         NotImplementedError: the model has no output embeddings.
@@ -32,13 +32,15 @@ class TokenLosses:
         self.model = model
         self.head = model.get_output_embeddings()
         if self.head is None:
-            raise NotImplementedError(f"{type(model).__name__} has no output embeddings, so it scores no tokens.")
+            raise NotImplementedError(
+                f"{type(model).__name__} has no output embeddings, so it cannot score tokens. Use a causal model."
+            )
         self.chunk_size = chunk_size
         self._is_plain: bool | None = None
 
     @torch.no_grad()
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Losses of targets given all inputs up to the same place.
+        """Losses of targets, each given all inputs up to its place.
 
         Args:
             inputs: (S,) token ids. targets: (n,) token ids, n <= S; target i is the token after input i.
@@ -46,12 +48,12 @@ class TokenLosses:
         Returns:
             (n,) float32, nats, on the model's device.
         """
-        # Both at once and before the forward: a copy that has to wait for the GPU keeps it from getting more to do.
+        # Both copies come before the forward: a copy that waits for the GPU would keep new work from it.
         inputs, targets = (_move(x, self.model.device) for x in (inputs, targets))
         inputs = inputs[None]
         hidden, last_logits = self._hidden_states(inputs)
         if self._is_plain is None:
-            # Some models scale or cap what comes out of the output embeddings.
+            # Some models scale or cap the result of the output embeddings.
             self._is_plain = torch.equal(self.head(hidden[:, -1:]), last_logits)
         size = self.chunk_size or max(16, CHUNK_BYTES // (4 * last_logits.shape[-1]))
         targets = targets.to(last_logits.device)
@@ -66,7 +68,8 @@ class TokenLosses:
         return torch.cat(losses)
 
     def start(self, inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """The same losses on the CPU, from a function that waits for them: until then the GPU may be given more."""
+        """Start to compute the same losses. Returns a function that waits and gives them on the CPU; until then the GPU
+        may get more work."""
         losses = self(inputs, targets)
         if losses.device.type != "cuda":
             return losses.cpu
@@ -80,7 +83,7 @@ class TokenLosses:
         return wait
 
     def _hidden_states(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(1, S, hidden size) that the output embeddings were to see, and the logits of the last token."""
+        """The (1, S, hidden size) states for the output embeddings, and the logits of the last token."""
         seen = []
 
         def keep(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
@@ -95,9 +98,9 @@ class TokenLosses:
         return seen[0], logits
 
     def _logits(self, hidden: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        """Logits of a chunk: by the output embeddings alone or, where a model does more, by the model's own last step.
+        """Logits of a chunk, from the output embeddings, or from the model's own last step if that does more.
 
-        The latter runs the model on one token and hands its output embeddings the chunk instead.
+        For the latter the model runs on one token, and its output embeddings get the chunk instead.
         """
         if self._is_plain:
             return self.head(hidden)
@@ -109,5 +112,5 @@ class TokenLosses:
 
 
 def _move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device, behind what it has to do: from ordinary memory CUDA would wait for that first."""
+    """Copy to the device, in order with its other work. (From pageable memory CUDA would wait for that work first.)"""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -1,4 +1,4 @@
-"""The processes that share a run. Called by `run`; asks accelerate only where there are several."""
+"""The processes that share a run. Called by `run`; uses accelerate only if there are several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft_longlora.hub.loading import find_device
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that share a run: torchrun and `accelerate launch` start them."""
+    """This process among the processes of a run, which torchrun or `accelerate launch` starts."""
 
     rank: int = 0
     count: int = 1
@@ -23,17 +23,17 @@ class Processes:
 
     @classmethod
     def of_environment(cls, device: str | None = None) -> Processes:
-        """From what the launcher set; a single process without it.
+        """Read the launcher's environment variables. Without a launcher there is a single process.
 
-        Raises: ValueError: no such device, or one device for several processes.
+        Raises: ValueError: the device does not exist, or several processes would share one device.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(device=find_device(device))
         if device not in (None, "cpu", "cuda"):
-            raise ValueError(f"device={device!r}: each process takes a GPU of its own. Leave it out, or say cpu.")
+            raise ValueError(f"device={device!r}: each process takes its own GPU. Leave it out, or give cpu.")
         from accelerate import PartialState
 
-        # Processes finish at different times, and the default of ten minutes would end the slower one's run.
+        # Processes finish at different times. The default timeout of ten minutes would end the run.
         state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=7))
         return cls(state.process_index, state.num_processes, state.device, state)
 
@@ -43,6 +43,6 @@ class Processes:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait for all others to come here."""
+        """Wait until all processes have called this."""
         if self.state is not None:
             self.state.wait_for_everyone()

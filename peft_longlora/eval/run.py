@@ -1,4 +1,4 @@
-"""Run tasks on a model: shared among processes, journalled, resumable; then rows, table and plots."""
+"""Runs tasks on a model: shared among processes, with a journal to resume from; then writes rows, table and plots."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peft_longlora.hub.results import RESULTS, Results
 
 @dataclass(frozen=True)
 class Settings:
-    """How intervals are made, and the seed of generated prompts and of the bootstrap."""
+    """How intervals are computed, and the seed of generated prompts and of the bootstrap."""
 
     seed: int = 0
     bootstrap_replicates: int = 1000
@@ -28,11 +28,11 @@ class Settings:
 
 @dataclass
 class Run:
-    """One evaluation under way, as one process sees it.
+    """One evaluation in progress, as one process sees it.
 
     Attributes:
-        data: what each task reads, by its name. done: keys of samples that earlier runs have finished.
-        places: of all items, what each belongs to, such as "perplexity 8192 (documents)".
+        data: the data of each task, by its name. done: keys of samples that earlier runs have finished.
+        places: the place of every item, such as "perplexity 8192 (documents)".
         speed: tokens and seconds of this process's own work, by label.
     """
 
@@ -47,7 +47,7 @@ class Run:
     speed: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Read what the tasks read, and refuse what cannot be measured, before anything is.
+        """Read the data of the tasks, and refuse what cannot be measured, before anything is measured.
 
         Raises: FileNotFoundError, ValueError.
         """
@@ -58,17 +58,17 @@ class Run:
             this = [task.parameters, self.data[name]]
             if made.setdefault(name, this) != this:
                 raise ValueError(
-                    f"Two tasks are called {name!r} and differ in settings or data, so their samples would be mixed "
-                    f"up. Give one of them another name, or measure it in a run of its own."
+                    f"Two tasks have the name {name!r} but differ in settings or data, so their samples would be mixed "
+                    f"up. Give one of them another name, or measure it in a separate run."
                 )
         for task in self.tasks:
             task.check(self.subject)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for samples to belong together."""
+        """Everything that must be equal in samples of one run."""
         tasks = {name_of(task): {**task.parameters, "data": self.data[name_of(task)]} for task in self.tasks}
         versions_of = versions("transformers", "torch", "peft", "tokenizers")
-        del versions_of["python"]  # which changes no number
+        del versions_of["python"]  # it changes no number
         return {
             "model": self.subject.description,
             "versions": versions_of,
@@ -77,9 +77,9 @@ class Run:
         }
 
     def open(self, overwrite: bool) -> None:
-        """Begin or go on; the main process decides before any other whether the folder holds this run.
+        """Begin or continue. The main process checks first whether the folder holds this run.
 
-        Raises: ValueError: it holds another.
+        Raises: ValueError: it holds another run.
         """
         if self.processes.is_main:
             self.journal.lock()
@@ -90,10 +90,10 @@ class Run:
             self.processes.wait()
             self.journal.open({}, is_main=False)
         self.done = self.journal.done()
-        self.processes.wait()  # nobody writes before all have read
+        self.processes.wait()  # no process writes before all have read
 
     def measure(self, show_progress: bool) -> None:
-        """This process's share of every task."""
+        """Measure this process's share of every task."""
         with self.subject.evaluating():
             self.subject.warm_up()
             for task in self.tasks:
@@ -113,16 +113,16 @@ def evaluate(
     """Measure everything that is not measured yet, and write results.json, results.md and the plots.
 
     Args:
-        subject: the model. tasks: what to measure. output: a folder; one that holds the same run goes on.
-        overwrite: throw away what the folder holds. processes: who shares the work.
+        subject: the model. tasks: what to measure. output: a folder; if it holds the same run, that run continues.
+        overwrite: delete what the folder holds. processes: the processes that share the work.
 
     Returns:
-        The results, in the main process; None in others.
+        The results in the main process; None in the others.
 
     Raises:
-        ValueError: the folder holds another run, or another run writes into it; the model computes no number somewhere.
+        ValueError: the folder holds another run, or another run writes into it, or the model computes NaN.
 
-    A task or length that runs out of memory is left out of the results, which name it, and the others go on.
+    If a task or length runs out of memory, it is left out and the results name it; the others continue.
     """
     processes = processes or Processes()
     run = Run(subject, tasks, Journal(output, processes.rank), processes, settings or Settings())

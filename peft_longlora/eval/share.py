@@ -1,4 +1,4 @@
-"""One process's share of one task: its items in order, a bar, a clock, and what happens where memory runs out."""
+"""One process's share of one task: its items in order, a progress bar, a clock, and the handling of full memory."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ logger = logging.get_logger(__name__)
 
 
 class Share:
-    """Every n-th of a task's items that no earlier run has finished.
+    """Every n-th item of a task that no earlier run has finished.
 
-    An item that can be started is finished when the next one has been, so that a GPU never waits for this thread.
-    Where memory runs out the rest of the label is left out, a task at one length in most cases.
+    If an item can be started, it is finished only after the next one was started, so that a GPU never waits for this
+    thread. If memory runs out, the rest of the label is left out; in most cases that is one length of a task.
     """
 
     def __init__(self, run: Run, task: Task, show_progress: bool):
@@ -38,7 +38,7 @@ class Share:
         self._started: list[tuple[Item, Callable[[], dict[str, Any]]]] = []
 
     def measure(self) -> None:
-        """Measure the share; samples go to the journal."""
+        """Measure the share, and write the samples to the journal."""
         processes = self.run.processes
         try:
             for item in prefetch(self.task.items(self.run.subject)):
@@ -46,7 +46,7 @@ class Share:
                     self._begin_label(item.label)
                 is_new = item.key not in self.run.places
                 self._show(item)
-                if is_new and item.key not in self.run.done:  # a length may have been given twice
+                if is_new and item.key not in self.run.done:  # the user may have given a length twice
                     self._pending += 1
                     if self._has_room and self._pending % processes.count == processes.rank:
                         self._attempt(self._begin, item)
@@ -54,7 +54,7 @@ class Share:
             self._attempt(self._finish)
         finally:
             if self._bar is not None:
-                self._bar.close()  # an error stands on a line of its own
+                self._bar.close()  # so that an error starts on a new line
 
     @property
     def _place(self) -> str:
@@ -65,7 +65,7 @@ class Share:
         if self._bar is not None:
             self._bar.close()
         self._label, self._count, self._has_room, self._began = label, 0, True, time.perf_counter()
-        columns = min(100, shutil.get_terminal_size().columns)  # 80 where a terminal does not say
+        columns = min(100, shutil.get_terminal_size().columns)  # 80 if the terminal does not give its size
         self._bar = tqdm(desc=label, disable=not self.show_progress, ncols=columns)
 
     def _show(self, item: Item) -> None:
@@ -93,7 +93,7 @@ class Share:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        # Out here, because the error holds on to the tensors of the frames that it came through.
+        # Here, because inside `except` the error still keeps the tensors of its frames alive.
         self._has_room = False
         self._started.clear()
         if torch.cuda.is_available():
@@ -102,7 +102,7 @@ class Share:
         logger.warning(f"{self._place}: out of memory, left out.")
 
     def _clock(self, item: Item, record: dict[str, Any]) -> None:
-        """Count the tokens read and the time since the label's first item was at hand."""
+        """Count the tokens and the time since the label's first item was ready."""
         entry = self.run.speed.setdefault(item.label, {"tokens": 0, "seconds": 0.0})
         entry["tokens"] += record.get("inputs") or record.get("tokens") or 0
         entry["seconds"] = round(time.perf_counter() - self._began, 3)

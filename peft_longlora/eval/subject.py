@@ -1,4 +1,4 @@
-"""What is evaluated: a model with its tokenizer, loaded loudly, and the two things asked of it: losses and answers."""
+"""The model and tokenizer under evaluation. They give two things: losses of tokens, and answers to prompts."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ class Subject:
 
     Attributes:
         model: in evaluation mode. tokenizer: its tokenizer.
-        variant: "base", "adapter" or "rescaled"; what rows of results are labelled with.
+        variant: "base", "adapter" or "rescaled"; the label of its rows in the results.
         native_window, window: tokens, before and after extension.
         description: the "model" entry of results.json.
-        notes: what a reader of the results must know about it.
+        notes: warnings for readers of the results.
         attention: "dense", or "sparse" to measure a pattern by itself.
-        sources: the base's and the adapter's folder or id, if the model was loaded from them; None: it was in memory.
+        sources: the base's and the adapter's folder or id, if the model was loaded from there; None if it was in
+            memory.
     """
 
     model: nn.Module
@@ -56,7 +57,7 @@ class Subject:
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase, attention: str = "dense") -> Subject:
-        """A model that is in memory already.
+        """Make a subject from a model in memory.
 
         Raises: ValueError: the tokenizer has more tokens than the model has embeddings.
         """
@@ -83,16 +84,16 @@ class Subject:
         return cls(model, tokenizer, variant, native, window, description, attention=attention)
 
     def identify(self, digests: Digests) -> None:
-        """Complete the description by what tells this model and tokenizer from all others: digests, commits.
+        """Add digests and commits to the description, which identify this model and tokenizer.
 
-        Called once a run, by one process: all bytes of the weights are read, unless `digests` remembers the files.
+        One process calls it once a run. It reads all bytes of the weights, unless `digests` remembers the files.
         """
         if self.sources is None:
             found, elsewhere = model_digest(self.model)
             if elsewhere:
                 self.notes.append(
                     f"{len(elsewhere)} of the model's tensors are not in memory ({elsewhere[0]}, ...), so its "
-                    f"fingerprint is made without them."
+                    f"fingerprint does not cover them."
                 )
             self.description["fingerprint"] = found
         else:
@@ -104,14 +105,14 @@ class Subject:
         self.description["chat_template_sha256"] = template_digest(self.tokenizer)
 
     def start_losses(self, inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Token losses, from a function that waits for them; see `TokenLosses.start`."""
+        """Start to compute token losses; returns a function that waits for them. See `TokenLosses.start`."""
         if self._losses is None:
             self._losses = TokenLosses(self.model)
         return self._losses.start(inputs, targets)
 
     @torch.no_grad()
     def answer(self, ids: list[int], max_new_tokens: int) -> str:
-        """What the model writes after a prompt: greedy, one token after the other, special tokens left out."""
+        """The model's greedy answer to a prompt, without special tokens."""
         inputs = torch.tensor([ids], device=self.model.device)
         config = decoding(max_new_tokens, pad_token_id=self.tokenizer.pad_token_id)
         out = self.model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
@@ -119,20 +120,20 @@ class Subject:
 
     @torch.no_grad()
     def warm_up(self) -> None:
-        """One short forward, so that no measured one pays for setting up the device."""
+        """Run one short forward, so that no measured forward includes the set-up of the device."""
         self.model(input_ids=torch.zeros(1, 16, dtype=torch.long, device=self.model.device), use_cache=False)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer puts around one."""
+        """Token ids of a text, with the special tokens that the tokenizer adds."""
         return self.tokenizer(text, verbose=False)["input_ids"]
 
     def encode_all(self, texts: list[str]) -> list[torch.Tensor]:
-        """`encode` of each of some texts, of any length, as (n,) int32."""
+        """`encode` for several texts of any length; (n,) int32 each."""
         return encode_all(self.tokenizer, texts)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode and the attention that was asked for; the model is afterwards as it was."""
+        """Within the block: evaluation mode and the chosen attention. Afterwards the model is as before."""
         was_training = self.model.training
         self.model.eval()
         with ExitStack() as stack:
@@ -145,7 +146,7 @@ class Subject:
 
     @contextmanager
     def as_base(self) -> Iterator[Subject]:
-        """The base, without adapter and with its own RoPE, as a subject of its own."""
+        """Within the block: the base as a subject, without adapter and with its own RoPE."""
         base = Subject(self.model, self.tokenizer, "base", self.native_window, self.native_window)
         if isinstance(self.model, PeftModel):
             with self.model.disable_adapter():
@@ -171,11 +172,11 @@ def load_subject(
     """Load a base, and an adapter on it, for evaluation.
 
     Args:
-        model, adapter, attn_implementation, options: as `peft_longlora.loading.load_model` takes them.
+        model, adapter, attn_implementation, options: as for `peft_longlora.hub.load_model`.
         attention: "dense", or "sparse" for the adapter's pattern (without one: S2 with a quarter of the window).
 
     Raises:
-        ValueError: something is not there or does not fit.
+        ValueError: a part does not exist or does not fit.
     """
     loaded = load_model(model, adapter, attn_implementation=attn_implementation, **options)
     base, native = loaded.model, loaded.native_window
@@ -194,7 +195,7 @@ def load_subject(
 
 
 def _shown(name: str) -> str:
-    """A Hub id, or a folder's own name: results name no path of this machine."""
+    """A Hub id, or a folder's name without its path, so that results contain no path of this machine."""
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 

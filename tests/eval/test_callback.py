@@ -147,16 +147,16 @@ def test_numbers_of_numpy_are_numbers(tmp_path, text):
     ("options", "message"),
     [
         (dict(lengths=[128], every_steps=True), "every_steps=True must be 1 or more, or None"),
-        (dict(lengths=np.array([64.0]), every_steps=1), r"64.0\)? is no number"),
+        (dict(lengths=np.array([64.0]), every_steps=1), r"64.0\)? is not a number"),
         (dict(every_steps=1), "leave nothing to measure"),
         (dict(lengths=[64], every_steps=1), "prompt alone has 8. tokens"),
         (dict(lengths=[64]), "eval_strategy='no' never evaluates"),
         (dict(lengths=[64], every_steps=1, data="none.txt"), "no such file"),
         (dict(lengths=[128], every_steps=0), "every_steps=0 must be 1 or more, or None"),
-        (dict(lengths=128, every_steps=1), r"lengths=128 is no list. Give one, such as \[8192, 32768\]"),
-        (dict(lengths="4k", every_steps=1), "lengths='4k' is no list"),
-        (dict(lengths=["4k"], every_steps=1), "'4k' is no number"),
-        (dict(lengths=[128], passkey_depths=0.5, every_steps=1), "passkey_depths=0.5 is no list"),
+        (dict(lengths=128, every_steps=1), r"lengths=128 is not a list. Give a list such as \[8192, 32768\]"),
+        (dict(lengths="4k", every_steps=1), "lengths='4k' is not a list"),
+        (dict(lengths=["4k"], every_steps=1), "'4k' is not a number"),
+        (dict(lengths=[128], passkey_depths=0.5, every_steps=1), "passkey_depths=0.5 is not a list"),
     ],
 )
 def test_refusals_come_before_training(tmp_path, options, message):

@@ -65,7 +65,7 @@ def test_files_are_read_once_until_they_change(folder, tmp_path, monkeypatch):
 
 def test_a_model_of_the_hub_is_its_commit():
     assert fingerprint("me/none", Digests(), "abc") == "abc"
-    with pytest.raises(ValueError, match="me/none is no folder"):
+    with pytest.raises(ValueError, match="me/none is not a folder"):
         fingerprint("me/none", Digests())
 
 

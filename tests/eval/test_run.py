@@ -172,7 +172,7 @@ def test_a_second_run_is_refused_while_the_first_lasts(tmp_path):
 def test_two_tasks_of_one_name_that_differ_are_refused(tmp_path):
     """Their samples have the same names: one's would be counted for the other."""
     tasks = [Passkey(lengths=[1000], depths=[0], seeds=1, seed=seed) for seed in (0, 1)]
-    with pytest.raises(ValueError, match="Two tasks are called 'passkey' and differ"):
+    with pytest.raises(ValueError, match="Two tasks have the name 'passkey' but differ"):
         evaluate(scripted_subject(read_passkey), tasks, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     twice = [Perplexity(letters(tmp_path), [8, 8]), Perplexity(letters(tmp_path), [8, 16])]

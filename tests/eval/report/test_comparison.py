@@ -121,7 +121,7 @@ def test_nothing_in_common_is_said_with_what_there_is(tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (b'{"key": "passkey/x", "measures": [["accuracy", null, NaN, 1]]}', "line 1, is damaged (nan is no number"),
+        (b'{"key": "passkey/x", "measures": [["accuracy", null, NaN, 1]]}', "line 1, is damaged (nan is not a number"),
         (b'{"key": "pass', "line 1, is damaged (JSONDecodeError"),
         (
             b'{"key": "x", "measures": [["f1", null, 1, 1]]}',

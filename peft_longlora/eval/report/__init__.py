@@ -1,7 +1,7 @@
-"""What is said of the samples.
+"""Reports made from samples.
 
-`cells.py` gathers them into the rows of results.json, with intervals by `statistics.py`. `tables.py` writes results.md
-and has `plots.py` draw (numbers shown by `units.py`); `comparison.py` pairs two runs question by question,
+`cells.py` gathers samples into the rows of results.json, with intervals from `statistics.py`. `tables.py` writes
+results.md and calls `plots.py` (`units.py` formats numbers); `comparison.py` pairs two runs question by question,
 and `side_by_side.py` shows them.
 """
 

@@ -1,6 +1,6 @@
 """The samples behind the rows of a results.json: gathered into cells, and computed.
 
-Called by `run` and `comparison`; the file's schema stands in `hub.results`.
+Called by `run` and `comparison`. `hub.results` has the file's schema.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOWER_IS_BETTER = {"perplexity", "bits_per_byte", "peak_memory_bytes", "kv_cache
 class Cell:
     """The samples behind one row: a numerator and a denominator for each independent unit.
 
-    contents: of each unit, a number for all that was asked in it, whatever the order; None: a sample does not say.
+    contents: for each unit a number that identifies its questions in any order; None if a sample does not name them.
     """
 
     name: tuple[Any, ...]
@@ -30,7 +30,7 @@ class Cell:
     tokens: float = 0.0
     samples: int = 0
     beyond_window: bool = False
-    standard_error: float | None = None  # where lm-eval gives one, over so many questions
+    standard_error: float | None = None  # from lm-eval, over this many questions
     questions: int | None = None
     higher_is_better: bool = True
 
@@ -55,7 +55,7 @@ class Cell:
 
     @property
     def is_perplexity(self) -> bool:
-        """Whether the ratio is a loss, in nats, whose exponential is reported."""
+        """Whether the ratio is a loss in nats. Then its exponential is reported."""
         return self.name[3] == "perplexity"
 
     def sums(self) -> tuple[list[str], statistics.Ratios]:
@@ -90,7 +90,7 @@ class Cell:
 
 
 def collect_cells(records: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], Cell]:
-    """Samples gathered into cells, by (name, variant), in the order in which they first appear.
+    """Gather samples into cells by (name, variant), in the order of their first samples.
 
     A sample's "measures" are [metric, group, numerator, denominator] or, with a token count, five entries.
     """

@@ -1,6 +1,6 @@
-"""Two runs side by side: values, the difference, and its interval over the same documents or prompts.
+"""Compares two runs: values, differences, and intervals of differences over the same documents or prompts.
 
-Only what is the same question is paired: samples name the text or tokens that they are about. Called by `side_by_side`.
+Only equal questions are paired; samples identify the text or tokens of their question. Called by `side_by_side`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Difference:
     """One row of both runs.
 
     Attributes:
-        value, low, high: second less first, and its interval (None: not known).
-        is_paired: both were asked the same questions, so what makes questions differ cancels.
-        is_judged: the two numbers mean the same, so that one can be better.
+        value, low, high: second minus first, and its interval (None: not known).
+        is_paired: whether both runs got the same questions, so that differences between questions cancel.
+        is_judged: whether both numbers mean the same, so that one can be better.
     """
 
     first: Row
@@ -38,7 +38,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Whether the interval leaves zero out, and in whose favour."""
+        """Whether the interval excludes zero, and which run is better."""
         if not self.is_judged:
             return OTHER_TOKENS
         if self.low is None or self.high is None:
@@ -49,13 +49,13 @@ class Difference:
 
 
 def compare(first: str | Path, second: str | Path) -> tuple[list[Difference], list[str]]:
-    """Rows that both runs have, and notes on what keeps them from being comparable.
+    """The rows that both runs have, and notes about what makes them less comparable.
 
     Args:
-        first, second: a results.json, or the folder it is in; samples.jsonl beside it gives the intervals.
+        first, second: a results.json or its folder; the intervals come from samples.jsonl beside it.
 
     Raises:
-        FileNotFoundError, ValueError: no results.json, or the two have no row in common.
+        FileNotFoundError, ValueError: there is no results.json, or the runs have no row in common.
     """
     pair = Pair(_Side.read(first), _Side.read(second))
     found = pair.differences()
@@ -69,7 +69,7 @@ def compare(first: str | Path, second: str | Path) -> tuple[list[Difference], li
 
 @dataclass
 class _Side:
-    """One of the two runs: its results, the cells of its samples, and what is wrong with the latter."""
+    """One of the two runs: its results, the cells of its samples, and faults of the samples."""
 
     results: Results
     cells: dict[tuple[Any, ...], Cell]
@@ -86,23 +86,23 @@ class _Side:
             cells = collect_cells(read_samples(samples, faults.append))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             faults.append(f"{samples}: a sample lacks what every sample has ({type(error).__name__}: {error}).")
-        # Of samples that are not whole no interval is made: it would be one of other questions.
+        # Incomplete samples give no interval, because it would be about other questions.
         return cls(results, {} if faults else cells, [f"{fault} So no intervals." for fault in faults[:3]])
 
     def rows(self) -> dict[tuple[Any, ...], Row]:
-        """By name: those of extended models match, whatever they are, and so do those of the bases beside them."""
+        """Rows by name. Rows of extended models match each other, and so do rows of bases."""
         rows = [*self.results.results, *self.results.details]
         has_other = any(row.variant != "base" for row in self.results.results)
         return {(*row.name, row.variant == "base" and has_other): row for row in rows}
 
     def cell(self, row: Row) -> Cell | None:
-        """The samples of a row, or None: they are not there, or of more than the row."""
+        """The samples of a row; None if they are missing or cover more than the row."""
         cell = self.cells.get((row.name, row.variant))
         return cell if cell is not None and rounded(cell.sums()[1].value()) == row.value else None
 
 
 class Pair:
-    """Two runs, and what of them is the same."""
+    """Two runs, and which parts of them are equal."""
 
     def __init__(self, first: _Side, second: _Side):
         self.first, self.second = first, second
@@ -112,12 +112,12 @@ class Pair:
         self._other_data = {name for name in data.keys() & other.keys() if _hash(data[name]) != _hash(other[name])}
 
     def sides(self) -> Iterator[tuple[_Side, _Side, str]]:
-        """Each with the other."""
+        """Pair the rows of both runs."""
         yield self.first, self.second, "first"
         yield self.second, self.first, "second"
 
     def differences(self) -> list[Difference]:
-        """Of every row that both have."""
+        """The differences of all rows that both runs have."""
         ours, theirs = self.first.rows(), self.second.rows()
         return [self._difference(ours[key], theirs[key]) for key in ours.keys() & theirs.keys()]
 
@@ -141,7 +141,7 @@ class Pair:
     def _is_same_question(self, row: Row, cell: Cell, peer: Cell) -> bool:
         if any(name.split(" (")[0] == row.task for name in self._other_data) or cell.units.keys() != peer.units.keys():
             return False
-        if row.metric == "bits_per_byte":  # of whole documents, whatever the tokens
+        if row.metric == "bits_per_byte":  # over whole documents, whatever the tokens are
             return True
         unlike = [unit for unit, content in cell.contents.items() if content is None or content != peer.contents[unit]]
         if unlike and row.group is None:
@@ -152,18 +152,18 @@ class Pair:
         ours, theirs = (side.results.model.get("tokenizer_sha256") for side in (self.first, self.second))
         if ours and theirs:
             return ours == theirs
-        return row.tokens == other.tokens  # files of before tokenizers had digests: as many tokens of the same text
+        return row.tokens == other.tokens  # files without tokenizer digests: the same number of tokens of the same text
 
     def notes(self) -> list[str]:
-        """What of the two runs differs, besides the models; complete when the differences are made."""
+        """Differences between the runs besides the models; complete after `differences`."""
         first, second = self.first.results, self.second.results
         notes = [fault for side in (self.first, self.second) for fault in side.faults]
         notes += [f"{name}: not the same data, so differences are not paired." for name in sorted(self._other_data)]
         notes += _unequal_settings(first.settings, second.settings)
         for name, (unlike, of) in self._unlike.items():
             notes.append(
-                f"{name}: {unlike} of {of} documents or prompts of equal names are not the same text or tokens, or do "
-                f"not say what they are, so differences are not paired."
+                f"{name}: {unlike} of {of} documents or prompts of equal names differ in text or tokens, or do not "
+                f"identify them, so differences are not paired."
             )
         if self._lost:
             notes.append(
@@ -190,7 +190,7 @@ def _hash(entry: Any) -> str:
 def _unequal_settings(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     notes = []
     if first["confidence"] != second["confidence"]:
-        notes.append(f"Intervals of {first['confidence']:g} and {second['confidence']:g}; of differences, the former.")
+        notes.append(f"Intervals of {first['confidence']:g} and {second['confidence']:g}; differences use the first.")
     for name in sorted(first.keys() & second.keys()):
         ours, theirs = first[name], second[name]
         if isinstance(ours, dict) and isinstance(theirs, dict) and ours != theirs:
@@ -215,7 +215,7 @@ def _unequal_tokenizers(first: dict[str, Any], second: dict[str, Any]) -> list[s
 
 
 def _only_in(side: _Side, other: _Side, name: str) -> str:
-    """What one of the two has measured alone."""
+    """Rows that only one of the two runs has."""
     alone = [row for key, row in side.rows().items() if key not in other.rows() and row.group is None]
     shown = dict.fromkeys(f"{row.task} ({row.protocol}) {row.length or row.dataset}, {row.metric}" for row in alone)
     more = f", and {len(shown) - 6} more" if len(shown) > 6 else ""

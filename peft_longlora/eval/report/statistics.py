@@ -1,4 +1,4 @@
-"""Values and intervals of ratios over independent units (documents, prompts). Needs numpy alone."""
+"""Values and intervals of ratios over independent units (documents, prompts). Needs only numpy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-# How many numbers a block of bootstrap weights may hold: bounds the memory, whatever the number of documents.
+# The most numbers in a block of bootstrap weights. It bounds the memory for any number of documents.
 BLOCK = 4_000_000
 
 
@@ -24,9 +24,9 @@ class Ratios:
         return float(self._ratio(self.sums[:, 0].sum(), self.sums[:, 1].sum()))
 
     def interval(self, seed: int, replicates: int, confidence: float) -> tuple[float | None, float | None]:
-        """Wilson's interval for successes out of trials, else the bootstrap's percentiles over units.
+        """Wilson's interval for successes out of trials; otherwise the bootstrap's percentiles over units.
 
-        (None, None) with fewer than two units: nothing is known of their spread.
+        With fewer than two units it is (None, None), because their spread is not known.
         """
         if len(self.sums) < 2:
             return None, None
@@ -38,12 +38,13 @@ class Ratios:
 
     @property
     def is_extreme(self) -> bool:
-        """Nothing right or nothing wrong: a bootstrap would have it so in general, which one sample does not show."""
+        """Whether nothing is right or nothing is wrong. A bootstrap would then be certain, which one sample cannot
+        show."""
         numerators, denominators = self.sums.T
         return not self.exponential and bool(np.all(numerators == 0) or np.all(numerators == denominators))
 
     def replicates(self, seed: int, replicates: int) -> np.ndarray:
-        """(R,) ratios of units drawn with replacement. One seed draws the same units for every ratio of n units."""
+        """(R,) ratios of units drawn with replacement. With one seed, all ratios of n units use the same draws."""
         n = len(self.sums)
         rng = np.random.default_rng(seed)
         values = []
@@ -59,7 +60,7 @@ class Ratios:
 
 
 def percentiles(replicates: np.ndarray, confidence: float) -> tuple[float | None, float | None]:
-    """The central interval of bootstrap replicates; those in which no unit counted are left out."""
+    """The central interval of bootstrap replicates; replicates without a counted unit are left out."""
     replicates = replicates[np.isfinite(replicates)]
     if not len(replicates):
         return None, None
@@ -75,7 +76,7 @@ def around(value: float, standard_error: float, confidence: float) -> tuple[floa
 
 
 def wilson(successes: int, trials: int, confidence: float) -> tuple[float, float]:
-    """Wilson's score interval, which stays honest at 0% and 100%.
+    """Wilson's score interval, which is also right at 0% and 100%.
 
     Example: wilson(0, 10, 0.95) is (0, 0.2775).
     """
@@ -100,8 +101,8 @@ def difference(
 ) -> tuple[float, float | None, float | None]:
     """second - first with its bootstrap interval; paired: row i of both is the same document or prompt.
 
-    Where one of the two has nothing right or nothing wrong: Newcombe's interval (Statistics in Medicine 17, 1998,
-    method 10 of both papers), which is the same for pairs then.
+    If one of the two has nothing right or nothing wrong, it is Newcombe's interval (Statistics in Medicine 17, 1998,
+    method 10 of both papers), which is then the same for pairs.
     """
     value = second.value() - first.value()
     if min(len(first.sums), len(second.sums)) < 2:

@@ -1,6 +1,6 @@
-"""What all plots share: a colour for before and one for after, lines that stay visible, axes that do not exaggerate.
+"""Shared by all plots: a colour for before and one for after, lines that stay visible, axes that do not exaggerate.
 
-Needs matplotlib, of whose state (pyplot, backends) it changes nothing.
+Needs matplotlib, but does not change its state (pyplot, backends).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BEFORE, AFTER = "#d1495b", "#00798c"
 
 
 def color_of(variant: str) -> str:
-    """The colour of a model: of the base, or of what was made of it."""
+    """The colour of the base, or of the model made from it."""
     return BEFORE if variant == "base" else AFTER
 
 
@@ -28,7 +28,8 @@ def shade(color: str, index: int, count: int) -> str:
 
 
 def layer(index: int, count: int) -> dict[str, Any]:
-    """How the index-th of `count` lines is drawn, so that all are seen where they coincide: the first widest, below."""
+    """The style of the index-th of `count` lines. The first is the widest and lowest, so equal lines all stay
+    visible."""
     step = min(2.4, 6 / max(count, 1))
     return dict(linewidth=1.6 + step * (count - 1 - index), zorder=2 + index / 100)
 
@@ -44,7 +45,7 @@ def axes(title: str, width: float = 7.0, height: float = 4.3, columns: int = 1) 
 
 
 def panels(count: int, columns: int, ticks: int) -> tuple[Figure, list[Any]]:
-    """A figure of `count` small panels, wide enough for so many ticks with numbers below them."""
+    """A figure of `count` small panels, wide enough for the given number of ticks with numbers below them."""
     lines = -(-count // columns)
     size = (max(4.2, 0.75 * ticks) * columns, 3.7 * lines)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
@@ -63,9 +64,9 @@ def _clear(ax: Any) -> None:
 
 
 def fit_log(ax: Any, values: list[float]) -> None:
-    """A logarithmic axis with all values (and ends of intervals) in view, and a factor of two at the least.
+    """A logarithmic axis that shows all values (and ends of intervals) and spans at least a factor of two.
 
-    The interval of one value would fill an axis of its own, and a difference of a percent too.
+    Otherwise a single interval, or a difference of one percent, would fill the axis.
     """
     low, high = min(values), max(values)
     if high < 2 * low:

@@ -1,4 +1,4 @@
-"""results.md: the rows as tables a reader, or a README, can take. Calls `plots` where matplotlib is there."""
+"""results.md: the rows as Markdown tables. Calls `plots` if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _by_title(rows: list[Row]) -> dict[str, list[Row]]:
 def _grid(rows: list[Row]) -> list[str]:
     """Groups down, lengths across."""
     lengths = list(dict.fromkeys((row.length, show_length(row)) for row in rows))
-    # From the longest row on, so that buckets stand in order of position.
+    # Start with the longest row, so that buckets are in order of position.
     order = sorted(rows, key=lambda row: -(row.length or 0))
     groups = sorted(dict.fromkeys(row.group for row in order), key=lambda g: sort_key(_first(rows, g))[-1])
     body = []

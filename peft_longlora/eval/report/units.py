@@ -40,5 +40,5 @@ def show_length(row: Row) -> str:
 
 
 def scale_of(metric: str) -> float:
-    """What a metric's values are divided by to be shown."""
+    """The divisor for showing a metric's values."""
     return 0.01 if metric in PERCENT else UNITS.get(metric, ("", 1))[1]

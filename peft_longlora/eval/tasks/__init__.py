@@ -1,8 +1,9 @@
-"""What can be measured. A task gives items in a fixed order; each measures one window or prompt and gives one sample.
+"""The tasks that can be measured. A task gives items in a fixed order; each item measures one window or prompt.
 
-Read `task.py`, then `perplexity.py` (windows of documents) or `prompts.py`, which `passkey.py` and `ruler.py` (texts
-made here, of `haystack.py` and `words.py`) and `records.py` with `topics.py`, `multidoc.py` and `longqa.py` (given
-texts) build on. `metrics.py` scores answers, `cost.py` measures time and memory, `harness.py` hands on to lm-eval.
+Read `task.py`, then `perplexity.py` (windows of documents) or `prompts.py`. Two groups build on `prompts.py`:
+`passkey.py` and `ruler.py` make their texts (with `haystack.py` and `words.py`); `records.py` with `topics.py`,
+`multidoc.py` and `longqa.py` use given texts. `metrics.py` scores answers, `cost.py` measures time and memory, and
+`harness.py` calls lm-eval.
 """
 
 from peft_longlora.eval.tasks.cost import Cost

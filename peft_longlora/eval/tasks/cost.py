@@ -29,7 +29,7 @@ class Cost:
     device's allocator while the prompt is read; on a CPU, of the process so far. kv_cache_bytes: after the prompt.
 
     Args:
-        lengths: tokens. repeats: measurements of each length, after one that does not count.
+        lengths: tokens. repeats: measurements of each length, after a first one that does not count.
     """
 
     lengths: list[int]
@@ -40,11 +40,11 @@ class Cost:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What time depends on besides the device."""
+        """The settings that time depends on, besides the device."""
         return {"new_tokens": NEW_TOKENS, "threads": torch.get_num_threads()}
 
     def data(self) -> None:
-        """Random tokens are no data."""
+        """None: random tokens are not data."""
         return None
 
     def check(self, subject: Subject) -> None:

@@ -1,4 +1,4 @@
-"""Short tasks through EleutherAI's lm-evaluation-harness: what an extension cost, base beside tuned."""
+"""Short tasks of EleutherAI's lm-evaluation-harness, for the base and the tuned model: what an extension costs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from peft_longlora.eval.tasks.task import Item
 
 @dataclass
 class Harness:
-    """One task of lm-eval, by its name there, on the model in memory and, where it has a base, on that.
+    """One task of lm-eval, on the model in memory and, if it has a base, on the base.
 
     Args:
-        task: lm-eval's name. limit: the first so many questions; None: all. include_path: a folder of task files.
+        task: lm-eval's name. limit: ask only the first questions, this many; None: all. include_path: a folder of task
+            files.
         num_fewshot: None: the task's own.
 
     Raises:
@@ -37,7 +38,7 @@ class Harness:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise ImportError(
-                f"Task {self.task!r} is none of this package's, and lm-eval, which may know it, is not installed: "
+                f"Task {self.task!r} is not one of this package's, and lm-eval, which may know it, is not installed: "
                 f"pip install peft-longlora[eval]"
             ) from error
         # The user's own files first: reading all of lm-eval's takes long.
@@ -48,7 +49,7 @@ class Harness:
         else:
             raise ValueError(
                 f"Task {self.task!r} is neither one of this package's nor one of lm-eval's. `longlora eval --help` "
-                f"names the former, `lm-eval ls tasks` the latter."
+                f"lists the former, `lm-eval ls tasks` the latter."
             )
 
     @property

@@ -18,11 +18,11 @@ CHARACTERS_A_TOKEN = 10  # more than a prompt can need, so that seeds begin at o
 
 
 class Books:
-    """Words of documents in order, as haystacks; read no further than the longest prompt needs.
+    """Words of documents in order, as haystacks. No more is read than the longest prompt needs.
 
     Args:
         corpus: the documents.
-        length: tokens of the longest prompt that may be made of them; None: any.
+        length: tokens of the longest prompt; None: any length.
     """
 
     def __init__(self, corpus: Corpus, length: int | None = None):
@@ -37,9 +37,9 @@ class Books:
         return self.corpus.summary().name
 
     def up_to(self, length: int) -> Excerpt:
-        """The haystack of prompts of a length: the first documents, the same whatever other lengths are asked for.
+        """The haystack for prompts of a length: the first documents, whatever other lengths are used.
 
-        Raises: ValueError: the length is above the longest that was named.
+        Raises: ValueError: the length is above `length`.
         """
         if self.length is not None and length > self.length:
             raise ValueError(f"Books for prompts of up to {self.length} tokens hold too little for {length}.")
@@ -52,24 +52,24 @@ class Books:
 
     def _read(self, characters: int) -> None:
         read = self._ends[-1][0] if self._ends else 0
-        # Files are closed in between, so what was read before is passed over.
+        # Files are closed in between, so documents that were read before are skipped.
         with contextlib.closing(self.corpus.documents()) as documents:
             rest = itertools.islice(documents, len(self._ends), None)
             while read < characters and (document := next(rest, None)) is not None:
-                self._words += document["text"].split()  # line ends are taken out, as RULER does
+                self._words += document["text"].split()  # line ends are removed, as in RULER
                 read += len(document["text"])
                 self._ends.append((read, len(self._words)))
 
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The words that prompts of one length are hidden in. name: of the corpus."""
+    """The words around the needles in prompts of one length. name: the name of the corpus."""
 
     name: str
     words: list[str]
 
     def text(self, n: int, offset: float = 0.0) -> str:
-        """n words from a place on, given as a part of the whole; the end is followed by the beginning."""
+        """n words from a place, given as a part of the whole. After the last word it continues with the first."""
         start = int(offset * len(self.words))
         taken = self.words[start : start + n]
         while len(taken) < n:
@@ -83,7 +83,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def insert_at(sentences: list[str], needles: list[str], depths: list[float]) -> str:
-    """Needles between sentences, each after the given part (0 to 1) of them; needles keep their order by depth."""
+    """Put each needle after the given part (0 to 1) of the sentences; needles are in order of depth."""
     placed = sorted(zip(depths, needles, strict=True), key=lambda pair: pair[0])
     out, last = [], 0
     for depth, needle in placed:

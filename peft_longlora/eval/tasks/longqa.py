@@ -36,8 +36,9 @@ class LongQA(RecordTask):
     """Questions about a long text: LongAlpaca's records (instruction, input, output) or LongBench's (context, input,
     answers, dataset).
 
-    LongAlpaca's are asked as `data.tokenize_record` trains them, and get both scores; LongBench's by a prompt of this
-    package, or by LongBench's own (`prompts`: its config/dataset2prompt.json), and get the score of their data set.
+    LongAlpaca's records are asked as `data.tokenize_record` trains them, and get both scores. LongBench's are asked
+    with a prompt of this package, or with LongBench's own (`prompts`: its config/dataset2prompt.json), and get the
+    score of their data set.
 
     Args:
         max_length: tokens of prompt and answer; a longer prompt loses its middle, as in LongBench, and is counted.
@@ -57,7 +58,9 @@ class LongQA(RecordTask):
             try:
                 self._templates = json.loads(Path(self.prompts).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                raise ValueError(f"{self.prompts}: no JSON file of prompts ({error}).") from error
+                raise ValueError(
+                    f"{self.prompts}: not a JSON file of prompts ({error}). Use LongBench's dataset2prompt.json."
+                ) from error
             is_dict = isinstance(self._templates, dict)
             if not is_dict or not all(isinstance(t, str) and "{context}" in t for t in self._templates.values()):
                 raise ValueError(
@@ -67,12 +70,12 @@ class LongQA(RecordTask):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """How prompts are made and cut."""
+        """The settings for making and cutting prompts."""
         made = {"chat": self.chat, "max_length": self.max_length, "prompts": self._templates}
         return {**made, "rouge_score": versions("rouge-score").get("rouge_score")}
 
     def questions(self) -> Iterator[Question]:
-        """One a record."""
+        """One question for each record."""
         for number, (file, row) in enumerate(self.rows()):
             yield Question(
                 f"{file}/{number:05d}", None, lambda _, r=row: self.make_prompt(r), (), self.kind(row) or file
@@ -87,7 +90,7 @@ class LongQA(RecordTask):
             if kind not in LONGBENCH:
                 raise ValueError(f"dataset {kind!r} is not one of {', '.join(LONGBENCH)}.")
             if not isinstance(row.get("input"), str):  # empty in gov_report, which asks nothing
-                raise ValueError(f"no 'input', or no text in it: {str(row.get('input'))[:40]!r}.")
+                raise ValueError(f"no 'input', or it is not text: {str(row.get('input'))[:40]!r}.")
             if self.prompts and kind not in self._templates:
                 raise ValueError(f"{self.prompts} has no prompt for {kind!r}.")
             if LONGBENCH[kind][0] == "rougeL":
@@ -96,7 +99,7 @@ class LongQA(RecordTask):
             check_texts(row, "instruction", "output")
             check_rouge([row["output"]])
             if not isinstance(row.get("input") or "", str):
-                raise ValueError(f"'input' is no text: {str(row['input'])[:40]!r}.")
+                raise ValueError(f"'input' is not text: {str(row['input'])[:40]!r}.")
         else:
             raise ValueError(
                 f"a record with the fields {sorted(row)} is neither LongAlpaca's (instruction, output) nor LongBench's "
@@ -109,7 +112,7 @@ class LongQA(RecordTask):
         return row["dataset"] if "context" in row and "answers" in row else None
 
     def check(self, subject: Subject) -> None:
-        """See that every prompt has room beside its answer.
+        """Check that every prompt has room beside its answer.
 
         Raises: ValueError.
         """
@@ -118,8 +121,8 @@ class LongQA(RecordTask):
             tokens = LONGBENCH[kind][1] if kind else self.max_new_tokens
             if window <= tokens:
                 raise ValueError(
-                    f"{self.name}: answers of {kind or 'LongAlpaca'} take {tokens} tokens, which leaves none of "
-                    f"{window} for a prompt. Use a larger max_length=..."
+                    f"{self.name}: answers of {kind or 'LongAlpaca'} take {tokens} tokens, which leaves no room for a "
+                    f"prompt in {window}. Use a larger max_length=..."
                 )
 
     def make_prompt(self, row: dict[str, Any]) -> Prompt:
@@ -130,7 +133,7 @@ class LongQA(RecordTask):
             return Prompt(text, [row["output"]])
         own = SUMMARY_PROMPT if LONGBENCH[kind][0] == "rougeL" else PROMPT
         template = self._templates.get(kind, own)
-        # In one step: a context may hold "{input}" itself.
+        # In one step, because a context may contain "{input}".
         text = re.sub(r"\{(context|input)\}", lambda found: row[found[1]], template)
         return Prompt(text, row["answers"])
 
@@ -167,6 +170,6 @@ class LongQA(RecordTask):
 
 
 def _as_trained(subject: Subject, text: str) -> list[int]:
-    """A LongAlpaca prompt as training sees it, less the answer."""
+    """A LongAlpaca prompt as in training, without the answer."""
     row = tokenize_record({"instruction": text, "output": "answer"}, subject.tokenizer)
     return row["input_ids"][: row["labels"].count(IGNORED)]

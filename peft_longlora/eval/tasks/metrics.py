@@ -23,9 +23,9 @@ def normalize_answer(text: str) -> str:
 
 
 def contains(answer: str, reference: str) -> bool:
-    """Whether a reference is within the answer, both normalised.
+    """Whether the answer contains a reference, both normalised.
 
-    A reference that normalises to nothing ("The A", "?!") would be within any answer: see `_is_said`.
+    Every answer contains a reference that normalises to nothing ("The A", "?!"): see `_is_said`.
     """
     wanted = normalize_answer(reference)
     return wanted in normalize_answer(answer) if wanted else _is_said(answer, reference)
@@ -55,7 +55,7 @@ def _f1(answer: list[str], reference: list[str]) -> float:
 
 
 def contains_any(answer: str, references: list[str]) -> float:
-    """1 if a reference is within the answer, both normalised; the answer ends with its first line.
+    """1 if the first line of the answer contains a reference, both normalised.
 
     Source: best_subspan_em of nelson-liu/lost-in-the-middle, and its cut at the line's end.
     """
@@ -64,7 +64,7 @@ def contains_any(answer: str, references: list[str]) -> float:
 
 
 def contains_all(answer: str, references: list[str]) -> float:
-    """The part of the references within the answer, letter case aside. Source: RULER's string_match_all."""
+    """The share of the references that the answer contains, ignoring case. Source: RULER's string_match_all."""
     found = sum(bool(r.strip()) and r.strip().lower() in answer.lower() for r in references)
     return found / len(references) if references else 0.0
 
@@ -79,13 +79,13 @@ def rouge_l(answer: str, references: list[str]) -> float:
 
 
 def check_rouge(references: list[str]) -> None:
-    """Refuse references in a script that rouge-score does not read: it knows a to z and digits, and would score 0.
+    """Refuse references without a to z and digits: rouge-score reads nothing else and would score 0.
 
     Raises: ValueError.
     """
     for reference in references:
         if any(sign.isalnum() for sign in reference) and not re.search("[a-z0-9]", reference.lower()):
-            raise ValueError(f"ROUGE-L reads words of a to z and digits alone, and {reference[:40]!r} has none.")
+            raise ValueError(f"ROUGE-L reads only words of a to z and digits, and {reference[:40]!r} has none.")
 
 
 @lru_cache(maxsize=1)

@@ -13,10 +13,10 @@ from peft_longlora.eval.tasks.records import RecordTask, check_lists, check_text
 
 @dataclass
 class MultiDoc(RecordTask):
-    """Multi-document QA with the gold passage at chosen places (arXiv:2307.03172), in its own record format.
+    """Multi-document QA with the gold passage at chosen places (arXiv:2307.03172), in that paper's record format.
 
     Args:
-        places: of the gold passage, parts of the documents before it, 0 to 1.
+        places: places of the gold passage, as the part of the documents before it, 0 to 1.
     """
 
     places: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
@@ -33,7 +33,7 @@ class MultiDoc(RecordTask):
             isinstance(passage, dict) and all(isinstance(passage.get(key), str) for key in ("title", "text"))
             for passage in passages
         ):
-            raise ValueError(f"no 'ctxs', or no list of passages with title and text in it: {str(passages)[:60]!r}.")
+            raise ValueError(f"no 'ctxs', or it is not a list of passages with title and text: {str(passages)[:60]!r}.")
         gold = sum(bool(passage.get("isgold")) for passage in passages)
         if gold != 1:
             raise ValueError(f"{gold} passages are gold ('isgold'), not one.")
@@ -47,7 +47,7 @@ class MultiDoc(RecordTask):
                 prompt = self.make_prompt(row, [*others[:index], gold[0], *others[index:]])
                 group = f"gold at {index + 1} of {len(row['ctxs'])}"
                 key = f"{file}/{number:05d}/{index:03d}"
-                unit = f"{file}/{number:05d}"  # the same question at five places is one, not five
+                unit = f"{file}/{number:05d}"  # the same question at five places is one unit, not five
                 yield Question(key, None, lambda _, p=prompt: p, (group,), file, unit)
 
     @staticmethod
@@ -63,5 +63,5 @@ class MultiDoc(RecordTask):
         return Prompt(text, row["answers"])
 
     def score(self, answer: str, prompt: Prompt) -> dict[str, float]:
-        """1 where the first line contains one of the answers."""
+        """1 if the first line contains one of the answers, otherwise 0."""
         return {"accuracy": contains_any(answer, prompt.answers)}

@@ -24,13 +24,13 @@ PREFIX = " The pass key is"
 class Passkey(GeneratedTask):
     """The task "passkey" (the original's prompt) or, with books, "needle" (the same needle in real text).
 
-    Lengths times depths times seeds. The prompt is that of LongLoRA's passkey_retrivial.py, whose depth is random and
-    whose length is a number of characters; here both are chosen. Scored by exact match of the number that comes first
-    in the greedy answer, not of token ids, because tokenizers cut numbers differently.
+    One prompt for each length, depth and seed. The prompt is that of LongLoRA's passkey_retrivial.py, in which the
+    depth is random and the length is a number of characters; here both are chosen. The score is exact match of the
+    first number in the greedy answer. Token ids are not compared, because tokenizers cut numbers differently.
 
     Args:
-        depths: parts of the text before the needle, 0 to 1. seeds: how many keys for each length and depth.
-        lengths, seed, books: as of every `GeneratedTask`; books None: the original's filler.
+        depths: parts of the text before the needle, 0 to 1. seeds: the number of keys for each length and depth.
+        lengths, seed, books: as for every `GeneratedTask`; without books the original's filler is used.
     """
 
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
@@ -55,7 +55,7 @@ class Passkey(GeneratedTask):
                     yield Question(key, length, make, (f"depth {100 * depth:g}%",), self.dataset)
 
     def make_prompt(self, subject: Subject, length: int, depth: float, seed: int) -> Prompt:
-        """The prompt that fills `length` less the answer."""
+        """The prompt that fills `length` together with the answer."""
         books = self.books and self.books.up_to(length)
         rng = random.Random(f"{self.seed} passkey {length} {depth:.4f} {seed}")
         key = str(rng.randint(1, 49999) if self.books is None else rng.randint(10000, 99999))
@@ -67,7 +67,7 @@ class Passkey(GeneratedTask):
         return self.fill(subject, length, build)
 
     def score(self, answer: str, prompt: Prompt) -> dict[str, float]:
-        """1 where the first number of the answer is the key."""
+        """1 if the first number of the answer is the key, otherwise 0."""
         number = re.search(r"\d+", answer)
         return {"accuracy": float(number is not None and number.group() == prompt.answers[0])}
 
@@ -77,6 +77,6 @@ def _lines(books: Excerpt | None, n: int, depth: float, key: str, offset: float)
     if books is None:
         filler = " ".join([NOISE] * (n // len(NOISE) + 1))
         prefix = int(n * depth)
-        # As in the original, both parts of the filler begin at its beginning.
+        # As in the original, both parts of the filler start from its first sentence.
         return [TASK, filler[:prefix], needle, filler[: n - prefix], QUESTION]
     return [TASK, insert_at(split_sentences(books.text(n, offset)), [needle], [depth]), QUESTION]

@@ -23,17 +23,17 @@ LONGLORA_STRIDE = 256
 class Perplexity:
     """The task "perplexity" (or, at the native window and beside the base, "native").
 
-    With protocol "documents", and if all windows are measured, bits per byte stand beside it: the same losses over the
-    bytes of the text, so models with other tokenizers can be compared.
+    With protocol "documents", and if all windows are measured, it also gives bits per byte: the same losses divided by
+    the bytes of the text. Models with different tokenizers can be compared by it.
 
     Args:
         corpus: the documents.
-        lengths: of windows, tokens; None: the window that the model was made for.
+        lengths: tokens of windows; None: the window that the model was made for.
         protocol: "longlora" or "documents".
         stride: tokens between windows; None: 256 for "longlora", half the window for "documents"; 0: the window itself,
             so that none overlap.
         buckets: edges between buckets of positions; None: 512 and its doublings.
-        max_windows: measure the first so many windows of each document and length; None: all.
+        max_windows: measure only the first windows of each document and length, this many; None: all.
         with_base: measure the base too.
     """
 
@@ -60,7 +60,7 @@ class Perplexity:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What must be the same for two runs' samples to mean the same."""
+        """The settings that must be equal in two runs to compare their samples."""
         return {
             "protocol": self.protocol,
             "stride": self._stride(None),
@@ -69,11 +69,11 @@ class Perplexity:
         }
 
     def data(self) -> dict[str, Any]:
-        """What was read, for results.json."""
+        """The description of the data, for results.json."""
         return self.corpus.summary().entry()
 
     def check(self, subject: Subject) -> None:
-        """See that there is a window to measure.
+        """Check that there is a window to measure.
 
         Raises: ValueError: too little text for a window ("longlora").
         """
@@ -81,7 +81,7 @@ class Perplexity:
             next(self._windows(subject, length))
 
     def items(self, subject: Subject) -> Iterator[Item]:
-        """One item a window; the tokens are at hand when it is yielded."""
+        """One item for each window; its tokens are ready when it is yielded."""
         for length in self._lengths(subject):
             for variant in ["base", subject.variant] if self.with_base and subject.variant != "base" else [None]:
                 short: dict[int, str] = {}
@@ -111,7 +111,7 @@ class Perplexity:
         return [subject.native_window] if self.lengths is None else self.lengths
 
     def _note(self, text: str) -> None:
-        """Say it once, however often the windows are gone through."""
+        """Add a note once, even if the windows are iterated several times."""
         if text not in self.notes:
             self.notes.append(text)
 
@@ -121,7 +121,7 @@ class Perplexity:
         return self.corpus.document_windows(subject.encode_all, length, self._stride(length))
 
     def _stride(self, length: int | None) -> Any:
-        """Tokens between windows of a length; in words, where no length is given and it depends on one."""
+        """Tokens between windows of a length; a text if no length is given but the stride depends on it."""
         if self.stride is None:
             if self.protocol == "longlora":
                 return LONGLORA_STRIDE
@@ -155,7 +155,7 @@ class Perplexity:
                 where = f"token {window.start + place + 1} of all documents, in the window that begins in {window.name}"
             raise ValueError(
                 f"The loss is {losses[place - window.first].item()} in {where}, position {place + 1} of a window of "
-                f"{length}. The model computes no number there: check its weights, or use dtype='float32'."
+                f"{length}. The model's result is not a number there: check its weights, or use dtype='float32'."
             )
         measures = []
         edges = [0, *(e for e in self._edges(length) if e < length), length]
@@ -184,7 +184,7 @@ class Perplexity:
 
     @staticmethod
     def _given_bytes(subject: Subject, window: Window) -> int:
-        """Bytes of the document's first token, which nothing predicts; counted in the document's first window."""
+        """Bytes of the document's first token, which no window predicts; they count in the first window."""
         if window.start or window.first:
             return 0
         first = int(window.inputs[0])

@@ -18,9 +18,9 @@ class Prompt:
     """A question to a model.
 
     Attributes:
-        text: what the model reads.
-        answers: what is looked for in what it writes.
-        prefix: how its answer begins; written for it, behind the text (in a chat: as the start of its turn).
+        text: the text that the model reads.
+        answers: the texts to look for in its answer.
+        prefix: the start of its answer, written after the text (in a chat: as the start of the assistant's turn).
     """
 
     text: str
@@ -30,15 +30,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt still to be made, so that each process makes its own alone.
+    """A prompt that is not made yet, so that each process makes only its own prompts.
 
     Attributes:
         key: its name in the run.
         length: tokens that prompt and answer may have, or None.
-        make: gives the prompt; called with the subject.
-        groups: the rows it counts in besides the headline, such as "depth 50%".
-        dataset: name of the data it comes from.
-        unit: what it shares with questions that are not independent of it; None: nothing.
+        make: makes the prompt; it is called with the subject.
+        groups: the rows in which it counts besides the main row, such as "depth 50%".
+        dataset: the name of its data.
+        unit: a name that it shares with questions that are not independent of it; None: it is independent.
     """
 
     key: str
@@ -51,10 +51,10 @@ class Question:
 
 @dataclass
 class PromptTask:
-    """What tasks of prompts share: ask, score, record. Subclasses give `questions` and `score`.
+    """The base of tasks with prompts: ask, score, record. Subclasses give `questions` and `score`.
 
     Args:
-        chat: put the text into the tokenizer's chat template, as a user's turn.
+        chat: put the text into the tokenizer's chat template, as the user's turn.
     """
 
     chat: bool = False
@@ -72,7 +72,7 @@ class PromptTask:
         raise NotImplementedError
 
     def check(self, subject: Subject) -> None:
-        """Make one prompt of each length, so that lengths that are too short are refused before hours of work.
+        """Make one prompt of each length, so that a length that is too short is refused before hours of work.
 
         Raises: ValueError.
         """
@@ -80,7 +80,7 @@ class PromptTask:
             question.make(subject)
 
     def prompt_ids(self, subject: Subject, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, within the chat template if asked for."""
+        """Token ids of a prompt, in the chat template if `chat` is set."""
         return encode_prompt(subject, prompt, self.chat)
 
     def items(self, subject: Subject) -> Iterator[Item]:
@@ -121,10 +121,11 @@ class PromptTask:
 
 @dataclass
 class GeneratedTask(PromptTask):
-    """What tasks share whose prompts are made here, at chosen lengths.
+    """The base of tasks that make their prompts at chosen lengths.
 
     Args:
-        lengths: tokens of prompt and answer together. seed: of the prompts. books: real text to hide things in, if any.
+        lengths: tokens of prompt and answer together. seed: the seed of the prompts. books: real text as filler, or
+            None.
     """
 
     lengths: list[int] = field(default_factory=list)
@@ -133,7 +134,7 @@ class GeneratedTask(PromptTask):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Lengths, depths and numbers are in the samples' names, so more of them may be asked for later."""
+        """Without lengths, depths and numbers: they are in the samples' names, so a later run may add more."""
         return {"chat": self.chat, "seed": self.seed}
 
     def data(self) -> dict[str, Any] | None:
@@ -154,7 +155,7 @@ class GeneratedTask(PromptTask):
 def encode_prompt(subject: Subject, prompt: Prompt, chat: bool) -> list[int]:
     """Token ids of text and prefix; in a chat the prefix begins the assistant's turn.
 
-    Raises: ValueError: a chat is asked for, and the tokenizer has no template.
+    Raises: ValueError: `chat` is set, but the tokenizer has no template.
     """
     if not chat:
         return subject.encode(prompt.text + prompt.prefix)
@@ -166,9 +167,9 @@ def encode_prompt(subject: Subject, prompt: Prompt, chat: bool) -> list[int]:
 
 
 def fit_filler(count_tokens: Callable[[int], int], budget: int) -> int:
-    """The largest amount of filler, to within half a percent of the tokens, that keeps a prompt within the budget.
+    """The largest amount of filler, to within half a percent of the tokens, with which a prompt fits the budget.
 
-    Nothing is remembered from prompt to prompt: what one looks like must not hang on which process made which before.
+    It remembers nothing between prompts, because a prompt must not depend on the prompts that its process made before.
 
     Args:
         count_tokens: tokens of a prompt with n units of filler; grows with n.
@@ -180,7 +181,7 @@ def fit_filler(count_tokens: Callable[[int], int], budget: int) -> int:
     low, low_tokens = 0, count_tokens(0)
     if low_tokens > budget:
         raise ValueError(
-            f"The prompt alone has {low_tokens} tokens, the length leaves room for {budget}. Use longer lengths=..."
+            f"The prompt alone has {low_tokens} tokens, but the length leaves room for {budget}. Use longer lengths=..."
         )
     empty, slack = low_tokens, max(4, budget // 200)
     high: int | None = None
@@ -191,7 +192,7 @@ def fit_filler(count_tokens: Callable[[int], int], budget: int) -> int:
             low, low_tokens = n, tokens
         else:
             high = n
-        # By the tokens that a unit has had so far, and within what is known.
+        # Estimate from the tokens of a unit so far, within the known bounds.
         n = max(low + 1, int(n * (budget - slack // 2 - empty) / max(tokens - empty, 1)))
         if high is not None and n >= high:
             n = (low + high) // 2

@@ -1,4 +1,4 @@
-"""Tasks on given records: what `topics`, `multidoc` and `longqa` share."""
+"""The base of tasks on given records: `topics`, `multidoc` and `longqa`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ def read_records(
 ) -> list[tuple[str, dict[str, Any]]]:
     """(name of data, record) of a .jsonl or .json file (an object a line, or one list), each also .gz, or of a folder.
 
-    Data is called as its file, without endings; of files of one name their folders, and if need be endings, tell them
-    apart.
+    The name of the data is the file's name without endings. If several files have one name, the folder, and if
+    necessary the ending, is added.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, no JSON, or a record that `check` refuses; names file and line.
+        FileNotFoundError: the path does not exist. ValueError: it is not JSON, or `check` refuses a record; the message
+            names file and line.
     """
     path = Path(source)
     if not path.exists():
@@ -40,7 +41,7 @@ def read_records(
 
 
 def _names(files: Iterable[Path], folder: Path) -> dict[Path, str]:
-    """A name for each file, the shortest kind that is no other file's too."""
+    """A name for each file: the shortest form that no other file has."""
     files = list(files)
     within = {file: file.relative_to(folder).as_posix() if folder.is_dir() else file.name for file in files}
     kinds = [{file: stem(file.name) for file in files}, {file: stem(within[file]) for file in files}, within]
@@ -54,33 +55,33 @@ def _names(files: Iterable[Path], folder: Path) -> dict[Path, str]:
 
 
 def check_texts(row: dict[str, Any], *fields: str) -> None:
-    """Refuse a record in which one of the fields is no text.
+    """Refuse a record in which a field is not text.
 
     Raises: ValueError.
     """
     for key in fields:
         if not isinstance(row.get(key), str) or not row[key].strip():
-            raise ValueError(f"no {key!r}, or no text in it: {str(row.get(key))[:40]!r}.")
+            raise ValueError(f"no {key!r}, or it is not text: {str(row.get(key))[:40]!r}.")
 
 
 def check_lists(row: dict[str, Any], *fields: str) -> None:
-    """Refuse a record in which one of the fields is no list of texts; an empty one is in every answer.
+    """Refuse a record in which a field is not a list of texts. An empty text is refused too: every answer contains it.
 
     Raises: ValueError.
     """
     for key in fields:
         texts = row.get(key)
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise ValueError(f"no {key!r}, or no list of texts in it: {str(texts)[:40]!r}.")
+            raise ValueError(f"no {key!r}, or it is not a list of texts: {str(texts)[:40]!r}.")
 
 
 @dataclass
 class RecordTask(PromptTask):
-    """What tasks on records share. Subclasses give `check_record`.
+    """The base of tasks on records. Subclasses give `check_record`.
 
     Args:
-        source: a .jsonl or .json file, each also .gz, or a folder of them.
-        samples: the first so many records of each file; None: all.
+        source: a .jsonl or .json file, each also .gz, or a folder of such files.
+        samples: use only the first records of each file, this many; None: all.
     """
 
     source: str = ""
@@ -90,7 +91,7 @@ class RecordTask(PromptTask):
         self._rows: list[tuple[str, dict[str, Any]]] | None = None
 
     def rows(self) -> list[tuple[str, dict[str, Any]]]:
-        """(name of the data, record), read once, no more than `samples` of a file."""
+        """(name of the data, record) for at most `samples` records of each file; read once."""
         if self._rows is None:
             counts: dict[str, int] = {}
             self._rows = []
@@ -103,13 +104,13 @@ class RecordTask(PromptTask):
     def check_record(self, row: dict[str, Any]) -> None:
         """Refuse a record that cannot be asked or scored.
 
-        Raises: ValueError: with what is wrong, as a sentence.
+        Raises: ValueError: a sentence that says what is wrong.
         """
         raise NotImplementedError
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Only how prompts are made; which records were asked is in the samples' names."""
+        """Only the settings of prompts; the samples' names say which records were used."""
         return {"chat": self.chat}
 
     def data(self) -> dict[str, Any]:
@@ -122,7 +123,7 @@ class RecordTask(PromptTask):
 
 
 def stem(file: str) -> str:
-    """A file's name without its endings: what its records are called in results.
+    """A file's name without its endings, which is the name of its records in results.
 
     Example: "nq.v2.jsonl.gz" gives "nq.v2".
     """

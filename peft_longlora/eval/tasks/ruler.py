@@ -1,8 +1,8 @@
 """Tasks by RULER's definitions (arXiv:2404.06654), generated here: needles, variable tracking, common, frequent words.
 
 Settings, prompts, answer prefixes and answer lengths are those of NVIDIA/RULER's synthetic.yaml and constants.py; the
-essays are the books that are given, and words are this package's own, so scores are near RULER's and not the same.
-RULER's two question answering tasks, which need SQuAD and HotpotQA, are not here.
+essays are the given books, and the words are this package's own, so scores are close to RULER's but not the same.
+RULER's two question answering tasks, which need SQuAD and HotpotQA, are left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 
 @dataclass(frozen=True)
 class Needles:
-    """RULER's settings of one needle task: what it is hidden in, and how many keys, values a key, and queries."""
+    """RULER's settings of one needle task: the filler, and the numbers of keys, values for each key, and queries."""
 
     haystack: str
     key_kind: str = "words"
@@ -56,14 +56,14 @@ NO_BOOKS = {"niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "fwe"}
 
 @dataclass
 class Ruler(GeneratedTask):
-    """One RULER task, named "ruler_" and RULER's name for it; scored by the part of the answers that is found.
+    """One RULER task, named "ruler_" plus RULER's name. The score is the share of the answers that is found.
 
     Args:
         kind: one of TASKS. samples: prompts for each length.
-        lengths, seed, books: as of every `GeneratedTask`; books for tasks with essays, and the words of "cwe".
+        lengths, seed, books: as for every `GeneratedTask`. Tasks with essays need books; "cwe" takes words from them.
 
     Raises:
-        ValueError: an unknown task, or one that needs books without them.
+        ValueError: an unknown task, or a task that needs books has none.
     """
 
     kind: str = "niah_single_1"
@@ -91,7 +91,7 @@ class Ruler(GeneratedTask):
                 yield Question(f"{length}/{number:04d}", length, make, dataset=self.dataset)
 
     def make_prompt(self, subject: Subject, length: int, number: int) -> Prompt:
-        """The prompt that fills `length` less the answer; of one random state, however often it is built."""
+        """The prompt that fills `length` together with the answer. It starts from one random state each time."""
         seed = f"{self.seed} {self.name} {length} {number}"
         books = self.books and self.books.up_to(length)
         make: Callable[[random.Random, int], Prompt]
@@ -110,7 +110,7 @@ class Ruler(GeneratedTask):
         return self.fill(subject, length, build)
 
     def score(self, answer: str, prompt: Prompt) -> dict[str, float]:
-        """The part of the answers that the model's text contains."""
+        """The share of the answers that the model's text contains."""
         return {"recall": contains_all(answer, prompt.answers)}
 
 
@@ -160,7 +160,7 @@ def _draw(rng: random.Random, kind: str, n: int, taken: list[str] | None = None)
             new = [str(uuid.UUID(int=rng.getrandbits(128), version=4))]
         elif n <= 1000:
             new = draw_words(rng, n)
-        else:  # more than there are pairs of words
+        else:  # there are not enough pairs of words
             new = [f"{word}-{rng.randint(0, 99)}" for word in draw_words(rng, 1000)]
         found |= dict.fromkeys(word for word in new if word not in (taken or ()))
     return list(found)[:n]
@@ -181,7 +181,7 @@ def _chain(rng: random.Random, n: int, name_length: int) -> tuple[Prompt, list[s
     value, chain = str(rng.randint(10000, 99999)), list(names)
     lines = [f"VAR {chain[0]} = {value}"]
     lines += [f"VAR {name} = VAR {before} " for before, name in itertools.pairwise(chain)]
-    # A line of noise between any two, where there are enough.
+    # A line of noise between any two, if there are enough lines.
     places = sorted(rng.sample(range(n), len(lines)) if n > len(lines) else rng.choices(range(n + 1), k=len(lines)))
     sentences = [f"{NOISE}\n"] * n
     for shift, (place, line) in enumerate(zip(places, lines, strict=True)):
@@ -199,9 +199,9 @@ def _chain(rng: random.Random, n: int, name_length: int) -> tuple[Prompt, list[s
 
 
 def make_words(books: Excerpt, is_short: bool, rng: random.Random, n: int) -> Prompt:
-    """Ten words that are said often among n that are said seldom, after a short example of the same.
+    """Ten frequent words among n rare words, after a short example of the same.
 
-    Raises: ValueError: the books have too few words, even when they are put together in pairs.
+    Raises: ValueError: the books have too few words, even if words are joined in pairs.
     """
     vocabulary = sorted({word for word in books.words if re.fullmatch("[a-z]{4,12}", word)})
     size, lacking = len(vocabulary), n + 60 - len(vocabulary)
@@ -233,7 +233,7 @@ def _word_list(rng: random.Random, common: list[str], others: list[str], often: 
 
 
 def make_code(vocabulary: int, rng: random.Random, n: int) -> Prompt:
-    """About n coded words: the k-th most frequent is said n / (zeta(2) k^2) times, and the first of all is dots."""
+    """About n coded words. The k-th most frequent occurs n / (zeta(2) k^2) times; the most frequent is dots."""
     words: dict[str, None] = {"...": None}
     while len(words) < max(vocabulary, 4):
         words["".join(rng.choices(string.ascii_lowercase, k=6))] = None

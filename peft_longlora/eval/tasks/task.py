@@ -1,4 +1,4 @@
-"""What every task is made of: items, each of which measures one window or prompt and gives one sample."""
+"""The base of all tasks. A task has items; each item measures one window or prompt and gives one sample."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Item:
-    """A window or prompt to be measured.
+    """A window or prompt to measure.
 
     Attributes:
-        key: names the sample, once in a run.
-        label: what the progress bar says. progress: the part of the label's work that ends with this item, 0 to 1.
-        measure: gives the sample: a dict with key, task, dataset, protocol, variant, length, unit, measures.
-        start: the same in two steps: queues the device's work and gives what waits for it, so that the next item can be
-            started before. None: only in one step.
+        key: the name of the sample, unique in a run.
+        label: the text of the progress bar. progress: the part of the label's work that ends with this item, 0 to 1.
+        measure: returns the sample: a dict with key, task, dataset, protocol, variant, length, unit, measures.
+        start: the same in two steps. It queues the work on the device and returns a function that waits for the sample,
+            so that the next item can be started before. None: the item has only one step.
     """
 
     key: str
@@ -33,7 +33,7 @@ class Task(Protocol):
     """A way to measure a model.
 
     Attributes:
-        name: of the task. notes: sentences for the reader of the results, complete when all items were yielded.
+        name: the task's name. notes: warnings for readers of the results, complete after the last item.
     """
 
     name: str
@@ -41,25 +41,25 @@ class Task(Protocol):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Settings that two runs must share for their samples to be compared."""
+        """The settings that must be equal in two runs to compare their samples."""
 
     def data(self) -> dict[str, Any] | None:
-        """What was read, or None for a task that makes its own text.
+        """A description of the data, or None for a task that makes its own text.
 
-        Raises: FileNotFoundError, ValueError: it is not there or cannot be read.
+        Raises: FileNotFoundError, ValueError: the data does not exist or cannot be read.
         """
 
     def check(self, subject: Subject) -> None:
-        """Refuse what cannot be measured on this model, before anything is.
+        """Refuse what cannot be measured on this model, before anything is measured.
 
         Raises: ValueError.
         """
 
     def items(self, subject: Subject) -> Iterator[Item]:
-        """Items in a fixed order, equal in all processes of a run."""
+        """The items, in a fixed order that is equal in all processes of a run."""
 
 
 def name_of(task: Task) -> str:
-    """A task's name, with its protocol where it has a choice of them."""
+    """A task's name, with its protocol if it has several."""
     protocol = task.parameters.get("protocol")
     return f"{task.name} ({protocol})" if protocol else task.name

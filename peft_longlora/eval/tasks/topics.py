@@ -13,9 +13,9 @@ from peft_longlora.eval.tasks.records import RecordTask, check_lists, check_text
 
 @dataclass
 class Topics(RecordTask):
-    """Topic retrieval: which topic was talked about first? LongChat's records; the answer is the first of "topics".
+    """Topic retrieval on LongChat's records: name the first topic of a long talk, the first entry of "topics".
 
-    Correct if the topic is within the answer, both normalised (LongChat lets a larger model judge).
+    An answer is correct if it contains the topic, both normalised. (In LongChat a larger model judges.)
     """
 
     name: str = "topics"
@@ -28,12 +28,12 @@ class Topics(RecordTask):
         check_lists(row, "topics")
 
     def questions(self) -> Iterator[Question]:
-        """One a record."""
+        """One question for each record."""
         for number, (file, row) in enumerate(self.rows()):
             prompt = Prompt(row["prompt"], [row["topics"][0]])
             group = f"{len(row['topics'])} topics"
             yield Question(f"{file}/{number:05d}", None, lambda _, p=prompt: p, (group,), file)
 
     def score(self, answer: str, prompt: Prompt) -> dict[str, float]:
-        """1 where the answer contains the topic."""
+        """1 if the answer contains the topic, otherwise 0."""
         return {"accuracy": float(contains(answer, prompt.answers[0]))}

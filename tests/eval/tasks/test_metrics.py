@@ -103,5 +103,5 @@ def test_a_reference_of_a_script_that_rouge_does_not_read_is_refused(tmp_path):
     """rouge-score knows a to z and digits, and gives 0 to the very same text."""
     assert rouge_l("东京", ["东京"]) == 0
     (tmp_path / "qa.jsonl").write_text('{"instruction": "Which city?", "output": "东京"}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"qa.jsonl:1: ROUGE-L reads words of a to z and digits alone, and '东京'"):
+    with pytest.raises(ValueError, match=r"qa.jsonl:1: ROUGE-L reads only words of a to z and digits, and '东京'"):
         LongQA(source=str(tmp_path / "qa.jsonl")).data()

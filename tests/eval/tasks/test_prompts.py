@@ -231,7 +231,7 @@ def test_fitting(fixed, unit):
         n = fit_filler(tokens, budget)
         assert budget - max(4, budget // 200) - unit <= tokens(n) <= budget
     assert len(asked) < 40
-    with pytest.raises(ValueError, match=r"has 101 tokens, the length leaves room for 100"):
+    with pytest.raises(ValueError, match=r"has 101 tokens, but the length leaves room for 100"):
         fit_filler(lambda n: 101 + n, 100)
 
 
@@ -352,16 +352,16 @@ def longbench(path, prompts=None, max_length=None, **change) -> None:
         (lambda p: Passkey(depths=[1.5]), "depth 150% is outside"),
         (lambda p: Topics(source=str(p / "no.jsonl")).data(), "no such file"),
         (lambda p: Topics(source=write(p / "t.jsonl", [{"prompt": "x"}])).data(), "t.jsonl:1: no 'topics'"),
-        (lambda p: Topics(source=write(p / "t.jsonl", [{"prompt": "x", "topics": []}])).data(), r"texts in it: '\[\]'"),
+        (lambda p: Topics(source=write(p / "t.jsonl", [{"prompt": "x", "topics": []}])).data(), r"texts: '\[\]'"),
         (lambda p: Topics(source=write(p / "t.jsonl", [{"prompt": "x", "topics": "a"}])).data(), "list of texts.*'a'"),
         (
             lambda p: Topics(source=write(p / "t.jsonl", [{"prompt": 3, "topics": ["a"]}])).data(),
             "no 'prompt', or.*'3'",
         ),
         (lambda p: MultiDoc(source=write(p / "m.jsonl", [[1]])).data(), "m.jsonl, record 1: no 'question'"),
-        (lambda p: multidoc(p, answers=[""]), "no 'answers', or no list of texts"),
-        (lambda p: multidoc(p, answers="Runner"), "no 'answers', or no list of texts"),
-        (lambda p: multidoc(p, ctxs=["text"]), "no list of passages"),
+        (lambda p: multidoc(p, answers=[""]), "no 'answers', or it is not a list of texts"),
+        (lambda p: multidoc(p, answers="Runner"), "no 'answers', or it is not a list of texts"),
+        (lambda p: multidoc(p, ctxs=["text"]), "not a list of passages"),
         (lambda p: multidoc(p, ctxs=[{"text": "t", "isgold": True}]), "with title and text"),
         (lambda p: MultiDoc(source=write(p / "e.jsonl", [])).data(), "e.jsonl: nothing in it"),
         (lambda p: multidoc(p, ctxs=[]), "m.jsonl:1: 0 passages are gold"),
@@ -375,7 +375,7 @@ def longbench(path, prompts=None, max_length=None, **change) -> None:
         (lambda p: longbench(p, prompts={"qasper": "{context}{input}"}), "has no prompt for 'hotpotqa'"),
         (lambda p: longbench(p, prompts=["{context}"]), "not an object of prompts by data set"),
         (lambda p: longbench(p, prompts={"hotpotqa": "Why?"}), "each with {context} in it"),
-        (lambda p: longbench(p, max_length=32), "hotpotqa take 32 tokens, which leaves none of 32"),
+        (lambda p: longbench(p, max_length=32), "hotpotqa take 32 tokens, which leaves no room for a prompt in 32"),
     ],
 )
 def test_bad_records_are_refused(tmp_path, make, message):

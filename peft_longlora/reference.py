@@ -34,6 +34,36 @@ def group_ids(segment_ids: torch.Tensor, group_size: int, shift: int) -> torch.T
     return ids
 
 
+def seen_by_blocks(
+    query: torch.Tensor, key: torch.Tensor, same: torch.Tensor, group_size: int, pattern: str, chosen: int | None
+) -> torch.Tensor:
+    """What the queries of one KV head see by "window" or "adaptive": (S, S) bool, to be combined with causality.
+
+    Args:
+        query: (h, S, D), the query heads of a KV head. key: (S, D).
+        same: (S, S) bool, whether a query and a key that is no later are of one document.
+        group_size: G, tokens. chosen: how many blocks are chosen by content.
+    """
+    chosen, seen = max(1, group_size // 256 - 3) if chosen is None else chosen, torch.zeros_like(same)
+    for begin in [i for i in range(len(same)) if same[i, i] and not (i and same[i, i - 1])]:
+        end = begin + int(same[:, begin].sum())
+        blocks = [slice(i, min(i + 128, end)) for i in range(begin, end, 128)]
+        for number, block in enumerate(blocks):
+            if end - begin <= group_size:  # a short document stays dense
+                seen[block, begin:end] = True
+            elif pattern == "window":
+                for i in range(block.start, block.stop):
+                    seen[i, max(begin, i - group_size // 2 + 1) : i + 1] = True
+                seen[block, begin : begin + 128] = True
+            else:
+                asks = query[:, max(begin, block.start - 127) : block.start + 1].mean((0, 1))  # no later query
+                others = list(range(1, number - 1))
+                others.sort(key=lambda j: -(asks @ key[blocks[j]].mean(0)).item())
+                for j in {0, max(number - 1, 0), number, *others[:chosen]}:
+                    seen[block, blocks[j]] = True
+    return seen
+
+
 def s2_attention_reference(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -42,6 +72,7 @@ def s2_attention_reference(
     *,
     segment_ids: torch.Tensor | None = None,
     pattern: str = "s2",
+    chosen_blocks: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
@@ -55,15 +86,19 @@ def s2_attention_reference(
     key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
     if segment_ids is None:
         segment_ids = torch.ones(batch, length, dtype=torch.long, device=query.device)
-    g = length if pattern == "full" else group_size
+    g, has_blocks = length if pattern == "full" else group_size, pattern in ("window", "adaptive")
     straight = heads // 2 if kv_heads == 1 else kv_heads // 2 * (heads // kv_heads)
     shifts = torch.tensor([0 if pattern != "s2" or h < straight else g // 2 for h in range(heads)])
     causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     mask = torch.zeros(batch, heads, length, length, dtype=torch.bool, device=query.device)
     for shift in shifts.unique().tolist() if length else ():
-        ids = group_ids(segment_ids, g, shift)
+        ids = group_ids(segment_ids, length if has_blocks else g, shift)
         same = (ids[:, :, None] == ids[:, None, :]) & (ids > 0)[:, :, None] & causal
         mask[:, shifts == shift] = same[:, None]
+    if has_blocks:
+        for row, one in ((row, one) for row in range(batch) for one in range(kv_heads)):
+            own, same = slice(one * heads // kv_heads, (one + 1) * heads // kv_heads), mask[row, 0].clone()
+            mask[row, own] &= seen_by_blocks(query[row, own], key[row, own.start], same, g, pattern, chosen_blocks)
     scores = query @ key.transpose(-1, -2) * (dim**-0.5 if scaling is None else scaling)
     scores = scores.masked_fill(~mask, float("-inf"))
     # A padding row has no key at all: softmax would give NaN, the definition says 0.

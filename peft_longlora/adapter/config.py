@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from peft_longlora.adapter.files import AdapterFile, FileMissing, find, read_json
 from peft_longlora.attention.schedule import check_dense_every
-from peft_longlora.kernels.groups import PATTERNS, check_pattern, group_size_of
+from peft_longlora.kernels.groups import BLOCK_PATTERNS, PATTERNS, check_blocks, check_pattern, group_size_of
 from peft_longlora.rope.parameters import check_rope
 
 # The version of the file format. It grows when an older package would misread new files.
@@ -68,7 +68,14 @@ class LongLoraConfig(LoraConfig):
     )
     attention_pattern: str = field(
         default="s2",
-        metadata={"help": "'s2'; 'local' (groups without a shift); 'full' (dense in training too)."},
+        metadata={
+            "help": "'s2'; 'local' (groups without a shift); 'full' (dense in training too); 'window' (half a group "
+            "back, and the first 128 tokens); 'adaptive' (blocks of keys chosen by content)."
+        },
+    )
+    chosen_blocks: int | None = field(
+        default=None,
+        metadata={"help": "How many blocks of 128 keys 'adaptive' chooses. None: as many as cost what 's2' costs."},
     )
     dense_layers: list[int] | None = field(
         default=None, metadata={"help": "Indices of layers that stay dense in training."}
@@ -142,6 +149,7 @@ class LongLoraConfig(LoraConfig):
                 f"reads versions up to {FORMAT_VERSION}. Update it: pip install -U peft-longlora."
             )
         check_pattern(2 if self.group_size is None else self.group_size, self.attention_pattern)
+        self.chosen_blocks = check_blocks(self.chosen_blocks)
         check_rope(self.rope_type, self.rope_parameters)
         if self.applied_rope_parameters is not None:
             check_rope("yarn", self.applied_rope_parameters)  # as `rope_parameters`, whatever its type
@@ -273,8 +281,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         _is_ratio,
     ),
     "attention_pattern": (
-        f"is unknown. Use one of {', '.join(map(repr, PATTERNS))}",
-        lambda value: value in PATTERNS,
+        f"is unknown. Use one of {', '.join(map(repr, (*PATTERNS, *BLOCK_PATTERNS)))}",
+        lambda value: value in (*PATTERNS, *BLOCK_PATTERNS),
     ),
     "dense_layers": ("must be a list of layer indices, 0 or more", _is_list_of_layers),
 }

@@ -189,6 +189,7 @@ def attention_of(config: LongLoraConfig, model: PreTrainedModel) -> dict[str, An
         pattern=config.attention_pattern,
         dense_layers=sorted(set(config.dense_layers or ())),
         dense_every=config.dense_every or 0,
+        chosen_blocks=config.chosen_blocks,
     )
 
 

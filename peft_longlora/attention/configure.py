@@ -17,7 +17,7 @@ from peft_longlora.architecture import (
 from peft_longlora.attention.schedule import Schedule, check_dense_every
 from peft_longlora.attention.settings import _SETTINGS, S2_ATTN, AttentionSettings, Mode, _replace_settings, settings_of
 from peft_longlora.kernels.backends import check_backend
-from peft_longlora.kernels.groups import check_pattern, group_size_of
+from peft_longlora.kernels.groups import check_blocks, check_pattern, group_size_of
 from peft_longlora.rope.parameters import window_of
 
 logger = logging.get_logger(__name__)
@@ -32,6 +32,7 @@ def configure_attention(
     group_size: int | None = None,
     group_size_ratio: float = 0.25,
     pattern: str = "s2",
+    chosen_blocks: int | None = None,
     dense_layers: list[int] | None = None,
     dense_every: int | None = None,
     dense_attention: str | None = None,
@@ -43,7 +44,8 @@ def configure_attention(
         model: a rotary causal language model of transformers.
         group_size: G, tokens, even, 2 or more. None: `group_size_ratio` of the model's window.
         group_size_ratio: in (0, 1], of the model's window, also when `scale_rope` changes it later.
-        pattern: "s2", "local" or "full".
+        pattern: "s2", "local", "full", "window" or "adaptive", as `s2_attention` explains them.
+        chosen_blocks: of "adaptive", as in `s2_attention`.
         dense_layers: indices of layers that stay dense while training.
         dense_every: one training forward in n, the n-th, the 2n-th and so on, is dense in every layer, through the
             kernel of `backend`; the others use the pattern. None or 0: never. `AttentionSettings.training_forwards`
@@ -95,6 +97,7 @@ def configure_attention(
         dense_attention,
         backend,
         is_fastest,
+        chosen_blocks=check_blocks(chosen_blocks),
         sharing=known.sharing if known else None,
         schedule=Schedule(dense_every, known.training_forwards if known else 0),
     )

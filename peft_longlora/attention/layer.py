@@ -17,6 +17,7 @@ from peft_longlora.architecture import is_causal_layer
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.attention.settings import AttentionSettings
 from peft_longlora.kernels.cuts import Cuts, plan
+from peft_longlora.kernels.groups import BLOCK_PATTERNS
 from peft_longlora.kernels.kernel import Options
 
 
@@ -106,6 +107,9 @@ class LayerCall:
 
     def _cuts(self, pattern: str, mask: S2Mask) -> Cuts:
         size, positions = self.settings.group_size, self.positions
+        if pattern in BLOCK_PATTERNS:
+            blocks = mask.blocks(size, pattern, positions, self.settings.chosen_blocks)
+            return Cuts(mask.batch, mask.length, partial(mask.groups, size, "full", positions), blocks=blocks)
         groups = partial(mask.groups, size, pattern, positions)
 
         def make_tensors() -> tuple[torch.Tensor, torch.Tensor]:

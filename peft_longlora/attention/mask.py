@@ -14,6 +14,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
 from transformers.utils import logging
 
+from peft_longlora.kernels.blocks import BlockPlan
 from peft_longlora.kernels.cuts import regular_groups, tensors_of
 from peft_longlora.kernels.groups import (
     BIDIRECTIONAL,
@@ -111,6 +112,19 @@ class S2Mask:
             NotImplementedError: the model's mask lets a token see a later one.
         """
         return self.once((group_size, pattern), lambda: self._make_groups(group_size, pattern, position_ids))
+
+    @torch.compiler.disable
+    def blocks(
+        self, group_size: int, pattern: str, position_ids: torch.Tensor | None, chosen_blocks: int | None
+    ) -> BlockPlan:
+        """The plan of this forward for a pattern that sees blocks of keys; arguments and errors as `groups`."""
+        if self._is_plain(position_ids):
+            documents = [(row * self.length, self.length, 1) for row in range(self.batch)]
+        else:
+            documents = self.documents(position_ids)
+            if (order := self.order(position_ids)) is not None:
+                documents = find_documents(self.segment_ids(position_ids).gather(1, order))
+        return BlockPlan.of(self.batch, self.length, documents, group_size, pattern, chosen_blocks)
 
     @torch.compiler.disable
     def _make_groups(self, group_size: int, pattern: str, position_ids: torch.Tensor | None) -> Groups:

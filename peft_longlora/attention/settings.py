@@ -46,7 +46,8 @@ class AttentionSettings:
     Attributes:
         config: the model's text config, whose window groups are a fraction of.
         given_size: G, tokens, if the user gave it. group_size_ratio: G's fraction of the window otherwise.
-        pattern: "s2", "local" or "full".
+        pattern: "s2", "local", "full", "window" or "adaptive".
+        chosen_blocks: how many blocks of keys "adaptive" chooses; None for as many as cost what S2-Attn costs.
         dense_layers: indices of layers that stay dense while training.
         dense_attention: the transformers attention that runs wherever S2-Attn does not.
         is_fastest: whether whole causal rows go through the fastest kernel instead.
@@ -68,6 +69,7 @@ class AttentionSettings:
     backend: str | None = None
     is_fastest: bool = False
     mode: Mode = "auto"
+    chosen_blocks: int | None = None
     sharing: Sharing | None = field(default=None, repr=False, compare=False)
     is_enabled: bool = True
     schedule: Schedule = field(default_factory=Schedule)

@@ -235,6 +235,11 @@ def _pattern_text(config: LongLoraConfig, window: int | None) -> str:
         size = config.group_size_on(window)
     shift = ", half the heads shifted by half a group" if config.attention_pattern == "s2" else ", no shift"
     groups = f"groups of {size:,} tokens" if size else f"groups of {config.group_size_ratio} of the window"
+    if config.attention_pattern == "window":
+        groups, shift = f"{size // 2:,} tokens back, and the first 128" if size else "half a group back", ""
+    elif config.attention_pattern == "adaptive":
+        chosen = f"{config.chosen_blocks}" if config.chosen_blocks else "as many as cost what groups cost"
+        groups, shift = f"blocks of 128 keys chosen by content ({chosen}) in documents of more than {size:,} tokens", ""
     dense = f"; dense in layers {', '.join(map(str, config.dense_layers))}" if config.dense_layers else ""
     return f"`{config.attention_pattern}`: {groups}{shift}{dense}"
 

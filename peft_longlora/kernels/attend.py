@@ -7,8 +7,9 @@ from functools import partial
 import torch
 
 from peft_longlora.kernels.backends import check_backend, pick_backend
+from peft_longlora.kernels.blocks import BlockPlan
 from peft_longlora.kernels.cuts import Cuts, find_groups, plan
-from peft_longlora.kernels.groups import check_pattern
+from peft_longlora.kernels.groups import BLOCK_PATTERNS, check_blocks, check_pattern, find_documents
 from peft_longlora.kernels.kernel import Options
 
 DEFAULTS = Options()
@@ -29,7 +30,17 @@ def attend(
         raise ValueError(f"The plan is for {(cuts.batch, cuts.length)} (B, S), the query has {(batch, length)}.")
     if not query.numel() or not value.numel():
         return query.new_zeros(batch, length, heads, value.shape[-1]) + query.sum() + key.sum() + value.sum()
+    if cuts.blocks is not None:
+        return _attend_blocks(query, key, value, cuts.blocks, options)
     return pick_backend(query, key, value, cuts.is_regular, options).attend(query, key, value, cuts, options)
+
+
+@torch.compiler.disable(reason="a pattern that sees blocks of keys compiles its own kernel: use fullgraph=False")
+def _attend_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: BlockPlan, options: Options
+) -> torch.Tensor:
+    backend = pick_backend(query, key, value, True, options, has_blocks=True)
+    return backend.attend_blocks(query, key, value, plan, options)
 
 
 def checked(
@@ -79,6 +90,7 @@ def s2_attention(
     *,
     segment_ids: torch.Tensor | None = None,
     pattern: str = "s2",
+    chosen_blocks: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     backend: str | None = None,
@@ -90,7 +102,11 @@ def s2_attention(
         key, value: (B, H_kv, S, D), H divisible by H_kv; value may have another last size.
         group_size: G, tokens; even, 2 or more. A document of at most G tokens is attended to densely.
         segment_ids: (B, S) int: 0 = padding, a run of one positive number = one document. None: each row is one.
-        pattern: "s2"; "local" (no head is shifted); "full" (dense inside each document).
+        pattern: "s2"; "local" (no head is shifted); "full" (dense inside each document). In documents of more than G
+            tokens also: "window" (each query sees G / 2 tokens and the first 128 of its document); "adaptive" (each
+            block of 128 queries sees its own block of keys, the one before, the first of its document, and those whose
+            mean key scores highest with the mean of the 128 queries up to the block's first; per KV head).
+        chosen_blocks: how many blocks "adaptive" chooses; None for as many as cost what S2-Attn costs.
         scaling: factor on the scores; None for D ** -0.5.
         dropout: probability at which attention weights are dropped.
         backend: one of `backends.BACKENDS`; None for the fastest there is.
@@ -103,7 +119,7 @@ def s2_attention(
             outside [0, 1], an unknown pattern or backend.
 
     Source: LongLoRA, arXiv:2309.12307, section 3.2; the groups are those of the original's flash path, which never
-    wrap around, so that no token sees a later one.
+    wrap around, so that no token sees a later one. "adaptive" follows MoBA, arXiv:2502.13189.
 
     Example: 10 tokens, G = 4: straight heads [0,4) [4,8) [8,10); shifted heads [0,2) [2,6) [6,10).
     """
@@ -113,8 +129,20 @@ def s2_attention(
     if segment_ids is not None:
         _check_segment_ids(segment_ids, batch, length)
     where = segment_ids, batch, length, group_size, pattern
-    cuts = Cuts(batch, length, partial(find_groups, *where), partial(plan, *where, query.device))
+    if pattern in BLOCK_PATTERNS:
+        documents = _documents(segment_ids, batch, length)
+        blocks = BlockPlan.of(batch, length, documents, group_size, pattern, check_blocks(chosen_blocks))
+        cuts = Cuts(batch, length, partial(find_groups, *where[:4], "full"), blocks=blocks)
+    else:
+        cuts = Cuts(batch, length, partial(find_groups, *where), partial(plan, *where, query.device))
     return attend(query, key, value, cuts, Options(scaling=scaling, dropout=dropout, backend=backend))
+
+
+@torch.compiler.disable
+def _documents(segment_ids: torch.Tensor | None, batch: int, length: int) -> list[tuple[int, int, int]]:
+    if segment_ids is None:
+        return [(row * length, length, 1) for row in range(batch)]
+    return find_documents(segment_ids) if segment_ids.numel() else []
 
 
 def _check_segment_ids(segment_ids: torch.Tensor, batch: int, length: int) -> None:

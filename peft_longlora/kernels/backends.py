@@ -32,10 +32,16 @@ def check_backend(backend: str | None) -> None:
 
 
 def pick_backend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_regular: bool, options: Options
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_regular: bool,
+    options: Options,
+    has_blocks: bool = False,
 ) -> Backend:
     """The backend for a call on these tensors; errors as `choose_backend`."""
-    return BACKENDS[choose_backend(options.backend, is_regular, *_needs(query, key, value, options))]
+    needs = _needs(query, key, value, options)
+    return BACKENDS[choose_backend(options.backend, is_regular, *needs, has_blocks)]
 
 
 def _needs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> tuple:
@@ -67,7 +73,7 @@ def _choose(backend: str | None, is_regular: bool, is_deterministic: bool, needs
     if backend is not None:
         return _force(backend, needs)
     passed = []
-    for name in _order(needs.device, is_regular):
+    for name in _order(needs.device, is_regular, needs.has_blocks):
         reason = BACKENDS[name].missing(needs.device) or BACKENDS[name].lacks(needs)
         if reason is None:
             why = ": " + "; ".join(passed) if passed else ", the fastest here"
@@ -100,8 +106,10 @@ def _force(name: str, needs: Needs) -> str:
     return name
 
 
-def _order(device: torch.device, is_regular: bool) -> list[str]:
+def _order(device: torch.device, is_regular: bool, has_blocks: bool) -> list[str]:
     """Backends from the fastest to the slowest on this device, whether installed or not."""
+    if has_blocks and device.type == "cuda":
+        return ["flex", "sdpa"]
     if device.type != "cuda":
         return ["sdpa", "flex"]
     if torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9:

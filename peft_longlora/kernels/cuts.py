@@ -14,6 +14,7 @@ from typing import Optional
 
 import torch
 
+from peft_longlora.kernels.blocks import BlockPlan
 from peft_longlora.kernels.groups import Groups, plan_from_segment_ids, plan_groups
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -136,12 +137,14 @@ class Cuts:
         batch, length: B and S, tokens.
         make_groups: makes the plan as numbers, outside compiled code.
         make_tensors: makes it as tensors, inside compiled code, with the operator `plan`.
+        blocks: in place of groups, the plan of a pattern that sees blocks of keys.
     """
 
     batch: int
     length: int
     make_groups: Callable[[], Groups]
     make_tensors: Callable[[], Pair] | None = None
+    blocks: BlockPlan | None = None
     _groups: Groups | None = field(default=None, init=False)
 
     @classmethod

@@ -11,11 +11,10 @@ from itertools import pairwise
 
 import torch
 
+from peft_longlora.kernels.blocks import BLOCK, BlockPlan
 from peft_longlora.kernels.cuts import Cuts
 from peft_longlora.kernels.groups import Groups, split_heads
 from peft_longlora.kernels.kernel import Backend, Needs, Options
-
-BLOCK = 128
 
 
 class Flex(Backend):
@@ -40,6 +39,12 @@ class Flex(Backend):
     ) -> torch.Tensor:
         """As `Backend.attend`."""
         return attend(query, key, value, cuts.groups(), options.scaling, options.softcap or 0.0)
+
+    def attend_blocks(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: BlockPlan, options: Options
+    ) -> torch.Tensor:
+        """As `Backend.attend_blocks`."""
+        return attend_blocks(query, key, value, plan, options.scaling, options.softcap or 0.0)
 
 
 @cache
@@ -143,4 +148,65 @@ def block_mask(groups: Groups, half: str, device: torch.device):
     partial_blocks, full_blocks = listed(some & ~full), listed(full)
     return BlockMask.from_kv_blocks(
         *partial_blocks, *full_blocks, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
+    )
+
+
+def attend_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: BlockPlan,
+    scaling: float | None = None,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Attention to blocks of keys: (B, H, S, D), (B, H_kv, S, D) -> (B, S, H, D_v), 0 at padding."""
+    if not plan.documents:
+        nothing = query.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2)
+        return nothing + (query.sum() + key.sum() + value.sum()) * 0
+    q, k, v = (plan.arrange(x) for x in (query, key, value))
+    mask = _mask_of_seen(plan, plan.find_seen(q, k), len(q))
+    factor = 1.0 if scaling is None else scaling * query.shape[3] ** 0.5
+    made = ("score_mod", round(factor, 6), softcap, q.device)
+    out = _flex_attention(query.device.type == "cuda")(
+        q[None],
+        k[None],
+        v[None],
+        score_mod=plan.once(made, lambda: _score_mod(factor, softcap, q.device)),
+        block_mask=mask,
+        enable_gqa=len(q) != len(k),
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+    )
+    return plan.restore(out[0])
+
+
+def _mask_of_seen(plan: BlockPlan, seen: torch.Tensor, heads: int):
+    """The BlockMask of lists of blocks (H_kv or 1, blocks, width), for H heads."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    layout, count, device = plan.layout(seen.device), seen.shape[1], seen.device
+    block = torch.arange(count, device=device)[:, None]
+    # Of these every query sees every key; of the block's own, and at the end of a window, some.
+    whole = (seen < block) & (seen < count)
+    if plan.pattern == "window":
+        is_inside = (block - seen + 1) * BLOCK <= plan.group_size // 2
+        whole &= is_inside | (seen == layout.first[:, None]) | layout.is_dense[:, None]
+
+    def listed(is_in: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        numbers = torch.zeros(len(seen), count, count, dtype=torch.int32, device=device)
+        numbers[..., : seen.shape[2]] = seen.where(is_in, count).sort(-1).values.clamp(max=count - 1)
+        counts = is_in.sum(-1, dtype=torch.int32)
+        return counts.repeat_interleave(each, 0)[None], numbers.repeat_interleave(each, 0)[None]
+
+    each = heads // len(seen)
+    table = torch.zeros(len(seen), count, count + 1, dtype=torch.bool, device=device).scatter_(2, seen, True)
+
+    def sees(b, h, q, k):
+        return table[h // each, q // BLOCK, k // BLOCK] & plan.may_see(q, k, layout)
+
+    return BlockMask.from_kv_blocks(
+        *listed(~whole & (seen < count)),
+        *listed(whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(count * BLOCK, count * BLOCK),
     )

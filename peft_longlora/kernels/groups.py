@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 import torch
 
 PATTERNS = ("s2", "local", "full")
+# Patterns whose queries see blocks of keys instead of groups: see `blocks`.
+BLOCK_PATTERNS = ("window", "adaptive")
 # A document number that no document has: a mask lets a token see a later one there.
 BIDIRECTIONAL = -(2**31)
 # Padding is computed and thrown away by kernels that take a contiguous partition: short pieces make it cheap.
@@ -243,8 +245,9 @@ def check_pattern(group_size: Any, pattern: str) -> int:
 
     Raises: ValueError.
     """
-    if pattern not in PATTERNS:
-        raise ValueError(f"pattern={pattern!r} is unknown. Use one of {', '.join(map(repr, PATTERNS))}.")
+    if pattern not in (*PATTERNS, *BLOCK_PATTERNS):
+        known = ", ".join(map(repr, (*PATTERNS, *BLOCK_PATTERNS)))
+        raise ValueError(f"pattern={pattern!r} is unknown. Use one of {known}.")
     size = whole_number(group_size)
     if size is None or size < 2 or size % 2:
         raise ValueError(
@@ -267,3 +270,13 @@ def group_size_of(group_size: int | None, ratio: float, window: int) -> int:
         raise ValueError(f"group_size_ratio={ratio} is outside (0, 1]: it is a fraction of the window ({window}).")
     # The fraction that was meant: a float holds neither 0.58 nor a third.
     return max(2, int(window * Fraction(ratio).limit_denominator(10**6)) // 2 * 2)
+
+
+def check_blocks(blocks: Any) -> int | None:
+    """The number of chosen blocks, None for the default. Raises: ValueError: no whole number, or below 1."""
+    if blocks is not None and (whole_number(blocks) or 0) < 1:
+        raise ValueError(
+            f"chosen_blocks={blocks!r} must be a whole number of blocks of 128 keys, 1 or more; None for as many as "
+            f"cost what S2-Attn costs."
+        )
+    return None if blocks is None else whole_number(blocks)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 if TYPE_CHECKING:
+    from peft_longlora.kernels.blocks import BlockPlan
     from peft_longlora.kernels.cuts import Cuts
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
@@ -45,7 +46,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Needs:
-    """The needs of a call that a backend may lack; is_grouped: H > H_kv."""
+    """The needs of a call that a backend may lack; is_grouped: H > H_kv; has_blocks: its pattern is one of `blocks`."""
 
     device: torch.device
     dtype: torch.dtype
@@ -56,6 +57,7 @@ class Needs:
     softcap: float = 0.0
     has_sinks: bool = False
     requires_grad: bool = False
+    has_blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,12 @@ class Backend:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cuts: Cuts, options: Options
     ) -> torch.Tensor:
         """Causal attention inside the groups: (B, H, S, D), (B, H_kv, S, D) -> (B, S, H, D_v), 0 at padding."""
+        raise NotImplementedError
+
+    def attend_blocks(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: BlockPlan, options: Options
+    ) -> torch.Tensor:
+        """The same for a pattern that sees blocks of keys."""
         raise NotImplementedError
 
 

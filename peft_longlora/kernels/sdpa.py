@@ -11,7 +11,9 @@ from contextlib import nullcontext
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
+from peft_longlora.kernels.blocks import BLOCK, BlockPlan
 from peft_longlora.kernels.cuts import Cuts
 from peft_longlora.kernels.groups import Groups, runs_of_equal_pieces, split_heads
 from peft_longlora.kernels.kernel import Backend, Needs, Options
@@ -20,6 +22,9 @@ from peft_longlora.kernels.kernel import Backend, Needs, Options
 # only. The gradient of the output is a cut of a larger tensor here; if its strides change, the plan runs with the wrong
 # ones.
 CHOICES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+# Queries x keys of one call, if each block of queries sees keys of its own: bounds the mask and the gathered keys.
+MOST_SCORES = 2**25
 
 
 class Sdpa(Backend):
@@ -37,6 +42,12 @@ class Sdpa(Backend):
     ) -> torch.Tensor:
         """As `Backend.attend`."""
         return attend(query, key, value, cuts.groups(), options.scaling, options.dropout)
+
+    def attend_blocks(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: BlockPlan, options: Options
+    ) -> torch.Tensor:
+        """As `Backend.attend_blocks`."""
+        return attend_blocks(query, key, value, plan, options.scaling, options.dropout)
 
 
 def attend(
@@ -147,3 +158,59 @@ def _attend_pieces(
             )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def attend_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: BlockPlan,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attention to blocks of keys, gathered for some blocks of queries at a time and again in the backward.
+
+    Args and returns: as `attend`.
+    """
+    if not plan.documents:
+        batch, heads, length, _ = query.shape
+        return _connect(query.new_zeros(batch, length, heads, value.shape[-1]), query, key, value)
+    q, k, v = (plan.arrange(x) for x in (query, key, value))
+    seen, kv_heads = plan.find_seen(q, k), k.shape[0]
+    count, width = seen.shape[1:]
+    step = max(1, MOST_SCORES // (BLOCK * BLOCK * width))
+    heads = []
+    for kv_head, queries in enumerate(q.unflatten(0, (kv_heads, -1)).unbind(0)):
+        lists = seen[kv_head if len(seen) > 1 else 0]
+        tensors = queries, k[kv_head], v[kv_head]
+        parts = [
+            checkpoint(_attend_chosen, plan, at, lists[at : at + step], *tensors, scaling, dropout, use_reentrant=False)
+            for at in range(0, count, step)
+        ]
+        heads.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+    return plan.restore(torch.cat(heads))
+
+
+def _attend_chosen(
+    plan: BlockPlan,
+    first: int,
+    lists: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Some blocks of queries from `first` on, of one KV head: (h, N, D), (N, D), (N, D_v) -> (h, n, D_v)."""
+    number, count = len(lists), len(query[0]) // BLOCK
+    layout, own = plan.layout(query.device), torch.arange(BLOCK, device=query.device)
+    q_at = (torch.arange(first, first + number, device=query.device)[:, None] * BLOCK + own)[:, :, None]
+    held = lists.clamp(max=count - 1)
+    k_at = (held[:, :, None] * BLOCK + own).flatten(1)
+    is_held = (lists < count).repeat_interleave(BLOCK, dim=1)[:, None]
+    mask = (plan.may_see(q_at, k_at[:, None], layout) & is_held)[:, None]
+    # (h, N, D) -> (blocks, h, 128, D), and the keys of each block, (blocks, h, keys, D)
+    q = query.unflatten(1, (count, BLOCK))[:, first : first + number].transpose(0, 1)
+    k, v = (x[k_at][:, None].expand(-1, len(query), -1, -1) for x in (key, value))
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return out.transpose(0, 1).flatten(1, 2)

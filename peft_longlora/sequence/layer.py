@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.mask import S2Mask
+from peft_longlora.kernels.groups import BLOCK_PATTERNS
 from peft_longlora.sequence import halo, ulysses
 from peft_longlora.sequence.edges import Edges, exchange_edges, plan_halo
 
@@ -39,7 +40,7 @@ class SharedSequence:
             ValueError: more than one row, no position_ids, stretches that do not make up one sequence.
             NotImplementedError: a cache, a sliding window, an attention that is not causal.
         """
-        _check(call)
+        _check(call, pattern)
         mask, size, group = call.s2_mask, call.settings.group_size, self.mesh.get_group()
         position_ids = call.settings.inputs.position_ids
         documents = mask.documents(position_ids)
@@ -70,7 +71,7 @@ def _kept(call: LayerCall, mask: S2Mask) -> halo.Kept:
     return runs[0] if len(runs) == 1 else halo.Kept()
 
 
-def _check(call: LayerCall) -> None:
+def _check(call: LayerCall, pattern: str) -> None:
     """Refuse calls that would attend only inside this rank's stretch, and so give wrong results."""
     if isinstance(call.mask, torch.Tensor):
         raise ValueError(
@@ -89,6 +90,7 @@ def _check(call: LayerCall) -> None:
         raise NotImplementedError(
             "Only causal attention can be split over ranks. Train this model without sequence parallelism."
         )
+    refuse_blocks(pattern)
     if call.query.shape[0] != 1:
         raise ValueError(
             f"A rank got {call.query.shape[0]} rows: with sequence parallelism it holds one stretch of all rows, laid "
@@ -107,3 +109,12 @@ def refuse_window(layers: list[int]) -> None:
         f"Layers {layers} have a sliding window, which would end at the border of a rank. Use a model without one "
         f"(sliding_window=None), or train it without sequence parallelism."
     )
+
+
+def refuse_blocks(pattern: str) -> None:
+    """Refuse a pattern whose queries see blocks of keys of any rank. Raises: NotImplementedError."""
+    if pattern in BLOCK_PATTERNS:
+        raise NotImplementedError(
+            f"attention_pattern={pattern!r} cannot be used where ranks share a sequence: a query may see blocks of keys "
+            f"of any rank. Use 's2', 'local' or 'full', or train on one rank a sequence."
+        )

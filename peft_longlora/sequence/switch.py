@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from peft_longlora.architecture import find_attention_modules, find_rotary_modules, is_local_layer
 from peft_longlora.attention.settings import S2_ATTN, settings_of
-from peft_longlora.sequence.layer import SharedSequence, refuse_window
+from peft_longlora.sequence.layer import SharedSequence, refuse_blocks, refuse_window
 
 
 def parallelize_sequence(model: nn.Module, mesh: DeviceMesh | None) -> None:
@@ -63,6 +63,8 @@ def unshared(model: nn.Module) -> Iterator[None]:
 
 
 def _check_model(model: nn.Module, layers: Any) -> None:
+    for settings in map(settings_of, layers):
+        refuse_blocks(settings.pattern)
     for module in find_rotary_modules(model):
         kinds = module.rope_type if isinstance(module.rope_type, dict) else {"": module.rope_type}
         if lengthy := sorted({"dynamic", "longrope"} & set(kinds.values())):

@@ -12,7 +12,7 @@ from peft_longlora import s2_attention
 from peft_longlora.kernels import backends
 from peft_longlora.kernels.attend import attend
 from peft_longlora.kernels.cuts import Cuts, tensors_of
-from peft_longlora.kernels.groups import plan_groups
+from peft_longlora.kernels.groups import BLOCK_PATTERNS, plan_groups
 from peft_longlora.kernels.kernel import Options
 from peft_longlora.kernels.operators import attend_halves, attend_halves_backward
 from peft_longlora.reference import s2_attention_reference
@@ -421,3 +421,26 @@ def test_peak_memory_is_full_attention_s(backend):
         return torch.cuda.max_memory_allocated() - before
 
     assert peak("s2") <= (1.01 if backend == "flash_attention_4" else 2.0) * peak("full")
+
+
+@pytest.mark.parametrize("backend", ["flex", "sdpa"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (8, 2, 128)])
+@pytest.mark.parametrize("pattern", BLOCK_PATTERNS)
+def test_patterns_of_blocks(pattern, heads, kv_heads, dim, backend):
+    """Packed and padded: values and gradients of the reference, and no token sees a later one."""
+    q, k, v = inputs(1, heads, kv_heads, 2000, dim)
+    ids = torch.cat([torch.full((n,), i) for i, n in ((0, 30), (1, 1200), (2, 700), (0, 70))])[None].cuda()
+    how = dict(segment_ids=ids, pattern=pattern, chosen_blocks=1)
+    out = s2_attention(q, k, v, 256, backend=backend, **how)
+    plain = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    want = s2_attention_reference(*plain, 256, **how)
+    assert error(out, want) < 0.01
+    dout = torch.randn_like(out)
+    found, expected = torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(want, plain, dout.float())
+    for grad, true in zip(found, expected, strict=True):
+        assert error(grad, true) < 0.02
+    with torch.no_grad():
+        for x in (q, k, v):
+            x[:, :, 1100:1230] = torch.randn_like(x[:, :, 1100:1230])
+        after = s2_attention(q, k, v, 256, backend=backend, **how)
+    assert torch.equal(after[:, :1100], out[:, :1100]) and not torch.equal(after[:, 1100:1230], out[:, 1100:1230])

@@ -1,0 +1,188 @@
+"""Patterns that see blocks of keys: "window" and "adaptive", whose queries choose their blocks by content.
+
+A document is cut into blocks of 128 tokens, the last of which may be short. In the layout that is computed on, every
+document begins at a block: rows that are packed or padded are copied into it, rows of whole blocks are not. Read by the
+backends that take blocks, `sdpa` and `flex`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+BLOCK = 128
+
+
+def default_blocks(group_size: int) -> int:
+    """How many blocks "adaptive" chooses by content, so that it costs what S2-Attn costs with groups of G tokens.
+
+    A query of S2-Attn sees G/2 keys on average; its own block, the one before and the first are seen besides.
+
+    Example: G = 8192: 32 blocks of 128, of which 29 are chosen.
+    """
+    return max(1, group_size // (2 * BLOCK) - 3)
+
+
+class Layout(NamedTuple):
+    """Where the tokens of a batch stand in blocks: N tokens in N / 128 blocks.
+
+    Attributes:
+        source: (N,) the flattened token that stands at each place; 0 where none does.
+        is_token: (N,) bool. position: (N,) of each token in its document.
+        first: (blocks,) the first block of each block's document. is_dense: (blocks,) bool: a document of at most G.
+        place: (B * S,) where each flattened token stands; 0 for padding. is_real: (B * S,) bool, False at padding.
+    """
+
+    source: torch.Tensor
+    is_token: torch.Tensor
+    position: torch.Tensor
+    first: torch.Tensor
+    is_dense: torch.Tensor
+    place: torch.Tensor
+    is_real: torch.Tensor
+
+
+@dataclass(eq=False)
+class BlockPlan:
+    """What a forward sees by blocks.
+
+    Attributes:
+        batch, length: B and S, tokens.
+        documents: (start, tokens) in flattened token order, without padding.
+        group_size: G, tokens; a document of at most G tokens is attended to densely.
+        pattern: "window" or "adaptive".
+        chosen: how many blocks are chosen by content.
+    """
+
+    batch: int
+    length: int
+    documents: list[tuple[int, int]]
+    group_size: int
+    pattern: str
+    chosen: int
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        batch: int,
+        length: int,
+        documents: list[tuple[int, int, int]],
+        group_size: int,
+        pattern: str,
+        blocks: int | None = None,
+    ) -> BlockPlan:
+        """From `groups.find_documents`; blocks: None for as many as cost what S2-Attn costs."""
+        real = [(start, tokens) for start, tokens, number in documents if number]
+        return cls(batch, length, real, group_size, pattern, default_blocks(group_size) if blocks is None else blocks)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether tokens stand in blocks as they come."""
+        whole = all(tokens % BLOCK == 0 for _, tokens in self.documents)
+        return whole and sum(tokens for _, tokens in self.documents) == self.batch * self.length
+
+    @property
+    def width(self) -> int:
+        """The most blocks that any block of queries sees."""
+        sees = self.chosen + 3 if self.pattern == "adaptive" else -(-(self.group_size // 2) // BLOCK) + 2
+        dense = -(-self.group_size // BLOCK)
+        blocks = [(-(-n // BLOCK), n <= self.group_size) for _, n in self.documents]
+        return max((min(count, dense if is_dense else sees) for count, is_dense in blocks), default=1)
+
+    def layout(self, device: torch.device) -> Layout:
+        """The layout's tensors, made once a device."""
+        return self.once(("layout", device), lambda: self._make_layout(device))
+
+    def _make_layout(self, device: torch.device) -> Layout:
+        source, is_token, position, first, is_dense = [], [], [], [], []
+        place = torch.zeros(self.batch * self.length, dtype=torch.long)
+        is_real = torch.zeros(self.batch * self.length, dtype=torch.bool)
+        at = 0
+        for start, tokens in self.documents:
+            blocks = -(-tokens // BLOCK)
+            own = torch.arange(blocks * BLOCK)
+            source.append((own + start).where(own < tokens, 0))
+            is_token.append(own < tokens)
+            position.append(own)
+            first += [at // BLOCK] * blocks
+            is_dense += [tokens <= self.group_size] * blocks
+            place[start : start + tokens] = own[:tokens] + at
+            is_real[start : start + tokens] = True
+            at += blocks * BLOCK
+        parts = torch.cat(source), torch.cat(is_token), torch.cat(position), torch.tensor(first), torch.tensor(is_dense)
+        return Layout(*(x.to(device) for x in (*parts, place, is_real)))
+
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What is derived from this plan: made by the first layer that asks, kept for the others."""
+        if name not in self._made:
+            with torch.inference_mode(False):
+                self._made[name] = make()
+        return self._made[name]
+
+    def arrange(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, S, D) -> (H, N, D), in blocks; 0 where no token stands."""
+        x = x.transpose(0, 1).flatten(1, 2)
+        if self.is_aligned:
+            return x
+        layout = self.layout(x.device)
+        return x.index_select(1, layout.source).where(layout.is_token[:, None], 0)
+
+    def restore(self, x: torch.Tensor) -> torch.Tensor:
+        """(H, N, D) -> (B, S, H, D); 0 at padding."""
+        if not self.is_aligned:
+            layout = self.layout(x.device)
+            x = x.index_select(1, layout.place).where(layout.is_real[:, None], 0)
+        return x.transpose(0, 1).unflatten(0, (self.batch, self.length))
+
+    @torch.no_grad()
+    def find_seen(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """(H_kv or 1, blocks, width): the blocks that each block of queries sees, ascending; `blocks` stands for none.
+
+        Args:
+            query: (H, N, D). key: (H_kv, N, D), both in blocks.
+        """
+        if self.pattern == "window":
+            return self.once(("seen", query.device), lambda: self._listed(self._always(query.device)[None]))
+        always, heads = self._always(query.device), key.shape[0]
+        count = len(always)
+        q, k = (x.unflatten(1, (count, BLOCK)) for x in (query, key))
+        # (H_kv, blocks, D): the mean of the 128 queries that end with each block's first: later ones choose nothing.
+        group = q.unflatten(0, (heads, -1))
+        starts, sums = group[:, :, :, 0].float().mean(1), group.float().sum(3).mean(1)
+        asks = (sums.roll(1, 1) - starts.roll(1, 1) + starts) / BLOCK
+        scores = asks @ k.float().mean(2).mT
+        block = torch.arange(count, device=query.device)
+        first = self.layout(query.device).first
+        is_candidate = (block <= block[:, None]) & (block >= first[:, None]) & ~always
+        scores = scores.masked_fill(~is_candidate, -torch.inf)
+        best = scores.topk(min(self.chosen, count), dim=-1)
+        seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, best.indices, best.values > -torch.inf)
+        return self._listed(seen | always)
+
+    def _always(self, device: torch.device) -> torch.Tensor:
+        """(blocks, blocks) bool: what is seen whatever it holds."""
+        layout = self.layout(device)
+        block = torch.arange(len(layout.first), device=device)
+        ask, held, first = block[:, None], block, layout.first[:, None]
+        if self.pattern == "window":
+            near = (ask - held) * BLOCK - (BLOCK - 1) < self.group_size // 2
+        else:
+            near = ask - held <= 1
+        return (held <= ask) & (held >= first) & (near | (held == first) | layout.is_dense[:, None])
+
+    def _listed(self, seen: torch.Tensor) -> torch.Tensor:
+        count = seen.shape[-1]
+        numbers = torch.arange(count, device=seen.device).where(seen, count)
+        return numbers.topk(self.width, dim=-1, largest=False, sorted=True).values
+
+    def may_see(self, q: torch.Tensor, k: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Whether a query sees a key of a block that it sees; both are places in the layout."""
+        sees = k <= q
+        if self.pattern == "window":
+            is_near = (q - k < self.group_size // 2) | (layout.position[k] < BLOCK)
+            sees = sees & (is_near | layout.is_dense[q // BLOCK])
+        return sees

@@ -115,6 +115,6 @@ def refuse_blocks(pattern: str) -> None:
     """Refuse a pattern whose queries see blocks of keys of any rank. Raises: NotImplementedError."""
     if pattern in BLOCK_PATTERNS:
         raise NotImplementedError(
-            f"attention_pattern={pattern!r} cannot be used where ranks share a sequence: a query may see blocks of keys "
-            f"of any rank. Use 's2', 'local' or 'full', or train on one rank a sequence."
+            f"attention_pattern={pattern!r} cannot be used where ranks share a sequence: a query may see blocks of "
+            f"keys of any rank. Use 's2', 'local' or 'full', or train on one rank a sequence."
         )

@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -57,6 +58,8 @@ from peft_longlora.hub.writing import write_whole, writing
 
 RESULTS = "results.json"
 SCHEMA_VERSION = 1
+# The plots that an evaluation draws, beside which other pictures may lie.
+PLOTS = re.compile(r"((perplexity|native)_(documents|longlora)|passkey|needle|ruler|multidoc|topics|cost)\.png")
 # Values for fields that a file leaves out.
 _UNSAID = dict.fromkeys(("length", "group", "low", "high", "tokens")) | {
     "protocol": "",
@@ -240,9 +243,17 @@ def copy_results(source: Path, folder: Path) -> None:
         raise ValueError(f"results={str(source)!r} has no {RESULTS}. Name the folder that the evaluation wrote.")
     _, plots = read_results(source)
     if source.resolve() != folder.resolve():
+        drop_plots(folder, plots)
         for name in (RESULTS, *plots):
             with (source / name).open("rb") as content, writing(folder / name) as copy:
                 shutil.copyfileobj(content, copy)
+
+
+def drop_plots(folder: Path, kept: list[str]) -> None:
+    """Remove the plots of earlier results from a folder: its card shows all that lie there."""
+    for path in folder.glob("*.png"):
+        if path.name not in kept and PLOTS.fullmatch(path.name):
+            path.unlink()
 
 
 def rounded(value: float | None) -> float | None:

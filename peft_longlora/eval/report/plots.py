@@ -10,10 +10,8 @@ from matplotlib.figure import Figure
 
 from peft_longlora.eval.report.style import axes, color_of, fit_linear, fit_log, layer, plain_ticks, shade, tokens
 from peft_longlora.eval.report.units import UNITS, show_metric
-from peft_longlora.hub.results import Results, Row
+from peft_longlora.hub.results import Results, Row, drop_plots
 from peft_longlora.hub.writing import writing
-
-OURS = "(perplexity|native)_(documents|longlora)|passkey|needle|ruler|multidoc|topics|cost"
 
 
 def write_plots(results: Results, folder: Path) -> list[str]:
@@ -40,9 +38,7 @@ def write_plots(results: Results, folder: Path) -> list[str]:
             figures[task] = draw_places(ours, task)
     if cost := [row for row in rows if row.task == "cost"]:
         figures["cost"] = draw_cost(cost)
-    for path in folder.glob("*.png"):
-        if path.stem not in figures and re.fullmatch(OURS, path.stem):
-            path.unlink()  # of an earlier run in this folder, and of numbers that these results do not hold
+    drop_plots(folder, [f"{name}.png" for name in figures])
     for name, figure in figures.items():
         with writing(folder / f"{name}.png") as file:
             figure.savefig(file, format="png")

@@ -3,17 +3,17 @@
 The data path, which is also the reading order:
 
     input_ids -> transformers model
-      -> attention/mask.py      once a forward: who is padding, who belongs to which document
+      -> attention/mask.py      once a forward: which tokens are padding, which belong to which document
       -> attention/forward.py   each layer: sparse while training, dense otherwise (attention/settings.py says how)
       -> kernels/groups.py      where the groups start
       -> kernels/attend.py      s2_attention and its backends; reference.py is the definition of correct
       -> loss                   the Trainer's
       -> adapter/model.py       what an adapter trains and saves (adapter/config.py says what)
-      -> rope/scale.py          the longer window that it brings
-      -> hub/card.py            what its README says; hub/push.py brings both to the Hub
+      -> rope/scale.py          the longer window
+      -> hub/card.py            its README; hub/push.py pushes both to the Hub
 
-Around them: sequence/ shares a long row among GPUs, memory/ makes it fit, data/ reads what is trained on, eval/
-measures what a window is worth, chat/ asks questions of a document, cli/ is the command `longlora`.
+Around them: sequence/ shares a long row among GPUs, memory/ makes it fit, data/ reads training data, eval/ measures
+what a window is worth, chat/ answers questions about a document, cli/ is the command `longlora`.
 
 Importing this package registers `LongLoraConfig` with peft and "s2_attn" with transformers (register.py).
 """

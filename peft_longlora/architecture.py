@@ -1,4 +1,4 @@
-"""Where a transformers model has its parts, how its layers see text by themselves, and which models are refused."""
+"""Where a transformers model has its parts, which layers have a window, and which models are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def find_text_model(model: nn.Module) -> nn.Module:
-    """The language model inside one that takes images or sounds too; the model itself where that is all of it."""
+    """The language model inside a multimodal model; the model itself if it is only a language model."""
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig) or config.get_text_config() is config:
         return model
@@ -21,18 +21,18 @@ def find_text_model(model: nn.Module) -> nn.Module:
 
 
 def cache_name(model: nn.Module) -> str:
-    """What a model calls its cache, as an argument and in its output: transformers 5.24 renamed it.
+    """The name of a model's cache, as an argument and in its output. transformers 5.24 renamed it.
 
-    Returns: "cache", or "past_key_values" before transformers 5.24 and in code on the Hub that was written for it.
+    Returns: "cache", or "past_key_values" before transformers 5.24 and in older code on the Hub.
     """
-    model = model.get_base_model() if isinstance(model, PeftModel) else model  # PEFT's forward takes any name
+    model = model.get_base_model() if isinstance(model, PeftModel) else model  # PEFT's forward accepts any name
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def find_entrances(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that are called from outside, each once.
+    """The modules of a model that may be called from outside, each once.
 
-    The backbone too, because trainers that compute the loss themselves do not call the whole model.
+    The backbone is one of them, because trainers that compute the loss themselves do not call the whole model.
     """
     return list(dict.fromkeys([model, getattr(model, "base_model", model), find_text_model(model)]))
 
@@ -40,9 +40,9 @@ def find_entrances(model: nn.Module) -> list[nn.Module]:
 def follow(
     model: nn.Module, before: Callable[..., Any], after: Callable[..., Any] | None = None
 ) -> list[RemovableHandle]:
-    """Call `before(module, args, kwargs)` ahead of every call of a model, and `after(module, ...)` when it ends.
+    """Call `before(module, args, kwargs)` before every call of a model, and `after(module, ...)` when it ends.
 
-    An entrance may call another one. `after` is called for calls that fail, too.
+    One of these modules may call another. `after` is also called if a call fails.
     """
     handles = []
     for module in find_entrances(model):
@@ -53,7 +53,8 @@ def follow(
 
 
 def find_attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The attention layers of a language model, by name: modules of a class named so that know their layer's index."""
+    """The attention layers of a language model by name: modules with "Attention" in the class name and a layer
+    index."""
     of_text = set(find_text_model(model).modules())
     return {
         name: module
@@ -63,32 +64,32 @@ def find_attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_causal_layer(module: nn.Module) -> bool:
-    """Whether no token sees a later one in an attention layer; transformers' layers say so of themselves."""
+    """Whether no token sees a later one in an attention layer; transformers' layers have an attribute for it."""
     return getattr(module, "is_causal", True)
 
 
 def is_local_layer(module: nn.Module, config: PreTrainedConfig) -> bool:
-    """Whether a layer has a window or chunks of its own, which it keeps."""
+    """Whether a layer has its own window or chunks, which it keeps."""
     if layer_types := getattr(config, "layer_types", None):
         return any(name in layer_types[module.layer_idx] for name in ("sliding", "chunked", "window"))
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
 def check_architecture(model: PreTrainedModel) -> None:
-    """Refuse a model that would silently train with something else than S2-Attn.
+    """Refuse a model that would silently train without S2-Attn.
 
     Raises: NotImplementedError.
     """
     if not hasattr(model, "_can_set_attn_implementation") or not hasattr(model, "config"):
         raise NotImplementedError(
-            f"{type(model).__name__} is no model of transformers (PreTrainedModel), whose attention could be replaced "
-            f"and whose RoPE could be rescaled. Load one with AutoModelForCausalLM."
+            f"{type(model).__name__} is not a transformers model (PreTrainedModel), so there is no attention to "
+            f"replace and no RoPE to rescale. Load one with AutoModelForCausalLM."
         )
     kind = getattr(model.config, "model_type", type(model).__name__)
     layers = find_attention_modules(model).values()
     if layers and not any(is_causal_layer(module) for module in layers):
         raise NotImplementedError(
-            f"{kind} ({type(model).__name__}) is no causal language model: its tokens see later ones, which groups "
+            f"{kind} ({type(model).__name__}) is not a causal language model: its tokens see later ones, which groups "
             f"cannot express. Use a decoder (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
         )
     if not model._can_set_attn_implementation() or not layers:
@@ -104,7 +105,7 @@ def check_architecture(model: PreTrainedModel) -> None:
 
 
 def find_rotary_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that hold inverse frequencies and can make them anew from a config."""
+    """The modules that hold inverse frequencies and can compute them from a config."""
     return [
         module
         for module in find_text_model(model).modules()
@@ -115,5 +116,5 @@ def find_rotary_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def rows_of(embeddings: nn.Module) -> int:
-    """Number of tokens of an embedding layer, whether or not its weight is in this process (DeepSpeed ZeRO-3)."""
+    """The number of tokens of an embedding layer, even if its weight is in another process (DeepSpeed ZeRO-3)."""
     return getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]

@@ -1,6 +1,6 @@
-"""Make "LONGLORA" known to peft and "s2_attn" to transformers, and the card to whoever saves an adapter.
+"""Registers "LONGLORA" with peft, "s2_attn" with transformers, and the card's writer with the adapter.
 
-Idempotent; the only place that touches registries.
+It is idempotent, and the only place that changes registries.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ NAME = "LONGLORA"
 
 
 def register_peft_type() -> None:
-    """Give peft's closed `PeftType` enum a member, unless peft brings one by now.
+    """Add a member to peft's closed `PeftType` enum, unless peft has it already.
 
-    `register_peft_method` accepts names of that enum only, and saved configs are looked up through it. The steps are
-    those of `enum.EnumType` for a str member; `type.__setattr__` because the enum's own refuses new members.
+    `register_peft_method` accepts only names of this enum, and saved configs are looked up in it. The steps are those
+    of `enum.EnumType` for a str member. `type.__setattr__` is used because the enum's own refuses new members.
     """
     if NAME in PeftType.__members__:
         return

@@ -138,7 +138,7 @@ def encoder():
 @pytest.mark.parametrize("switch", [configure_attention, lambda m: get_peft_model(m, LongLoraConfig(r=2))])
 def test_an_encoder_is_refused(switch):
     model = encoder()
-    with pytest.raises(NotImplementedError, match=r"modernbert \(ModernBertForMaskedLM\) is no causal.*Use a decoder"):
+    with pytest.raises(NotImplementedError, match=r"modernbert \(ModernBertForMaskedLM\) is not a causal.*Use a decoder"):
         switch(model)
     assert model.config._attn_implementation == "sdpa"
 
@@ -165,5 +165,5 @@ def test_only_windows_and_chunks_make_a_layer_local(number, is_local):
 
 @pytest.mark.parametrize("switch", [configure_attention, lambda model: get_peft_model(model, LongLoraConfig())])
 def test_a_module_that_is_no_transformers_model_is_refused(switch):
-    with pytest.raises(NotImplementedError, match="Sequential is no model of transformers"):
+    with pytest.raises(NotImplementedError, match="Sequential is not a transformers model"):
         switch(nn.Sequential(nn.Linear(4, 4)))

@@ -18,7 +18,7 @@ from peft_longlora.kernels.kernel import Options
 
 
 def attend(call: LayerCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(B, S, H, D_v) and the attention weights or None; by another kernel than the model's if the settings say so."""
+    """(B, S, H, D_v) and the attention weights or None. If the settings say so, the fastest kernel computes it."""
     settings, options, query = call.settings, call.options, call.query
     is_fastest = settings.is_fastest and settings.is_enabled
     if is_fastest and (groups := _whole_rows(call)) is not None:
@@ -30,7 +30,7 @@ def attend(call: LayerCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     if "flash" in name:
         return _flash(call, name, mask, **call.more), None
     if name == "eager":
-        # Every modeling file brings its own eager attention, and hands it over only where no other is set.
+        # Every modeling file has its own eager attention, and uses it only if no other implementation is set.
         function = sys.modules[type(call.module).__module__].eager_attention_forward
         if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:  # a static cache's mask, made for sdpa
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
@@ -41,7 +41,7 @@ def attend(call: LayerCall) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _whole_rows(call: LayerCall) -> Groups | None:
-    """The plan of a dense call that every kernel can do: whole rows, causal, nothing of the architecture's own."""
+    """The plan of a dense call that every kernel can run: whole rows, causal, no special features; otherwise None."""
     own = ("sliding_window", "softcap", "s_aux")
     is_plain = isinstance(call.mask, S2Mask) and not call.cached and not any(call.more.get(x) is not None for x in own)
     return call.mask.whole_documents() if is_plain and call.is_causal else None

@@ -1,7 +1,8 @@
-"""What transformers calls in every layer: sparse attention while training, the model's own attention otherwise.
+"""The function that transformers calls in every layer: sparse attention in training, the model's own attention
+otherwise.
 
-transformers finds `s2_attention_forward` under the name "s2_attn" (register.py); what it does in a layer stands in that
-layer's settings (settings.py).
+transformers finds `s2_attention_forward` under the name "s2_attn" (register.py). The layer's settings say what it does
+(settings.py).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def s2_attention_forward(
     Args:
         module: the attention layer; `training`, `layer_idx` and its settings are read.
         query: (B, H, S, D) after RoPE. key: (B, H_kv, T, D) with the cache in front. value: (B, H_kv, T, D_v).
-        attention_mask: what `mask.s2_mask` returned, or a 4-D mask of the user's.
+        attention_mask: the result of `mask.s2_mask`, or the user's 4-D mask.
         dropout, scaling: as in transformers.
         kwargs: position_ids, sliding_window, softcap, s_aux, is_causal ... as the architecture passes them.
 
@@ -72,15 +73,15 @@ def s2_attention_forward(
 
 
 def _takes_pattern(call: LayerCall) -> bool:
-    """Whether this call is one for S2-Attn: training, no cache in front, no window of the layer's own.
+    """Whether S2-Attn runs this call: training, no cache in front, and no window of the layer.
 
-    Raises: ValueError: it would be, were it not for its mask.
+    Raises: ValueError: S2-Attn should run it, but its mask cannot be cut into groups.
     """
     if not call.is_sparse or call.is_local:
         return False
     if not is_causal_layer(call.module):
         if not torch.compiler.is_compiling():
-            logger.warning_once(f"{type(call.module).__name__} is not causal, so S2-Attn leaves it as it is.")
+            logger.warning_once(f"{type(call.module).__name__} is not causal, so S2-Attn does not change it.")
         return False
     if call.cached:
         _warn_of_cache(call)
@@ -97,8 +98,8 @@ def _takes_pattern(call: LayerCall) -> bool:
 
 
 def _warn_of_cache(call: LayerCall) -> None:
-    """Say once that cached tokens in front of those to train on make a layer dense."""
-    # Decoding passes here, too, but keeps no graph. One token attends to all that is cached either way.
+    """Warn once that a layer is dense because cached tokens stand in front of the trained ones."""
+    # Decoding comes here too, but without gradients. A single token attends to the whole cache in any case.
     queries = call.query.shape[2]
     is_trained = call.module.training and torch.is_grad_enabled() and call.pattern != "full"
     if is_trained and queries > 1 and not torch.compiler.is_compiling():

@@ -1,6 +1,6 @@
-"""What a model is called with, for its layers: some architectures do not hand it on to them.
+"""The arguments of a model's call, for its layers: some architectures do not pass them on.
 
-Held by the settings of a model's layers (`settings`), read by `layer`.
+The settings of a model's layers (`settings`) hold them; `layer` reads them.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and befor
 
 @dataclass
 class ModelInputs:
-    """The call of a model that is under way, or was the last.
+    """The current call of a model, or its last one.
 
     Attributes:
         schedule: counts the calls from outside.
-        position_ids: (1 or B, S) as the model was given them.
+        position_ids: (1 or B, S), as the caller gave them.
         cu_seq_lens: (documents + 1) numbers of tokens before each document's end, as collators for flash kernels give.
         has_cache: whether the caller gave a cache, empty or not, as `generate` does.
-        notes: what layers found out in this call, for their recomputation (see `layer`).
+        notes: facts that layers found in this call, for recomputation (see `layer`).
         caller: the module that was called from outside, while it runs.
-        places: for each module that is followed, by class, where `position_ids` stands among its arguments.
-        handles: the hooks that note all this.
+        places: for the class of each followed module, the place of `position_ids` among its arguments.
+        handles: the hooks that record all this.
     """
 
     schedule: Schedule = field(default_factory=Schedule)
@@ -45,7 +45,7 @@ class ModelInputs:
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def follow(self, model: PreTrainedModel) -> None:
-        """Note every call of `model` from now on."""
+        """Record every call of `model` from now on."""
         for module in find_entrances(model):
             arguments = list(inspect.signature(module.forward).parameters)
             self.places[type(module).__name__] = (
@@ -54,13 +54,13 @@ class ModelInputs:
         self.handles = follow(model, self._before, self._after)
 
     def leave(self) -> None:
-        """Note no calls any more."""
+        """Stop recording calls."""
         for handle in self.handles:
             handle.remove()
         self.handles = []
 
     def positions(self, more: dict[str, Any]) -> torch.Tensor | None:
-        """(1 or B, S) positions, from what a layer got or from what the model got.
+        """(1 or B, S) positions, from the arguments of a layer or of the model.
 
         Returns None if the model was called without position_ids: it then counts every token of the row, so what a
         layer got says nothing about documents.
@@ -70,13 +70,13 @@ class ModelInputs:
         return self.position_ids if given is None or is_counted else given
 
     def boundaries(self, more: dict[str, Any]) -> torch.Tensor | None:
-        """Cumulative lengths of the documents, from what a layer got or from what the model got."""
+        """Cumulative lengths of the documents, from the arguments of a layer or of the model."""
         given = more.get("cu_seq_lens_q")
         return self.cu_seq_lens if given is None else given
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Hook: a followed module is called."""
-        if kwargs is None:  # torch forgets them if another hook has ended this one during the same call
+        if kwargs is None:  # torch drops them if another hook removed this one during the same call
             return
         position_ids, cu_seq_lens = kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q")
         place = self.places.get(type(module).__name__)
@@ -87,7 +87,7 @@ class ModelInputs:
             self.has_cache = any(kwargs.get(name) is not None for name in CACHE_NAMES)
             self.notes = {}
             self.schedule.begin(module.training)
-        else:  # by another one, which may keep to itself what it was given
+        else:  # another followed module called it, and may not pass on its arguments
             self.position_ids = self.position_ids if position_ids is None else position_ids
             self.cu_seq_lens = self.cu_seq_lens if cu_seq_lens is None else cu_seq_lens
 

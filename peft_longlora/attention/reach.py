@@ -1,4 +1,4 @@
-"""How far each layer of a model attends: which layers to keep dense, measured on a few rows."""
+"""Measures on a few rows how far each layer of a model attends, to choose the layers to keep dense."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.settings import S2_ATTN, AttentionSettings, AttentionState, settings_of
 from peft_longlora.kernels.groups import whole_number
 
-# The first tokens of a row draw attention from everywhere, whatever they say; that is no reach.
+# The first tokens of a row attract attention from everywhere, whatever they say. This does not count as reach.
 SINKS = 128
 
 
 def far_layers(
     model: nn.Module, rows: Iterable[torch.Tensor | Sequence[int]], beyond: int, *, queries: int = 64
 ) -> dict[int, float]:
-    """The layers of a model, those that attend farthest first, with the share of their attention that goes far.
+    """The layers of a model with the share of their attention that goes far, largest share first.
 
-    A layer's figure is the mean over heads, rows and queries of the attention weights on keys that stand `beyond` or
-    more tokens before the query, the first 128 tokens of the row left out. The model attends densely, in evaluation
-    mode. Of each row `queries` queries are looked at, so memory is O(queries * S), and never S * S.
+    A layer's share is the mean over heads, rows and queries of the attention weights on keys that are `beyond` or more
+    tokens before the query; the first 128 tokens of the row are left out. The model attends densely, in evaluation
+    mode. `queries` queries of each row are used, so memory is O(queries * S), never S * S.
 
     Args:
-        model: a causal language model of transformers, bare or with an adapter; it is left as it was.
-        rows: token ids, (S,) or (1, S) each, one document a row, without padding.
-        beyond: tokens; the group size of the training to come.
-        queries: how many queries of each row, evenly spaced over those that have far keys.
+        model: a causal language model of transformers, bare or with an adapter; it is not changed.
+        rows: token ids, (S,) or (1, S) each, one document in a row, without padding.
+        beyond: tokens; give the group size of the planned training.
+        queries: the number of queries in each row, evenly spaced over those that have far keys.
 
-    Returns: {layer index: share from 0 to 1}, largest first. Layers with a window or chunks of their own have 0.
+    Returns: {layer index: share from 0 to 1}, largest first. Layers that have a window or chunks have 0.
 
     Raises:
-        ValueError: no rows, a row of more than one document's shape or too short for any far key, a `beyond` or
-            `queries` below 1, or a model whose ranks share sequences.
+        ValueError: there are no rows, a row has another shape or is too short for a far key, `beyond` or `queries` is
+            below 1, or the model's ranks share sequences.
         NotImplementedError: as `configure_attention`.
 
     Example:
@@ -75,11 +75,11 @@ def _as_row(row: torch.Tensor | Sequence[int], number: int, beyond: int) -> torc
     ids = torch.as_tensor(row, dtype=torch.long)
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or len(ids) != 1:
-        raise ValueError(f"rows[{number}] has shape {tuple(ids.shape)}: give (S,) or (1, S) token ids, row by row.")
+        raise ValueError(f"rows[{number}] has shape {tuple(ids.shape)}: give each row as (S,) or (1, S) token ids.")
     if ids.shape[1] <= beyond + SINKS:
         raise ValueError(
             f"rows[{number}] has {ids.shape[1]} tokens, so no query has a key {beyond} tokens before it behind the "
-            f"first {SINKS}. Give rows of more than {beyond + SINKS} tokens, best of the length to train at."
+            f"first {SINKS}. Give rows of more than {beyond + SINKS} tokens, best of the length that you will train at."
         )
     return ids
 
@@ -108,10 +108,10 @@ def _attending_densely(model: nn.Module, whole: nn.Module) -> Iterator[list[Atte
 
 @dataclass
 class _Probe:
-    """Sums up what far keys weigh in each layer.
+    """Sums the weights of far keys in each layer.
 
     Attributes:
-        beyond, queries: as `far_layers`. shares: of each layer, one number a row.
+        beyond, queries: as in `far_layers`. shares: for each layer one number a row.
     """
 
     beyond: int
@@ -119,7 +119,7 @@ class _Probe:
     shares: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def __call__(self, call: LayerCall) -> None:
-        """A layer is called with a row."""
+        """Called by a layer with a row."""
         layer = call.module.layer_idx
         if call.is_local or is_local_layer(call.module, call.module.config):
             self.shares[layer].append(0.0)

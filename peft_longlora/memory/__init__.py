@@ -1,4 +1,4 @@
-"""What fits into a GPU's memory, and what makes it fit: which blocks are computed twice, and what they keep.
+"""What fits into a GPU's memory, and how to make a step fit: which blocks are computed twice, and what they keep.
 
 Read `blocks`, `keep`, `offload`, `tile`, then `fit`. Imports `attention` and `architecture`.
 """

@@ -1,4 +1,4 @@
-"""The blocks of a decoder, and which of them keep what their backward needs."""
+"""The blocks of a decoder, and which of them keep all tensors for their backward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peft_longlora.memory.tile import find_feed_forwards, tile
 
 
 def find_blocks(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The blocks that transformers can checkpoint and that attend to text, from the first to the last."""
+    """The blocks of the text model that transformers can checkpoint, in order."""
     attentions = set(find_attention_modules(model).values())
     return [
         module
@@ -34,21 +34,21 @@ def checkpoint_blocks(
 ) -> None:
     """Checkpoint all blocks but the last `free` ones, which keep everything.
 
-    The last ones, because their backward comes first: what they keep is gone when the other blocks are computed again.
-    A second call replaces what the first one set.
+    The last blocks keep everything because their backward comes first: their tensors are freed before the other blocks
+    are computed again. A second call replaces the settings of the first.
 
     Args:
         model: a model of transformers, bare or PEFT.
         free: number of blocks that are not checkpointed.
         keep: whether checkpointed blocks keep the outputs of attention.
-        offload: whether the inputs of checkpointed blocks wait in the host's memory (`Offload`). 2: those of every
-            second block; the block before computes the others again. That takes half the host's memory, and half a
-            forward more.
-        tile_tokens: tokens at a time in feed-forward layers (`tile`); None: whole rows.
+        offload: whether the inputs of checkpointed blocks wait in the host's memory (`Offload`). With 2 only the inputs
+            of every second block wait there, and the block before computes the others again. This needs half the
+            host's memory, and half a forward more.
+        tile_tokens: tokens of one tile in feed-forward layers (`tile`); None: whole rows.
 
     Raises:
-        ValueError: more free blocks than there are, a tile below 1 token, or a model whose blocks transformers cannot
-            checkpoint.
+        ValueError: `free` is larger than the number of blocks, a tile is below 1 token, or transformers cannot
+            checkpoint the model's blocks.
     """
     blocks = find_blocks(model)
     if not blocks:
@@ -64,7 +64,7 @@ def checkpoint_blocks(
         raise ValueError(f"tile_tokens={tile_tokens} must be 1 or more tokens, or None for whole rows.")
     options = {"use_reentrant": False, **({"context_fn": keep_attention} if keep else {})}
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # transformers 5.24 renames it, and warns of the old name.
+    # transformers 5.24 renames it, and warns about the old name.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable(options)
     host, before = HostMemory(), None

@@ -1,9 +1,9 @@
-"""`fit_memory`: as much speed as a GPU's memory has room for. It measures a few short steps and extrapolates.
+"""`fit_memory`: the fastest way to compute a step that fits into a GPU. It measures a few short steps and extrapolates.
 
-A step's peak memory grows linearly with the row, because no kernel here makes an S x S matrix. So short steps tell the
-peak of a long one, with whatever kernels, quantisation and loss it has: the row is doubled until the growth is steady,
-because the peak of a very short step is that of the embeddings' gradient. Two more steps, with some blocks that keep
-everything, tell what a block costs. Nothing is assumed of the architecture.
+A step's peak memory grows linearly with the row, because no kernel here makes an S x S matrix. So short steps predict
+the peak of a long step, with any kernels, quantisation and loss. The row is doubled until the growth is steady, because
+the peak of a very short step is the embeddings' gradient. Two more steps, in which some blocks keep everything, show
+what a block costs. Nothing is assumed about the architecture.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from peft_longlora.memory.blocks import checkpoint_blocks, find_blocks
 
 logger = logging.get_logger(__name__)
 
-# From a model and ids, (1, S), what a step calls `backward` on.
+# Computes the loss of a step, from a model and ids (1, S).
 Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
-# Of a GPU's memory that a plan fills: the allocator loses some to fragments, and cuBLAS and NCCL take theirs.
+# The share of a GPU's memory that a plan fills: the allocator loses some to fragments, and cuBLAS and NCCL need some.
 FILLED = 0.94
 SHORTEST = 2048  # tokens of the first step that is measured
-STEADY = 0.05  # two slopes that differ by less are one
+STEADY = 0.05  # two slopes that differ by less count as equal
 FREE_PROBES = (4, 8)  # blocks that keep everything in two more steps
-ADAM_BYTES = 8  # two float32 moments a trained number
+ADAM_BYTES = 8  # two float32 moments for each trained number
 TILE = 4096  # tokens of a tile, where a whole row's feed-forward layers do not fit
-HOST_FILLED = 0.75  # of the host's memory that inputs of blocks may take
-# What is tried, from the fastest to what needs least; arguments of `checkpoint_blocks`.
+HOST_FILLED = 0.75  # the share of the host's memory that inputs of blocks may use
+# The means to try, from the fastest to the one that needs least memory; arguments of `checkpoint_blocks`.
 MEANS: tuple[dict[str, Any], ...] = (
     dict(keep=True),
     dict(keep=False),
@@ -46,18 +46,18 @@ MEANS: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a step of `length` tokens needs, and what was switched on. Sizes are bytes.
+    """The memory of a step of `length` tokens, and the means that were switched on. Sizes are bytes.
 
     Attributes:
         length: tokens of a step.
         budget: bytes that may be used.
-        fixed: weights, gradients, optimiser states, and what else does not grow with the row.
+        fixed: weights, gradients, optimiser states, and everything else that does not grow with the row.
         a_token: a token's bytes at the peak, with every block checkpointed; the peak is in a block's backward.
-        a_loss: a token's bytes when the loss is computed, less those of blocks that keep everything.
-        a_block: a token's bytes more then for each block that keeps everything.
+        a_loss: a token's bytes when the loss is computed, without those of blocks that keep everything.
+        a_block: a token's additional bytes then, for each block that keeps everything.
         blocks: number of the model's blocks. free: how many of them are not checkpointed.
-        means: what `checkpoint_blocks` was told of the others.
-        host: bytes of the host's memory that wait there, and host_budget: those that may.
+        means: the arguments of `checkpoint_blocks` for the others.
+        host: bytes that wait in the host's memory. host_budget: bytes that may wait there.
     """
 
     length: int
@@ -74,18 +74,18 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the GPU and the host have room for it."""
+        """Whether the step fits into the GPU and the host."""
         return self.peak <= self.budget and self.host <= self.host_budget
 
     @property
     def peak(self) -> int:
-        """The peak that is expected."""
+        """The expected peak."""
         at_loss = self.a_loss + self.free * self.a_block if self.free else 0.0
         return round(self.fixed + self.length * max(self.a_token, at_loss))
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest step that fits with these means and every block checkpointed."""
+        """The tokens of the longest step that fits with these means and every block checkpointed."""
         return max(0, int((self.budget - self.fixed) / self.a_token))
 
     def __str__(self) -> str:
@@ -116,22 +116,22 @@ def fit_memory(
 ) -> MemoryPlan:
     """Choose the fastest way to compute a step of `length` tokens that fits on this GPU.
 
-    If memory is left with every block checkpointed, some blocks keep everything. If it does not suffice, blocks first
+    If memory is left with every block checkpointed, some blocks keep everything. If memory is short, blocks first
     compute attention twice, then their inputs wait in the host's memory, then feed-forward layers work by tiles. Give
-    the Trainer gradient_checkpointing=False: it would switch all blocks on again.
+    the Trainer gradient_checkpointing=False; otherwise it would checkpoint all blocks again.
 
     Args:
         model: a model of transformers with its adapter, on its GPU, ready to train with AdamW.
         length: tokens of a step on this GPU: rows times their length.
-        budget: bytes that may be used. None: 94% of what the GPU has, less what other programs hold.
-        loss: how the training computes its loss, from the model and ids (1, S). None: the model's own way, whose
-            logits, (1, S, V) float32, are then a part of the plan.
+        budget: bytes that may be used. None: 94% of the GPU's memory, minus the memory of other programs.
+        loss: computes the loss of the training, from the model and ids (1, S). None: the model's own loss; its logits,
+            (1, S, V) float32, are then a part of the plan.
 
-    Returns: the plan that is now in force; it is also logged.
+    Returns: the plan that is now in use; it is also logged.
 
     Raises:
         ValueError: the model is not on a CUDA device, or has no blocks to checkpoint.
-        MemoryError: no way fits; the message says which length does. All blocks are then checkpointed.
+        MemoryError: no means suffice; the message says which length fits. All blocks are then checkpointed.
     """
     device = next(model.parameters()).device
     _check(device, length)
@@ -144,7 +144,7 @@ def fit_memory(
     for means in MEANS:
         try:
             plan = _measure(model, length, budget, loss, means)
-        except torch.OutOfMemoryError:  # in a short step already
+        except torch.OutOfMemoryError:  # even a short step ran out of memory
             logger.info(f"fit_memory: a short step with {means} ran out of memory.")
             continue
         if plan.fits:
@@ -158,8 +158,8 @@ def fit_memory(
             f"more GPUs."
         )
     raise MemoryError(
-        f"A step of {length} tokens needs {plan.peak / 2**30:.1f} GiB with the means that need least, {plan.means}; "
-        f"the budget is {plan.budget / 2**30:.1f} GiB, and {plan.longest} tokens fit. The step puts "
+        f"A step of {length} tokens needs {plan.peak / 2**30:.1f} GiB with the means that need least memory, "
+        f"{plan.means}; the budget is {plan.budget / 2**30:.1f} GiB, and {plan.longest} tokens fit. The step puts "
         f"{plan.host / 2**30:.1f} GiB into the host's memory, of which {plan.host_budget / 2**30:.1f} GiB may be used. "
         f"Use shorter rows, a 4-bit base, sequence parallelism over more GPUs, or a loss that makes no logits of the "
         f"whole row."
@@ -168,9 +168,9 @@ def fit_memory(
 
 def _check(device: torch.device, length: int) -> None:
     if device.type != "cuda":
-        raise ValueError(f"The model is on {device.type!r}: fit_memory measures on the GPU that is to be filled.")
+        raise ValueError(f"The model is on {device.type!r}: fit_memory measures on a GPU. Move the model to one.")
     if length < 2 * SHORTEST:
-        raise ValueError(f"length={length} is below {2 * SHORTEST} tokens: a step so short needs no plan.")
+        raise ValueError(f"length={length} is below {2 * SHORTEST} tokens: such a short step needs no plan.")
 
 
 def _measure(model: nn.Module, length: int, budget: int, loss: Loss, means: dict[str, Any]) -> MemoryPlan:
@@ -200,11 +200,11 @@ def _input_bytes(model: nn.Module) -> int:
 
 
 def _growth(model: nn.Module, length: int, loss: Loss) -> tuple[int, int, float]:
-    """A number of tokens from which on the peak grows steadily, the peak there, and a token's bytes."""
-    # A block's backward holds its input, queries, keys, values and gradients; growth below that is of other parts.
+    """A number of tokens above which the peak grows steadily, the peak there, and a token's bytes."""
+    # A block's backward holds its input, queries, keys, values and gradients; smaller growth belongs to other parts.
     least = 6 * _input_bytes(model)
     tokens, slope = SHORTEST, 0.0
-    _peak(model, tokens, loss)  # kernels are compiled
+    _peak(model, tokens, loss)  # compiles kernels
     peak = _peak(model, tokens, loss)
     while 4 * tokens <= length or not slope:
         longer = _peak(model, 2 * tokens, loss)
@@ -216,7 +216,7 @@ def _growth(model: nn.Module, length: int, loss: Loss) -> tuple[int, int, float]
 
 
 def _with_free(model: nn.Module, free: int, tokens: int, loss: Loss, means: dict[str, Any]) -> int:
-    """`_peak` with some free blocks; more than the GPU has if they do not fit."""
+    """`_peak` with some free blocks; if they do not fit, a number above the GPU's memory."""
     checkpoint_blocks(model, free=free, **means)
     try:
         return _peak(model, tokens, loss)
@@ -227,7 +227,7 @@ def _with_free(model: nn.Module, free: int, tokens: int, loss: Loss, means: dict
 
 
 def _peak(model: nn.Module, tokens: int, loss: Loss) -> int:
-    """Bytes at the peak of a forward and a backward, gradients included. The model and the random numbers stay."""
+    """Bytes at the peak of a forward and a backward, with gradients. Model and random state are not changed."""
     device = next(model.parameters()).device
     was_training = model.training
     model.train()
@@ -244,5 +244,5 @@ def _peak(model: nn.Module, tokens: int, loss: Loss) -> int:
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
-        for key, one in schedules.items():  # `dense_every` counts the training's forwards alone
+        for key, one in schedules.items():  # `dense_every` must count only the training's forwards
             one.training_forwards = counts[key]

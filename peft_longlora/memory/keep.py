@@ -1,7 +1,7 @@
-"""What a checkpointed block keeps of its forward: the outputs of attention, which cost most to compute a second time.
+"""Checkpointed blocks that keep the outputs of attention, which cost most to compute a second time.
 
-torch's selective checkpointing asks about every operator. `keep_attention` goes where transformers and its Trainer
-take the arguments of `torch.utils.checkpoint`: gradient_checkpointing_kwargs=dict(use_reentrant=False,
+torch's selective checkpointing asks a function about every operator. Give `keep_attention` to transformers and its
+Trainer with the arguments of `torch.utils.checkpoint`: gradient_checkpointing_kwargs=dict(use_reentrant=False,
 context_fn=keep_attention).
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 _aten = torch.ops.aten
-# Each returns the output and the log-sum-exp, (B, H, S) float32, which is all that a backward of attention needs.
+# Each returns the output and the log-sum-exp, (B, H, S) float32. A backward of attention needs nothing else.
 ATTENTION = frozenset(
     {
         _aten._flash_attention_forward.default,
@@ -27,7 +27,7 @@ NAMESPACE = "peft_longlora"
 
 
 def is_attention(operator: Any) -> bool:
-    """Whether an operator is an attention forward: one of PyTorch's, or this package's own."""
+    """Whether an operator is an attention forward, of PyTorch or of this package."""
     return operator in ATTENTION or getattr(operator, "namespace", None) == NAMESPACE
 
 
@@ -36,8 +36,8 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 def keep_attention() -> tuple[Any, Any]:
-    """A `context_fn` of `torch.utils.checkpoint.checkpoint`: keep attention's outputs, compute the rest again.
+    """A `context_fn` for `torch.utils.checkpoint.checkpoint`: keep attention's outputs, compute the rest again.
 
-    Costs 2 * H * D_v bytes a token and block in half precision, and 4 * H for the log-sum-exp.
+    It costs 2 * H * D_v bytes a token and block in half precision, and 4 * H for the log-sum-exp.
     """
     return create_selective_checkpoint_contexts(_policy)

@@ -1,9 +1,9 @@
-"""What checkpointed blocks keep waits in the host's memory, and travels while the GPU computes.
+"""The inputs of checkpointed blocks wait in the host's memory, and are copied while the GPU computes.
 
-A block's input, (B, S, hidden), is all that a checkpointed block keeps; over all blocks that is most of a long step's
-memory. Here it is copied to pinned memory on a stream of its own as soon as the block has begun, and comes back one
-block ahead of the backward. transformers' own `offload=True` copies on the stream that computes, so there each copy is
-added to the step. Called by `blocks`.
+A checkpointed block keeps only its input, (B, S, hidden). Over all blocks that is most of a long step's memory. Here
+the input is copied to pinned memory on a separate stream as soon as the block has begun, and comes back one block
+before its backward. transformers' own `offload=True` copies on the computing stream, so there each copy makes the step
+longer. Called by `blocks`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from weakref import ref
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-LEAST_BYTES = 2**20  # smaller tensors stay where they are
+LEAST_BYTES = 2**20  # smaller tensors stay on the GPU
 
 
 class _Away:
     """A tensor that waits in the host's memory.
 
     Attributes:
-        host: its copy, in pinned memory. copied: the event after which the copy is whole.
-        here: the tensor back on the device, or None. arrived: the event after which it is whole.
+        host: its copy in pinned memory. copied: the event after which the copy is complete.
+        here: the tensor back on the device, or None. arrived: the event after which it is complete.
     """
 
     def __init__(self, tensor: torch.Tensor, host: torch.Tensor, stream: torch.cuda.Stream):
@@ -34,10 +34,10 @@ class _Away:
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(stream):
             host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)  # its memory is not given away before it is copied
+        tensor.record_stream(stream)  # its memory is not reused before it is copied
 
     def fetch(self) -> None:
-        """Start to bring it back."""
+        """Start to copy it back."""
         if self.here is None:
             with torch.cuda.stream(self.stream):
                 self.here = torch.empty_like(self.host, device=self.device, pin_memory=False)
@@ -45,7 +45,7 @@ class _Away:
                 self.arrived = self.stream.record_event()
 
     def get(self) -> torch.Tensor:
-        """The tensor on its device, whole."""
+        """The complete tensor on its device."""
         self.fetch()
         current = torch.cuda.current_stream(self.device)
         current.wait_event(self.arrived)
@@ -55,10 +55,10 @@ class _Away:
 
 @dataclass(frozen=True)
 class _Again:
-    """A tensor that is not kept at all: the block before computes it from its own input.
+    """A tensor that is not kept: the block before computes it again from its own input.
 
     Attributes:
-        function: the block before, with all its arguments but the input. packed: its input.
+        function: the block before, with all arguments except the input. packed: its input.
         random: the states of the random number generators when it ran, for dropout.
     """
 
@@ -68,20 +68,20 @@ class _Again:
 
 
 class HostMemory:
-    """Tensors that wait in the host's memory, in the order of the forward. All blocks of a model share one.
+    """Tensors that wait in the host's memory, in the order of the forward. All blocks of a model share one object.
 
     Args:
-        ahead: how many tensors are on their way back at a time.
+        ahead: how many tensors are copied back at the same time.
     """
 
     def __init__(self, ahead: int = 1):
         self.ahead = ahead
-        self._away: list[ref[_Away]] = []  # a graph that is dropped takes its own along
+        self._away: list[ref[_Away]] = []  # a dropped graph frees its own
         self._spare: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
         self._stream: torch.cuda.Stream | None = None
 
     def put(self, tensor: torch.Tensor) -> _Away:
-        """Start to copy a tensor of a GPU to the host."""
+        """Start to copy a GPU tensor to the host."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
         away = _Away(tensor, self._room(tensor), self._stream)
@@ -89,7 +89,7 @@ class HostMemory:
         return away
 
     def get(self, away: _Away) -> torch.Tensor:
-        """The tensor on its device; those that the backward needs next start to come back."""
+        """The tensor on its device. Also starts to copy back the tensors that the backward needs next."""
         tensor = away.get()
         waiting = [one() for one in self._away if one() is not None]
         if away in waiting:  # the first time
@@ -101,26 +101,27 @@ class HostMemory:
         return tensor
 
     def _room(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Pinned memory for a tensor. Pinning takes seconds a gigabyte, so it is used again step after step."""
+        """Pinned memory for a tensor. Pinning a gigabyte takes seconds, so the memory is reused in every step."""
         if spare := self._spare.get((tensor.shape, tensor.dtype)):
-            return spare.pop()  # one stream makes all copies, so one out of it comes before the next one into it
+            return spare.pop()  # one stream makes all copies, so reading it ends before it is written again
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
 class Offload:
-    """Wraps the checkpoint function of one block, so that the block's input leaves the GPU until the backward is near.
+    """Wraps the checkpoint function of one block, so that the block's input leaves the GPU until its backward is near.
 
     Args:
-        checkpoint: as `torch.utils.checkpoint.checkpoint`, with its options filled in; not reentrant.
-        host: where inputs wait.
-        before: the `Offload` of the block before, if it is to compute this block's input again; None: the input waits
-            in the host's memory. Half the host's memory for half a forward more, if every second block has one.
+        checkpoint: `torch.utils.checkpoint.checkpoint` with its options; not reentrant.
+        host: the place where inputs wait.
+        before: the `Offload` of the block before, if that block computes this block's input again; None: the input
+            waits in the host's memory. If every second block has one, this needs half the host's memory and half a
+            forward more.
     """
 
     def __init__(self, checkpoint: Callable[..., Any], host: HostMemory, before: Offload | None = None):
         self.checkpoint, self.host, self.before = checkpoint, host, before
         self._is_followed = False
-        self._last: _Again | None = None  # for the block that follows, until it has run
+        self._last: _Again | None = None  # for the next block, until it has run
         if before is not None:
             before._is_followed = True
 

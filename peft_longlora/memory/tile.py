@@ -1,7 +1,7 @@
-"""Feed-forward layers by tiles of tokens: their inner width, some 3 times the model's, never holds a whole row.
+"""Feed-forward layers by tiles of tokens. Their inner tensors are about 3 times as wide as the model's.
 
-A tile is computed again in its backward, so a tiled layer inside a checkpointed block runs forward three times. That
-is for rows that do not fit otherwise. Called by `blocks`.
+With tiles, the inner tensors of a whole row never exist. A tile is computed again in its backward, so a tiled layer in
+a checkpointed block runs forward three times. This is for rows that do not fit otherwise. Called by `blocks`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Tiled:
         return torch.cat(tiles, dim=1)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made on the fly, so pickle and copy are told how to make it again.
+        # The class is made at run time, so pickle and copy must be told how to make it again.
         return _rebuild, (self.untiled_class,), self.__getstate__()
 
 
@@ -43,9 +43,9 @@ def _rebuild(kind: type[nn.Module]) -> nn.Module:
 
 
 def find_feed_forwards(block: nn.Module) -> list[nn.Module]:
-    """The feed-forward layers of a block: what transformers' modeling files call an MLP, one token at a time.
+    """The feed-forward layers of a block: modules that transformers calls MLP, which work on single tokens.
 
-    Mixtures of experts are left out: they route all tokens of a batch together.
+    Mixtures of experts are left out, because they route all tokens of a batch together.
     """
     return [
         module

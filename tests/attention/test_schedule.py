@@ -134,7 +134,7 @@ def test_a_second_adapter_keeps_the_count():
 @pytest.mark.parametrize("value", [-1, 2.0, True, "3"])
 def test_what_is_no_number_of_forwards_is_refused(value):
     for make_one in (lambda: LongLoraConfig(dense_every=value), lambda: configure_attention(make(), dense_every=value)):
-        with pytest.raises(ValueError, match="must be a whole number of training forwards"):
+        with pytest.raises(ValueError, match="must be a whole number n"):
             make_one()
 
 

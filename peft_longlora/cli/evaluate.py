@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .arguments import Command, add_model_options, count, model_options, numbers, percents, positive, refuse_file
 from .tasks import OWN_TASKS, make_tasks, tasks_that_read
+
+if TYPE_CHECKING:
+    from peft_longlora import LongLoraConfig
 
 INCOMPLETE = 3  # exit code of an evaluation without the lengths that ran out of memory
 
@@ -112,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     return INCOMPLETE
 
 
-def _config_of_card(adapter: str):
+def _config_of_card(adapter: str) -> LongLoraConfig:
     """The config of an adapter, for its card.
 
     Raises: ValueError: it is not a LongLoRA adapter.
@@ -125,7 +129,7 @@ def _config_of_card(adapter: str):
     return config
 
 
-def _write_card(config, adapter: str, output: Path) -> Path:
+def _write_card(config: LongLoraConfig, adapter: str, output: Path) -> Path:
     """Copy the results and their plots into the adapter's folder, and write its card again."""
     from peft_longlora.hub import card, results
 

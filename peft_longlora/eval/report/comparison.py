@@ -15,7 +15,7 @@ from peft_longlora.eval.report import statistics
 from peft_longlora.eval.report.cells import Cell, collect_cells, sort_key
 from peft_longlora.hub.results import RESULTS, Results, Row, rounded
 
-OTHER_TOKENS = "other tokens, not judged"
+OF_TEXT = ("perplexity", "bits_per_byte")  # metrics that belong to the text they are measured on
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Difference:
     Attributes:
         value, low, high: second minus first, and its interval (None: not known).
         is_paired: whether both runs got the same questions, so that differences between questions cancel.
-        is_judged: whether both numbers mean the same, so that one can be better.
+        unlike: why the two numbers do not mean the same, so that neither is better; "" if they do.
     """
 
     first: Row
@@ -34,13 +34,13 @@ class Difference:
     low: float | None
     high: float | None
     is_paired: bool
-    is_judged: bool = True
+    unlike: str = ""
 
     @property
     def verdict(self) -> str:
         """Whether the interval excludes zero, and which run is better."""
-        if not self.is_judged:
-            return OTHER_TOKENS
+        if self.unlike:
+            return f"{self.unlike}, not judged"
         if self.low is None or self.high is None:
             return ""
         if self.low <= 0 <= self.high:
@@ -123,23 +123,24 @@ class Pair:
 
     def _difference(self, row: Row, other: Row) -> Difference:
         cell, peer = self.first.cell(row), self.second.cell(other)
-        is_judged = row.metric != "perplexity" or row.length is None or self._has_same_tokens(row, other)
+        is_of_text = row.metric in OF_TEXT and row.length is not None  # lm-eval's tasks ask their own questions
+        unlike = self._unlike_text(row, other) if is_of_text else ""
         if cell is None or peer is None:
             if self.first.cells and self.second.cells:
                 self._lost.add(row.task)
-            return Difference(row, other, other.value - row.value, None, None, False, is_judged)
+            return Difference(row, other, other.value - row.value, None, None, False, unlike)
         settings = self.first.results.settings
         is_paired = self._is_same_question(row, cell, peer)
         (_, ours), (_, theirs) = cell.sums(), peer.sums()
         value, low, high = statistics.difference(
             ours, theirs, is_paired, settings["seed"], settings["bootstrap_replicates"], settings["confidence"]
         )
-        if not is_judged:
+        if unlike:
             low = high = None
-        return Difference(row, other, value, low, high, is_paired, is_judged)
+        return Difference(row, other, value, low, high, is_paired, unlike)
 
     def _is_same_question(self, row: Row, cell: Cell, peer: Cell) -> bool:
-        if any(name.split(" (")[0] == row.task for name in self._other_data) or cell.units.keys() != peer.units.keys():
+        if self._has_other_data(row) or cell.units.keys() != peer.units.keys():
             return False
         if row.metric == "bits_per_byte":  # over whole documents, whatever the tokens are
             return True
@@ -148,11 +149,21 @@ class Pair:
             self._unlike[f"{row.task} {row.length or row.dataset}"] = (len(unlike), len(cell.units))
         return not unlike
 
-    def _has_same_tokens(self, row: Row, other: Row) -> bool:
+    def _has_other_data(self, row: Row) -> bool:
+        return any(name.split(" (")[0] == row.task for name in self._other_data)
+
+    def _unlike_text(self, row: Row, other: Row) -> str:
+        """Why perplexities, or bits per byte, are not of the same text, tokens and contexts; "" if they are."""
+        if self._has_other_data(row):
+            return "other text"
+        if len({_cutting(side.results.settings, row) for side in (self.first, self.second)}) > 1:
+            return "other settings"
+        if row.metric == "bits_per_byte":
+            return ""
         ours, theirs = (side.results.model.get("tokenizer_sha256") for side in (self.first, self.second))
-        if ours and theirs:
-            return ours == theirs
-        return row.tokens == other.tokens  # files without tokenizer digests: the same number of tokens of the same text
+        # Files without tokenizer digests: the same number of tokens of the same text.
+        is_same = ours == theirs if ours and theirs else row.tokens == other.tokens
+        return "" if is_same else "other tokens"
 
     def notes(self) -> list[str]:
         """Differences between the runs besides the models; complete after `differences`."""
@@ -181,6 +192,12 @@ class Pair:
             if ours and theirs and ours != theirs:
                 notes.append(f"{name}: {ours} and {theirs}.")
         return notes + [note for side in self.sides() if (note := _only_in(*side))]
+
+
+def _cutting(settings: dict[str, Any], row: Row) -> str:
+    """How a row's text is cut into windows; into which buckets its positions fall stands in the row itself."""
+    entry = settings.get(f"{row.task} ({row.protocol})")
+    return str({key: entry[key] for key in sorted(entry) if key != "buckets"} if isinstance(entry, dict) else entry)
 
 
 def _hash(entry: Any) -> str:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from peft_longlora.eval import Passkey, Perplexity, Results, Subject, compare, evaluate
+from peft_longlora.eval import Corpus, Passkey, Perplexity, Results, Subject, compare, evaluate
 from peft_longlora.eval.report.side_by_side import make_comparison
 from peft_longlora.eval.report.tables import make_report
 from tests.helpers.answering_models import Bigrams, letter_tokenizer, read_passkey, scripted_subject
@@ -76,6 +76,20 @@ def test_perplexities_over_other_tokens_are_not_judged_and_bits_per_byte_are(tmp
     assert any(note.startswith("The tokenizers differ") for note in notes)
 
 
+def test_other_text_of_one_name_is_not_judged(tmp_path):
+    """Two corpora may be called the same; the rows are shown, and neither is better."""
+    first = run(letter_subject(), Perplexity(letters(tmp_path), [8]), tmp_path / "a")
+    other = tmp_path / "other" / "letters"
+    other.mkdir(parents=True)
+    for i in range(5):
+        (other / f"{i}.txt").write_text("dcba" * 20)
+    second = run(letter_subject(), Perplexity(Corpus(other), [8]), tmp_path / "b")
+    found, notes = compare(first, second)
+    assert {d.first.metric for d in found} == {"perplexity", "bits_per_byte"}
+    assert {(d.verdict, d.is_paired, d.low) for d in found} == {("other text, not judged", False, None)}
+    assert "perplexity (documents): not the same data, so differences are not paired." in notes
+
+
 def test_prompts_of_equal_names_that_are_other_texts_are_not_paired(tmp_path):
     """As a run of before had them: the name of a prompt stood for what the longest length made of it."""
     task = Passkey(lengths=[1000], depths=[0, 1], seeds=2)
@@ -102,10 +116,18 @@ def test_what_differs_is_said(tmp_path):
     (second / "results.json").write_text(json.dumps(content))
     found, notes = compare(first, second)
     assert not any(d.is_paired for d in found), "other windows are other questions"
+    assert {d.verdict for d in found} == {"other settings, not judged"}
     text = "\n".join(notes)
     assert "perplexity (documents): not the same settings: stride: 4 and 8; max_windows: None and 3." in text
     assert "dtype: None and bfloat16." in text and " and 5.0.0." in text
     assert "Only in the first: perplexity (documents) 8, bits_per_byte; perplexity (documents) 16, " in text
+
+
+def test_buckets_change_no_headline(tmp_path):
+    first = run(letter_subject(), Perplexity(letters(tmp_path), [16], buckets=[4, 8]), tmp_path / "a")
+    second = run(letter_subject(), Perplexity(letters(tmp_path), [16], buckets=[8]), tmp_path / "b")
+    found = compare(first, second)[0]
+    assert {d.first.group for d in found} == {None, "8-16"} and {d.verdict for d in found} == {"no difference shown"}
 
 
 def test_nothing_in_common_is_said_with_what_there_is(tmp_path):

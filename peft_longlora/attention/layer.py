@@ -102,22 +102,27 @@ class LayerCall:
         """Where attention by a pattern is cut, worked out once a forward."""
         mask = self.s2_mask
         if torch.compiler.is_compiling():
-            return self._cuts(pattern, mask)
+            return self._compiled_cuts(pattern, mask)
         return mask.once(("cuts", pattern), lambda: self._cuts(pattern, mask))
 
     def _cuts(self, pattern: str, mask: S2Mask) -> Cuts:
         size, positions = self.settings.group_size, self.positions
         if pattern in BLOCK_PATTERNS:
-            blocks = mask.blocks(size, pattern, positions, self.settings.chosen_blocks)
-            return Cuts(mask.batch, mask.length, partial(mask.groups, size, "full", positions), blocks=blocks)
-        groups = partial(mask.groups, size, pattern, positions)
+            return Cuts.by_blocks(mask.blocks(size, pattern, positions, self.settings.chosen_blocks))
+        # A plan that is ready: kept in the mask, it must not hold the mask, whose memory would wait for the collector.
+        return Cuts.of(mask.groups(size, pattern, positions))
+
+    def _compiled_cuts(self, pattern: str, mask: S2Mask) -> Cuts:
+        if pattern in BLOCK_PATTERNS:
+            return self._cuts(pattern, mask)
+        size, positions = self.settings.group_size, self.positions
 
         def make_tensors() -> tuple[torch.Tensor, torch.Tensor]:
             ids, order = mask.segment_ids(positions), mask.order(positions)
             ids = ids if order is None else ids.gather(1, order)
             return mask.once(f"tensors of {pattern}", lambda: plan(ids, *ids.shape, size, pattern, self.query.device))
 
-        return Cuts(mask.batch, mask.length, groups, make_tensors)
+        return Cuts(mask.batch, mask.length, partial(mask.groups, size, pattern, positions), make_tensors)
 
     @property
     def s2_mask(self) -> S2Mask:

@@ -131,8 +131,8 @@ def s2_attention(
     where = segment_ids, batch, length, group_size, pattern
     if pattern in BLOCK_PATTERNS:
         documents = _documents(segment_ids, batch, length)
-        blocks = BlockPlan.of(batch, length, documents, group_size, pattern, check_blocks(chosen_blocks))
-        cuts = Cuts(batch, length, partial(find_groups, *where[:4], "full"), blocks=blocks)
+        chosen_blocks = check_blocks(chosen_blocks)
+        cuts = Cuts.by_blocks(BlockPlan.of(batch, length, documents, group_size, pattern, chosen_blocks))
     else:
         cuts = Cuts(batch, length, partial(find_groups, *where), partial(plan, *where, query.device))
     return attend(query, key, value, cuts, Options(scaling=scaling, dropout=dropout, backend=backend))

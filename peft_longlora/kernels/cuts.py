@@ -142,7 +142,7 @@ class Cuts:
 
     batch: int
     length: int
-    make_groups: Callable[[], Groups]
+    make_groups: Callable[[], Groups] | None
     make_tensors: Callable[[], Pair] | None = None
     blocks: BlockPlan | None = None
     _groups: Groups | None = field(default=None, init=False)
@@ -151,6 +151,11 @@ class Cuts:
     def of(cls, groups: Groups) -> Cuts:
         """The cuts of a ready plan."""
         return cls(groups.batch, groups.length, lambda: groups)
+
+    @classmethod
+    def by_blocks(cls, plan: BlockPlan) -> Cuts:
+        """Of a pattern that sees blocks of keys, and has no groups."""
+        return cls(plan.batch, plan.length, None, blocks=plan)
 
     @property
     def is_regular(self) -> bool:

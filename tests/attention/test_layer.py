@@ -1,10 +1,14 @@
 """What follows from one call of a layer: its mode, kept for recomputation; and rows with padding inside a document."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from peft_longlora import configure_attention, use_attention
 from peft_longlora.architecture import find_attention_modules
+from peft_longlora.attention.mask import S2Mask
 from tests.helpers.attention_models import G, assert_differ, assert_same, build, logits_and_gradients, sparse
 from tests.helpers.plain_kernel import PlainKernel, install
 from tests.helpers.releases import checkpoint_activations
@@ -72,6 +76,28 @@ def test_layers_without_a_mask_recompute_what_the_last_call_computed(reentrant, 
     logits.sin().sum().backward()
     assert_same((logits, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}), expected)
     assert_differ(model(**inputs).logits[TOKENS > 0], logits)
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["s2", "full", "adaptive"])
+def test_what_a_forward_knows_goes_with_it(pattern, monkeypatch):
+    """Not when Python next collects its garbage: masks and plans hold memory of the GPU."""
+    found, init = [], S2Mask.__init__
+
+    def record(self, arguments):
+        init(self, arguments)
+        found.append(weakref.ref(self))
+
+    monkeypatch.setattr(S2Mask, "__init__", record)
+    model = sparse("gemma3_text", pattern=pattern)
+    gc.disable()
+    try:
+        model(**with_holes()).logits.sum().backward()
+        assert len(found) == 2 and not [one for one in found if one() is not None]
+    finally:
+        gc.enable()
 
 
 # -- padding inside a document -----------------------------------------------------------------------------------

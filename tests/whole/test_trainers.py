@@ -95,7 +95,7 @@ def recording(trainer_class):
 
 def plain(model, folder, attention: str):
     """What a model computes, in plain transformers."""
-    copy.deepcopy(model).merge_and_unload().save_pretrained(folder)
+    copy.deepcopy(model).merge_and_unload(check=False).save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
 
 

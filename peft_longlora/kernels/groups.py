@@ -55,6 +55,11 @@ def tokens_before(length: int, group_size: int, shift: int, first: int) -> int:
     return first if length <= group_size or first < shift else (first - shift) % group_size
 
 
+def shift_of(group_size: int, pattern: str) -> int:
+    """Tokens of the first group of the second half of the heads; 0 if it has the groups of the first half."""
+    return group_size // 2 if pattern == "s2" else 0
+
+
 def split_heads(heads: int, kv_heads: int) -> tuple[int, int]:
     """Number of straight (query heads, KV heads); the rest is shifted.
 
@@ -174,7 +179,7 @@ def plan_groups(
         else:
             first = before if index == 0 else 0
             whole = first + tokens + (after if index == len(documents) - 1 else 0)
-            shifts = 0, group_size // 2 if pattern == "s2" else 0
+            shifts = 0, shift_of(group_size, pattern)
             halves = [split_document(whole, group_size, x, first=first, last=first + tokens) for x in shifts]
         if number:
             lengths.update(*halves)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from peft_longlora.kernels.groups import PATTERNS, Groups, plan_groups, tokens_before
+from peft_longlora.kernels.groups import PATTERNS, Groups, plan_groups, shift_of, tokens_before
 
 # For each rank and half of the heads, tokens from and to.
 Ranges = tuple[tuple[tuple[int, int], tuple[int, int]], ...]
@@ -160,7 +160,7 @@ def plan_halo(
         and at the start of the shifted group [6, 10): it needs tokens 4 and 5 of the straight half, and nothing else.
     """
     group_size, pattern = edges[0].group_size, PATTERNS[edges[0].pattern]
-    shifts = 0, group_size // 2 if pattern == "s2" else 0
+    shifts = 0, shift_of(group_size, pattern)
     before, after = _tokens_elsewhere(edges)
     starts = [0, *accumulate(edge.length for edge in edges)]
     needs = []

@@ -1,4 +1,4 @@
-"""Read a book with a model in the browser: drop a file, ask, see the answer come and the passages it looked at.
+"""Read a book with a model in the browser: drop a file, ask, see the answer come, and the passages that hold its words.
 
     pip install "peft-longlora[app]"
     python examples/app.py --model BASE --adapter ADAPTER --cache quantised
@@ -25,7 +25,7 @@ from peft_longlora.hub import Loaded, load_model
 
 EMPTY = "No document yet."
 GONE = '<span class="over">There is no document here. Drop it again if you see one: the server was started anew.</span>'
-NOWHERE = "<small>After an answer: where in the document it looked.</small>"
+NOWHERE = "<small>After an answer: passages that hold its words.</small>"
 LIMITS = Limits(pages=3000, characters=20_000_000, seconds=120)  # of a stranger's document
 # What a document or an answer names is not fetched: the reader's browser talks to this server alone.
 POLICY = (
@@ -86,12 +86,12 @@ def show_reading(conversation: Conversation) -> str:
 
 
 def show_passages(conversation: Conversation) -> str:
-    """The passages that the answer to the last question attended to most."""
+    """The passages that hold the words of the last answer and its question."""
     if not conversation.has_answer:
         return NOWHERE
     return "".join(
-        f'<div class="passage"><b>{html.escape(p.place)}</b> <small>{p.share:.1%} of the attention to the document'
-        f"</small><p>{html.escape(p.text)}</p></div>"
+        f'<div class="passage"><b>{html.escape(p.place)}</b> <small>{html.escape(p.reason)}</small>'
+        f"<p>{html.escape(p.text)}</p></div>"
         for p in conversation.passages()
     )
 
@@ -167,7 +167,7 @@ class Page:
         unanswered = "" if conversation.has_answer else question  # stopped before its first word: it is given back
         try:
             passages = show_passages(conversation)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             passages = red(str(error))
         yield show_turns(conversation), unanswered or gr.skip(), show_usage(conversation, *notes), passages
 
@@ -190,7 +190,7 @@ def make_app(loaded: Loaded, title: str, **options) -> gr.Blocks:
             with gr.Column(scale=1, min_width=300):
                 file = gr.File(label="Document", file_types=[".txt", ".md", ".pdf"], height=150, elem_id="file")
                 usage = gr.HTML(EMPTY, elem_id="usage", label="Tokens", show_label=False)
-                gr.Markdown("### Passages the answer attended to")
+                gr.Markdown("### Passages that hold the words of the answer")
                 passages = gr.HTML(NOWHERE, elem_id="passages")
             with gr.Column(scale=2, min_width=400):
                 # As text: what a document makes a model say is neither HTML nor an image to fetch.

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
+from peft_longlora.chat.attention import attended_passages, document_attention
 from peft_longlora.chat.dialogue import Dialogue, Turn
 from peft_longlora.chat.document import Document
 from peft_longlora.chat.kvcache import KVCache
-from peft_longlora.chat.passages import Passage, document_attention, top_passages
+from peft_longlora.chat.passages import Passage
 from peft_longlora.chat.stream import Stop, Stopped, from_first_word, until
+from peft_longlora.chat.words import WordIndex
 from peft_longlora.hub.generation import decoding
 from peft_longlora.hub.loading import Loaded
 
@@ -71,6 +73,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self._running: list[tuple[Stop, threading.Thread]] = []
         self._closed = threading.Event()
+        self._index: WordIndex | None = None
         self._prompt: list[int] = []
         self._row: list[int] = []
 
@@ -186,21 +189,30 @@ class Conversation:
         with self.lock:
             self.kv.clear()
 
-    def passages(self, count: int = 3) -> list[Passage]:
-        """The passages of the document that the last answer attended to most, best first.
+    def passages(self, count: int = 3, by: str = "words") -> list[Passage]:
+        """Passages of the document that belong to the last answer, best first.
 
-        Raises: ValueError: there is no answer yet, or the tokenizer gives no offsets.
+        Args:
+            by: "words": where the document says it, by the rare words of the answer and the question (words.py).
+                "attention": what the answer attended to most in the last layers (attention.py).
+
+        Raises: ValueError: there is no answer yet, or the tokenizer gives no offsets. ImportError: "words" needs bm25s.
         """
+        if by not in ("words", "attention"):
+            raise ValueError(f"by={by!r} is none of 'words', 'attention'.")
         if not self.has_answer:
             raise ValueError("There is no answer yet.")
         if self.dialogue.offsets is None:
             raise ValueError(
                 f"{type(self.tokenizer).__name__} does not give the places of its tokens in the text. Use a fast one."
             )
+        if by == "words":
+            self._index = self._index or WordIndex(self.dialogue)
+            return self._index.find(self.turns[-1].question, self.turns[-1].answer or "", count)
         head, row, start = len(self.dialogue.head), self._row, len(self._prompt)
         with self.lock:
             scores = document_attention(self.kv, row, start)[head : head + self.document_tokens]
-        return top_passages(scores, self.dialogue, count)
+        return attended_passages(scores, self.dialogue, count)
 
     @contextmanager
     def _turn(self, is_stopped: Callable[[], bool]) -> Iterator[None]:

@@ -1,31 +1,16 @@
-"""Which passages of a document an answer attended to: attention of the answer's tokens alone, one layer at a time.
+"""A passage: a span of the document's tokens, with its place, its text and why it is shown.
 
-The answer's tokens are forwarded once more behind the cached keys of everything before them. This uses eager attention,
-because only eager attention returns its weights. Of each layer's (H, A, T) weights (A tokens of the answer, T of the
-row) only the mean over heads and answer tokens is kept, so nothing of size T x T ever exists. Called by
-conversation.py.
+Called by words.py and attention.py, the two ways to choose passages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from peft import PeftModel
-from torch import nn
-
-from peft_longlora.architecture import find_attention_modules, is_local_layer
 from peft_longlora.chat.dialogue import Dialogue
-from peft_longlora.chat.kvcache import KVCache
 
-LAYERS = 4  # the last ones: their attention goes to what the model is about to say
 SPAN = 64  # tokens of a passage
 WORD = 40  # characters before and after a passage in which a word must end; Chinese or Thai text has no such end
-SINKS = 4  # first tokens of a row, which attract attention whatever they say (arXiv:2309.17453)
-WEIGHTS = 2**26  # numbers of attention weights in memory at a time
 
 
 @dataclass(frozen=True)
@@ -34,84 +19,27 @@ class Passage:
 
     Attributes:
         place: such as "page 12" or "lines 3-5". text: the part; its words are whole, if the text has words.
-        share: its share of the attention that the answer gave to the document, between 0 and 1.
+        reason: why it is shown, such as "holds Pinchin, Toby" or "4.1% of the attention to the document".
     """
 
     place: str
     text: str
-    share: float
+    reason: str
 
 
-@torch.no_grad()
-def document_attention(kv: KVCache, row: list[int], start: int) -> torch.Tensor:
-    """Mean attention of an answer's tokens to every token before the answer.
-
-    Args:
-        kv: a cache on the model; afterwards it holds the row without its last token.
-        row: prompt and answer. start: where the answer begins.
-
-    Returns:
-        (start,) float32 on the CPU: mean over the last layers with full attention, their heads, and the rows that
-        predicted the answer's tokens (those at start - 1 and after it).
-    """
-    kv.fill(row[: start - 1])
-    config, layers = kv.model.config.get_text_config(), list(find_attention_modules(kv.model).values())
-    layers = ([layer for layer in layers if not is_local_layer(layer, config)] or layers)[-LAYERS:]
-    total = torch.zeros(start, device=kv.model.device)
-
-    def add(module: nn.Module, args: Any, output: Any) -> None:
-        # (1, H, A, T), rows that sum to one
-        total.add_(output[1][0, :, :, :start].float().mean(0).sum(0).to(total.device))
-
-    hooks = [layer.register_forward_hook(add) for layer in layers]
-    try:
-        with _eager(kv.model):
-            kv.append(row[start - 1 : -1], max(1, WEIGHTS // (config.num_attention_heads * len(row))))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return (total / (len(layers) * (len(row) - start))).cpu()
+def make_passage(dialogue: Dialogue, first: int, width: int, reason: str) -> Passage | None:
+    """The passage of `width` tokens from the document's token `first` on; None if it is white space."""
+    text = dialogue.document.text
+    start, end = whole_words(text, dialogue.offsets[first][0], dialogue.offsets[first + width - 1][1])
+    if not text[start:end].strip():
+        return None
+    return Passage(dialogue.document.place(start, end), text[start:end].strip(), reason)
 
 
-def top_passages(scores: torch.Tensor, dialogue: Dialogue, count: int) -> list[Passage]:
-    """The spans of SPAN tokens with the most attention; no two of them overlap.
-
-    Args:
-        scores: (tokens of the document,), as `document_attention` gives them.
-    """
-    scores = scores.clone()
-    scores[: max(0, SINKS - len(dialogue.head))] = 0
-    whole = scores.sum().clamp(min=torch.finfo(torch.float32).tiny)
-    width = min(SPAN, len(scores))
-    sums = scores.unfold(0, width, 1).sum(-1)
-    found = []
-    while len(found) < count and sums.max() > 0:
-        first = int(sums.argmax())
-        share = float(sums[first] / whole)
-        sums[max(0, first - width + 1) : first + width] = 0
-        text = dialogue.document.text
-        start, end = _whole_words(text, dialogue.offsets[first][0], dialogue.offsets[first + width - 1][1])
-        if text[start:end].strip():
-            found.append(Passage(dialogue.document.place(start, end), text[start:end].strip(), share))
-    return found
-
-
-def _whole_words(text: str, start: int, end: int) -> tuple[int, int]:
+def whole_words(text: str, start: int, end: int) -> tuple[int, int]:
     """The ends of a span, moved out so that no word is cut. Text that has no space within reach keeps its ends."""
     first = next((i for i in range(start, max(start - WORD, 0), -1) if text[i - 1].isspace()), None)
     last = next((i for i in range(end, min(end + WORD, len(text))) if text[i].isspace()), None)
     first = 0 if first is None and start <= WORD else first
     last = len(text) if last is None and len(text) - end <= WORD else last
     return (start if first is None else first), (end if last is None else last)
-
-
-@contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
-    """Eager attention within the block."""
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

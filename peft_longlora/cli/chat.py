@@ -40,7 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     answers.add_argument("--top-p", type=share, default=1.0, help="nucleus sampling, for a temperature above 0")
     answers.add_argument("--seed", type=int, default=0)
-    answers.add_argument("--passages", type=positive, metavar="N", help="show the N passages attended to most")
+    answers.add_argument(
+        "--passages", type=positive, metavar="N", help="show N passages that hold the words of the answer"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -131,7 +133,7 @@ def _answer(conversation, question: str, passages: int | None) -> None:
     over = " PAST THE WINDOW" if conversation.tokens > conversation.window else ""
     _say(f"[{conversation.usage}{over}]")
     for passage in conversation.passages(passages) if passages and conversation.turns[-1].answer else []:
-        _say(f"  {passage.share:.1%} {passage.place}: {' '.join(passage.text.split())}")
+        _say(f"  {passage.place} ({passage.reason}): {' '.join(passage.text.split())}")
 
 
 def _progress(done: int, total: int) -> None:

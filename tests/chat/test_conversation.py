@@ -230,7 +230,7 @@ def test_a_question_that_waits_for_another_reader_is_stopped_at_once(tmp_path):
     for before in ([], ["Where?"]):
         for question in before:
             list(conversation.ask(question))
-            assert conversation.has_answer and conversation.passages()
+            assert conversation.has_answer and conversation.passages(by="attention")
         with conversation.lock:  # another reader has the model
             said = []
             asking = threading.Thread(target=lambda: said.extend(conversation.ask("Why?")))  # noqa: B023

@@ -147,7 +147,7 @@ def test_a_forward_that_fails_leaves_nothing_half_filled():
 def test_what_does_not_work_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="cache 'static' is none of dense, quantised, offloaded"):
         KVCache(a_model(), "static")
-    with pytest.raises(ValueError, match="offloaded keeps keys and values of a GPU"):
+    with pytest.raises(ValueError, match="cache='offloaded' keeps keys and values of a GPU"):
         check_cache("offloaded", "cpu")
     monkeypatch.setattr("peft_longlora.chat.kvcache.QUANTISERS", {"quanto": "no_such_package.inside"})
     with pytest.raises(ImportError, match=r"pip install hqq \(or optimum-quanto\)"):

@@ -40,7 +40,7 @@ def test_answers_are_those_of_generate_without_our_cache(tmp_path, name):
         want = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=decoding(12))
         assert conversation._row == want[0].tolist()
     row, start = conversation._row, len(conversation._prompt)
-    assert conversation.passages(2)
+    assert conversation.passages(2, by="attention")
     assert conversation.kv.ids == row[:-1]
     with torch.no_grad():
         cached = model(torch.tensor([row[-1:]]), **conversation.kv.as_argument, use_cache=True).logits

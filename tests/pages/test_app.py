@@ -118,7 +118,7 @@ class Page:
         return self.driver.execute_script(script)
 
     def wait_for_passages(self) -> None:
-        self.wait_until(lambda: "%" in self.text("#passages .passage"), "passages")
+        self.wait_until(lambda: "holds " in self.text("#passages .passage"), "passages")
 
 
 def letters(text: str) -> str:

@@ -10,6 +10,7 @@ import urllib.request
 import pytest
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'peft-longlora[app]'")
+pytest.importorskip("bm25s", reason="needs bm25s: pip install 'peft-longlora[app]'")
 
 from peft_longlora.hub import load_model  # noqa: E402
 from tests.helpers.chat_models import a_reader  # noqa: E402
@@ -50,9 +51,9 @@ def test_a_document_is_read_asked_about_and_forgotten(page, book):
     conversation, said = drop(page, book)
     assert "Reading: " in said[0] and "of 2,048 tokens" in said[-1]
     assert not book.exists()  # nobody else can ask the server for it
-    chat, _, usage, passages = list(page.ask("Where?", conversation))[-1]
-    assert [m["role"] for m in chat] == ["user", "assistant"] and chat[0]["content"] == "Where?"
-    assert "book.txt" in usage and "line 1" in passages
+    chat, _, usage, passages = list(page.ask("Where is the key?", conversation))[-1]
+    assert [m["role"] for m in chat] == ["user", "assistant"] and chat[0]["content"] == "Where is the key?"
+    assert "book.txt" in usage and "line 1" in passages and "holds " in passages
     chat, usage, passages = page.forget(conversation)
     assert chat == [] and conversation.turns == [] and "After an answer" in passages
 

@@ -1,5 +1,7 @@
 """Every script of benchmarks/ runs, on shapes for a CPU: it says what it measured, and what it computed is right."""
 
+import gzip
+import hashlib
 import json
 import os
 import runpy
@@ -168,3 +170,24 @@ def test_plot_step(tmp_path):
         kinds = by_kind(row["profile"])
         assert sum(kinds.values()) == pytest.approx(sum(ms for _, ms in row["profile"]))
         assert kinds["matrix products"] > kinds["attention"] > kinds["optimiser"]
+
+
+def test_passages(tmp_path, capsys):
+    """A book of ten places: the answer's words are found, and those of the question alone are somewhere else."""
+    pytest.importorskip("bm25s")
+    lines = [f"On day {i} nobody spoke of anything that mattered to them." for i in range(400)]
+    lines[100] = "Cannons lie beneath a chapel."
+    lines[200] = lines[250] = lines[300] = "Where did they hide the weapons? Where?"
+    text = "\n".join(lines).encode()
+    (tmp_path / "7.txt.gz").write_bytes(gzip.compress(text))
+    asked = {"question": "Where did they hide the weapons?", "answer": "Beneath a chapel.", "lines": [[101, 101]]}
+    book = {"title": "Days", "gutenberg": 7, "sha256": hashlib.sha256(text).hexdigest(), "questions": [asked]}
+    (tmp_path / "questions.json").write_text(json.dumps([book]))
+    common = ("--books", tmp_path, "--questions", tmp_path / "questions.json", "--tokenizer", EMBEDDED)
+    run("passages.py", *common, "--output", tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert rows == [{"title": "Days", "questions": 1, "question and answer": [True], "question alone": [False]}]
+    assert "Days: question and answer 1 of 1, question alone 0 of 1" in capsys.readouterr().out
+    (tmp_path / "questions.json").write_text(json.dumps([{**book, "sha256": "0"}]))
+    with pytest.raises(SystemExit, match=r"7\.txt\.gz is another edition"):
+        run("passages.py", *common)

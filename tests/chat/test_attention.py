@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_longlora.chat import passages
+from peft_longlora.chat import attention, passages
 from peft_longlora.chat.conversation import Conversation
 from peft_longlora.chat.kvcache import KVCache
 from tests.helpers.chat_models import a_document, a_model, a_reader
@@ -44,12 +44,12 @@ def eager_truth(model, row, start, layers) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [1, 100])
 def test_attention_is_that_of_one_eager_forward(options, layers, rows, monkeypatch):
     model, start = a_model(**options), 150
-    monkeypatch.setattr(passages, "WEIGHTS", rows * 4 * len(IDS))  # so many rows of 4 heads at a time
+    monkeypatch.setattr(attention, "WEIGHTS", rows * 4 * len(IDS))  # so many rows of 4 heads at a time
     before = model.config._attn_implementation
     kv = KVCache(model, chunk_size=64)
     kv.fill(IDS)
     hooks = [len(module._forward_hooks) for module in model.modules()]
-    found = passages.document_attention(kv, IDS, start)
+    found = attention.document_attention(kv, IDS, start)
     assert found.shape == (start,) and kv.ids == IDS[:-1]
     assert model.config._attn_implementation == before
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
@@ -61,11 +61,11 @@ def test_no_square_of_the_row_is_made():
     model, shapes = a_model(), []
     kv = KVCache(model, chunk_size=64)
     kv.fill(IDS)
-    for layer in passages.find_attention_modules(model).values():
+    for layer in attention.find_attention_modules(model).values():
         layer.register_forward_hook(
             lambda m, args, out: shapes.append(tuple(out[1].shape)) if out[1] is not None else None
         )
-    passages.document_attention(kv, IDS, 150)
+    attention.document_attention(kv, IDS, 150)
     assert shapes and all(rows <= len(IDS) - 150 + 1 for _, _, rows, _ in shapes)
 
 
@@ -76,13 +76,13 @@ def test_the_best_spans_are_the_best(tmp_path):
     for rank, i in enumerate((120, 10, 60)):
         at = text.index(f"Sentence {i} ")
         scores[at : at + 20] = 3.0 - rank
-    found = passages.top_passages(scores, dialogue, 3)
+    found = attention.attended_passages(scores, dialogue, 3)
     assert [f"Sentence {i} " in p.text for p, i in zip(found, (120, 10, 60), strict=True)] == [True] * 3
-    assert [p.share for p in found] == pytest.approx([3 / 6, 2 / 6, 1 / 6])
+    assert [p.reason for p in found] == [f"{n / 6:.1%} of the attention to the document" for n in (3, 2, 1)]
     for p in found:
         first, last = (int(n) for n in p.place.removeprefix("lines ").split("-"))
         assert p.text in "\n".join(text.splitlines()[first - 1 : last])
-    assert len(passages.top_passages(scores, dialogue, 9)) == 3  # nothing is shown that got no attention
+    assert len(attention.attended_passages(scores, dialogue, 9)) == 3  # nothing is shown that got no attention
 
 
 @pytest.mark.parametrize("text", ["".join(chr(0x4E00 + i * 7919 % 5000) for i in range(3000)), "x" * 3000])
@@ -92,7 +92,7 @@ def test_passages_of_text_without_spaces_are_short_and_apart(tmp_path, text):
     scores = torch.rand(len(dialogue.document_ids), generator=torch.Generator().manual_seed(0))
     best = len(scores) // 2
     scores[best : best + passages.SPAN] += 5
-    found = passages.top_passages(scores, dialogue, 3)
+    found = attention.attended_passages(scores, dialogue, 3)
     assert len(found) == 3 and all(len(p.text) <= passages.SPAN for p in found)
     first, last = (dialogue.offsets[i][k] for i, k in ((best, 0), (best + passages.SPAN - 1, 1)))
     assert found[0].text == text[first:last]
@@ -102,7 +102,7 @@ def test_passages_of_text_without_spaces_are_short_and_apart(tmp_path, text):
 def test_words_are_whole_and_long_ones_are_not_followed(text):
     for start in range(len(text)):
         for end in range(start + 1, len(text) + 1):
-            first, last = passages._whole_words(text, start, end)
+            first, last = passages.whole_words(text, start, end)
             assert start - passages.WORD <= first <= start < end <= last <= end + passages.WORD
             for at, given in ((first, start), (last, end)):
                 is_end = at in (0, len(text)) or text[at - 1].isspace() or text[at].isspace()
@@ -125,18 +125,18 @@ def test_a_planted_answer_is_found(tmp_path):
     conversation = Conversation(reader, a_document(tmp_path, text), max_new_tokens=4)
     list(conversation.ask("?"))
     conversation._row = conversation._prompt + conversation.tokenizer("zzzzzz")["input_ids"]
-    best = conversation.passages(1)[0]
-    assert "zzzz" in best.text and "41" in best.place and best.share > 0.5
+    best = conversation.passages(1, by="attention")[0]
+    assert "zzzz" in best.text and "41" in best.place and float(best.reason.partition("%")[0]) > 50
 
 
 def test_there_is_nothing_to_show_before_an_answer(tmp_path):
     conversation = Conversation(a_reader(chat=True), a_document(tmp_path), max_new_tokens=8)
     with pytest.raises(ValueError, match="no answer yet"):
-        conversation.passages()
+        conversation.passages(by="attention")
     conversation.dialogue.offsets = None
     list(conversation.ask("Where?"))
     with pytest.raises(ValueError, match="does not give the places"):
-        conversation.passages()
+        conversation.passages(by="attention")
 
 
 def test_asking_goes_on_after_passages_as_if_none_had_been_shown(tmp_path):
@@ -146,6 +146,6 @@ def test_asking_goes_on_after_passages_as_if_none_had_been_shown(tmp_path):
         for question in ("Where?", "Why?"):
             list(conversation.ask(question))
             if show:
-                assert conversation.passages()
+                assert conversation.passages(by="attention")
         found.append(conversation._row)
     assert found[0] == found[1]

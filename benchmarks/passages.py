@@ -1,0 +1,95 @@
+"""How often the passages shown for an answer hold the place where the book says it: three novels, ten questions each.
+
+Each question of passages.json comes with its right answer, in the words of who wrote the questions, and with the lines
+of the book where it stands. A question counts as found if one of the first three passages touches those lines. Rows:
+the ranking by the words of question and answer as `longlora chat` does it, and by those of the question alone. With
+--model also by attention: the model reads the whole book, and the passages are those that it attends to while it is
+given the right answer.
+
+    python benchmarks/passages.py --books FOLDER --tokenizer HuggingFaceTB/SmolLM2-135M --output passages.json
+
+FOLDER holds the books as {Gutenberg number}.txt.gz; their SHA-256 are checked, because the lines are theirs.
+Hardware: one CPU core, 20 seconds; --model needs what `longlora chat` needs for 100,000 tokens.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from peft_longlora.chat import Conversation, Document, Passage, read_document
+from peft_longlora.chat.dialogue import Dialogue, Turn
+from peft_longlora.chat.words import WordIndex
+from peft_longlora.hub import load_model
+
+QUESTIONS = Path(__file__).with_suffix(".json")
+SHOWN = 3
+
+
+def read_book(folder: Path, book: dict) -> Document:
+    """The book, if it is the one whose lines are known."""
+    raw = gzip.decompress((folder / f"{book['gutenberg']}.txt.gz").read_bytes())
+    if hashlib.sha256(raw).hexdigest() != book["sha256"]:
+        sys.exit(f"{folder}/{book['gutenberg']}.txt.gz is another edition than the one whose lines are known.")
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place, f"{book['title']}.txt")
+        path.write_bytes(raw)
+        return read_document(path)
+
+
+def is_found(passages: list[Passage], lines: list[list[int]]) -> bool:
+    """Whether a passage touches one of the places, each (first line, last line)."""
+    for passage in passages:
+        numbers = [int(number) for number in re.findall(r"\d+", passage.place)]
+        if any(numbers[0] <= last and first <= numbers[-1] for first, last in lines):
+            return True
+    return False
+
+
+def by_attention(conversation: Conversation, question: dict) -> list[Passage]:
+    """The passages that the model attends to while it is given the right answer."""
+    turn = Turn(question["question"], question["answer"])
+    prompt = conversation.dialogue.ids([Turn(turn.question)])
+    answer = conversation.tokenizer(" " + turn.answer, add_special_tokens=False)["input_ids"]
+    conversation.turns, conversation._prompt, conversation._row = [turn], prompt, [*prompt, *answer]
+    return conversation.passages(SHOWN, by="attention")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--books", type=Path, required=True)
+    parser.add_argument("--questions", type=Path, default=QUESTIONS)
+    parser.add_argument("--tokenizer", required=True, help="whose tokens a passage is counted in")
+    parser.add_argument("--model", help="also rank by this model's attention")
+    parser.add_argument("--adapter")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    loaded = load_model(args.model, args.adapter, tokenizer=args.tokenizer) if args.model else None
+    rows = []
+    for book in json.loads(args.questions.read_text(encoding="utf-8")):
+        document = read_book(args.books, book)
+        index = WordIndex(Dialogue(tokenizer, document))
+        ways = {
+            "question and answer": lambda q, index=index: index.find(q["question"], q["answer"], SHOWN),
+            "question alone": lambda q, index=index: index.find(q["question"], "", SHOWN),
+        }
+        if loaded:
+            conversation = Conversation(loaded, document)
+            ways["attention"] = lambda q, conversation=conversation: by_attention(conversation, q)
+        found = {way: [is_found(find(q), q["lines"]) for q in book["questions"]] for way, find in ways.items()}
+        rows.append({"title": book["title"], "questions": len(book["questions"]), **found})
+        counts = ", ".join(f"{way} {sum(hits)} of {len(hits)}" for way, hits in found.items())
+        print(f"{book['title']}: {counts}", flush=True)
+    if args.output:
+        args.output.write_text(json.dumps({"command": " ".join(sys.argv), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -75,6 +75,16 @@ def is_local_layer(module: nn.Module, config: PreTrainedConfig) -> bool:
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
+def has_recurrent_layers(model: nn.Module) -> bool:
+    """Whether tokens reach later ones by another way than attention: a recurrent state, or a convolution."""
+    text = find_text_model(model)
+    config = text.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ()
+    is_named = any(name in kind for kind in kinds for name in ("linear", "conv", "hybrid", "mamba", "recurrent"))
+    has_state = getattr(model, "_is_stateful", False) or getattr(text, "_is_stateful", False)
+    return is_named or has_state or any(isinstance(module, nn.Conv1d) for module in text.modules())
+
+
 def check_architecture(model: PreTrainedModel) -> None:
     """Refuse a model that would silently train without S2-Attn.
 

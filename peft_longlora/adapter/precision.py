@@ -26,19 +26,28 @@ class Float32Weights:
     original_class: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward on rounded weights; gradients reach the float32 ones."""
+        """The module's own forward on rounded weights; gradients reach the float32 ones.
+
+        The rounded weights stand on an object of this call alone, since threads may share the module. torch's own ways
+        to exchange weights (functional_call, parametrize) change the shared module while it computes.
+        """
+        kind = self.original_class
         # Replicas of nn.DataParallel have plain tensors in place of parameters.
         weights = {**self._parameters, **self.__dict__.get("_former_parameters", {})}
-        rounded = {name: weight.to(self.compute_dtype) for name, weight in weights.items() if weight is not None}
-        plain = {name: self.__dict__[name] for name in rounded if name in self.__dict__}
-        try:
-            for name, weight in rounded.items():
-                object.__setattr__(self, name, weight)  # Python finds it before the parameter of that name
-            return super().forward(*args, **kwargs)
-        finally:
-            for name in rounded:
-                self.__dict__.pop(name, None)
-            self.__dict__.update(plain)
+        if kind.forward is nn.Embedding.forward and self.max_norm is None:
+            # Look the rows up first: rounding all of the matrix for one token of an answer would take a second.
+            rows = nn.functional.embedding(
+                args[0] if args else kwargs["input"],
+                weights["weight"],
+                self.padding_idx,
+                scale_grad_by_freq=self.scale_grad_by_freq,
+                sparse=self.sparse,
+            )
+            return rows.to(self.compute_dtype)
+        own = kind.__new__(kind)
+        own.__dict__.update(self.__dict__)
+        own.__dict__.update({name: w.to(self.compute_dtype) for name, w in weights.items() if w is not None})
+        return kind.forward(own, *args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         # `model.float()` and similar calls change the computation as well as the storage.

@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from peft_longlora import LongLoraConfig
@@ -109,3 +111,49 @@ def test_a_cast_of_the_whole_model_is_what_it_says():
     assert model.float()(TOKENS).logits.dtype == torch.float32
     assert model.to("cpu")(TOKENS).logits.dtype == torch.float32
     assert model.bfloat16()(TOKENS).logits.dtype == torch.bfloat16
+
+
+def test_threads_may_share_a_trained_copy():
+    """Two forwards in one module, the second begun amid the first: neither sees weights of the other."""
+    inside, done = threading.Event(), threading.Event()
+
+    class Slow(nn.LayerNorm):
+        def forward(self, x):
+            if threading.current_thread().name == "first":
+                inside.set()
+                assert done.wait(60)
+            return super().forward(x)
+
+    module, x = Slow(4).to(torch.bfloat16), torch.randn(3, 4, dtype=torch.bfloat16)
+    wanted = nn.LayerNorm(4).to(torch.bfloat16)(x)
+    keep_in_float32([module])
+    found = {}
+    first = threading.Thread(target=lambda: found.update(first=module(x)), name="first")
+    first.start()
+    assert inside.wait(60)
+    found["second"] = module(x)
+    done.set()
+    first.join()
+    assert torch.equal(found["first"], wanted) and torch.equal(found["second"], wanted)
+    assert module.weight.dtype == torch.float32 and "weight" not in vars(module)
+
+
+def test_an_embedding_rounds_the_rows_it_looks_up_and_not_the_matrix():
+    """A token of an answer costs a row, not the matrix: seen by the sizes of all tensors that are made."""
+    module = nn.Embedding(5000, 8, padding_idx=0).to(torch.bfloat16)
+    ids = torch.tensor([[3, 0, 4999]])
+    wanted = module(ids)
+    keep_in_float32([module])
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    with Sizes():
+        out = module(ids)
+    assert torch.equal(out, wanted) and out.dtype == torch.bfloat16 and max(sizes) <= 24
+    module(ids).float().sum().backward()
+    assert module.weight.grad[3].eq(1).all() and module.weight.grad[0].eq(0).all(), "padding learns nothing"

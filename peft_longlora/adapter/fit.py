@@ -19,6 +19,7 @@ from transformers.utils import logging
 from peft_longlora.adapter import trainable
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.count import without_count
+from peft_longlora.adapter.patterns import check_patterns
 from peft_longlora.architecture import rows_of
 from peft_longlora.rope import state as rotary
 from peft_longlora.rope.parameters import is_nested
@@ -39,12 +40,13 @@ def check_before(
 
     Raises: ValueError, NotImplementedError.
     """
+    check_patterns(config, model)
     config.refuse_second_use()
     _check_base(config, model)
     _check_init(config, configs)
     _check_loader(config)
     if config.train_embeddings:
-        _check_tie(config, model, tied)
+        _check_embeddings(config, model, tied)
     _check_others(config, model, configs)
 
 
@@ -81,20 +83,21 @@ def _check_base(config: LongLoraConfig, model: nn.Module) -> None:
         )
 
 
-def _check_tie(config: LongLoraConfig, model: PreTrainedModel, tied: list[str]) -> None:
-    """Refuse embeddings that cannot be trained together with the output layer to which they are, or were, tied."""
+def _check_embeddings(config: LongLoraConfig, model: PreTrainedModel, tied: list[str]) -> None:
+    """Refuse to train a copy of embeddings that get LoRA too, or that the output layer is, or was, tied to in vain."""
     if config.base_context_length is not None and config.ensure_weight_tying and not tied:
         raise ValueError(
             f"The adapter was trained on embeddings tied to the output layer, but this model's are not tied. Load the "
             f"base that the adapter names ({config.base_model_name_or_path})."
         )
-    targeted = [name for name in tied if config.target_modules and check_target_module_exists(config, name)]
-    if targeted:
-        raise ValueError(
-            f"target_modules={config.target_modules!r} puts LoRA on {targeted[0]}, which is tied to the embeddings, "
-            f"and train_embeddings=True trains a copy of both. Leave {targeted[0]} out of target_modules, or set "
-            f"train_embeddings=False."
-        )
+    names = {**dict.fromkeys(trainable.find_embeddings(model), "which holds the embeddings")}
+    names |= dict.fromkeys(tied, "which is tied to the embeddings")
+    for name, what in names.items():
+        if config.target_modules and check_target_module_exists(config, name):
+            raise ValueError(
+                f"target_modules={config.target_modules!r} puts LoRA on {name}, {what}, and train_embeddings=True "
+                f"trains a copy of it. Leave {name} out of target_modules, or set train_embeddings=False."
+            )
     if tied and getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise NotImplementedError(
             f"{tied[0]} is tied to the embeddings and has a bias, which PEFT drops from the copy it trains. Use "
@@ -163,6 +166,17 @@ def _check_others(config: LongLoraConfig, model: PreTrainedModel, configs: dict[
                     f"Adapters {name!r} and {new_name!r} want different {what} of one model: {there} and {new}. A "
                     f"model can have only one. Give both adapters the same settings, or load each on its own model."
                 )
+
+
+def check_again(name: str, config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig]) -> None:
+    """Refuse to fill an adapter that is there from a file of an adapter with another RoPE or attention.
+
+    Args:
+        name: of the adapter that is there. config: of the file.
+
+    Raises: ValueError.
+    """
+    _check_others(config, model, {name: configs[name]})
 
 
 def rope_of(config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig]) -> RopeWish:

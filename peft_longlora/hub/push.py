@@ -2,8 +2,8 @@
 
 transformers' `push_to_hub` always replaces the README after saving and just before the upload
 (PushToHubMixin.push_to_hub in its utils/hub.py). Its Trainer drafts a README, and then asks the model to complete it
-(Trainer.create_model_card). So the object that has the adapter gets its own versions of these two methods; no class is
-changed.
+(Trainer.create_model_card). So the object that has the adapter gets its own versions of these two methods, and of
+`load_adapter`; no class is changed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import hub_id
+from peft_longlora.adapter.fit import check_again
 from peft_longlora.hub.card import CardOptions, as_list, try_card, write_card
 from peft_longlora.hub.readme import README, is_trainers_draft
 from peft_longlora.hub.results import RESULTS
@@ -231,6 +232,8 @@ def give_methods(tuner: nn.Module) -> Callable[[], None] | None:
 
 def _take_over(model: nn.Module) -> None:
     # partials, because deepcopy and pickle bind them to the copy
+    if isinstance(model, PeftModel):
+        model.load_adapter = partial(_load_adapter, model)
     model.push_to_hub = partial(_push, model)
     model.create_or_update_model_card = partial(_update_card, model)
 
@@ -251,3 +254,12 @@ def _update_card(model: nn.Module, output_dir: str) -> None:
         update_card(model, output_dir)
     elif isinstance(model, PeftModel):  # the adapter was deleted; transformers' models have no such method
         type(model).create_or_update_model_card(model, output_dir)
+
+
+def _load_adapter(model: PeftModel, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    """PEFT reads no config if the name is taken. Weights trained with one RoPE would then run with another."""
+    if isinstance(model.peft_config.get(adapter_name), LongLoraConfig):
+        config = PeftConfig.from_pretrained(model_id, **model._split_kwargs(kwargs)[0])
+        if isinstance(config, LongLoraConfig):
+            check_again(adapter_name, config, model.get_base_model(), model.peft_config)
+    return type(model).load_adapter(model, model_id, adapter_name, *args, **kwargs)

@@ -42,7 +42,7 @@ class RopeState:
         return cls(
             copy.deepcopy(config.rope_parameters),
             config.max_position_embeddings,
-            getattr(config, "head_dim", None),
+            _head_dim(config),
             window_of(config),
             modules,
         )
@@ -82,6 +82,16 @@ class _Keeper:
         if any(module._buffers[n].dtype != b.dtype for n, b in self.buffers.items() if n in module._buffers):
             # The attributes too: "dynamic" and "longrope" note there which frequencies are in force after a long row.
             transplant(module, self.buffers, self.attributes)
+
+
+def _head_dim(config: PreTrainedConfig) -> int | None:
+    try:
+        return getattr(config, "head_dim", None)
+    except RuntimeError as error:  # transformers' for configs whose layers differ
+        raise NotImplementedError(
+            f"The layers of {config.model_type} have heads of different sizes (head_dim), so one RoPE scaling does not "
+            f"fit them all. Use an architecture whose layers are alike (llama, qwen3, mistral, gemma3, ...)."
+        ) from error
 
 
 def rope_of(model: PreTrainedModel, *, scaled: bool) -> RopeState:

@@ -1,5 +1,7 @@
 """Every way in which an adapter can end gives the base back bit for bit, or is refused when it is asked for."""
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel, convert_to_lora, get_peft_model
@@ -164,3 +166,29 @@ def test_a_merged_adapter_is_not_exported(tmp_path):
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"merged into the base's weights.*unmerge_adapter\(\)"):
         export_lora(model, tmp_path / "lora", fold_into=tmp_path / "base")
+
+
+def test_loading_over_an_adapter_with_another_scaling_is_refused(tmp_path):
+    """PEFT reads only the weights if the name is taken; a Trainer does this when it resumes."""
+    adapted().save_pretrained(tmp_path / "yarn")
+    adapted(rope_type="linear").save_pretrained(tmp_path / "linear")
+    adapted(group_size=8).save_pretrained(tmp_path / "groups")
+    model = PeftModel.from_pretrained(make(), tmp_path / "yarn")
+    wanted = logits(model)
+    for name, what in (("linear", "RoPE"), ("groups", "attention")):
+        with pytest.raises(ValueError, match=f"want different {what} of one model"):
+            model.load_adapter(tmp_path / name, "default")
+        assert torch.equal(logits(model), wanted)
+    model.load_adapter(tmp_path / "yarn", "default")
+    assert torch.equal(logits(model), wanted)
+    assert torch.equal(logits(copy.deepcopy(model)), wanted)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "model.embed_tokens"])
+def test_lora_on_embeddings_beside_a_trained_copy_is_refused(name):
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"puts LoRA on model.embed_tokens, which holds the embeddings.*=False"):
+        extend(model, target_modules=["q_proj", name])
+    assert_same(snapshot(model), before)
+    extend(model, target_modules=["q_proj", name], train_embeddings=False)

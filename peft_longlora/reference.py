@@ -1,7 +1,7 @@
 """The definition of correct: S2-Attn with a dense mask, in plain PyTorch and any floating dtype.
 
-Every fast path is compared with this file, outputs and gradients. It builds an (S, S) mask a head half and is meant
-for tests and for reading, not for training. Called by tests and benchmarks only; imports torch alone.
+Tests compare every fast path with this file, outputs and gradients. It builds (S, S) masks and is meant for tests and
+for reading, not for training. Only tests and benchmarks call it. It imports only torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def group_ids(segment_ids: torch.Tensor, group_size: int, shift: int) -> torch.T
             position = torch.arange(length, device=ids.device)
             if value and length > group_size:
                 position = (position + shift) // group_size
-            else:  # padding, or a document that fits in one group and stays dense
+            else:  # padding, or a document that fits into one group and stays dense
                 position = torch.zeros_like(position)
             ids[row, start : start + length] = position + group if value else 0
             start, group = start + length, group + int(position[-1]) + 1
@@ -37,12 +37,12 @@ def group_ids(segment_ids: torch.Tensor, group_size: int, shift: int) -> torch.T
 def seen_by_blocks(
     query: torch.Tensor, key: torch.Tensor, same: torch.Tensor, group_size: int, pattern: str, chosen: int | None
 ) -> torch.Tensor:
-    """What the queries of one KV head see by "window" or "adaptive": (S, S) bool, to be combined with causality.
+    """The keys that the queries of one KV head see with "window" or "adaptive": (S, S) bool, to combine with causality.
 
     Args:
         query: (h, S, D), the query heads of a KV head. key: (S, D).
-        same: (S, S) bool, whether a query and a key that is no later are of one document.
-        group_size: G, tokens. chosen: how many blocks are chosen by content.
+        same: (S, S) bool: query and key are in one document, and the key is not later.
+        group_size: G, tokens. chosen: the number of blocks that are chosen by content.
     """
     chosen, seen = max(1, group_size // 256 - 3) if chosen is None else chosen, torch.zeros_like(same)
     for begin in [i for i in range(len(same)) if same[i, i] and not (i and same[i, i - 1])]:
@@ -78,8 +78,9 @@ def s2_attention_reference(
 ) -> torch.Tensor:
     """S2-Attn by its definition (LongLoRA, arXiv:2309.12307, section 3.2; groups as in the original's flash path).
 
-    Args and returns: as `peft_longlora.s2_attention`, which see. Dropout follows torch's random generator, so it
-    equals a fast path in distribution only.
+    Args and returns: as `peft_longlora.s2_attention`. Dropout follows torch's random generator, so it equals a fast
+        path
+    only in distribution.
     """
     batch, heads, length, dim = query.shape
     kv_heads = key.shape[1]
@@ -101,6 +102,6 @@ def s2_attention_reference(
             mask[row, own] &= seen_by_blocks(query[row, own], key[row, own.start], same, g, pattern, chosen_blocks)
     scores = query @ key.transpose(-1, -2) * (dim**-0.5 if scaling is None else scaling)
     scores = scores.masked_fill(~mask, float("-inf"))
-    # A padding row has no key at all: softmax would give NaN, the definition says 0.
+    # A padding row has no key. Softmax would give NaN, but the definition says 0.
     weights = scores.masked_fill(~mask.any(-1, keepdim=True), 0.0).softmax(-1).masked_fill(~mask, 0.0)
     return (torch.nn.functional.dropout(weights, dropout) @ value).transpose(1, 2)

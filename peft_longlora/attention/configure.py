@@ -38,31 +38,31 @@ def configure_attention(
     dense_attention: str | None = None,
     backend: str | None = None,
 ) -> AttentionSettings:
-    """Switch a model to S2-Attn: sparse while it trains, dense otherwise. No adapter is needed.
+    """Switch a model to S2-Attn: sparse in training, dense otherwise. No adapter is needed.
 
     Args:
         model: a rotary causal language model of transformers.
-        group_size: G, tokens, even, 2 or more. None: `group_size_ratio` of the model's window.
-        group_size_ratio: in (0, 1], of the model's window, also when `scale_rope` changes it later.
-        pattern: "s2", "local", "full", "window" or "adaptive", as `s2_attention` explains them.
-        chosen_blocks: of "adaptive", as in `s2_attention`.
-        dense_layers: indices of layers that stay dense while training.
-        dense_every: one training forward in n, the n-th, the 2n-th and so on, is dense in every layer, through the
-            kernel of `backend`; the others use the pattern. None or 0: never. `AttentionSettings.training_forwards`
-            says what is counted, and how training is resumed.
-        dense_attention: the transformers attention wherever S2-Attn does not run ("sdpa", "flash_attention_2", ...).
-            None: what the model runs now, or would run had it not been loaded with "s2_attn". "fastest": the same as
-            None where there is a cache, a window or a mask that is not causal; elsewhere (evaluation, prefill) the
-            fastest kernel there is, whose rounding is its own.
-        backend: the kernel of sparse layers, one of `backends.BACKENDS`. None: as before, at first the fastest there
-            is.
+        group_size: G in tokens, even, 2 or more. None: `group_size_ratio` of the model's window.
+        group_size_ratio: a fraction in (0, 1] of the model's window, also if `scale_rope` changes the window later.
+        pattern: "s2", "local", "full", "window" or "adaptive", as explained in `s2_attention`.
+        chosen_blocks: for "adaptive", as in `s2_attention`.
+        dense_layers: indices of layers that stay dense in training.
+        dense_every: n: one training forward in n (the n-th, the 2n-th, ...) is dense in every layer, on the kernel of
+            `backend`. None or 0: no forward is. `AttentionSettings.training_forwards` says what is counted, and how to
+            resume training.
+        dense_attention: the transformers attention that runs if S2-Attn does not ("sdpa", "flash_attention_2", ...).
+            None: the model's current attention, or the one it would have without "s2_attn". "fastest": the fastest
+            installed kernel, which rounds differently, for evaluation and prefill; as None if there is a cache, a
+            window or a mask that is not causal.
+        backend: the kernel of sparse layers, one of `backends.BACKENDS`. None: the backend that was set before, or the
+            fastest.
 
     Returns:
-        The settings now on every attention layer.
+        The settings that are now on every attention layer.
 
     Raises:
         ValueError: a value outside its rule. NotImplementedError: an architecture that does not take its attention
-            from transformers' interface, or has no rotary embeddings. The model is left as it was.
+            from transformers' interface, or has no rotary embeddings. The model is not changed then.
     """
     check_architecture(model)
     config = model.config.get_text_config()
@@ -104,19 +104,19 @@ def configure_attention(
     _check_backend(config, layers, settings.backend)
     if layers and all(is_local_layer(module, config) for module in layers.values()):
         logger.warning(
-            f"Every layer of this model has a window of its own (sliding_window="
-            f"{getattr(config, 'sliding_window', None)}) and keeps it, so S2-Attn changes none. If the model was "
+            f"Every layer of this model has its own window (sliding_window="
+            f"{getattr(config, 'sliding_window', None)}) and keeps it, so S2-Attn changes no layer. If the model was "
             f"trained without it, load it with sliding_window=None."
         )
     parts = [name for name in model.config.sub_configs if getattr(model.config, name, None) is config]
-    # Encoders of images and sounds keep theirs.
+    # Encoders of images and sounds keep their attention.
     model.set_attn_implementation({"": S2_ATTN, parts[0]: S2_ATTN} if parts else S2_ATTN)
     _replace_settings(model, dict.fromkeys(layers, settings))
     return settings
 
 
 def _check_backend(config: PreTrainedConfig, layers: dict[str, nn.Module], backend: str | None) -> None:
-    """Refuse, before anything runs, a model whose attention needs what the backend cannot do.
+    """Refuse, before anything runs, a model whose attention needs something that the backend cannot do.
 
     Raises: NotImplementedError. ValueError: an unknown backend.
     """
@@ -135,13 +135,13 @@ def _check_backend(config: PreTrainedConfig, layers: dict[str, nn.Module], backe
 
 @contextmanager
 def use_attention(model: nn.Module, mode: Mode, *, dense_attention: str | None = None) -> Iterator[None]:
-    """Within the block, attend as `mode` says; works on a bare and on a PEFT model.
+    """Within the block, attend as `mode` says. It works on bare and on PEFT models.
 
     Args:
         model: a model whose attention is "s2_attn".
         mode: "auto" (sparse while `module.training`), "sparse" (in evaluation and prefill too, to measure a pattern
             by itself) or "dense".
-        dense_attention: "fastest" as in `configure_attention`, for evaluation; None leaves it as it is.
+        dense_attention: "fastest" as in `configure_attention`, for evaluation; None: no change.
 
     Raises:
         ValueError: an unknown mode, a model without S2-Attn, or "sparse" while its adapter is disabled.
@@ -150,8 +150,8 @@ def use_attention(model: nn.Module, mode: Mode, *, dense_attention: str | None =
         raise ValueError(f"mode={mode!r} is unknown. Use 'auto', 'sparse' or 'dense'.")
     if dense_attention not in (None, FASTEST):
         raise ValueError(
-            f"dense_attention={dense_attention!r} cannot be used for a while. Use None or 'fastest' here, or name a "
-            f"transformers attention in configure_attention(model, dense_attention=...)."
+            f"dense_attention={dense_attention!r} cannot be set for a block of code. Use None or 'fastest' here, or "
+            f"name a transformers attention in configure_attention(model, dense_attention=...)."
         )
     layers = find_attention_modules(model).values()
     if not layers or any(getattr(m.config, "_attn_implementation", S2_ATTN) != S2_ATTN for m in layers):
@@ -162,7 +162,7 @@ def use_attention(model: nn.Module, mode: Mode, *, dense_attention: str | None =
     before = {id(s): (s, s.mode, s.is_fastest) for s in map(settings_of, layers)}
     if mode == "sparse" and not all(settings.is_enabled for settings, *_ in before.values()):
         raise ValueError(
-            "The adapter that brought S2-Attn is disabled, so the model is its base, which is dense. Leave "
+            "The adapter with S2-Attn is disabled, so the model is its base, which is dense. Leave "
             "disable_adapter() first, or call configure_attention(model) on the base."
         )
     try:

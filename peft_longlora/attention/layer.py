@@ -1,6 +1,6 @@
-"""One call of an attention layer, and what follows from it, said once.
+"""One call of an attention layer, and everything that follows from it.
 
-Made by `forward`; read by `dense`, and by sequence's `layer` if ranks share the sequence.
+`forward` makes it; `dense` reads it, and sequence's `layer` if ranks share the sequence.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from peft_longlora.kernels.kernel import Options
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What transformers hands to attention in one layer.
+    """The arguments that transformers passes to attention in one layer.
 
     Attributes:
         module: the layer. settings: how it attends.
         query: (B, H, S, D). key: (B, H_kv, T, D) with the cache in front. value: (B, H_kv, T, D_v).
-        mask: what `s2_mask` returned, a 4-D mask of the user's, or None.
+        mask: the result of `s2_mask`, the user's 4-D mask, or None.
         options: scaling, dropout, softcap, sinks, and the backend of the settings.
-        more: what else the architecture passes: position_ids, sliding_window, is_causal ...
+        more: further arguments of the architecture: position_ids, sliding_window, is_causal ...
     """
 
     module: nn.Module
@@ -44,12 +44,12 @@ class LayerCall:
 
     @property
     def cached(self) -> int:
-        """How many tokens of a cache stand in front."""
+        """The number of cached tokens in front."""
         return self.key.shape[2] - self.query.shape[2]
 
     @property
     def is_local(self) -> bool:
-        """Whether the layer has a window or chunks of its own, which it keeps."""
+        """Whether the layer has its own window or chunks, which it keeps."""
         is_local = isinstance(self.mask, S2Mask) and self.mask.is_local
         return is_local or self.more.get("sliding_window") is not None
 
@@ -61,21 +61,22 @@ class LayerCall:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether the model's mode asks for S2-Attn in this layer; its recomputation is what the forward was."""
+        """Whether the model's mode asks for S2-Attn in this layer. Recomputation uses the mode of the forward."""
         return self.once("is sparse", lambda: self.settings.is_sparse(self.module.training))
 
     @property
     def pattern(self) -> str:
-        """The pattern of this layer if it is sparse; "full" in a dense layer, and in one forward of `dense_every`."""
+        """The pattern of this layer if it is sparse; "full" in a dense layer and in a dense forward of
+        `dense_every`."""
         if self.once("is dense", lambda: self.settings.schedule.is_dense):
             return "full"
         return self.settings.pattern_of(self.module)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """What this layer finds out at its first run in a forward, and still holds when it is recomputed.
+        """Facts that this layer finds at its first run in a forward, and that also hold when it is recomputed.
 
-        Gradient checkpointing calls a layer again during the backward, with the same mask: in a mode that may have
-        changed, and after other forwards. A layer that gets no mask has what the model's last call left.
+        Gradient checkpointing calls a layer again in the backward, with the same mask. The mode may have changed by
+        then, and there may have been other forwards. A layer without a mask uses the facts of the model's last call.
         """
         key, inputs = (name, getattr(self.module, "layer_idx", None)), self.settings.inputs
         if isinstance(self.mask, S2Mask):
@@ -83,7 +84,7 @@ class LayerCall:
         if torch.compiler.is_compiling():
             return make()
         notes = inputs.notes if self.mask is None else self.mask.__dict__.setdefault("s2_notes", {})
-        if inputs.caller is not None:  # a forward; the mask may have served others before
+        if inputs.caller is not None:  # a forward; the mask may come from an earlier one
             notes[key] = make()
         return notes[key] if key in notes else make()
 
@@ -95,11 +96,11 @@ class LayerCall:
 
     @property
     def order(self) -> torch.Tensor | None:
-        """In which order tokens are attended to, if not as they stand (`S2Mask.order`)."""
+        """The order in which tokens are attended to, if it differs from the row's (`S2Mask.order`)."""
         return self.mask.order(self.positions) if isinstance(self.mask, S2Mask) else None
 
     def cuts(self, pattern: str) -> Cuts:
-        """Where attention by a pattern is cut, worked out once a forward."""
+        """Where attention with a pattern is cut, computed once a forward."""
         mask = self.s2_mask
         if torch.compiler.is_compiling():
             return self._compiled_cuts(pattern, mask)
@@ -109,7 +110,8 @@ class LayerCall:
         size, positions = self.settings.group_size, self.positions
         if pattern in BLOCK_PATTERNS:
             return Cuts.by_blocks(mask.blocks(size, pattern, positions, self.settings.chosen_blocks))
-        # A plan that is ready: kept in the mask, it must not hold the mask, whose memory would wait for the collector.
+        # A ready plan is kept in the mask. It must not refer to the mask: that cycle would keep memory until
+        # collection.
         return Cuts.of(mask.groups(size, pattern, positions))
 
     def _compiled_cuts(self, pattern: str, mask: S2Mask) -> Cuts:
@@ -126,7 +128,7 @@ class LayerCall:
 
     @property
     def s2_mask(self) -> S2Mask:
-        """The mask; a model that makes none has no padding and no packed rows."""
+        """The mask. If the model makes none, there is no padding and there are no packed rows."""
         if isinstance(self.mask, S2Mask):
             return self.mask
         batch, _, length, _ = self.query.shape

@@ -1,8 +1,8 @@
-"""What attention layers must know of one forward: who is padding, and who belongs to which document.
+"""Which tokens of a forward are padding, and which belong to which document.
 
-transformers calls `s2_mask` once a forward and kind of layer (full, sliding) and hands what it returns to every layer.
-It returns an `S2Mask`: neither the S x S mask of dense attention nor the groups of sparse attention are made before a
-layer asks, and both are made once. Called through transformers' AttentionMaskInterface; read by `layer`.
+transformers calls `s2_mask` once for each forward and kind of layer (full, sliding), and passes the result to every
+layer. The result is an `S2Mask`. It makes the S x S mask of dense attention and the groups of sparse attention only
+when a layer asks, and only once. transformers' AttentionMaskInterface calls it; `layer` reads it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class S2Mask:
 
     Attributes:
         batch, length: B and S, tokens.
-        is_local: whether it belongs to layers with a window or chunks of their own, which stay as they are.
-        is_causal: False where transformers was told, or the model's rule was found, to let tokens see later ones.
+        is_local: whether it belongs to layers with their own window or chunks, which are not changed.
+        is_causal: False if transformers was told to let tokens see later ones, or if the model's rule does so.
     """
 
     def __init__(self, arguments: dict[str, Any]):
@@ -46,7 +46,7 @@ class S2Mask:
         self._dense: dict[tuple[str, bool], Any] = {}
         self._made: dict[Any, Any] = {}
 
-    # transformers takes what is not 2-D for a mask that is made already, as this is.
+    # transformers takes a mask that is not 2-D as ready, which this one is.
     ndim = 4
 
     def __getattr__(self, name: str) -> Any:
@@ -56,11 +56,12 @@ class S2Mask:
         )
 
     def to(self, *args: Any, **kwargs: Any) -> S2Mask:
-        """Itself: accelerate's hooks move what layers get, and each layer moves what it takes out of here."""
+        """Returns itself: accelerate's hooks move the arguments of layers, and each layer moves the tensors it
+        needs."""
         return self
 
     def contiguous(self) -> S2Mask:
-        """Itself: `generate` says this to the masks that it makes ahead for static caches."""
+        """Returns itself: `generate` calls this on masks that it makes ahead for static caches."""
         return self
 
     def dense(
@@ -76,8 +77,8 @@ class S2Mask:
             implementation: a transformers attention.
             device: where the layer computes.
             position_ids: (1 or B, S) as the layer got them.
-            is_sparse: whether the layer's mode asks for S2-Attn. Then positions keep documents apart in layers with a
-                window of their own too, where transformers forgets them (beside a 2-D mask or a cache).
+            is_sparse: whether the layer's mode asks for S2-Attn. Then positions also keep documents apart in layers
+                with their own window, in which transformers drops them (beside a 2-D mask or a cache).
         """
         key = implementation, is_sparse
         if key not in self._dense:
@@ -87,11 +88,11 @@ class S2Mask:
         return mask.to(device) if isinstance(mask, torch.Tensor) else mask
 
     def _separated(self, position_ids: torch.Tensor | None) -> dict[str, Any]:
-        """The arguments of a mask function, with a rule that lets no document see another one."""
+        """The arguments of a mask function, with a rule that keeps documents apart."""
         if not self._has_positions(position_ids) or self._arguments["kv_length"] != self.length:
             return self._arguments
-        # Whether any position restarts is on the device. Layers with a window get a mask either way; the others use
-        # what the groups of their neighbours need on the host too.
+        # Only the device knows whether a position restarts. Layers with a window get a mask in any case; the others use
+        # numbers that the groups of other layers need on the host too.
         if not self.is_local and len(self._runs(position_ids)) <= self.batch:
             return self._arguments
         document, _ = self._number_documents(position_ids)
@@ -104,9 +105,9 @@ class S2Mask:
         Args:
             group_size: G, tokens.
             pattern: "s2", "local" or "full".
-            position_ids: (1 or B, S) as the layer got them: they restart where a document starts. transformers
-                drops that information when it also gets a 2-D mask or a cache. None: they count on; then, without
-                padding and with a causal rule, nothing is read from the device.
+            position_ids: (1 or B, S) as the layer got them; they restart where a document starts. (transformers drops
+                this if it also gets a 2-D mask or a cache.) None: positions do not restart; then, without padding and
+                with a causal rule, nothing is read from the device.
 
         Raises:
             NotImplementedError: the model's mask lets a token see a later one.
@@ -128,8 +129,8 @@ class S2Mask:
 
     @torch.compiler.disable
     def _make_groups(self, group_size: int, pattern: str, position_ids: torch.Tensor | None) -> Groups:
-        """Outside compiled code: numbers of tokens in tensors, so that none of them is compiled in."""
-        if self._is_plain(position_ids):  # known without looking at the device
+        """Make the groups outside compiled code, so that no number of tokens is compiled in."""
+        if self._is_plain(position_ids):  # known without reading from the device
             groups = regular_groups(self.batch, self.length, group_size, pattern)
         else:
             documents = self.documents(position_ids)
@@ -142,7 +143,7 @@ class S2Mask:
         return groups
 
     def _is_plain(self, position_ids: torch.Tensor | None) -> bool:
-        """Whether every row is one document without padding: nothing was given that could say otherwise."""
+        """Whether every row is one document without padding, because no argument says otherwise."""
         is_causal = self._arguments.get("allow_is_causal_skip", True)
         return is_causal and position_ids is None and self._arguments.get("attention_mask") is None
 
@@ -151,7 +152,7 @@ class S2Mask:
         return self.once("positions", lambda: positions_in_documents(cu_seq_lens, self.batch, self.length))
 
     def segment_ids(self, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """(B, S) int: 0 = padding, then the number of the document; `BIDIRECTIONAL` where a later token is seen."""
+        """(B, S) int: 0 = padding, otherwise the document's number; `BIDIRECTIONAL` if a later token is seen."""
 
         def number() -> torch.Tensor:
             ids, sees_later = self._number_documents(position_ids)
@@ -171,16 +172,17 @@ class S2Mask:
 
     @torch.compiler.disable
     def _runs(self, position_ids: torch.Tensor | None) -> list[tuple[int, int, int]]:
-        """Documents and padding, brought to the host once a forward."""
+        """Documents and padding, copied to the host once a forward."""
         if not self.batch or not self.length:
             return []
         return self.once("runs", lambda: find_documents(self.segment_ids(position_ids)))
 
     def order(self, position_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """(B, S) token indices, each row's padding behind its tokens, if padding stands inside a document; else None.
+        """(B, S) token indices with each row's padding at its end, if there is padding inside a document; otherwise
+        None.
 
-        Groups are of tokens that follow each other, so such rows are attended to in this order. Compiled code cannot
-        ask what rows hold, and orders all that come with a padding mask.
+        A group consists of consecutive tokens, so such rows are attended to in this order. Compiled code cannot look
+        into rows, and orders all rows that have a padding mask.
         """
         if self._arguments.get("attention_mask") is None:
             return None
@@ -200,21 +202,21 @@ class S2Mask:
             return None
         logger.warning_once(
             "attention_mask has padding inside a document (0 between two 1). Those tokens are left out, and the "
-            "document goes on behind them, but every layer copies its tokens for it. If the mask was made as "
-            "input_ids != pad_token_id and the pad token is the eos token, give the tokenizer a pad token of its own. "
+            "document continues after them, but every layer must copy its tokens. If the mask was made as "
+            "input_ids != pad_token_id and the pad token is the eos token, give the tokenizer its own pad token. "
             "To end a document there, give position_ids that restart."
         )
         return _padding_last(self.segment_ids(position_ids))
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
-        """What layers derive from this mask: made by the first that asks, kept for the others."""
+        """A value that layers derive from this mask: the first layer makes it, the others reuse it."""
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
 
     def whole_documents(self) -> Groups | None:
-        """The plan of dense attention by the model's own rule; None where it lets a token see a later one, or where a
-        cache stands in front.
+        """The plan of dense attention by the model's own rule; None if a token may see a later one, or if a cache
+        stands in front.
         """
         if not self.is_causal or self.is_local or self._arguments["kv_length"] != self.length:
             return None
@@ -225,7 +227,7 @@ class S2Mask:
             return None
 
     def _has_positions(self, position_ids: torch.Tensor | None) -> bool:
-        """Whether positions tell of documents: one number a token."""
+        """Whether positions can show documents: they have one number for each token."""
         return position_ids is not None and position_ids.dim() == 2 and position_ids.shape[-1] == self.length
 
     def _number_documents(self, position_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,9 +235,9 @@ class S2Mask:
 
         Returns: segment ids (B, S), 0 = padding; and (B, S) bool, True where the token before sees this one.
 
-        The rule says for any two indices whether one sees the other; two neighbours that do not are in two documents.
-        Asking neighbours only keeps memory at O(S) and needs nothing but what every architecture gives. A neighbour is
-        the last token before that is no padding: padding inside a document does not end it, as in evaluation.
+        The rule says for any two indices whether one sees the other. If two neighbours do not, they are in two
+        documents. Only neighbours are checked, so memory is O(S), and every architecture has such a rule. A neighbour
+        is the last token before that is not padding: padding inside a document does not end it, as in evaluation.
         """
         device, padding_mask = self._arguments["device"], self._arguments.get("attention_mask")
         row = torch.arange(self.batch, device=device)[:, None]
@@ -254,7 +256,7 @@ class S2Mask:
         if self._has_positions(position_ids):
             positions = position_ids.to(device).expand(self.batch, -1)
             before, after = positions.gather(1, left), positions.gather(1, left + 1)
-            # Padding between two tokens is counted by their positions, if it is by its own.
+            # If padding has positions, the positions of tokens count it too.
             is_start[:, 1:] |= positions[:, 1:] - before != torch.where(after - before == 1, here - left, 1)
         if padding_mask is None:
             return is_start.cumsum(1) + 1, sees_later
@@ -262,7 +264,7 @@ class S2Mask:
 
 
 def _padding_last(segment_ids: torch.Tensor) -> torch.Tensor:
-    """(B, S) token indices: the tokens of each row in their order, then its padding."""
+    """(B, S) token indices: each row's tokens in order, then its padding."""
     return torch.sort((segment_ids == 0).to(torch.uint8), dim=1, stable=True).indices
 
 
@@ -271,17 +273,17 @@ def s2_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> An
 
     Args:
         batch_size, q_length, kv_length: B, S and T, tokens.
-        kwargs: the rest of what transformers hands to mask functions (masking_utils.create_causal_mask).
+        kwargs: the other arguments of transformers' mask functions (masking_utils.create_causal_mask).
 
     Returns:
-        An `S2Mask`. For static caches, whose masks `generate` makes outside the model and hands in ready, the 4-D
-        tensor it expects: (B, 1, S, T) bool or None.
+        An `S2Mask`. For static caches `generate` makes the masks outside the model; then it is the 4-D tensor that
+        `generate` expects: (B, 1, S, T) bool or None.
     """
-    if isinstance(kwargs.get("attention_mask"), S2Mask):  # made ahead by `generate`
+    if isinstance(kwargs.get("attention_mask"), S2Mask):  # `generate` made it ahead
         return kwargs["attention_mask"]
     arguments = dict(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **kwargs)
     offset = kwargs.get("q_offset", 0)
-    # A static cache counts on the device, or (empty) has more room than tokens.
+    # A static cache counts on the device, or it is empty and has more room than tokens.
     if isinstance(offset, torch.Tensor) or offset + q_length < kv_length:
         return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**arguments)
     return S2Mask(arguments)

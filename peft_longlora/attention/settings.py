@@ -1,7 +1,7 @@
 """Which layers attend how: the settings on the attention layers of a model.
 
 `configure_attention` puts one `AttentionSettings` on all attention modules of a model, and `layer` reads it there.
-Nothing is kept in module globals, so two models in one process do not touch each other.
+Nothing is stored in module globals, so two models in one process do not affect each other.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ class AttentionSettings:
     """How the layers of one model attend; shared by all of them.
 
     Attributes:
-        config: the model's text config, whose window groups are a fraction of.
-        given_size: G, tokens, if the user gave it. group_size_ratio: G's fraction of the window otherwise.
+        config: the model's text config; its window may determine the group size.
+        given_size: G in tokens, if the user gave it. group_size_ratio: otherwise G as a fraction of the window.
         pattern: "s2", "local", "full", "window" or "adaptive".
         chosen_blocks: how many blocks of keys "adaptive" chooses; None for as many as cost what S2-Attn costs.
-        dense_layers: indices of layers that stay dense while training.
-        dense_attention: the transformers attention that runs wherever S2-Attn does not.
+        dense_layers: indices of layers that stay dense in training.
+        dense_attention: the transformers attention that runs if S2-Attn does not.
         is_fastest: whether whole causal rows go through the fastest kernel instead.
         backend: the kernel of sparse layers, one of `backends.BACKENDS`, or None for the fastest.
         mode: "auto" (sparse while training), "sparse" or "dense"; set by `use_attention`.
         sharing: the ranks that share each sequence (`sequence.parallelize_sequence`), or None.
-        is_enabled: False while the adapter that brought these settings is switched off: then all is as without it.
+        is_enabled: False while the adapter of these settings is switched off; then the model attends as its base.
         schedule: which training forwards are dense in every layer.
-        inputs: what the model was last called with.
-        probe: sees every call of a layer (a `layer.LayerCall`) before it is computed; None for nobody.
+        inputs: the arguments of the model's last call.
+        probe: a function that gets every call of a layer (a `layer.LayerCall`) before it is computed; or None.
     """
 
     config: PreTrainedConfig = field(repr=False)
@@ -81,14 +81,14 @@ class AttentionSettings:
 
     @property
     def group_size(self) -> int:
-        """G, tokens; it follows the window where it is a fraction of it."""
+        """G in tokens. If it is a fraction of the window, it follows the window."""
         return group_size_of(self.given_size, self.group_size_ratio, window_of(self.config))
 
     @property
     def training_forwards(self) -> int:
-        """How many training forwards (see `Schedule`) the model has made, counted if `dense_every` is set.
+        """The number of training forwards of the model (see `Schedule`), counted if `dense_every` is set.
 
-        An adapter's checkpoint holds this number. Without an adapter, set it where training is resumed:
+        An adapter's checkpoint holds this number. Without an adapter, set it when you resume training:
         `settings.training_forwards = trainer_state.global_step * gradient_accumulation_steps`.
         """
         return self.schedule.training_forwards
@@ -98,7 +98,7 @@ class AttentionSettings:
         self.schedule.training_forwards = count
 
     def pattern_of(self, module: nn.Module, is_dense_forward: bool = False) -> str:
-        """The pattern of a layer in a sparse forward, or in one that is dense as one in `dense_every` is."""
+        """The pattern of a layer in a sparse forward, or in a dense forward of `dense_every`."""
         is_dense = is_dense_forward or getattr(module, "layer_idx", None) in self.dense_layers
         return "full" if is_dense else self.pattern
 
@@ -116,7 +116,7 @@ class AttentionState:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> AttentionState:
-        """What `model` attends with now."""
+        """The current attention of `model`."""
         layers = find_attention_modules(model)
         found = {name: getattr(module, _SETTINGS) for name, module in layers.items() if hasattr(module, _SETTINGS)}
         parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
@@ -125,18 +125,18 @@ class AttentionState:
         return cls({"": name, **of_parts} if of_parts else name, found)
 
     def put_on(self, model: PreTrainedModel) -> None:
-        """Make `model` attend so again."""
+        """Restore this attention on `model`."""
         model.set_attn_implementation(self.implementation)
         _replace_settings(model, self.settings)
 
 
 def settings_of(module: nn.Module) -> AttentionSettings:
-    """The settings of an attention layer; the defaults where `configure_attention` was never called."""
+    """The settings of an attention layer; the defaults if `configure_attention` was never called."""
     settings = getattr(module, _SETTINGS, None)
     if settings is None:
         if is_causal_layer(module):
             settings = AttentionSettings(module.config)
-        else:  # an image encoder, say, whose config knows of no window
+        else:  # for example an image encoder, whose config has no window
             settings = AttentionSettings(module.config, 2, pattern="full")
         settings.dense_attention = _default_attention(module)
         setattr(module, _SETTINGS, settings)
@@ -144,14 +144,14 @@ def settings_of(module: nn.Module) -> AttentionSettings:
 
 
 def _default_attention(module: nn.Module) -> str:
-    """What transformers runs where nothing was asked for: sdpa, but for architectures that it would compute wrongly."""
+    """The implementation that transformers uses by default: sdpa, or eager if sdpa would be wrong for the model."""
     classes = vars(sys.modules[type(module).__module__]).values()
     models = [c for c in classes if isinstance(c, type) and issubclass(c, PreTrainedModel) and c is not PreTrainedModel]
     return "sdpa" if all(model._supports_sdpa for model in models) else "eager"
 
 
 def _replace_settings(model: PreTrainedModel, settings: dict[str, AttentionSettings]) -> None:
-    """Put settings on the attention layers by name, in place of what they have."""
+    """Replace the settings of the attention layers, by name."""
     for name, module in find_attention_modules(model).items():
         if hasattr(module, _SETTINGS):
             getattr(module, _SETTINGS).inputs.leave()

@@ -1,4 +1,4 @@
-"""`s2_attention`, and `attend`, which every sparse layer calls: the checks, and the backend that runs the call."""
+"""`s2_attention`, and `attend`, which every sparse layer calls. Both check a call and pass it to a backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def attend(
     """Causal attention inside the groups: (B, H, S, D), (B, H_kv, S, D) -> (B, S, H, D_v), 0 at padding.
 
     Raises:
-        ValueError: tensors that do not fit together, or a backend that is unknown or not available.
+        ValueError: the tensors do not fit together, or the backend is unknown or not available.
         NotImplementedError: the backend cannot run this call.
     """
     query, key, value = checked(query, key, value, options)
@@ -46,9 +46,9 @@ def _attend_blocks(
 def checked(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tensors, in autocast's dtype.
+    """The checked tensors, in autocast's dtype.
 
-    Raises: ValueError: an unknown backend, a dropout that is no probability, tensors that do not fit together.
+    Raises: ValueError: an unknown backend, a dropout outside [0, 1], or tensors that do not fit together.
     """
     check_backend(options.backend)
     if not 0 <= options.dropout <= 1:
@@ -72,10 +72,10 @@ def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     if key.shape[:3] != value.shape[:3] or (key.shape[0], key.shape[2], key.shape[3]) != (batch, length, dim):
         raise ValueError(
             f"{shapes}: key and value must be (B, H_kv, S, D) with the B, S and D of query; only value may differ in "
-            f"D. S2-Attn is for whole sequences: attend densely where a cache makes keys longer than queries."
+            f"D. S2-Attn is for whole sequences: attend densely if a cache makes keys longer than queries."
         )
     if not key.shape[1] or heads % key.shape[1]:
-        raise ValueError(f"{shapes}: {heads} query heads cannot be shared out to {key.shape[1]} KV heads evenly.")
+        raise ValueError(f"{shapes}: {heads} query heads cannot be divided evenly among {key.shape[1]} KV heads.")
     if len({x.device for x in (query, key, value)}) > 1:
         raise ValueError(f"query, key and value are on {query.device}, {key.device} and {value.device}: move them.")
     if not all(x.is_floating_point() for x in (query, key, value)):
@@ -95,13 +95,14 @@ def s2_attention(
     dropout: float = 0.0,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Shifted sparse attention: causal attention inside groups, which half of the heads cut half a group later.
+    """Shifted sparse attention: causal attention inside groups; for half of the heads the groups start half a group
+    later.
 
     Args:
         query: (B, H, S, D) floating point.
         key, value: (B, H_kv, S, D), H divisible by H_kv; value may have another last size.
         group_size: G, tokens; even, 2 or more. A document of at most G tokens is attended to densely.
-        segment_ids: (B, S) int: 0 = padding, a run of one positive number = one document. None: each row is one.
+        segment_ids: (B, S) int: 0 = padding, a run of one positive number = one document. None: each row is a document.
         pattern: "s2"; "local" (no head is shifted); "full" (dense inside each document). In documents of more than G
             tokens also: "window" (each query sees G / 2 tokens and the first 128 of its document); "adaptive" (each
             block of 128 queries sees its own block of keys, the one before, the first of its document, and those whose
@@ -109,7 +110,7 @@ def s2_attention(
         chosen_blocks: how many blocks "adaptive" chooses; None for as many as cost what S2-Attn costs.
         scaling: factor on the scores; None for D ** -0.5.
         dropout: probability at which attention weights are dropped.
-        backend: one of `backends.BACKENDS`; None for the fastest there is.
+        backend: one of `backends.BACKENDS`; None for the fastest.
 
     Returns:
         (B, S, H, D), dtype of query; exactly 0 at padding.

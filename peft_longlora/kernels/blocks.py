@@ -1,8 +1,8 @@
-"""Patterns that see blocks of keys: "window" and "adaptive", whose queries choose their blocks by content.
+"""Patterns in which queries see blocks of keys: "window", and "adaptive", which chooses blocks by content.
 
-A document is cut into blocks of 128 tokens, the last of which may be short. In the layout that is computed on, every
-document begins at a block: rows that are packed or padded are copied into it, rows of whole blocks are not. Read by the
-backends that take blocks, `sdpa` and `flex`.
+A document is cut into blocks of 128 tokens; its last block may be short. The computation uses a layout in which every
+document begins at a block. Packed or padded rows are copied into it; rows of whole blocks are not copied. The backends
+`sdpa` and `flex` use it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ BLOCK = 128
 
 
 def default_blocks(group_size: int) -> int:
-    """How many blocks "adaptive" chooses by content, so that it costs what S2-Attn costs with groups of G tokens.
+    """The number of blocks that "adaptive" chooses by content to cost as much as S2-Attn with groups of G tokens.
 
-    A query of S2-Attn sees G/2 keys on average; its own block, the one before and the first are seen besides.
+    A query of S2-Attn sees G/2 keys on average. Here a query always sees three blocks: its own, the one before, the
+    first.
 
     Example: G = 8192: 32 blocks of 128, of which 29 are chosen.
     """
@@ -27,13 +28,14 @@ def default_blocks(group_size: int) -> int:
 
 
 class Layout(NamedTuple):
-    """Where the tokens of a batch stand in blocks: N tokens in N / 128 blocks.
+    """The places of a batch's tokens in blocks: N places in N / 128 blocks.
 
     Attributes:
-        source: (N,) the flattened token that stands at each place; 0 where none does.
-        is_token: (N,) bool. position: (N,) of each token in its document.
-        first: (blocks,) the first block of each block's document. is_dense: (blocks,) bool: a document of at most G.
-        place: (B * S,) where each flattened token stands; 0 for padding. is_real: (B * S,) bool, False at padding.
+        source: (N,) the flattened token at each place; 0 for an empty place.
+        is_token: (N,) bool, False at empty places. position: (N,) the token's position in its document.
+        first: (blocks,) the first block of each block's document. is_dense: (blocks,) bool: its document has at most G
+            tokens.
+        place: (B * S,) the place of each flattened token; 0 for padding. is_real: (B * S,) bool, False at padding.
     """
 
     source: torch.Tensor
@@ -47,14 +49,14 @@ class Layout(NamedTuple):
 
 @dataclass(eq=False)
 class BlockPlan:
-    """What a forward sees by blocks.
+    """The blocks of one forward.
 
     Attributes:
         batch, length: B and S, tokens.
         documents: (start, tokens) in flattened token order, without padding.
-        group_size: G, tokens; a document of at most G tokens is attended to densely.
+        group_size: G, tokens; a document of at most G tokens is dense.
         pattern: "window" or "adaptive".
-        chosen: how many blocks are chosen by content.
+        chosen: the number of blocks that are chosen by content.
     """
 
     batch: int
@@ -75,13 +77,13 @@ class BlockPlan:
         pattern: str,
         blocks: int | None = None,
     ) -> BlockPlan:
-        """From `groups.find_documents`; blocks: None for as many as cost what S2-Attn costs."""
+        """Make a plan from `groups.find_documents`. With blocks=None, "adaptive" costs as much as S2-Attn."""
         real = [(start, tokens) for start, tokens, number in documents if number]
         return cls(batch, length, real, group_size, pattern, default_blocks(group_size) if blocks is None else blocks)
 
     @property
     def is_aligned(self) -> bool:
-        """Whether tokens stand in blocks as they come."""
+        """Whether the rows already have the layout of blocks."""
         whole = all(tokens % BLOCK == 0 for _, tokens in self.documents)
         return whole and sum(tokens for _, tokens in self.documents) == self.batch * self.length
 
@@ -94,7 +96,7 @@ class BlockPlan:
         return max((min(count, dense if is_dense else sees) for count, is_dense in blocks), default=1)
 
     def layout(self, device: torch.device) -> Layout:
-        """The layout's tensors, made once a device."""
+        """The layout's tensors, made once for each device."""
         return self.once(("layout", device), lambda: self._make_layout(device))
 
     def _make_layout(self, device: torch.device) -> Layout:
@@ -117,14 +119,14 @@ class BlockPlan:
         return Layout(*(x.to(device) for x in (*parts, place, is_real)))
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
-        """What is derived from this plan: made by the first layer that asks, kept for the others."""
+        """A value derived from this plan: the first layer makes it, the others reuse it."""
         if name not in self._made:
             with torch.inference_mode(False):
                 self._made[name] = make()
         return self._made[name]
 
     def arrange(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, S, D) -> (H, N, D), in blocks; 0 where no token stands."""
+        """(B, H, S, D) -> (H, N, D), in blocks; 0 at empty places."""
         x = x.transpose(0, 1).flatten(1, 2)
         if self.is_aligned:
             return x
@@ -140,7 +142,8 @@ class BlockPlan:
 
     @torch.no_grad()
     def find_seen(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """(H_kv or 1, blocks, width): the blocks that each block of queries sees, ascending; `blocks` stands for none.
+        """(H_kv or 1, blocks, width): the blocks that each block of queries sees, ascending; the number `blocks` means
+        none.
 
         Args:
             query: (H, N, D). key: (H_kv, N, D), both in blocks.
@@ -150,7 +153,7 @@ class BlockPlan:
         always, heads = self._always(query.device), key.shape[0]
         count = len(always)
         q, k = (x.unflatten(1, (count, BLOCK)) for x in (query, key))
-        # (H_kv, blocks, D): the mean of the 128 queries that end with each block's first: later ones choose nothing.
+        # (H_kv, blocks, D): the mean of the 128 queries up to each block's first query. Later queries must not choose.
         group = q.unflatten(0, (heads, -1))
         starts, sums = group[:, :, :, 0].float().mean(1), group.float().sum(3).mean(1)
         asks = (sums.roll(1, 1) - starts.roll(1, 1) + starts) / BLOCK
@@ -164,7 +167,7 @@ class BlockPlan:
         return self._listed(seen | always)
 
     def _always(self, device: torch.device) -> torch.Tensor:
-        """(blocks, blocks) bool: what is seen whatever it holds."""
+        """(blocks, blocks) bool: blocks that are seen whatever their content is."""
         layout = self.layout(device)
         block = torch.arange(len(layout.first), device=device)
         ask, held, first = block[:, None], block, layout.first[:, None]
@@ -180,7 +183,7 @@ class BlockPlan:
         return numbers.topk(self.width, dim=-1, largest=False, sorted=True).values
 
     def may_see(self, q: torch.Tensor, k: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Whether a query sees a key of a block that it sees; both are places in the layout."""
+        """Whether a query sees a key, given that it sees the key's block; both are places in the layout."""
         sees = k <= q
         if self.pattern == "window":
             is_near = (q - k < self.group_size // 2) | (layout.position[k] < BLOCK)

@@ -1,6 +1,6 @@
 """Where the groups of S2-Attn start and end: host-side arithmetic, done once a forward.
 
-Called by attention's `mask` (once a forward) and by `s2_attention` (for direct calls); imports torch alone.
+Called by attention's `mask` (once a forward) and by `s2_attention` (for direct calls). Imports only torch.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 PATTERNS = ("s2", "local", "full")
 # Patterns whose queries see blocks of keys instead of groups: see `blocks`.
 BLOCK_PATTERNS = ("window", "adaptive")
-# A document number that no document has: a mask lets a token see a later one there.
+# Not a document's number: it marks tokens that a mask lets see later ones.
 BIDIRECTIONAL = -(2**31)
-# Padding is computed and thrown away by kernels that take a contiguous partition: short pieces make it cheap.
+# Kernels that need a contiguous partition also compute padding. Short pieces make that cheap.
 PADDING_PIECE = 128
 
 
@@ -31,8 +31,8 @@ def split_document(
     Args:
         length: L, tokens of the document without padding.
         group_size: G, tokens.
-        shift: 0 for straight heads, G / 2 for shifted ones: the length of their first group.
-        first, last: the tokens [first, last) to split, of a document that other ranks hold the rest of.
+        shift: the length of the first group of shifted heads, G / 2; 0 for straight heads.
+        first, last: the tokens [first, last) to split, if other ranks hold the rest of the document.
 
     Source: the cumulative lengths of the original's flash path (LongLoRA, llama_attn_replace.py), for any length.
     Example: L = 10, G = 4: straight [4, 4, 2]; shift 2 gives [2, 4, 4], and of its tokens [3, 8) [3, 2].
@@ -46,7 +46,7 @@ def split_document(
 
 
 def tokens_before(length: int, group_size: int, shift: int, first: int) -> int:
-    """How many tokens of the group that holds token `first` of a document come before it.
+    """The number of tokens before token `first` in its group.
 
     Args: as `split_document`.
 
@@ -64,8 +64,8 @@ def split_heads(heads: int, kv_heads: int) -> tuple[int, int]:
     """Number of straight (query heads, KV heads); the rest is shifted.
 
     KV heads from kv_heads // 2 on are shifted, with the query heads that read them, so that no KV head is needed by
-    both halves. A single KV head serves both: then query heads from heads // 2 on are shifted, and 0 is returned
-    as its KV share, which means that the KV head is not split.
+    both halves. If there is only one KV head, both halves read it: query heads from heads // 2 on are shifted, and the
+    returned number of KV heads is 0, which means that the KV head is not split.
 
     Example: (32, 8) -> (16, 4); (9, 3) -> (3, 1); (8, 1) -> (4, 0).
     """
@@ -77,10 +77,10 @@ def split_heads(heads: int, kv_heads: int) -> tuple[int, int]:
 def find_documents(segment_ids: torch.Tensor) -> list[tuple[int, int, int]]:
     """Runs of equal numbers in (B, S) segment ids as (start, length, number), in flattened token order.
 
-    Costs one device synchronisation: the number of documents is data, and launch parameters depend on it.
+    It costs one device synchronisation, because launch parameters depend on the number of documents.
     """
     batch, length = segment_ids.shape
-    # Copied whole, because `nonzero` on a device would be a second synchronisation.
+    # Copy everything, because `nonzero` on a device would be a second synchronisation.
     flat = segment_ids.reshape(-1).cpu()
     is_start = torch.ones_like(flat, dtype=torch.bool)
     is_start[1:] = flat[1:] != flat[:-1]
@@ -105,8 +105,8 @@ def positions_in_documents(cu_seq_lens: torch.Tensor, batch: int, length: int) -
 class Groups:
     """The plan of one forward: boundaries of the straight and of the shifted heads' groups.
 
-    Boundaries count tokens of the B * S flattened tokens, from 0 to B * S without a hole; stretches of padding are
-    pieces of their own. Build it with `plan_groups`.
+    Boundaries count the B * S flattened tokens, from 0 to B * S without a hole. Stretches of padding are separate
+    pieces. Build it with `plan_groups`.
 
     Attributes:
         batch, length: B and S, tokens.
@@ -134,9 +134,9 @@ class Groups:
         return self.straight != self.shifted
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
-        """What a backend derives from this plan: made by the first layer that asks, kept for the others."""
+        """A value that a backend derives from this plan: the first layer makes it, the others reuse it."""
         if name not in self._made:
-            with torch.inference_mode(False):  # plans are kept, and autograd saves no tensor of inference mode
+            with torch.inference_mode(False):  # plans are reused, and autograd cannot save tensors of inference mode
                 self._made[name] = make()
         return self._made[name]
 
@@ -158,10 +158,10 @@ def plan_groups(
         batch, length: B and S, tokens.
         group_size: G, tokens; even.
         pattern: "s2", "local" (straight groups for every head) or "full" (documents stay whole).
-        documents: from `find_documents`; None means that every row is one document (then nothing is synchronised).
+        documents: from `find_documents`. None: every row is one document, and nothing is synchronised.
         padding: (B, S) bool, True at padding.
-        before, after: tokens of the first and of the last document that earlier and later ranks hold; a group that
-            they hold a part of is cut where the row is.
+        before, after: tokens of the first and of the last document on earlier and later ranks. A group with tokens on
+            other ranks is cut at the end of the row.
 
     Example: one row of 10 tokens, G = 4: straight (0, 4, 8, 10), shifted (0, 2, 6, 10).
     """
@@ -200,10 +200,10 @@ def plan_groups(
 
 
 def refuse_bidirectional() -> NoReturn:
-    """Say that a mask is not causal. Raises: NotImplementedError."""
+    """Refuse a mask that is not causal. Raises: NotImplementedError."""
     raise NotImplementedError(
-        "This model's attention mask lets tokens see later ones (a prefix or an image, say), which groups cannot "
-        "express. Train it within `with use_attention(model, 'dense'):`, or give it causal input only."
+        "This model's attention mask lets tokens see later ones (for example a prefix or an image), which groups "
+        "cannot express. Train it within `with use_attention(model, 'dense'):`, or give it causal input only."
     )
 
 
@@ -236,7 +236,7 @@ def runs_of_equal_pieces(boundaries: tuple[int, ...], skip: frozenset[int]) -> l
 
 
 def whole_number(value: Any) -> int | None:
-    """A whole number of Python, numpy or torch as Python's, or None; True and False are none."""
+    """A whole number of Python, numpy or torch as an int; None for anything else, also for True and False."""
     if type(value) is int:
         return value
     try:
@@ -246,7 +246,7 @@ def whole_number(value: Any) -> int | None:
 
 
 def check_pattern(group_size: Any, pattern: str) -> int:
-    """The group size; refuse one that cannot be shifted by half, and an unknown pattern.
+    """The group size as an int. Refuses an unknown pattern, and a size that cannot be shifted by half.
 
     Raises: ValueError.
     """
@@ -263,22 +263,22 @@ def check_pattern(group_size: Any, pattern: str) -> int:
 
 
 def group_size_of(group_size: int | None, ratio: float, window: int) -> int:
-    """G in tokens: the one given, or a fraction of the window, rounded down to an even number.
+    """G in tokens: the given size, or a fraction of the window, rounded down to an even number.
 
     Raises: ValueError: a ratio outside (0, 1].
 
-    Example: 0.58 of 100 tokens is 58. The product of the two floats is a little less.
+    Example: 0.58 of 100 tokens is 58, although the product of the two floats is a little less.
     """
     if group_size is not None:
         return group_size
     if not 0 < ratio <= 1:
         raise ValueError(f"group_size_ratio={ratio} is outside (0, 1]: it is a fraction of the window ({window}).")
-    # The fraction that was meant: a float holds neither 0.58 nor a third.
+    # The fraction that the user meant: a float cannot hold 0.58 or 1/3.
     return max(2, int(window * Fraction(ratio).limit_denominator(10**6)) // 2 * 2)
 
 
 def check_blocks(blocks: Any) -> int | None:
-    """The number of chosen blocks, None for the default. Raises: ValueError: no whole number, or below 1."""
+    """The number of chosen blocks, None for the default. Raises: ValueError: not a whole number, or below 1."""
     if blocks is not None and (whole_number(blocks) or 0) < 1:
         raise ValueError(
             f"chosen_blocks={blocks!r} must be a whole number of blocks of 128 keys, 1 or more; None for as many as "

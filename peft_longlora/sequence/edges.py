@@ -1,8 +1,9 @@
-"""What the ranks that share a sequence need of each other: host-side arithmetic on what each knows of its stretch.
+"""Computes what ranks that share a sequence must send to each other, on the host.
 
-A rank attends by itself to the keys and values of its stretch. Of the group that began before, it also needs those of
-the tokens on earlier ranks, its halo. One small all-gather a forward tells every rank enough to work out who sends what
-to whom, in a time that does not depend on the length of the sequence. Called by `layer`; read by `halo` and `ulysses`.
+A rank attends to the keys and values of its stretch. If a group began on an earlier rank, it also needs that group's
+earlier keys and values, its halo. One small all-gather in each forward gives every rank the numbers to compute who
+sends what to whom. The time does not depend on the length of the sequence. Called by `layer`; read by `halo` and
+`ulysses`.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ import torch.distributed as dist
 
 from peft_longlora.kernels.groups import PATTERNS, Groups, plan_groups, shift_of, tokens_before
 
-# For each rank and half of the heads, tokens from and to.
+# For each rank and half of the heads: tokens [from, to).
 Ranges = tuple[tuple[tuple[int, int], tuple[int, int]], ...]
 Documents = list[tuple[int, int, int]]
 
 
 class Edges(NamedTuple):
-    """What the other ranks must know of a rank's stretch; every rank has everyone's, in the order of the sequence.
+    """The numbers of a rank's stretch that all ranks must know. Every rank has the edges of all ranks, in order.
 
     Attributes:
-        length: tokens. head, tail: tokens of its first and of its last document, 0 if that is padding.
+        length: tokens. head, tail: tokens of its first and its last document, 0 for padding.
         first, last: positions of the first and of the last token.
         group_size, pattern: G, and the pattern's place among `groups.PATTERNS`: the same on all ranks.
-        has_hole: whether padding stands inside a document, 0 or 1.
+        has_hole: whether there is padding inside a document, 0 or 1.
     """
 
     length: int
@@ -44,14 +45,14 @@ class Edges(NamedTuple):
 def exchange_edges(
     documents: Documents, position_ids: torch.Tensor, group_size: int, pattern: str, group: dist.ProcessGroup
 ) -> list[Edges]:
-    """Everyone's edges: one all-gather of eight numbers a rank, once a forward.
+    """The edges of all ranks, from one all-gather of eight numbers a rank in each forward.
 
     Args:
-        documents: of this rank's stretch, from `groups.find_documents`.
+        documents: those of this rank's stretch, from `groups.find_documents`.
         position_ids: (1, S), counted in the whole sequence or from the start of each document.
 
     Raises:
-        ValueError: the stretches do not make up one sequence, or are attended to in different ways; on all ranks.
+        ValueError, on all ranks: the stretches do not form one sequence, or ranks attend in different ways.
     """
     length = position_ids.shape[1]
     (_, head, number), (_, tail, last_number) = (documents[0], documents[-1]) if length else ((0, 0, 0),) * 2
@@ -68,7 +69,7 @@ def exchange_edges(
 
 
 def gather(x: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """Everyone's, in the order of the ranks."""
+    """Gather a tensor from all ranks, in their order."""
     gathered = [torch.empty_like(x) for _ in range(group.size())]
     dist.all_gather(gathered, x, group)
     return gathered
@@ -83,7 +84,7 @@ def _check_edges(edges: list[Edges]) -> None:
     if any(edge.has_hole for edge in edges):
         raise ValueError(
             "attention_mask has padding inside a document (0 between two 1), which ranks that share a sequence cannot "
-            "leave out. Mask the padding at the ends of rows only: give the tokenizer a pad token of its own."
+            "leave out. Mask padding only at the ends of rows: give the tokenizer its own pad token."
         )
     if len({(edge.group_size, edge.pattern) for edge in edges}) > 1:
         raise ValueError(
@@ -126,11 +127,11 @@ class Halo:
     """The plan of one forward on one rank. Pairs are for the straight and for the shifted half of the heads.
 
     Attributes:
-        groups: the groups of this rank's stretch, without what other ranks hold of the first and of the last.
-        needs: tokens of earlier ranks in the group of the first token.
-        owns: tokens of that group on this rank, 0 if it begins here.
-        sends: own tokens that each rank needs. receives: where each rank's tokens belong in the halo.
-        is_needed: whether any rank needs anything; if not, nothing is exchanged.
+        groups: the groups of this rank's stretch; parts of the first and last group on other ranks are left out.
+        needs: the number of tokens of earlier ranks in the group of the first token.
+        owns: the number of tokens of that group on this rank, 0 if the group begins here.
+        sends: own tokens that each rank needs. receives: the place of each rank's tokens in the halo.
+        is_needed: whether any rank needs a halo; if not, nothing is exchanged.
         group: the ranks that share the sequence.
     """
 
@@ -149,12 +150,12 @@ def plan_halo(
     documents: Documents,
     group: dist.ProcessGroup | None = None,
 ) -> Halo:
-    """Who sends what to whom: the same arithmetic, with the same result, on every rank.
+    """Compute who sends what to whom. Every rank does the same arithmetic and gets the same result.
 
     Args:
-        edges: everyone's, from `exchange_edges`.
-        rank: this one, in the order of the sequence.
-        documents: of this rank's stretch. group: the ranks, to exchange with.
+        edges: those of all ranks, from `exchange_edges`.
+        rank: the number of this rank, in the order of the sequence.
+        documents: those of this rank's stretch. group: the process group of the ranks.
 
     Example: two ranks of 6 tokens of one document, G = 4: rank 1 begins with token 6, inside the straight group [4, 8)
         and at the start of the shifted group [6, 10): it needs tokens 4 and 5 of the straight half, and nothing else.

@@ -140,7 +140,7 @@ def test_architectures_that_cannot_are_refused(config, message):
 
 def test_a_model_whose_every_layer_has_a_window_is_told_so(caplog):
     configure_attention(build("mistral"), group_size=G)
-    assert "Every layer of this model has a window of its own (sliding_window=5)" in caplog.text
+    assert "Every layer of this model has its own window (sliding_window=5)" in caplog.text
     caplog.clear()
     configure_attention(build("gemma3_text"), group_size=G)
     assert not caplog.text

@@ -157,7 +157,7 @@ def test_padding_inside_a_document_is_told_with_its_cure(monkeypatch):
     monkeypatch.setattr(module.logger, "warning_once", said.append)
     model, inputs = sparse("llama"), with_holes()
     model(**inputs)
-    assert len(said) == 1 and "give the tokenizer a pad token of its own" in said[0]
+    assert len(said) == 1 and "give the tokenizer its own pad token" in said[0]
     inputs["attention_mask"] = torch.ones_like(TOKENS)
     model(**inputs)
     model(input_ids=TOKENS)

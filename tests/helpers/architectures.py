@@ -71,7 +71,7 @@ CASES = [
         dict(sliding_window=48),
         "a sliding window in every layer",
         (0, 1),
-        warns="S2-Attn changes none",
+        warns="S2-Attn changes no layer",
         model_type="mistral",
     ),
     Case("mixtral", {**MOE, "sliding_window": None}, "experts"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from types import ModuleType
 
 from peft_longlora.chat.dialogue import Dialogue
 from peft_longlora.chat.passages import SPAN, Passage, make_passage
@@ -35,6 +36,18 @@ def split_words(text: str) -> list[str]:
     return words
 
 
+def import_bm25s() -> ModuleType:
+    """The package that ranks.
+
+    Raises: ImportError: it is not installed.
+    """
+    try:
+        import bm25s
+    except ImportError:
+        raise ImportError("Passages by their words need bm25s: pip install 'peft-longlora[chat]'") from None
+    return bm25s
+
+
 class WordIndex:
     """The spans of a document, by their words."""
 
@@ -43,10 +56,7 @@ class WordIndex:
 
         Raises: ImportError: bm25s is not installed.
         """
-        try:
-            import bm25s
-        except ImportError:
-            raise ImportError("Passages by their words need bm25s: pip install 'peft-longlora[chat]'") from None
+        bm25s = import_bm25s()
         self.dialogue = dialogue
         self.width = min(SPAN, len(dialogue.offsets))
         last = len(dialogue.offsets) - self.width

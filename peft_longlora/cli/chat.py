@@ -8,12 +8,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import re
 import sys
+from typing import TextIO
 
 from .arguments import Command, add_model_options, model_options, positive, say_options, share, temperature
 
 CACHES = ("dense", "quantised", "offloaded")
-FORGET, QUIT = "/forget", ("/quit", "/exit")
+FORGET, HELP, QUIT = "/forget", "/help", ("/quit", "/exit")
+COMMANDS = f"{FORGET} drops the questions so far, Ctrl-C stops an answer, {QUIT[0]} or Ctrl-D ends."
+# What moves the cursor, changes colours or reverses the order of letters on a terminal: all but tabs and line ends.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -53,11 +58,13 @@ def run(args: argparse.Namespace) -> int:
     """
     from peft_longlora.chat.conversation import Conversation
     from peft_longlora.chat.document import read_document
+    from peft_longlora.chat.words import import_bm25s
     from peft_longlora.hub.loading import is_out_of_memory, load_model
 
-    logging.getLogger("pypdf").setLevel(
-        logging.ERROR
-    )  # a user learns nothing from its warnings that an error does not say
+    # A user learns nothing from pypdf's warnings that an error does not say.
+    logging.getLogger("pypdf").setLevel(logging.ERROR)
+    if args.passages:
+        import_bm25s()  # an error before the model is loaded, and not after the first answer
     if any(not question.strip() for question in args.ask or []):
         raise ValueError("--ask is empty.")
     document = read_document(args.file)  # refuses a bad file before a model is loaded
@@ -104,7 +111,7 @@ def _converse(conversation, passages: int | None) -> None:
     if is_terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() a history
-        _say(f"Ask away. {FORGET} drops the questions so far, Ctrl-C stops an answer, Ctrl-D ends.")
+        _say(f"Ask away. {COMMANDS}")
     while True:
         try:
             question = input("> " if is_terminal else "").strip()
@@ -116,6 +123,10 @@ def _converse(conversation, passages: int | None) -> None:
         if question == FORGET:
             conversation.forget()
             _say(f"Forgotten. {conversation.usage}")
+        elif question == HELP:
+            _say(COMMANDS)
+        elif re.fullmatch(r"/\w+", question):
+            _say(f"{question} is no command, and no question. {COMMANDS}")
         elif question:
             try:
                 _answer(conversation, question, passages)
@@ -127,12 +138,14 @@ def _converse(conversation, passages: int | None) -> None:
 
 
 def _answer(conversation, question: str, passages: int | None) -> None:
+    for text in conversation.warnings(question):
+        _say(f"warning: {text}")
     for piece in conversation.ask(question):
-        print(piece, end="", flush=True)
+        print(_shown(piece, sys.stdout), end="", flush=True)
     print(flush=True)
     over = " PAST THE WINDOW" if conversation.tokens > conversation.window else ""
     _say(f"[{conversation.usage}{over}]")
-    for passage in conversation.passages(passages) if passages and conversation.turns[-1].answer else []:
+    for passage in conversation.passages(passages) if passages and conversation.has_answer else []:
         _say(f"  {passage.place} ({passage.reason}): {' '.join(passage.text.split())}")
 
 
@@ -144,7 +157,12 @@ def _progress(done: int, total: int) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(_shown(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def _shown(text: str, stream: TextIO) -> str:
+    """The text as it is, for a file or a pipe; for a terminal without what could control it."""
+    return CONTROL.sub("\ufffd", text) if stream.isatty() else text
 
 
 COMMAND = Command("chat", "ask questions of a long document", add_options, run, options={"chunk_size": "chunk"})

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from peft_longlora.chat.conversation import Conversation
 from peft_longlora.chat.document import read_document
 from peft_longlora.cli import main as cli
+from peft_longlora.cli.chat import _shown
 from peft_longlora.hub.loading import load_model
 from tests.helpers.chat_models import TEXT, a_model, make_pdf
 from tests.helpers.paths import EMBEDDED
@@ -92,6 +93,27 @@ def test_questions_come_from_a_pipe_until_it_ends(folder, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n/quit\nWhy?\n"))
     assert chat(folder, model="merged") == 0
     assert capsys.readouterr().out == answers_of(folder, "merged", None, ["Why?"])
+
+
+def test_commands_are_known_or_refused(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("/help\n/forgte\n/usr/lib is where?\n"))
+    assert chat(folder, model="merged") == 0
+    out, err = capsys.readouterr()
+    assert err.count("/forget drops the questions so far") == 2 and "/forgte is no command" in err
+    assert out == answers_of(folder, "merged", None, ["/usr/lib is where?"])  # a path begins a question as any word
+
+
+def test_a_question_beyond_the_window_is_said_before_its_answer(folder, capsys):
+    assert chat(folder, "--ask", "Why? " * 200, model="merged", file="book.txt") == 0
+    err = capsys.readouterr().err
+    assert err.index("warning: This question ends at token") < err.index("PAST THE WINDOW")
+
+
+def test_nothing_controls_a_terminal():
+    hostile = "a\x1b[31mred\x07\r\x9b2J\u202eevil\tb\n"
+    pipe, terminal = (SimpleNamespace(isatty=lambda answer=answer: answer) for answer in (False, True))
+    assert _shown(hostile, pipe) == hostile
+    assert _shown(hostile, terminal) == "a\ufffd[31mred\ufffd\ufffd\ufffd2J\ufffdevil\tb\n"
 
 
 def test_sampling_and_quantised_caches_are_options(folder, capsys):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from weakref import ref
+from weakref import finalize, ref
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -23,8 +23,8 @@ class _Away:
     """A tensor that waits in the host's memory.
 
     Attributes:
-        host: its copy in pinned memory. copied: the event after which the copy is complete.
-        here: the tensor back on the device, or None. arrived: the event after which it is complete.
+        host: its copy, in pinned memory.
+        here: the tensor on its way back to the device, or None. arrived: the event after which it is whole.
     """
 
     def __init__(self, tensor: torch.Tensor, host: torch.Tensor, stream: torch.cuda.Stream):
@@ -34,10 +34,10 @@ class _Away:
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(stream):
             host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)  # its memory is not reused before it is copied
+        tensor.record_stream(stream)  # its memory is not given away before it is copied
 
     def fetch(self) -> None:
-        """Start to copy it back."""
+        """Start to bring it back."""
         if self.here is None:
             with torch.cuda.stream(self.stream):
                 self.here = torch.empty_like(self.host, device=self.device, pin_memory=False)
@@ -45,12 +45,13 @@ class _Away:
                 self.arrived = self.stream.record_event()
 
     def get(self) -> torch.Tensor:
-        """The complete tensor on its device."""
+        """The tensor on its device, whole. It is not held here: autograd holds this object until the backward ends."""
         self.fetch()
         current = torch.cuda.current_stream(self.device)
         current.wait_event(self.arrived)
         self.here.record_stream(current)
-        return self.here
+        tensor, self.here = self.here, None
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ class HostMemory:
         if self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
         away = _Away(tensor, self._room(tensor), self._stream)
+        # Whoever needs the tensor once more finds it there until then.
+        spare = self._spare.setdefault((away.host.shape, away.host.dtype), [])
+        finalize(away, spare.append, away.host).atexit = False
         self._away = [one for one in self._away if one() is not None] + [ref(away)]
         return away
 
@@ -95,7 +99,6 @@ class HostMemory:
         if away in waiting:  # the first time
             waiting = waiting[: waiting.index(away)]
             self._away = [ref(one) for one in waiting]
-            self._spare.setdefault((away.host.shape, away.host.dtype), []).append(away.host)
         for one in waiting[max(0, len(waiting) - self.ahead) :]:
             one.fetch()
         return tensor
@@ -104,7 +107,7 @@ class HostMemory:
         """Pinned memory for a tensor. Pinning a gigabyte takes seconds, so the memory is reused in every step."""
         if spare := self._spare.get((tensor.shape, tensor.dtype)):
             return spare.pop()  # one stream makes all copies, so reading it ends before it is written again
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return _pinned(tensor)
 
 
 class Offload:
@@ -133,7 +136,7 @@ class Offload:
             is_input = tensor is input_of_this or tensor.data_ptr() == input_of_this.data_ptr()
             if is_input and self.before is not None and self.before._last is not None:
                 packed: Any = self.before._last
-            elif tensor.is_cuda and tensor.nbytes >= LEAST_BYTES and not isinstance(tensor, torch.nn.Parameter):
+            elif _leaves(tensor):
                 packed = self.host.put(tensor)
             else:
                 packed = tensor
@@ -161,6 +164,14 @@ class Offload:
                 torch.cuda.set_rng_state(gpu, tensor.device)
             out = packed.function(tensor)
         return out[0] if isinstance(out, tuple) else out
+
+
+def _leaves(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and tensor.nbytes >= LEAST_BYTES and not isinstance(tensor, torch.nn.Parameter)
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
 def _random_states(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -19,6 +19,14 @@ from peft_longlora.reference import s2_attention_reference
 from peft_longlora.sequence.halo import attend_far, attend_far_backward, merge
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def compile_anew():
+    """FlexAttention is compiled for each kind of call, and dynamo allows eight kinds a process."""
+    torch._dynamo.reset()
+
+
 # Relative errors of output and gradients: rounding of the inputs' type, a few times.
 MOST = {torch.bfloat16: 0.01, torch.float16: 0.002, torch.float32: 1e-4}
 

@@ -1,0 +1,99 @@
+"""Inputs of blocks that wait in the host's memory: when each comes back, and when its memory is used again.
+
+On a CPU, with copies that are made at once in place of those on a stream; test_blocks.py runs the real ones on a GPU.
+"""
+
+import gc
+
+import pytest
+import torch
+
+from peft_longlora.memory import checkpoint_blocks, offload
+from tests.helpers.tiny import IDS, extend, make
+
+
+class Away:
+    """As `offload._Away`, without a GPU; notes what is back and not yet handed on."""
+
+    back, fetched, handed = 0, [], 0
+
+    def __init__(self, tensor, host, stream):
+        self.host, self.here = host, None
+        host.copy_(tensor)
+
+    def fetch(self):
+        if self.here is None:
+            self.here = self.host.clone()
+            Away.back += 1
+            Away.fetched.append(id(self))
+
+    def get(self):
+        self.fetch()
+        tensor, self.here = self.here, None
+        Away.back -= 1
+        Away.handed += 1
+        assert Away.back <= 1  # one is on its way while one is used
+        return tensor
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    made = []
+    monkeypatch.setattr(Away, "back", 0)
+    monkeypatch.setattr(Away, "fetched", [])
+    monkeypatch.setattr(Away, "handed", 0)
+    monkeypatch.setattr(offload, "_Away", Away)
+    monkeypatch.setattr(offload.torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(offload, "_leaves", lambda x: x.is_floating_point() and not isinstance(x, torch.nn.Parameter))
+    monkeypatch.setattr(offload, "_pinned", lambda x: made.append(1) or torch.empty_like(x))
+    return made
+
+
+def gradients(model):
+    model.zero_grad()
+    torch.manual_seed(1)
+    loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    return loss, lambda: {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_steps_are_the_plain_ones_and_their_host_memory_is_used_again(without_gpu, every):
+    model = extend(make(num_hidden_layers=4), group_size=16, lora_dropout=0.2).train()
+    loss, grads = gradients(model)
+    loss.backward()
+    plain = grads()
+    checkpoint_blocks(model, keep=False, offload=every)
+    for _ in range(3):
+        loss, grads = gradients(model)
+        loss.backward()
+        for name, grad in grads().items():
+            torch.testing.assert_close(grad, plain[name], msg=name)
+        del loss
+        gc.collect()
+    assert len(without_gpu) == 4 / every  # buffers in all, for three steps
+    assert Away.back == 0 and Away.handed == 3 * 4  # with every second input, the kept ones are needed twice
+
+
+def test_two_graphs_at_once_do_not_share_memory(without_gpu):
+    """As with pipelines: a second forward comes before the first backward."""
+    model = extend(make(num_hidden_layers=4), group_size=16).train()
+    loss, grads = gradients(model)
+    loss.backward()
+    plain = grads()
+    checkpoint_blocks(model, keep=False, offload=2)
+    first, grads = gradients(model)
+    second = model(input_ids=IDS.flip(1), labels=IDS, use_cache=False).loss
+    first.backward()
+    for name, grad in grads().items():
+        torch.testing.assert_close(grad, plain[name], msg=name)
+    assert second.isfinite()
+
+
+def test_a_graph_that_is_dropped_gives_its_memory_back(without_gpu):
+    model = extend(make(num_hidden_layers=4), group_size=16).train()
+    checkpoint_blocks(model, keep=False, offload=True)
+    for _ in range(3):
+        loss, _ = gradients(model)
+        del loss
+        gc.collect()
+    assert len(without_gpu) == 4 and Away.handed == 0

@@ -1,6 +1,6 @@
 """How adapters are switched off, merged and removed.
 
-`model.LongLoraModel` builds on `EndingLoraModel`. However an adapter ends, the base comes back bit for bit.
+`model.LongLoraModel` builds on `EndingLoraModel`. However an adapter ends, the base is restored bit for bit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peft_longlora.rope import state as rotary
 
 
 class EndingLoraModel(LoraModel):
-    """LoRA whose adapters bring RoPE and attention, which go on and off with them."""
+    """LoRA whose adapters also have RoPE and attention, which are switched on and off with them."""
 
     @property
     def _state(self) -> AdapterState | None:
@@ -72,7 +72,7 @@ class EndingLoraModel(LoraModel):
 
         Args: as PEFT's.
 
-        The base's own weights wait in the host's memory if the model is on a GPU.
+        If the model is on a GPU, the base's own weights wait in the host's memory.
         """
         self._check_merge_allowed()
         if self._state is not None and not self._state.set_aside:
@@ -97,12 +97,12 @@ class EndingLoraModel(LoraModel):
 
         Args:
             progressbar, safe_merge: as PEFT's.
-            adapter_names: adapters to merge, active or not; of embeddings and norms, one can have copies.
+            adapter_names: adapters to merge, active or not; only one of them may have copies of embeddings and norms.
             check: compare the merged model with the adapter on a few tokens.
 
         Raises:
-            ValueError: an adapter that is not there, adapters whose copies exclude each other, or a merged model that
-                computes something else than the adapter did.
+            ValueError: an adapter does not exist, two adapters have copies of one module, or the merged model computes
+                something else than the adapter did.
         """
         if adapter_names is not None:
             self._check_merge_allowed()
@@ -146,7 +146,7 @@ class EndingLoraModel(LoraModel):
 
     def _undo(self, adapter_name: str, before: AdapterState | None) -> None:
         """Take back a half-added adapter."""
-        if before is None:  # others stay
+        if before is None:  # other adapters stay
             super().delete_adapter(adapter_name)
             return
         copies.drop(self.model)

@@ -106,7 +106,7 @@ def _check_embeddings(config: LongLoraConfig, model: PreTrainedModel, tied: list
 
 
 def _is_applied(config: LongLoraConfig, parameters: dict[str, Any] | None) -> bool:
-    """Whether a model's rope_parameters are those that the adapter brings."""
+    """Whether a model's rope_parameters are those of the adapter."""
     applied = config.applied_rope_parameters
     if applied is None or config.base_context_length is None or not parameters:
         return False
@@ -114,7 +114,7 @@ def _is_applied(config: LongLoraConfig, parameters: dict[str, Any] | None) -> bo
 
 
 def _check_init(config: LongLoraConfig, configs: dict[str, LongLoraConfig]) -> None:
-    """Refuse an initialisation that would change what other adapters compute; say what it does to the base."""
+    """Refuse an initialisation that would change the results of other adapters; warn about its effect on the base."""
     if config.bias != "none":
         logger.warning(
             f"bias={config.bias!r} trains the base's own biases. disable_adapter() and unload() then keep the trained "
@@ -125,7 +125,7 @@ def _check_init(config: LongLoraConfig, configs: dict[str, LongLoraConfig]) -> N
     if others := [name for name, each in configs.items() if each is not config]:
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} changes the base's weights, on which {others} build: they "
-            f"would compute something else. Load it on a model of its own, or convert it to a plain LoRA first "
+            f"would compute something else. Load it on its own model, or convert it to a plain LoRA first "
             f"(path_initial_model_for_weight_conversion of save_pretrained)."
         )
     logger.warning(

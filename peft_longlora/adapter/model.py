@@ -209,6 +209,6 @@ class LongLoraModel(EndingLoraModel):
     def _convert_state_dict_for_initial_model(
         cls, peft_model: nn.Module, peft_config: LongLoraConfig, path: str, state: dict[str, Any], kwargs: Any
     ) -> dict[str, Any]:
-        """What PEFT does for `path_initial_model_for_weight_conversion`, which keeps LoRA's weights alone."""
+        """PEFT's `path_initial_model_for_weight_conversion`, which would keep only LoRA's weights."""
         lora = super()._convert_state_dict_for_initial_model(peft_model, peft_config, path, dict(state), kwargs)
         return {**{name: tensor for name, tensor in state.items() if "lora_" not in name}, **lora}

@@ -1,7 +1,7 @@
 """Regular expressions in an adapter's config, tried out in a process that can be stopped.
 
 PEFT matches several fields of a config with every module's name. A pattern with nested repetitions can take years for
-one name, and Python cannot interrupt a match. An adapter that somebody else made must not hang whoever loads it.
+one name, and Python cannot interrupt a match. Loading another person's adapter must not hang.
 """
 
 from __future__ import annotations

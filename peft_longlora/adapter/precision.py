@@ -28,8 +28,8 @@ class Float32Weights:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward on rounded weights; gradients reach the float32 ones.
 
-        The rounded weights stand on an object of this call alone, since threads may share the module. torch's own ways
-        to exchange weights (functional_call, parametrize) change the shared module while it computes.
+        The rounded weights are attributes of an object of this call, because threads may share the module. torch's own
+        ways to exchange weights (functional_call, parametrize) change the shared module while it computes.
         """
         kind = self.original_class
         # Replicas of nn.DataParallel have plain tensors in place of parameters.

@@ -1,4 +1,4 @@
-"""Passages that an answer attended to most: attention of the answer's tokens alone, one layer at a time.
+"""Passages that an answer attended to most, from the attention of the answer's tokens, one layer at a time.
 
 The answer's tokens are forwarded once more behind the cached keys of everything before them. This uses eager attention,
 because only eager attention returns its weights. Of each layer's (H, A, T) weights (A tokens of the answer, T of the

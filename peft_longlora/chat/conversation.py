@@ -1,8 +1,8 @@
 """Questions about one document: tokens counted, keys and values computed once, answers streamed.
 
-    document.py -> dialogue.py (tokens) -> kvcache.py (keys and values) -> generate -> passages.py (attention)
+    document.py -> dialogue.py (tokens) -> kvcache.py (keys and values) -> generate -> words.py, attention.py (passages)
 
-Called by terminal.py (`longlora chat`) and examples/app.py.
+Called by cli/chat.py (`longlora chat`) and examples/app.py.
 """
 
 from __future__ import annotations
@@ -193,13 +193,13 @@ class Conversation:
         """Passages of the document that belong to the last answer, best first.
 
         Args:
-            by: "words": where the document says it, by the rare words of the answer and the question (words.py).
-                "attention": what the answer attended to most in the last layers (attention.py).
+            by: "words": passages with the rare words of the answer and the question (words.py). "attention": passages
+                to which the answer attended most in the last layers (attention.py).
 
         Raises: ValueError: there is no answer yet, or the tokenizer gives no offsets. ImportError: "words" needs bm25s.
         """
         if by not in ("words", "attention"):
-            raise ValueError(f"by={by!r} is none of 'words', 'attention'.")
+            raise ValueError(f"by={by!r} is unknown. Use 'words' or 'attention'.")
         if not self.has_answer:
             raise ValueError("There is no answer yet.")
         if self.dialogue.offsets is None:

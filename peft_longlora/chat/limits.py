@@ -1,4 +1,4 @@
-"""How much of a file is read at most. Called by document.py and pdf.py; a page that serves strangers sets limits."""
+"""Limits for reading a file, for pages that serve strangers. Called by document.py and pdf.py."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that a document may be, and the most time that reading it may take; a check raises ValueError.
+    """The largest size of a document and the longest time to read it. The checks raise ValueError.
 
     Attributes:
-        pages: of a PDF. characters: of the text. seconds: of reading a PDF, looked at after each page.
+        pages: pages of a PDF. characters: characters of the text. seconds: time to read a PDF, checked after each page.
     """
 
     pages: float = math.inf

@@ -1,4 +1,4 @@
-"""A passage: a span of the document's tokens, with its place, its text and why it is shown.
+"""A passage: a span of the document's tokens, with its place, its text and the reason why it is shown.
 
 Called by words.py and attention.py, the two ways to choose passages.
 """

@@ -1,4 +1,4 @@
-"""An answer as it comes: what ends it, and its pieces of text. Called by conversation.py."""
+"""An answer while it is generated: its pieces of text, and the conditions that end it. Called by conversation.py."""
 
 from __future__ import annotations
 

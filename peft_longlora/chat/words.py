@@ -1,7 +1,7 @@
 """Passages that hold the rare words of an answer and of its question, ranked by BM25.
 
-This looks for evidence: an answer that the document gives stands there in words that it shares with the answer. It does
-not look into the model, so a passage shows where the document says so, and not why the model said it. Called by
+This looks for evidence: a passage that gives the answer shares words with it. It does not look into the model, so a
+passage shows where the document says something, not why the model said it. Called by
 conversation.py; imports bm25s when an index is made.
 """
 
@@ -15,8 +15,8 @@ from peft_longlora.chat.dialogue import Dialogue
 from peft_longlora.chat.passages import SPAN, Passage, make_passage
 
 STRIDE = 16  # tokens from the beginning of one span to that of the next
-ANSWER = 2.0  # a word of the answer counts so much more than one of the question (benchmarks/passages.py)
-NAMED = 4  # words that a passage is said to hold
+ANSWER = 2.0  # the weight of a word of the answer; a word of the question has weight 1 (benchmarks/passages.py)
+NAMED = 4  # the most words that are named for a passage
 _RUNS = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 # Thai, Lao, Burmese, Khmer, Japanese and Chinese are written without spaces: every two characters are a word there.
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
@@ -49,7 +49,7 @@ def import_bm25s() -> ModuleType:
 
 
 class WordIndex:
-    """The spans of a document, by their words."""
+    """An index of a document's spans by their words."""
 
     def __init__(self, dialogue: Dialogue) -> None:
         """Index the document.
@@ -65,7 +65,7 @@ class WordIndex:
         self.words = [split_words(dialogue.document.text[start:end]) for start, end in ends]
         self.spans_with = Counter(word for words in self.words for word in set(words))
         self.bm25 = bm25s.BM25()
-        # A document without any word would be an empty index, which bm25s refuses.
+        # Without any word the index would be empty, which bm25s refuses.
         self.bm25.index(self.words if self.spans_with else [["-"]], show_progress=False)
 
     def find(self, question: str, answer: str, count: int) -> list[Passage]:

@@ -147,6 +147,6 @@ COMMAND = Command(
     epilog="Example: longlora eval --model meta-llama/Llama-2-7b-hf --adapter my-32k-adapter --tasks "
     "perplexity,native,passkey --data books/ --lengths 4k,8k,16k,32k --output out/. docs/evaluation.md explains "
     "the tasks and protocols.",
-    interrupted="Stopped. The same command goes on where this one ended.",
+    interrupted="Stopped. The same command continues where this one ended.",
     options={"books": "data", "corpus": "data", "max_length": "lengths", "prompts": "longqa-prompts"},
 )

@@ -1,9 +1,9 @@
-"""Long text in: files and datasets become rows, documents and records, and those become rows of tokens to train on.
+"""Long text: files and datasets become documents or records, and these become rows of tokens to train on.
 
-Everything is read loudly: what cannot be used is an error that names file and line, and what is left out is counted.
+Data that cannot be used is refused with its file and line, and everything that is left out is counted.
 
     read_documents -> to_windows        continued pre-training: every token of every document is in some window
-    read_records   -> tokenize_records  instruction tuning: a loss on the answer alone
+    read_records   -> tokenize_records  instruction tuning: a loss only on the answer
 """
 
 from peft_longlora.data.counts import Counts

@@ -1,4 +1,4 @@
-"""What became of documents and records on their way to rows: nothing is lost without being counted."""
+"""Counts documents, records and tokens on their way to rows, also those that are cut or left out."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ NAMED = 3  # places that are named; the others are counted
 
 @dataclass
 class Counts:
-    """What became of documents (or records) on their way to rows of tokens; filled in while they are read.
+    """Numbers of documents (or records), tokens and rows; filled in while data is read.
 
     Attributes:
-        documents, tokens, rows: read, and made of them.
-        longer: documents or records above the window. names: where the first few of them came from.
-        cut_tokens: left out of rows. dropped, dropped_tokens: records left out.
-        restored: answers that the chat template would have cut, and that are trained whole. restored_names: where the
-            first few of them came from.
+        documents, tokens: read. rows: made from them.
+        longer: documents or records longer than the window. names: sources of the first few of them.
+        cut_tokens: tokens left out of rows. dropped, dropped_tokens: records left out, and their tokens.
+        restored: answers that are trained whole although the chat template would have cut them. restored_names: sources
+            of the first few of them.
     """
 
     documents: int = 0
@@ -58,7 +58,7 @@ class Counts:
         return text
 
     def report(self) -> None:
-        """Log it: as a warning if tokens were left out, or an answer is not as the chat template writes it."""
+        """Log the counts: as a warning if tokens were left out, or if an answer differs from the chat template's."""
         is_odd = self.cut_tokens or self.dropped or self.restored
         logger.log(logging.WARNING if is_odd else logging.INFO, str(self))
 

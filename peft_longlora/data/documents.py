@@ -62,5 +62,7 @@ def _string(name: str, row: Any, key: str) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{name}: {key!r} is a {type(text).__name__} ({str(text)[:40]!r}), not a string.")
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
-        raise ValueError(f"{name}: {key!r} holds half of a surrogate pair, which is no text. Write the file anew.")
+        raise ValueError(
+            f"{name}: {key!r} holds half of a surrogate pair, which is not text. Save the file again as UTF-8."
+        )
     return text

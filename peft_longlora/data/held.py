@@ -22,10 +22,10 @@ BATCH = 64  # documents tokenised at a time
 
 
 class TokensHeldCallback(TrainerCallback):
-    """Say when training begins how many of a data set's tokens the rows hold: a warning if some are missing.
+    """Report at the start of training how many of a data set's tokens the rows hold; warn if some are missing.
 
     Args:
-        dataset: as it was given to the Trainer. Its rows have "input_ids", "messages", "prompt" and "completion", or a
+        dataset: the data set of the Trainer. Its rows have "input_ids", "messages", "prompt" and "completion", or a
             text.
         text_field: the name of the text.
 
@@ -51,15 +51,15 @@ class TokensHeldCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Count, and say it on the first process.
+        """Count, and report on the first process.
 
-        Raises: ValueError: no column of the data set can be counted, or there is no tokenizer.
+        Raises: ValueError: the data set has no column that can be counted, or there is no tokenizer.
         """
         if not state.is_world_process_zero:
             return
         rows = train_dataloader.dataset
         if not hasattr(rows, "__len__"):
-            logger.warning("The rows are a stream, so nobody knows how many tokens of the data set they will hold.")
+            logger.warning("The rows are a stream, so it is not known how many tokens of the data set they will hold.")
             return
         if processing_class is None:
             raise ValueError("TokensHeldCallback needs a tokenizer: give the Trainer processing_class=tokenizer.")
@@ -80,7 +80,7 @@ class TokensHeldCallback(TrainerCallback):
 def count_tokens(
     dataset: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, text_field: str = "text"
 ) -> int:
-    """Tokens of a data set in one of the forms that trainers take; see `TokensHeldCallback`.
+    """The number of tokens of a data set in one of the forms that trainers accept; see `TokensHeldCallback`.
 
     Raises: ValueError: a row has none of the columns.
     """

@@ -1,4 +1,4 @@
-"""Rows of tokens for instruction tuning: a prompt and its answer, with a loss on the answer alone."""
+"""Rows of tokens for instruction tuning: a prompt and its answer, with a loss only on the answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft_longlora.data.counts import Counts
 
 IGNORED = -100  # the label that transformers' losses leave out
 LLAMA_2_PROMPT = "[INST] {} [/INST]"
-MARK = "[[the answer]]"  # stands for a text while it is asked whether the chat template writes it
+MARK = "[[the answer]]"  # replaces a text, to check whether the chat template writes it
 
 
 def tokenize_record(
@@ -22,16 +22,16 @@ def tokenize_record(
     """One record as {"input_ids", "labels"}, whole; labels are -100 before the answer.
 
     The prompt is the tokenizer's chat template with one user turn, or Llama 2's [INST] if there is no template. The
-    answer starts where the tokens of the prompt and those of prompt and answer part (as in trl's SFTTrainer). Some
-    templates would cut the answer: those of reasoning models cut thoughts before </think>. Then the template gives only
-    what stands around the answer, and the answer is trained whole.
+    answer starts at the first token that differs between the prompt and the prompt with its answer (as in trl's
+    SFTTrainer). Some templates would cut the answer: templates of reasoning models cut thoughts before </think>. Then
+    the template gives only the text around the answer, and the answer is trained whole.
 
     Args:
         record: {"instruction", "input", "output"} and, for errors, "source".
         counts: counts an answer that the template would have cut.
 
     Raises:
-        ValueError: the template fails or leaves out what a side says, or no token is left to train on.
+        ValueError: the template fails or leaves out a message, or no token is left to train on.
     """
     source = record.get("source", "A record")
     user = f"{record['instruction']}\n{record['input']}" if record.get("input") else record["instruction"]
@@ -75,7 +75,7 @@ def _count(text: str, part: str) -> int:
 
 
 def _around(tokenizer: PreTrainedTokenizerBase, source: str, user: str, answer: str) -> str:
-    """The answer, whole, amid what the template writes around answers."""
+    """The whole answer, with the text that the template writes around answers."""
     head, mark, tail = _fill(tokenizer, source, user, MARK).rpartition(MARK)
     if not mark:
         raise ValueError(f"{source}: the tokenizer's chat template leaves the answer out. {_CURE}")

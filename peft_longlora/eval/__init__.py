@@ -1,10 +1,10 @@
-"""What a window is worth, measured with the protocols of the field: `longlora eval`, and the same from Python.
+"""Measures what a window is worth, with the protocols of the field: `longlora eval`, and the same from Python.
 
 Reading order: `run.py` (evaluate: check, open, measure, gather), then what it calls.
 
-    subject.py      a model with its tokenizer, and what is asked of it: losses (losses.py) and answers
+    subject.py      a model with its tokenizer; it gives losses (losses.py) and answers
     corpus.py       documents, and the windows that perplexity is measured in
-    tasks/          what is measured: each task gives items, each item one sample
+    tasks/          the tasks: each task gives items, each item gives one sample
     share.py        the share of a task that one process measures (processes.py); journal.py keeps its samples
     gather.py       samples become rows and notes
     report/         tables, plots, and two runs side by side

@@ -52,7 +52,7 @@ def gather(run: Run) -> Results:
 
 
 class _Samples:
-    """The samples of this run's items, and what is noted while they are gone through.
+    """The samples of this run's items, and numbers that are noted while they are read.
 
     Attributes:
         unmeasured: places that lack samples.

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_longlora.hub.writing import write_whole
 
-# What is loaded from a model's or adapter's folder and changes what it computes; the tokenizer counts by itself.
+# Files of a model's or adapter's folder that change its results; the tokenizer has its own digest.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
 CONFIGS = ("config.json", "adapter_config.json", "generation_config.json")
 BLOCK = 8 * 2**20

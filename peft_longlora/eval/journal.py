@@ -74,7 +74,7 @@ class Journal:
         for path in self.folder.glob("*.[0-9]*.draft"):
             path.unlink()  # of a process that was killed while it wrote: nobody else is here
         if overwrite:
-            # Results too: they would stand beside the samples of another run until this one has ended.
+            # Results too: otherwise they would be beside the samples of another run until this run ends.
             for name in ("samples*.jsonl", RUN, RESULTS):
                 for path in self.folder.glob(name):
                     path.unlink()

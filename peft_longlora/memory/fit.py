@@ -32,7 +32,7 @@ SHORTEST = 2048  # tokens of the first step that is measured
 STEADY = 0.05  # two slopes that differ by less count as equal
 FREE_PROBES = (4, 8)  # blocks that keep everything in two more steps
 ADAM_BYTES = 8  # two float32 moments for each trained number
-TILE = 4096  # tokens of a tile, where a whole row's feed-forward layers do not fit
+TILE = 4096  # tokens of a tile, if a whole row's feed-forward layers do not fit
 HOST_FILLED = 0.75  # the share of the host's memory that inputs of blocks may use
 # The means to try, from the fastest to the one that needs least memory; arguments of `checkpoint_blocks`.
 MEANS: tuple[dict[str, Any], ...] = (

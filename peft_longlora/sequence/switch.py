@@ -65,7 +65,7 @@ def unshared(model: nn.Module) -> Iterator[None]:
 def _check_model(model: nn.Module, layers: Any) -> None:
     if has_recurrent_layers(model):
         raise NotImplementedError(
-            "This model has layers with a recurrent state or a convolution, which would begin anew at the border of a "
+            "This model has layers with a recurrent state or a convolution, which would start again at the border of a "
             "rank. Use a model whose layers all attend, or train it on one rank a sequence."
         )
     for settings in map(settings_of, layers):

@@ -221,6 +221,6 @@ class SequenceParallelMixin:
         model = getattr(model, "_orig_mod", model)  # torch_compile=True adds a wrapper
         if is_left_to_ddp and not isinstance(model, nn.parallel.DistributedDataParallel):
             raise ValueError(
-                "The model is not wrapped in DistributedDataParallel, so each rank would train a model of its own. "
+                "The model is not wrapped in DistributedDataParallel, so each rank would train its own model. "
                 "Do not call evaluate() before train(); to measure the loss before training, use eval_on_start=True."
             )

@@ -91,5 +91,5 @@ def test_a_conversation_shows_them_and_makes_the_index_once(tmp_path):
     index = conversation._index
     assert "ring" in found[0].text and "ring" in found[0].reason and len(found) == 2
     assert conversation.passages(2) == found and conversation._index is index
-    with pytest.raises(ValueError, match="by='luck' is none of 'words', 'attention'"):
+    with pytest.raises(ValueError, match="by='luck' is unknown"):
         conversation.passages(by="luck")

@@ -115,7 +115,7 @@ def test_only_an_evaluation_goes_on_where_it_was_stopped(tmp_path, monkeypatch, 
     for name, command in main.COMMANDS.items():
         monkeypatch.setitem(main.COMMANDS, name, replace(command, run=stop))
     assert longlora("eval", "--model", "a", "--output", tmp_path) == longlora("compare", "a", "b") == 130
-    assert capsys.readouterr().err == "Stopped. The same command goes on where this one ended.\nStopped.\n"
+    assert capsys.readouterr().err == "Stopped. The same command continues where this one ended.\nStopped.\n"
 
 
 def test_a_reader_that_has_seen_enough_of_the_output_is_no_error(tmp_path, monkeypatch, capsys):

@@ -112,7 +112,7 @@ def test_a_plain_trainer_needs_nothing_said(hub, pusher, puller, kind, strategy)
 
 
 def test_trl_drafts_last_and_is_mended(hub, pusher):
-    """If this fails because TRL's trainers keep our card by now: simplify hub.py and the README."""
+    """If this fails because TRL's trainers keep our card by now: simplify hub/trainers.py and the README."""
     answer = pusher(train, "me/trl", "sft", with_card=False)
     assert not isinstance(answer, Failure), answer
     repo = hub.repos["model", "me/trl"]

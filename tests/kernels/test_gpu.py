@@ -1,6 +1,6 @@
 """Every backend that this GPU and its packages offer, against the reference: `pytest -m gpu tests/kernels`.
 
-The same cases on a CPU, with plain kernels in place of these: test_halves.py and test_kernels.py.
+The same cases on a CPU, with plain kernels in place of these: test_operators.py and test_attend.py.
 """
 
 import pytest

@@ -1,13 +1,17 @@
 """Registration: what a user has before and after `import peft_longlora`, and how the new enum member behaves."""
 
 import copy
+import gc
 import json
 import pickle
 
 import pytest
-from peft import PeftType
+from peft import PeftType, get_peft_model, inject_adapter_in_model
+from torch.nn.modules import module
 
 from peft_longlora import LongLoraConfig, LongLoraModel, register
+from peft_longlora.hub.card import write_cards_of_save
+from peft_longlora.hub.push import give_methods
 
 
 def test_without_the_import_a_user_sees_a_key_error(fresh_process):
@@ -80,3 +84,16 @@ def test_the_public_names_are_those_registered():
     register()
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LONGLORA] is LongLoraConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LONGLORA] is LongLoraModel
+
+
+@pytest.mark.parametrize("make", [get_peft_model, lambda model, config: inject_adapter_in_model(config, model)])
+def test_no_hook_of_the_whole_process_stays(llama, make):
+    """torch is asked which module takes the tuner, for the one step in which it does."""
+    make(llama, LongLoraConfig(r=2))
+    gc.collect()
+    assert not module._global_module_registration_hooks
+
+
+def test_the_card_is_handed_in():
+    """`adapter/` stands below `hub/` and does not know what is called at a save."""
+    assert LongLoraConfig.on_save is write_cards_of_save and LongLoraModel.on_made is give_methods

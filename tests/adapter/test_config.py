@@ -5,7 +5,9 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
+import torch
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
 
 from peft_longlora import LongLoraConfig
@@ -172,7 +174,6 @@ def test_a_place_without_an_adapter_is_named(name, tmp_path):
 @pytest.mark.parametrize("cut", [0, 7, 40, -1])
 def test_a_damaged_weights_file_is_named(cut, tmp_path):
     """The config is what PEFT reads first, so a truncated file is found before the model is touched."""
-    import torch
     from safetensors.torch import save_file
 
     LongLoraConfig().save_pretrained(tmp_path)
@@ -196,3 +197,17 @@ def test_an_edited_copy_of_a_used_config_does_not_bring_the_old_rope_along(llama
     assert dataclasses.replace(config, r=4).applied_rope_parameters == config.applied_rope_parameters
     with pytest.raises(ValueError, match=r"applied_rope_parameters.*filled in.*Make a new LongLoraConfig"):
         dataclasses.replace(config, **change)
+
+
+@pytest.mark.parametrize("number", [np.int64, np.int32, torch.tensor, lambda n: np.array(n)], ids=str)
+def test_numbers_of_numpy_and_torch_become_pythons(number, tmp_path):
+    config = LongLoraConfig(
+        context_length=number(256), group_size=number(8), dense_layers=[number(0)], group_size_ratio=np.float32(0.5)
+    )
+    assert (config.context_length, config.group_size, config.dense_layers) == (256, 8, [0])
+    assert type(config.group_size) is type(config.dense_layers[0]) is int and type(config.group_size_ratio) is float
+    config.save_pretrained(tmp_path)
+    assert LongLoraConfig.from_pretrained(str(tmp_path)).group_size == 8
+    for wrong in (np.float32(8.5), np.bool_(True), torch.tensor(8.0), np.array([8])):
+        with pytest.raises(ValueError, match="group_size="):
+            LongLoraConfig(group_size=wrong)

@@ -1,11 +1,11 @@
-"""Read a book with a model in the browser: drop a file, ask, see the answer come, and the passages that hold its words.
+"""Read a book with a model in the browser: drop a file, ask, and see the answer and the passages that hold its words.
 
     pip install "peft-longlora[app]"
     python examples/app.py --model BASE --adapter ADAPTER --cache quantised
 
-Hardware: what `longlora chat` needs: the model, and the keys and values of each reader's document (docs/serving.md).
-Readers share one model and take turns at it. Documents and conversations are their own, and go with their page: a file
-is deleted as soon as it is read, and neither the server nor the browser keeps a history.
+Hardware: as for `longlora chat`: memory for the model and for the keys and values of each reader's document
+(docs/serving.md). Readers share one model and take turns. Each page has its own document and conversation, which end
+with the page: a file is deleted as soon as it is read, and neither the server nor the browser keeps a history.
 """
 
 import html

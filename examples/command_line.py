@@ -1,8 +1,8 @@
-"""What the scripts share: their command lines, whose errors are one line and code 2, and names that releases differ in.
+"""Shared by the scripts: command lines whose errors are one line and code 2, and names that differ between releases.
 
 parser = Parser(__doc__)
 with parser.refusing():
-    ...  # all that depends on what the user gave, before the training
+    ...  # everything that depends on the user's input, before the training
 """
 
 import argparse

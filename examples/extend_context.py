@@ -2,17 +2,17 @@
 
     python examples/extend_context.py --model meta-llama/Llama-2-7b-hf --data my/books/ --context-length 32768
 
---data takes .txt, .jsonl, .json files (each also .gz), folders of them, or ids of datasets on the Hub, which are
-streamed. A row is one window of one document, so let documents be longer than the window. The defaults are the paper's
-recipe (arXiv:2309.12307: AdamW .9/.95, 2e-5, 20 steps of warm-up, 1000 steps of 8 windows a GPU, on 8 GPUs), but for
-RoPE: YaRN instead of linear. 2e-5 is low for LoRA; 2e-4 trains faster.
+--data takes .txt, .jsonl, .json files (each also .gz), folders of such files, or ids of datasets on the Hub, which are
+streamed. A row is one window of one document, so use documents longer than the window. The defaults are the paper's
+recipe (arXiv:2309.12307: AdamW .9/.95, 2e-5, 20 steps of warm-up, 1000 steps of 8 windows a GPU, on 8 GPUs) with one
+difference: RoPE is YaRN instead of linear. 2e-5 is low for LoRA; 2e-4 trains faster.
 
 On several GPUs: `accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/extend_context.py --model ...`
 
 Hardware: on one CPU core the embedded model (--model examples/assets/stdlib-llama-512 --context-length 2048 --max-steps
-10 --accumulation 2 --learning-rate 1e-3 --warmup-steps 2 --eval-windows 4, 49 books) takes 1.1 minutes; a 7B model
-needs a GPU: not measured. The Trainer holds the logits of a whole window (window x vocabulary x 4 bytes, a few times
-over), which TRL's SFTTrainer does not.
+10 --accumulation 2 --learning-rate 1e-3 --warmup-steps 2 --eval-windows 4, 49 books) takes 1.1 minutes. A 7B model
+needs a GPU (not measured). The Trainer holds several copies of the logits of a whole window (window x vocabulary x 4
+bytes each); TRL's SFTTrainer does not.
 """
 
 import json

@@ -1,15 +1,15 @@
-"""Train on sequences that no GPU could hold: the ranks share each one, and S2-Attn exchanges a halo between them.
+"""Train on sequences that are too long for one GPU: the ranks share each sequence, and S2-Attn exchanges a halo.
 
     accelerate launch --num_processes 8 examples/long_sequence.py --model meta-llama/Llama-3.1-8B --rope-parameters \\
         '{"rope_type": "yarn", ...}' --data my/books/ --context-length 1048576 --group-size 8192 --sequence-parallel 8
 
---sequence-parallel is all there is to it: how many processes share a sequence; 1 is ordinary training, and without it
-all processes share. A row is one window of one document, read by every process, of which each keeps its stretch.
-Launched with an FSDP2 configuration of accelerate the weights are shared out over the same processes.
+--sequence-parallel says how many processes share a sequence. 1 is ordinary training; without the option all processes
+share. A row is one window of one document. Every process reads it and keeps its stretch. If you launch the script with
+an FSDP2 configuration of accelerate, the weights are split over the same processes.
 
 Hardware: `torchrun --nproc-per-node 2` on two cores of a shared CPU, with the embedded model (--model
 examples/assets/stdlib-llama-512 --context-length 2048 --group-size 512 --max-steps 2 --learning-rate 1e-3 --eval-rows
-2), takes 0.9 minutes; docs/scaling.md says what fits on GPUs, where this script itself was not run.
+2), takes 0.9 minutes. docs/scaling.md says what fits on GPUs; this script itself was not run on GPUs.
 """
 
 import json

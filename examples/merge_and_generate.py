@@ -1,9 +1,9 @@
-"""Merge an adapter into its base, save it as a plain model, and generate with it where this package is not installed.
+"""Merge an adapter into its base, save a plain model, and generate with it in a process without this package.
 
     python examples/merge_and_generate.py --adapter runs/quickstart --output runs/merged --prompt "def main():"
 
-Hardware: 0.2 minutes on one CPU core for the embedded model; else what it takes to hold the base and to copy it once.
-The merged folder is what inference servers take: an ordinary checkpoint whose config.json holds the longer window.
+Hardware: 0.2 minutes on one CPU core for the embedded model. Other models need memory for the base and one copy of it.
+Inference servers load the merged folder: it is an ordinary checkpoint whose config.json holds the longer window.
 """
 
 import json

@@ -1,9 +1,10 @@
-"""Train the embedded model of examples/assets from nothing: a 5.5 M parameter Llama with a native window of 512 tokens.
+"""Train the embedded model of examples/assets from random weights: a 5.5 M parameter Llama with a native window of 512
+tokens.
 
     python examples/pretrain_tiny.py --output runs/stdlib-llama-512
 
-Text: CPython's standard library, less the modules held out by name in stdlib_text.py. The defaults are the recipe of
-examples/assets/README.md.
+Text: CPython's standard library, without the modules that stdlib_text.py holds out by name. The defaults are the recipe
+of examples/assets/README.md.
 """
 
 import argparse

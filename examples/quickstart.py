@@ -1,12 +1,12 @@
-"""Extend the embedded model's window from 512 to 4096 tokens, see that it worked, save the adapter and load it again.
+"""Extend the embedded model's window from 512 to 4096 tokens, measure the result, save the adapter and load it again.
 
     python examples/quickstart.py
 
-Hardware: 2 CPU cores with nothing else to do, 3 to 5 minutes, 2 GB; no GPU and no download.
+Hardware: 2 idle CPU cores, 3 to 5 minutes, 2 GB; no GPU and no download.
 
 The model (examples/assets) is a 5.5 M parameter Llama, trained on CPython's standard library in windows of 512 tokens.
-Here it is trained, with S2-Attn, on the library's long modules, and measured, with dense attention, on modules that it
-has never seen.
+This script trains it with S2-Attn on the library's long modules, and measures it with dense attention on modules that
+it has never seen.
 """
 
 import json

@@ -1,17 +1,17 @@
-"""Instruction tuning on long prompts: LongAlpaca's records, TRL's SFTTrainer, packed rows, loss on the answer alone.
+"""Instruction tuning on long prompts: LongAlpaca's records, TRL's SFTTrainer, packed rows, loss only on the answer.
 
     python examples/sft_longalpaca.py --model meta-llama/Llama-2-7b-hf --data Yukang/LongAlpaca-12k
     python examples/sft_longalpaca.py --model Qwen/Qwen2.5-0.5B-Instruct --data my_records.jsonl.gz --max-length 16384
 
---data takes .json or .jsonl files (each also .gz), folders of them, or Hub ids, with {"instruction", "input",
-"output"}. The prompt is the tokenizer's chat template, or Llama 2's [INST] where it has none. A record longer than
+--data takes .json or .jsonl files (each also .gz), folders of such files, or Hub ids, with {"instruction", "input",
+"output"}. The prompt is the tokenizer's chat template, or Llama 2's [INST] if it has none. A record longer than
 --max-length is never cut silently: see --too-long.
 
 On several GPUs: `accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/sft_longalpaca.py --model ...`
 
 Hardware: on one CPU core the embedded model (--model examples/assets/stdlib-llama-512 --max-length 2048 --max-steps 4
---accumulation 1 --learning-rate 1e-3 --warmup-steps 1 --eval-records 4, 100 records) takes 0.6 minutes; a 7B model
-needs a GPU: not measured.
+--accumulation 1 --learning-rate 1e-3 --warmup-steps 1 --eval-records 4, 100 records) takes 0.6 minutes. A 7B model
+needs a GPU (not measured).
 """
 
 import json

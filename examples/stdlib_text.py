@@ -1,7 +1,7 @@
-"""The examples' real text: CPython's standard library, present on every machine, and perplexity by position in it.
+"""Text for the examples: CPython's standard library, which is on every machine, and perplexity by position in it.
 
-`pretrain_tiny.py` trains the embedded model on it and `quickstart.py` extends that model's window on it. Whole modules
-are held out by name, in both, so that neither has seen what it is measured on.
+`pretrain_tiny.py` trains the embedded model on it and `quickstart.py` extends that model's window on it. Both hold
+out the same modules by name, so that no model has seen the modules it is measured on.
 """
 
 import sysconfig

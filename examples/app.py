@@ -89,10 +89,14 @@ def show_passages(conversation: Conversation) -> str:
     """The passages that hold the words of the last answer and its question."""
     if not conversation.has_answer:
         return NOWHERE
+    try:
+        passages = conversation.passages()
+    except (ValueError, ImportError) as error:
+        return red(str(error))
     return "".join(
         f'<div class="passage"><b>{html.escape(p.place)}</b> <small>{html.escape(p.reason)}</small>'
         f"<p>{html.escape(p.text)}</p></div>"
-        for p in conversation.passages()
+        for p in passages
     )
 
 
@@ -165,11 +169,8 @@ class Page:
         if conversation.is_closed:  # another document is there, and this question was about the one before
             return
         unanswered = "" if conversation.has_answer else question  # stopped before its first word: it is given back
-        try:
-            passages = show_passages(conversation)
-        except (ValueError, ImportError) as error:
-            passages = red(str(error))
-        yield show_turns(conversation), unanswered or gr.skip(), show_usage(conversation, *notes), passages
+        shown = show_passages(conversation)
+        yield show_turns(conversation), unanswered or gr.skip(), show_usage(conversation, *notes), shown
 
     def forget(self, conversation: Conversation | None) -> tuple:
         """End the answer that is being given, and keep the document alone: (chat, usage, passages)."""

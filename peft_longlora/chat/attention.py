@@ -57,7 +57,7 @@ def document_attention(kv: KVCache, row: list[int], start: int) -> torch.Tensor:
     return (total / (len(layers) * (len(row) - start))).cpu()
 
 
-def attended_passages(scores: torch.Tensor, dialogue: Dialogue, count: int) -> list[Passage]:
+def top_passages(scores: torch.Tensor, dialogue: Dialogue, count: int) -> list[Passage]:
     """The spans of SPAN tokens with the most attention; no two of them overlap.
 
     Args:
@@ -73,7 +73,7 @@ def attended_passages(scores: torch.Tensor, dialogue: Dialogue, count: int) -> l
         first = int(sums.argmax())
         share = float(sums[first] / whole)
         sums[max(0, first - width + 1) : first + width] = 0
-        passage = make_passage(dialogue, first, width, f"{share:.1%} of the attention to the document")
+        passage = make_passage(dialogue, first, width, f"{share:.1%} of the attention to the document", share)
         found += [passage] if passage else []
     return found
 

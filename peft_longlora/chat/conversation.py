@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from peft_longlora.chat.attention import attended_passages, document_attention
+from peft_longlora.chat.attention import document_attention, top_passages
 from peft_longlora.chat.dialogue import Dialogue, Turn
 from peft_longlora.chat.document import Document
 from peft_longlora.chat.kvcache import KVCache
@@ -212,7 +212,7 @@ class Conversation:
         head, row, start = len(self.dialogue.head), self._row, len(self._prompt)
         with self.lock:
             scores = document_attention(self.kv, row, start)[head : head + self.document_tokens]
-        return attended_passages(scores, self.dialogue, count)
+        return top_passages(scores, self.dialogue, count)
 
     @contextmanager
     def _turn(self, is_stopped: Callable[[], bool]) -> Iterator[None]:

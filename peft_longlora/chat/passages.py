@@ -19,21 +19,23 @@ class Passage:
 
     Attributes:
         place: such as "page 12" or "lines 3-5". text: the part; its words are whole, if the text has words.
-        reason: why it is shown, such as "holds Pinchin, Toby" or "4.1% of the attention to the document".
+        reason: why it is shown, such as "holds pinchin, toby" or "4.1% of the attention to the document".
+        share: its share of the attention that the answer gave to the document; None if it was chosen by its words.
     """
 
     place: str
     text: str
     reason: str
+    share: float | None = None
 
 
-def make_passage(dialogue: Dialogue, first: int, width: int, reason: str) -> Passage | None:
+def make_passage(dialogue: Dialogue, first: int, width: int, reason: str, share: float | None = None) -> Passage | None:
     """The passage of `width` tokens from the document's token `first` on; None if it is white space."""
     text = dialogue.document.text
     start, end = whole_words(text, dialogue.offsets[first][0], dialogue.offsets[first + width - 1][1])
     if not text[start:end].strip():
         return None
-    return Passage(dialogue.document.place(start, end), text[start:end].strip(), reason)
+    return Passage(dialogue.document.place(start, end), text[start:end].strip(), reason, share)
 
 
 def whole_words(text: str, start: int, end: int) -> tuple[int, int]:

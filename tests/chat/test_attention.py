@@ -76,13 +76,14 @@ def test_the_best_spans_are_the_best(tmp_path):
     for rank, i in enumerate((120, 10, 60)):
         at = text.index(f"Sentence {i} ")
         scores[at : at + 20] = 3.0 - rank
-    found = attention.attended_passages(scores, dialogue, 3)
+    found = attention.top_passages(scores, dialogue, 3)
     assert [f"Sentence {i} " in p.text for p, i in zip(found, (120, 10, 60), strict=True)] == [True] * 3
+    assert [p.share for p in found] == pytest.approx([3 / 6, 2 / 6, 1 / 6])
     assert [p.reason for p in found] == [f"{n / 6:.1%} of the attention to the document" for n in (3, 2, 1)]
     for p in found:
         first, last = (int(n) for n in p.place.removeprefix("lines ").split("-"))
         assert p.text in "\n".join(text.splitlines()[first - 1 : last])
-    assert len(attention.attended_passages(scores, dialogue, 9)) == 3  # nothing is shown that got no attention
+    assert len(attention.top_passages(scores, dialogue, 9)) == 3  # nothing is shown that got no attention
 
 
 @pytest.mark.parametrize("text", ["".join(chr(0x4E00 + i * 7919 % 5000) for i in range(3000)), "x" * 3000])
@@ -92,7 +93,7 @@ def test_passages_of_text_without_spaces_are_short_and_apart(tmp_path, text):
     scores = torch.rand(len(dialogue.document_ids), generator=torch.Generator().manual_seed(0))
     best = len(scores) // 2
     scores[best : best + passages.SPAN] += 5
-    found = attention.attended_passages(scores, dialogue, 3)
+    found = attention.top_passages(scores, dialogue, 3)
     assert len(found) == 3 and all(len(p.text) <= passages.SPAN for p in found)
     first, last = (dialogue.offsets[i][k] for i, k in ((best, 0), (best + passages.SPAN - 1, 1)))
     assert found[0].text == text[first:last]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -37,6 +38,9 @@ LORA_TEMPLATE = Path(__file__).parent / "templates" / "lora_card.md"
 PREFIX = "base_model.model."
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes (vllm/config/lora.py, 0.32)
 NOT_IN_VLLM = ("use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
+# In a tensor's name: it belongs to an adapter, or to what an adapter's copy stands for.
+_OF_ADAPTERS = re.compile(r"\.(lora_\w+|modules_to_save|original_module|token_adapter|base_layer)\.")
+
 logger = logging.get_logger(__name__)
 
 
@@ -119,13 +123,14 @@ def _folded_state(base: PreTrainedModel, adapter: str) -> dict[str, torch.Tensor
             names[f"{name}.token_adapter.base_layer."] = f"{name}."
             if adapter in module.token_adapter.token_indices:
                 state[f"{name}.weight"] = module.token_adapter.get_merged_weights([adapter]).detach()
-    adapted = tuple(set(names.values()))
     for key, tensor in base.state_dict(keep_vars=True).items():
-        inner = next((prefix for prefix in names if key.startswith(prefix)), None)
-        if inner is not None:
-            state.setdefault(names[inner] + key.removeprefix(inner), tensor.detach())
-        elif not key.startswith(adapted):
-            state[key] = tensor.detach()
+        while found := [
+            prefix for prefix in names if key.startswith(prefix)
+        ]:  # wrappers of experts are nested
+            inner = max(found, key=len)
+            key = names[inner] + key.removeprefix(inner)
+        if not _OF_ADAPTERS.search(key):
+            state.setdefault(key, tensor.detach())
     return state
 
 

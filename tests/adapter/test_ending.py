@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_longlora import LongLoraConfig, export_lora
 from peft_longlora.adapter import probe
-from tests.helpers.tiny import assert_same, extend, make, snapshot, train
+from tests.helpers.tiny import EXPERTS, assert_same, extend, make, snapshot, train
 
 ROWS = torch.arange(3, 99)[None] % 97
 
@@ -192,3 +192,16 @@ def test_lora_on_embeddings_beside_a_trained_copy_is_refused(name):
         extend(model, target_modules=["q_proj", name])
     assert_same(snapshot(model), before)
     extend(model, target_modules=["q_proj", name], train_embeddings=False)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["lora", "copies"])
+def test_experts_are_exported_and_folded(trained, tmp_path):
+    """Their LoRA wrappers stand in each other."""
+    fields = dict(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    base = make("qwen3_moe", **EXPERTS["qwen3_moe"])
+    model = train(extend(base, **fields, train_embeddings=trained, train_norms=trained))
+    wanted = logits(model)
+    export_lora(model, tmp_path / "lora", fold_into=tmp_path / "base")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora")
+    assert torch.allclose(logits(loaded), wanted, atol=1e-4)
+    assert torch.allclose(logits(model.merge_and_unload()), wanted, atol=1e-3)

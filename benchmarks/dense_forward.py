@@ -1,7 +1,7 @@
 """Time of dense attention in evaluation: one forward of a prompt, as the model would run and by the fastest kernel.
 
 A Llama-3-8B shape with random weights, bf16, batch 1, no cache, logits of the last token only. "sdpa" is the model
-without this package; "s2_attn" the same model with it, as it comes; "fastest" with dense_attention="fastest".
+without this package, "s2_attn" the same model with it, "fastest" the same with dense_attention="fastest".
 
     python benchmarks/dense_forward.py --lengths 32768 65536 --output dense_forward.json
 

@@ -1,13 +1,13 @@
 """Memory while a corpus is read, tokenised and cut into windows as `longlora eval --tasks perplexity` does it.
 
-Each size is passed in full in a process of its own, which prints its resident memory along the way. The corpora differ
-in nothing but their size: every 16 MB hold four documents each of 4 KB, 8 KB, ... 2 MB, in any order, of invented words
-(word n as often as 1/n). The model is loaded, but its forward left out: it would take weeks on a CPU, and its memory
-depends on the window alone.
+Each size runs completely in a separate process, which prints its resident memory along the way. The corpora differ only
+in size: every 16 MB hold four documents each of 4 KB, 8 KB, ... 2 MB, in any order, of invented words
+(word n as often as 1/n). The model is loaded, but its forward is left out: it would take weeks on a CPU, and its
+memory depends only on the window.
 
     python benchmarks/eval_memory.py --megabytes 16 64 256 1024
 
-Linux; a minute for 100 MB and protocol on two cores. `--data` measures a corpus that is there already.
+Linux; a minute for 100 MB and protocol on two cores. `--data` measures an existing corpus.
 """
 
 from __future__ import annotations

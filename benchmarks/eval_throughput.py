@@ -1,12 +1,12 @@
 """Throughput and memory of perplexity by `longlora eval` against a bare forward loop over the same windows.
 
-The bare loop is what anyone would write: `model(input_ids)` for one window after the other, all logits made and thrown
-away, no loss, no results. Its windows lie ready as tokens; the suite reads the files, makes tokens, scores every one
-and writes its journal in the time that is given for it, which begins when the first window is at hand.
+The bare loop is the simplest code: it calls `model(input_ids)` for one window after the other, makes all logits and
+throws them away; there is no loss and no result. Its windows are ready as tokens. The suite reads the files, makes
+tokens, scores every token and writes its journal; its time begins when the first window is ready.
 
     python benchmarks/eval_throughput.py --model SmolLM2-135M --data books/ --lengths 8192 32768
 
-`--random-weights` needs only the model's config and tokenizer: time and memory do not hang on the weights.
+`--random-weights` needs only the model's config and tokenizer: time and memory do not depend on the weights.
 Hardware: any; half a minute on one H200. On a CPU:
     python benchmarks/eval_throughput.py --model examples/assets/stdlib-llama-512 --data books/ --lengths 512
 """

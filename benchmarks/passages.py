@@ -1,7 +1,7 @@
 """How often the passages shown for an answer hold the place where the book says it: three novels, ten questions each.
 
-Each question of passages.json comes with its right answer, in the words of who wrote the questions, and with the lines
-of the book where it stands. A question counts as found if one of the first three passages touches those lines. Rows:
+Each question of passages.json has its right answer, in the words of the question's author, and the lines of the book
+that give it. A question counts as found if one of the first three passages touches those lines. Rows:
 the ranking by the words of question and answer as `longlora chat` does it, and by those of the question alone. With
 --model also by attention: the model reads the whole book, and the passages are those that it attends to while it is
 given the right answer.

@@ -4,7 +4,7 @@ One optimiser step (forward, backward with gradient checkpointing, AdamW) of a L
 bf16, all 32 layers, LoRA r=8 on q, k, v, o, weights copied to each GPU, loss in chunks of tokens, G = 8192. All rows
 are the same model and the same loop; only the attention differs:
 
-    alone     each GPU has a sequence of its own, at the same time: what one GPU does with as many tokens
+    alone     each GPU has its own sequence, at the same time: the rate of one GPU with as many tokens
     s2        the GPUs share one sequence (peft_longlora.sequence)
     ulysses   they share it, dense attention, heads and tokens exchanged through DTensor (peft_longlora.ulysses)
     ring      they share it, dense attention, torch.distributed.tensor.experimental.context_parallel

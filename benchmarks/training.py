@@ -1,4 +1,4 @@
-"""Tokens a second and memory of one LoRA training step, and what each means of saving either gives.
+"""Tokens a second and memory of one LoRA training step, and how much each means improves them.
 
 One optimiser step (forward, backward, AdamW) of a real shape with random weights: LoRA r=16 on q, k, v, o, embeddings
 and norms trained, batch 1, bf16, S2-Attn with groups of 8192 tokens. Each row of the table adds one means to the row

@@ -1,7 +1,7 @@
 """A longer window: RoPE is rescaled in place on a loaded model, and can be put back.
 
-Read `parameters` (which RoPE parameters are valid), then `state` (everything that belongs to the RoPE of one model),
-then `scale`. The room imports only `architecture`.
+Read `parameters` (which RoPE parameters are valid) with `values` (which values they may have), then `state` (everything
+that belongs to the RoPE of one model), then `scale`. The room imports only `architecture`.
 """
 
 from peft_longlora.rope.scale import restore_rope, scale_rope

@@ -1,15 +1,19 @@
 """The number of training forwards, saved among an adapter's tensors. A resumed run needs it for `dense_every`.
 
-A Trainer that resumes reads an adapter's weights but not its config, so the number is saved as a tensor.
+A Trainer that resumes reads an adapter's weights but not its config, so the number is saved as a tensor. PEFT saves and
+loads it (`add_count`, `take_count`). FSDP2's full state and DeepSpeed go past PEFT, so it is a buffer of the base too
+(`CountBuffer`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import settings_of
@@ -20,20 +24,75 @@ PREFIX = "base_model.model."
 
 def add_count(state: dict[str, torch.Tensor], model: nn.Module) -> None:
     """Add the number of a model's training forwards to the tensors of an adapter, if its schedule needs the number."""
-    settings = next(map(settings_of, find_attention_modules(model).values()), None)
-    if settings is not None and settings.schedule.dense_every:
+    if (number := _number_of(model)) is not None:
         prefix = PREFIX if any(name.startswith(PREFIX) for name in state) else ""
-        state[prefix + COUNT] = torch.tensor([settings.training_forwards])
+        state[prefix + COUNT] = torch.tensor([number])
 
 
 def take_count(state: dict[str, torch.Tensor], model: nn.Module) -> None:
     """Remove the number from the tensors of an adapter, and let the model continue from it."""
     for name in [name for name in state if name.endswith(COUNT)]:
-        count = int(state.pop(name))
-        for module in find_attention_modules(model).values():
-            settings_of(module).training_forwards = count
+        _continue_from(model, int(state.pop(name)))
 
 
 def without_count(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors of an adapter (or their shapes) by name, without the number."""
     return {name: value for name, value in tensors.items() if not name.endswith(COUNT)}
+
+
+def _number_of(model: nn.Module) -> int | None:
+    """The number of training forwards, or None if the model has no schedule."""
+    settings = next(map(settings_of, find_attention_modules(model).values()), None)
+    return settings.training_forwards if settings is not None and settings.schedule.dense_every else None
+
+
+def _continue_from(model: nn.Module, number: int) -> None:
+    for module in find_attention_modules(model).values():
+        settings_of(module).training_forwards = number
+
+
+@dataclass(eq=False)
+class CountBuffer:
+    """The number as a buffer of a base model while it has an adapter with a schedule; it is written when it is saved.
+
+    Attributes:
+        model: the base model. handles: the hooks of its state dict.
+    """
+
+    model: nn.Module
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def attach(self) -> None:
+        """Add the buffer, if the model's settings have a schedule."""
+        if _number_of(self.model) is None:
+            return
+        device = self.model.get_input_embeddings().weight.device  # DDP takes buffers on its own device only
+        number = torch.zeros(1, dtype=torch.long, device="cpu" if device.type == "meta" else device)
+        self.model.register_buffer(COUNT, number)
+        self.handles = [
+            self.model.register_state_dict_post_hook(self),
+            self.model.register_load_state_dict_pre_hook(self._read),
+        ]
+
+    def detach(self) -> None:
+        """Remove the buffer."""
+        for handle in self.handles:
+            handle.remove()
+        if self.handles:
+            delattr(self.model, COUNT)
+        self.handles = []
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        """Hook: the model's state dict was made."""
+        buffer = getattr(self.model, COUNT)
+        if buffer.is_meta:  # accelerate lists what it will shard, and a buffer is whole on every rank
+            state.pop(prefix + COUNT, None)
+        else:
+            state[prefix + COUNT] = torch.tensor([_number_of(self.model) or 0], device=buffer.device)
+
+    def _read(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        found = state.get(prefix + COUNT)
+        if found is None:  # the file of a model without a schedule, or of weights alone
+            state[prefix + COUNT] = torch.tensor([_number_of(self.model) or 0])
+        elif not found.is_meta:
+            _continue_from(self.model, int(found))

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from peft_longlora.adapter import merged
+from peft_longlora.adapter.count import CountBuffer
 from peft_longlora.architecture import find_attention_modules, follow
 from peft_longlora.attention.settings import AttentionState, settings_of
 from peft_longlora.rope import scale as rope
@@ -34,6 +35,7 @@ class AdapterState:
     Attributes:
         is_in_peft_model: whether a `PeftModel` has these adapters; it adds further adapters itself.
         set_aside: the base's own weights while adapters are merged into copies of them.
+        count: the number of training forwards, for a schedule of dense ones.
     """
 
     model: nn.Module
@@ -43,6 +45,7 @@ class AdapterState:
     is_in_peft_model: bool = False
     handles: list[RemovableHandle] = field(default_factory=list)
     set_aside: merged.Weights = field(default_factory=list)
+    count: CountBuffer | None = None
 
     @classmethod
     def on(cls, model: nn.Module) -> AdapterState | None:
@@ -53,6 +56,8 @@ class AdapterState:
         """Begin to follow the adapters, which are in their places now."""
         self.layer = next((m for m in self.model.modules() if isinstance(m, BaseTunerLayer)), None)
         self.handles = follow(self.model, self)
+        self.count = CountBuffer(self.model)
+        self.count.attach()
         setattr(self.model, _STATE, self)
 
     def __call__(self, *_: Any) -> None:
@@ -85,6 +90,8 @@ class AdapterState:
         """Restore the base's attention, and its RoPE unless `rope.keep_rope` was called."""
         for handle in self.handles:
             handle.remove()
+        if self.count is not None:
+            self.count.detach()
         rope.restore_rope(self.model)
         self.attention.put_on(self.model)
         if hasattr(self.model, _STATE):

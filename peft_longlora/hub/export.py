@@ -123,7 +123,7 @@ def _folded_state(base: PreTrainedModel, adapter: str) -> dict[str, torch.Tensor
             names[f"{name}.token_adapter.base_layer."] = f"{name}."
             if adapter in module.token_adapter.token_indices:
                 state[f"{name}.weight"] = module.token_adapter.get_merged_weights([adapter]).detach()
-    for key, tensor in base.state_dict(keep_vars=True).items():
+    for key, tensor in without_count(base.state_dict(keep_vars=True)).items():
         while found := [prefix for prefix in names if key.startswith(prefix)]:  # wrappers of experts are nested
             inner = max(found, key=len)
             key = names[inner] + key.removeprefix(inner)

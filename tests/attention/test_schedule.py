@@ -6,11 +6,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from peft_longlora import LongLoraConfig, configure_attention, export_lora, use_attention
+from peft_longlora.adapter.count import without_count
 from peft_longlora.adapter.model import LongLoraModel
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import settings_of
@@ -200,8 +201,9 @@ def test_a_resumed_adapter_has_the_losses_of_an_uninterrupted_one(tmp_path):
     assert rest == whole
     tensors = load_file(checkpoint / "adapter_model.safetensors")
     assert tensors["base_model.model.longlora_training_forwards"].tolist() == [8]
-    without = train(tmp_path / "without", of_kind("adapter")[1], resume=str(checkpoint))
-    assert without[:4] == whole[:4] and without[4:] != whole[4:]
+    save_file(without_count(tensors), checkpoint / "adapter_model.safetensors")
+    anew = train(tmp_path / "anew", of_kind("adapter")[0], resume=str(checkpoint))
+    assert anew[:4] == whole[:4] and anew[4:] != whole[4:]
 
 
 def test_a_resumed_whole_model_has_the_losses_of_an_uninterrupted_one(tmp_path):
@@ -280,3 +282,32 @@ def test_ranks_that_share_a_sequence_are_dense_together():
 def test_ranks_that_count_differently_say_so_on_all_of_them():
     for message in run_ranks(2, apart):
         assert "(16, 's2'), (16, 'full')" in message
+
+
+def test_a_loader_that_goes_past_peft_finds_the_count():
+    """As FSDP2's full state dict and DeepSpeed: they save and load the model's own tensors."""
+    model, _ = of_kind("adapter")
+    for ids in ROWS[:5]:
+        step(model, ids)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert state["base_model.model.longlora_training_forwards"].tolist() == [5]
+    again, _ = of_kind("adapter")
+    again.load_state_dict(state)
+    for ids in ROWS[5:]:
+        assert torch.equal(step(model, ids)[0], step(again, ids)[0])
+    del state["base_model.model.longlora_training_forwards"]
+    again.load_state_dict(state)  # strict, from a run without a schedule
+    assert settings_of(next(iter(find_attention_modules(again).values()))).training_forwards == len(ROWS)
+    meta = copy.deepcopy(model).to("meta")
+    assert "base_model.model.longlora_training_forwards" not in meta.state_dict()
+
+
+def test_no_count_is_left_on_a_base(tmp_path):
+    model, _ = of_kind("adapter")
+    step(model, ROWS[0])
+    merged = copy.deepcopy(model).eval().merge_and_unload()
+    for base in (merged, model.unload()):
+        assert not [name for name in base.state_dict() if "forwards" in name]
+        assert not base._state_dict_hooks and not base._load_state_dict_pre_hooks
+    export_lora(of_kind("adapter")[0], tmp_path / "exported", fold_into=tmp_path / "base")
+    assert not [name for name in load_file(tmp_path / "base" / "model.safetensors") if "forwards" in name]

@@ -61,6 +61,7 @@ def train(
     fault: dict | None = None,
     save_by_hand: bool = False,
     is_shared: bool = False,
+    dense_every: int | None = None,
     **changes,
 ) -> Trainer:
     """Some steps with plain Trainer; leaves checkpoints, an adapter and losses.json in `output`."""
@@ -75,7 +76,9 @@ def train(
         types = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype)
         quantised["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **types)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="s2_attn", **quantised)
-    config = LongLoraConfig(r=4, context_length=128, group_size=16, lora_dropout=dropout, task_type="CAUSAL_LM")
+    config = LongLoraConfig(
+        r=4, context_length=128, group_size=16, lora_dropout=dropout, task_type="CAUSAL_LM", dense_every=dense_every
+    )
     model = get_peft_model(model, config)
     data = [{"input_ids": row, "labels": row} for row in ROWS]
     callbacks = [Fault(**fault)] if fault else None

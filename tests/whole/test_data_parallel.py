@@ -220,6 +220,21 @@ def test_a_base_of_4_bits_is_shared_out(config, tmp_path, bases, alone):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_a_schedule_of_dense_forwards_goes_on(config, tmp_path, bases):
+    """The third and the sixth forward are dense; a run that resumes behind the fourth knows it."""
+    settings = dict(base=bases["tied"], batch_size=2, steps=6, save_steps=4, dense_every=3)
+    rest = dict(settings, output=tmp_path / "rest", resume=tmp_path / "whole" / "checkpoint-4")
+    never = dict(settings, output=tmp_path / "never", dense_every=None)
+    launch(tmp_path, config, [dict(settings, output=tmp_path / "whole"), rest, never])
+    count = adapter(tmp_path / "whole" / "checkpoint-4")["base_model.model.longlora_training_forwards"]
+    assert count.tolist() == [4]
+    whole = read_losses(tmp_path / "whole")
+    assert read_losses(tmp_path / "rest") == pytest.approx(whole, rel=1e-5)
+    assert abs(read_losses(tmp_path / "never")[-1] - whole[-1]) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
 def test_checkpoints_of_two_processes_resume_on_one_and_back(config, tmp_path, bases, alone):
     base = bases["tied"]
     launch(tmp_path, config, [dict(base=base, output=tmp_path / "two", batch_size=2)])

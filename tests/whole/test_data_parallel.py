@@ -196,8 +196,11 @@ def test_every_strategy_trains_as_one_process_and_resumes(config, tmp_path, base
 def test_fsdp2_starts_from_one_copy_in_memory(tmp_path, bases, alone):
     """fsdp_cpu_ram_efficient_loading: only the first process reads the base, weights are untied and tied again."""
     runs = [dict(base=bases[name], output=tmp_path / name, batch_size=2) for name in ("tied", "untied")]
+    scheduled = dict(base=str(bases["tied"]), dense_every=3)
+    runs.append(dict(scheduled, output=tmp_path / "scheduled", batch_size=2))
     options = ("--fsdp_cpu_ram_efficient_loading", "true", "--fsdp_sync_module_states", "true")
     launch(tmp_path, "fsdp2", runs, options=options)
+    assert read_losses(tmp_path / "scheduled") == pytest.approx(read_losses(alone(**scheduled)), rel=1e-5)
     for name in ("tied", "untied"):
         assert_equal_runs(tmp_path / name, alone(base=str(bases[name])))
         assert_whole_adapter(bases[name], tmp_path / name)

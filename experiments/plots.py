@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from cells import Study
-from report import differences, metric, positions, short
+from figures import differences, metric, positions, short
 
 MARKS = {"tokens": "o", "time": "^"}
 

@@ -12,11 +12,11 @@ import argparse
 import re
 import statistics
 import sys
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from cells import Cell, Study, line_of, read_lines, read_study
+from figures import differences, lines_by_row, metric, positions, short
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -28,38 +28,12 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def lines_by_row(study: Study, lines: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """The lines of each (cell, budget), of all seeds; rows without a line are left out."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for name, budget, _ in study.rows:
-        cells = [cell for cell in study.cells if (cell.name, cell.budget) == (name, budget)]
-        if mine := [line for cell in cells if (line := line_of(cell, lines)) is not None]:
-            found[name, budget] = mine
-    return found
-
-
 def spread(values: list[float | None], digits: int = 2) -> str:
     """Mean and sample standard deviation. Example: [22.5, 22.7] -> "22.60 ± 0.14"; one value has no spread."""
     if any(value is None for value in values):
         return ""
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def metric(line: dict[str, Any], name: str) -> float:
-    """A figure of a line: "perplexity", "perplexity_native", or a pair of edges such as "0-2048"."""
-    metrics = line["metrics"]
-    return metrics[name] if name.startswith("perplexity") else metrics["perplexity_by_position"][name]
-
-
-def positions(study: Study) -> list[str]:
-    """Names of the positions that are reported apart."""
-    return [f"{first}-{last}" for first, last in pairwise(study.edges)]
-
-
-def short(name: str) -> str:
-    """Edges in thousands where they are whole ones. Example: "2048-8192" -> "2k-8k"."""
-    return "-".join(f"{int(x) // 1024}k" if int(x) % 1024 == 0 and int(x) else x for x in name.split("-"))
 
 
 def quality_table(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
@@ -92,22 +66,6 @@ def cost_table(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]])
         rows.append([label, budget, *cells, f"{peak:.1f}" if peak else "", device])
     head = ["training attention", "budget", "steps", "share of attention work", "median s/step", "mean s/step"]
     return table([*head, "training, s", "peak GiB", "device"], rows)
-
-
-def differences(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[tuple[str, str], list[float]]:
-    """Percent by which each row's mean perplexity differs from the reference's: overall, then by position."""
-    if not (reference := found.get((study.reference, "tokens"))):
-        return {}
-    names = ("perplexity", *positions(study))
-    base = [statistics.fmean(metric(line, name) for line in reference) for name in names]
-    return {
-        row: [
-            100 * (statistics.fmean(metric(line, name) for line in mine) / value - 1)
-            for name, value in zip(names, base, strict=True)
-        ]
-        for row, mine in found.items()
-        if row != (study.reference, "tokens")
-    }
 
 
 def difference_table(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:

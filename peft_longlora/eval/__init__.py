@@ -1,6 +1,6 @@
 """Measures what a window is worth, with the protocols of the field: `longlora eval`, and the same from Python.
 
-Reading order: `run.py` (evaluate: check, open, measure, gather), then what it calls.
+Reading order: `evaluation.py` (evaluate: check, open, measure, gather), `run.py`, then what they call.
 
     subject.py      a model with its tokenizer; it gives losses (losses.py) and answers
     corpus.py       documents, and the windows that perplexity is measured in
@@ -17,9 +17,10 @@ Example:
 
 from peft_longlora.eval.callback import LongContextEvalCallback
 from peft_longlora.eval.corpus import Corpus
+from peft_longlora.eval.evaluation import evaluate
 from peft_longlora.eval.processes import Processes
 from peft_longlora.eval.report.comparison import compare
-from peft_longlora.eval.run import Settings, evaluate
+from peft_longlora.eval.run import Settings
 from peft_longlora.eval.subject import Subject, load_subject
 from peft_longlora.eval.tasks.cost import Cost
 from peft_longlora.eval.tasks.harness import Harness

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import platform
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from peft_longlora.eval.identity import versions
+from peft_longlora.eval.identity import device_name, versions
 from peft_longlora.eval.report.cells import collect_cells, sort_key
+from peft_longlora.eval.run import Run
 from peft_longlora.eval.tasks.task import name_of
 from peft_longlora.hub.results import Results, Row
-
-if TYPE_CHECKING:
-    from peft_longlora.eval.run import Run
-    from peft_longlora.eval.subject import Subject
 
 
 def gather(run: Run) -> Results:
@@ -36,7 +32,7 @@ def gather(run: Run) -> Results:
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=versions("transformers", "torch", "peft", "tokenizers", "datasets", "lm_eval", "rouge-score"),
         hardware={
-            "device": device_name(run.subject),
+            "device": device_name(run.subject.model.device),
             "threads": torch.get_num_threads(),
             "processes": run.processes.count,
         },
@@ -101,9 +97,3 @@ def _notes(run: Run, rows: list[Row], samples: _Samples) -> Iterator[str]:
             )
     if samples.unmeasured:
         yield f"Out of memory, and so not measured: {', '.join(samples.unmeasured)}."
-
-
-def device_name(subject: Subject) -> str:
-    """What the model runs on."""
-    device = subject.model.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"

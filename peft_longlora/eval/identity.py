@@ -191,3 +191,8 @@ def versions(*names: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def device_name(device: torch.device) -> str:
+    """What a model runs on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"

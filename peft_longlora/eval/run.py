@@ -1,20 +1,15 @@
-"""Runs tasks on a model: shared among processes, with a journal to resume from; then writes rows, table and plots."""
+"""One evaluation in progress: its model, tasks, journal and processes, and what makes it the same run as another."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from peft_longlora.eval.gather import device_name, gather
-from peft_longlora.eval.identity import Digests, versions
+from peft_longlora.eval.identity import Digests, device_name, versions
 from peft_longlora.eval.journal import DIGESTS, Journal
 from peft_longlora.eval.processes import Processes
-from peft_longlora.eval.report.tables import write_report
-from peft_longlora.eval.share import Share
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks.task import Task, name_of
-from peft_longlora.hub.results import RESULTS, Results
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ class Run:
         return {
             "model": self.subject.description,
             "versions": versions_of,
-            "device": device_name(self.subject),
+            "device": device_name(self.subject.model.device),
             **tasks,
         }
 
@@ -91,55 +86,3 @@ class Run:
             self.journal.open({}, is_main=False)
         self.done = self.journal.done()
         self.processes.wait()  # no process writes before all have read
-
-    def measure(self, show_progress: bool) -> None:
-        """Measure this process's share of every task."""
-        with self.subject.evaluating():
-            self.subject.warm_up()
-            for task in self.tasks:
-                Share(self, task, show_progress and self.processes.is_main).measure()
-
-
-def evaluate(
-    subject: Subject,
-    tasks: list[Task],
-    output: str | Path,
-    *,
-    settings: Settings | None = None,
-    overwrite: bool = False,
-    processes: Processes | None = None,
-    show_progress: bool = True,
-) -> Results | None:
-    """Measure everything that is not measured yet, and write results.json, results.md and the plots.
-
-    Args:
-        subject: the model. tasks: what to measure. output: a folder; if it holds the same run, that run continues.
-        overwrite: delete what the folder holds. processes: the processes that share the work.
-
-    Returns:
-        The results in the main process; None in the others.
-
-    Raises:
-        ValueError: the folder holds another run, or another run writes into it, or the model computes NaN.
-
-    If a task or length runs out of memory, it is left out and the results name it; the others continue.
-    """
-    processes = processes or Processes()
-    run = Run(subject, tasks, Journal(output, processes.rank), processes, settings or Settings())
-    run.check()
-    try:
-        run.open(overwrite)
-        try:
-            run.measure(show_progress)
-        finally:
-            run.journal.close()
-        processes.wait()
-        if not processes.is_main:
-            return None
-        run.journal.merge()
-        results = gather(run)
-        results.save(Path(output) / RESULTS)
-        write_report(results, Path(output))
-        return results
-    finally:
-        run.journal.release()

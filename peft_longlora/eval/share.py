@@ -5,18 +5,16 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from peft_longlora.data.prefetch import prefetch
+from peft_longlora.eval.run import Run
 from peft_longlora.eval.tasks.task import Item, Task, name_of
 from peft_longlora.hub.loading import is_out_of_memory
-
-if TYPE_CHECKING:
-    from peft_longlora.eval.run import Run
 
 logger = logging.get_logger(__name__)
 

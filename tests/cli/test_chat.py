@@ -214,6 +214,15 @@ class Terminal:
         pytest.fail(f"It never ended: {self.text}")
 
 
+@pytest.fixture
+def interruptible():
+    """A shell starts a job in the background with Ctrl-C ignored, which its children inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
 def test_ctrl_c_stops_an_answer_and_at_the_prompt_it_ends(folder, end, capsys, monkeypatch):
     """The signal comes while the answer does; what was said then counts."""
@@ -255,6 +264,7 @@ def test_without_a_terminal_ctrl_c_ends_with_130(folder, options, code, capsys, 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("end", ["interrupt", "\x04"])
 def test_a_terminal_is_left_politely(folder, end):
     """Ctrl-C stops an answer and the conversation goes on; at the prompt Ctrl-C and Ctrl-D end it, with code 0."""

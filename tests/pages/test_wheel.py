@@ -51,6 +51,7 @@ def test_wheel_runs_in_an_empty_environment(tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
     command = [
         str(python),
+        "-I",  # nothing of PYTHONPATH
         str(tmp_path / "run.py"),
         str(ROOT / "examples/assets/stdlib-llama-512"),
         str(tmp_path / "adapter"),

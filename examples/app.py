@@ -26,6 +26,7 @@ from peft_longlora.hub import Loaded, load_model
 EMPTY = "No document yet."
 GONE = '<span class="over">There is no document here. Drop it again if you see one: the server was started anew.</span>'
 NOWHERE = "<small>After an answer: passages that hold its words.</small>"
+NONE_FOUND = "<small>No passage holds a word of the answer or of the question.</small>"
 LIMITS = Limits(pages=3000, characters=20_000_000, seconds=120)  # of a stranger's document
 # What a document or an answer names is not fetched: the reader's browser talks to this server alone.
 POLICY = (
@@ -93,10 +94,13 @@ def show_passages(conversation: Conversation) -> str:
         passages = conversation.passages()
     except (ValueError, ImportError) as error:
         return red(str(error))
-    return "".join(
-        f'<div class="passage"><b>{html.escape(p.place)}</b> <small>{html.escape(p.reason)}</small>'
-        f"<p>{html.escape(p.text)}</p></div>"
-        for p in passages
+    return (
+        "".join(
+            f'<div class="passage"><b>{html.escape(p.place)}</b> <small>{html.escape(p.reason)}</small>'
+            f"<p>{html.escape(p.text)}</p></div>"
+            for p in passages
+        )
+        or NONE_FOUND
     )
 
 

@@ -126,9 +126,9 @@ def letters(text: str) -> str:
 
 
 @torch.no_grad()
-def plain_answer(loaded, path: Path, *turns: Turn) -> str:
+def plain_answer(loaded, path: Path, *turns: Turn, question: str = QUESTION) -> str:
     """What `generate` says by itself, up to where it goes on with a question of its own."""
-    ids = torch.tensor([Dialogue(loaded.tokenizer, read_document(path)).ids([*turns, Turn(QUESTION)])])
+    ids = torch.tensor([Dialogue(loaded.tokenizer, read_document(path)).ids([*turns, Turn(question)])])
     out = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
     text = loaded.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return text.partition("\nQuestion:")[0].strip()
@@ -160,10 +160,16 @@ def test_drop_ask_and_see_answer_passages_and_tokens(driver, url, files, loaded)
 def test_a_pdf_has_pages(driver, url, files, loaded):
     page = Page(driver, url)
     page.drop(files["book.pdf"], "of 512 tokens")
-    page.ask(QUESTION)
+    question = "Which key is in the box?"
+    page.ask(question)
     page.wait_for_passages()
-    assert letters(page.said[-1]) == letters(plain_answer(loaded, files["book.pdf"]))
+    assert letters(page.said[-1]) == letters(plain_answer(loaded, files["book.pdf"], question=question))
     assert re.search(r"pages? \d", page.text("#passages"))
+    page.ask("Zzyzx?")
+    page.wait_until(lambda: len(page.said) == 2, "a second answer")
+    page.wait_until(
+        lambda: "holds " in page.text("#passages") or "No passage" in page.text("#passages"), "passages or none"
+    )
 
 
 def test_a_broken_pdf_gives_a_message_and_nothing_to_ask(driver, url, files):

@@ -199,7 +199,10 @@ def test_an_edited_copy_of_a_used_config_does_not_bring_the_old_rope_along(llama
         dataclasses.replace(config, **change)
 
 
-@pytest.mark.parametrize("number", [np.int64, np.int32, torch.tensor, lambda n: np.array(n)], ids=str)
+NUMBERS = {"int64": np.int64, "int32": np.int32, "tensor": torch.tensor, "array": np.array}
+
+
+@pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
 def test_numbers_of_numpy_and_torch_become_pythons(number, tmp_path):
     config = LongLoraConfig(
         context_length=number(256), group_size=number(8), dense_layers=[number(0)], group_size_ratio=np.float32(0.5)

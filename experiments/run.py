@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from books import Books, train_rows
 from cells import Cell, Study, line_of, read_lines, read_study, steps_of
-from measure import measure
+from metrics import measure
 from train import make_model, train
 from transformers import AutoTokenizer
 

@@ -22,7 +22,7 @@ import run
 from books import Books, train_rows
 from cells import read_study
 from losses import output_layer, token_losses
-from measure import BEFORE, NEEDLE, QUESTION, passkeys, perplexity
+from metrics import BEFORE, NEEDLE, QUESTION, passkeys, perplexity
 
 WINDOW, NATIVE, KEY_LENGTH, STEPS = 96, 32, 224, 6
 STUDY = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -185,12 +186,14 @@ class LongLoraConfig(LoraConfig):
             return
         kind = "default" if self.rope_type == "ntk" else self.rope_type
         factor = applied.get("factor", self.context_length / base)
-        is_edited = applied.get("rope_type") != kind or abs(factor * base - self.context_length) > 1
-        is_edited = is_edited or (self.applied_context_length or self.context_length) != self.context_length
-        if is_edited:
+        fits = applied.get("rope_type") == kind and abs(factor * base - self.context_length) <= 1
+        filled_in = (
+            f"applied_context_length={self.applied_context_length}" if fits else f"applied_rope_parameters={applied}"
+        )
+        if not fits or (self.applied_context_length or self.context_length) != self.context_length:
             raise ValueError(
                 f"context_length={self.context_length} and rope_type={self.rope_type!r} do not fit "
-                f"applied_rope_parameters={applied}, which were filled in when this config made an adapter. Make a new "
+                f"{filled_in}, which was filled in when this config made an adapter. Make a new "
                 f"LongLoraConfig, or set applied_rope_parameters=None."
             )
 
@@ -272,6 +275,10 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     **dict.fromkeys(_LENGTHS, ("must be a positive number of tokens, or None", _is_length)),
     **dict.fromkeys(_SWITCHES, ("must be True or False", lambda value: isinstance(value, bool))),
+    "lora_alpha": (
+        "must be a finite number: LoRA's product is multiplied by lora_alpha / r",
+        lambda value: type(value) in (int, float) and math.isfinite(value),
+    ),
     "applied_rope_parameters": (
         "must be the dict that was filled in when the adapter was made, or None",
         lambda value: isinstance(value, dict | None),

@@ -24,6 +24,26 @@ def activate(model: nn.Module, adapter_names: list[str]) -> None:
 
     Raises: ValueError: two adapters have a copy of one module.
     """
+    for wrapper, names in _copies_of(model, adapter_names):
+        wrapper.set_adapter(names)
+
+
+def check_active(model: nn.Module, adapter_names: list[str]) -> None:
+    """Refuse adapters whose copies are not the active ones, because a model computes with the active copies.
+
+    Raises: ValueError.
+    """
+    for wrapper, names in _copies_of(model, adapter_names):
+        if names != list(wrapper.active_adapters):
+            raise ValueError(
+                f"adapter_names={adapter_names}: the embeddings and norms of "
+                f"{list(wrapper.active_adapters) or 'the base'} are active, and LoRA of one adapter must not be mixed "
+                f"with those of another. Call set_adapter({adapter_names[0]!r}) first, then merge_adapter()."
+            )
+
+
+def _copies_of(model: nn.Module, adapter_names: list[str]) -> list[tuple[ModulesToSaveWrapper, list[str]]]:
+    """For each wrapper: which of these adapters has a copy in it, at most one."""
     wrappers = wrappers_of(model)
     names = [[name for name in adapter_names if name in wrapper.modules_to_save] for wrapper in wrappers]
     if both := next((some for some in names if len(some) > 1), None):
@@ -31,8 +51,7 @@ def activate(model: nn.Module, adapter_names: list[str]) -> None:
             f"adapter_names={adapter_names}: {both} have their own embeddings or norms, which cannot be added up as "
             f"LoRA's weights can. Name one adapter, or train them with train_embeddings=False and train_norms=False."
         )
-    for wrapper, some in zip(wrappers, names, strict=True):
-        wrapper.set_adapter(some)
+    return list(zip(wrappers, names, strict=True))
 
 
 def drop(model: nn.Module) -> None:

@@ -73,8 +73,14 @@ class EndingLoraModel(LoraModel):
         Args: as PEFT's.
 
         If the model is on a GPU, the base's own weights wait in the host's memory.
+
+        Raises:
+            ValueError: an adapter does not exist, or has other copies of embeddings and norms than the active ones.
         """
         self._check_merge_allowed()
+        if adapter_names and not isinstance(adapter_names, str):  # PEFT refuses a string
+            self._check_names(adapter_names)
+            copies.check_active(self.model, adapter_names)
         if self._state is not None and not self._state.set_aside:
             self._state.set_aside = merged.set_aside(self.model)
         super().merge_adapter(adapter_names, safe_merge)
@@ -106,10 +112,7 @@ class EndingLoraModel(LoraModel):
         """
         if adapter_names is not None:
             self._check_merge_allowed()
-            if unknown := [name for name in adapter_names if name not in self.peft_config]:
-                raise ValueError(
-                    f"adapter_names={adapter_names} names {unknown}; there are {sorted(self.peft_config)}."
-                )
+            self._check_names(adapter_names)
             copies.activate(self.model, adapter_names)
         self._switch(True)
         is_as_used = adapter_names is None and not any(each.disable_adapters for each in merged.layers_of(self.model))
@@ -135,6 +138,10 @@ class EndingLoraModel(LoraModel):
                     f"Adapter {name!r} has layer_replication={config.layer_replication!r}: replicated layers share "
                     f"their weights, so different changes cannot be merged into them. Serve it unmerged."
                 )
+
+    def _check_names(self, adapter_names: list[str]) -> None:
+        if unknown := [name for name in adapter_names if name not in self.peft_config]:
+            raise ValueError(f"adapter_names={adapter_names} names {unknown}; there are {sorted(self.peft_config)}.")
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: PEFT's conversion knows neither RoPE nor trained copies. `export_lora` makes a plain adapter."""

@@ -30,20 +30,28 @@ _WRAPPERS = re.compile(r"\.(original_module|modules_to_save|base_layer)(?=\.)")
 
 
 def check_before(
-    config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig], tied: list[str]
+    config: LongLoraConfig,
+    model: PreTrainedModel,
+    configs: dict[str, LongLoraConfig],
+    tied: list[str],
+    *,
+    is_for_conversion: bool = False,
 ) -> None:
     """Refuse an adapter before the model is touched.
 
     Args:
-        configs: the configs of all adapters of the model by name, including the new one.
+        configs: the configs of all adapters of the model by name, the new one last.
         tied: names of the modules that share the embeddings' weight.
+        is_for_conversion: the adapter only lends its weights to a conversion to plain LoRA, and never computes.
 
     Raises: ValueError, NotImplementedError.
     """
     check_patterns(config, model)
     config.refuse_second_use()
     _check_base(config, model)
-    _check_init(config, configs)
+    if not is_for_conversion:
+        _check_alone(configs)
+    _warn_of_changes(config)
     _check_loader(config)
     if config.train_embeddings:
         _check_embeddings(config, model, tied)
@@ -85,7 +93,12 @@ def _check_base(config: LongLoraConfig, model: nn.Module) -> None:
 
 def _check_embeddings(config: LongLoraConfig, model: PreTrainedModel, tied: list[str]) -> None:
     """Refuse to train a copy of embeddings that get LoRA too, or that the output layer is, or was, tied to in vain."""
-    if config.base_context_length is not None and config.ensure_weight_tying and not tied:
+    if config.ensure_weight_tying and not tied:
+        if config.base_context_length is None:
+            raise ValueError(
+                "ensure_weight_tying=True, but this model's output layer is not tied to its embeddings. Leave "
+                "ensure_weight_tying out: where a model ties them, the trained embeddings are tied too."
+            )
         raise ValueError(
             f"The adapter was trained on embeddings tied to the output layer, but this model's are not tied. Load the "
             f"base that the adapter names ({config.base_model_name_or_path})."
@@ -113,25 +126,39 @@ def _is_applied(config: LongLoraConfig, parameters: dict[str, Any] | None) -> bo
     return applied == (parameters if is_nested(applied) else parameters.get("full_attention", parameters))
 
 
-def _check_init(config: LongLoraConfig, configs: dict[str, LongLoraConfig]) -> None:
-    """Refuse an initialisation that would change the results of other adapters; warn about its effect on the base."""
+def _changes_of_base(config: LongLoraConfig) -> list[str]:
+    """What an adapter changes on the base itself, which other adapters would see."""
+    changes = []
+    if config.changes_base:
+        changes.append(f"init_lora_weights={config.init_lora_weights!r} changes the base's weights")
     if config.bias != "none":
+        changes.append(f"bias={config.bias!r} trains the base's own biases")
+    if config.layer_replication:
+        changes.append(f"layer_replication={config.layer_replication!r} changes the base's layers")
+    return changes
+
+
+def _check_alone(configs: dict[str, LongLoraConfig]) -> None:
+    """Refuse two adapters on one model if either changes the base, whichever comes first."""
+    for name, config in reversed(configs.items()):
+        others, changes = [other for other in configs if other != name], _changes_of_base(config)
+        if others and changes:
+            plain = (
+                ", or convert it to a plain LoRA first (path_initial_model_for_weight_conversion of save_pretrained)"
+            )
+            raise ValueError(
+                f"Adapter {name!r}: {changes[0]}, on which {others} build: they would compute something else. Load "
+                f"{name!r} on its own model{plain if config.changes_base else ''}."
+            )
+
+
+def _warn_of_changes(config: LongLoraConfig) -> None:
+    """Warn if switching the adapter off, or removing it, cannot give the base back."""
+    for change in _changes_of_base(config):
         logger.warning(
-            f"bias={config.bias!r} trains the base's own biases. disable_adapter() and unload() then keep the trained "
-            f"biases; load the base again to get it unchanged."
+            f"{change}. disable_adapter(), unload() and the reference of DPO then give the changed base; load the "
+            f"base again to get it unchanged."
         )
-    if not config.changes_base:
-        return
-    if others := [name for name, each in configs.items() if each is not config]:
-        raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base's weights, on which {others} build: they "
-            f"would compute something else. Load it on its own model, or convert it to a plain LoRA first "
-            f"(path_initial_model_for_weight_conversion of save_pretrained)."
-        )
-    logger.warning(
-        f"init_lora_weights={config.init_lora_weights!r} changes the base's weights. disable_adapter(), unload() and "
-        f"the reference of DPO then give the changed base; load the base again to get it unchanged."
-    )
 
 
 def _check_loader(config: LongLoraConfig) -> None:

@@ -51,9 +51,11 @@ def set_aside(model: nn.Module) -> Weights:
 
 
 def put_back(weights: Weights) -> None:
-    """Put the base's own weights back."""
+    """Put the base's own weights back, with the device and the precision that the model was moved to meanwhile."""
     for module, name, parameter, device in weights:
-        parameter.data = parameter.data.to(device)
+        now = module._parameters[name]
+        is_float = parameter.is_floating_point() and now.is_floating_point()
+        parameter.data = parameter.data.to(device if now.is_meta else now.device, now.dtype if is_float else None)
         module._parameters[name] = parameter
 
 

@@ -45,6 +45,7 @@ class LongLoraModel(EndingLoraModel):
     """Called when a tuner was made. It may return a function to call when a `PeftModel` has taken the tuner. `register`
     sets it."""
     _on_taken: Callable[[], None] | None = None
+    _is_converting = False  # while the adapter is converted to a plain LoRA
 
     # -- adding an adapter ---------------------------------------------------------------------------------------
 
@@ -94,7 +95,7 @@ class LongLoraModel(EndingLoraModel):
     def _resolve(self, config: LongLoraConfig, model: nn.Module) -> None:
         """Replace the config's defaults by the modules of this architecture, before PEFT looks for ties."""
         tied = self._tied_names()
-        fit.check_before(config, model, self.peft_config, tied)
+        fit.check_before(config, model, self.peft_config, tied, is_for_conversion=self._is_converting)
         if config.target_modules is None and not config.target_parameters:
             config.target_modules = set(trainable.find_projections(model))
         # PEFT renames expert weights only for LORA; here the names mean the same.
@@ -134,7 +135,7 @@ class LongLoraModel(EndingLoraModel):
             for module in model.modules():
                 if isinstance(getattr(module, "config", None), type(text_config)):
                     module.config = text_config
-        if not hasattr(model, rotary.STATES):
+        if AdapterState.on(model) is None:
             wanted = peft_config.applied_rope_parameters
             applied = rope.scale_rope(
                 model,
@@ -210,5 +211,10 @@ class LongLoraModel(EndingLoraModel):
         cls, peft_model: nn.Module, peft_config: LongLoraConfig, path: str, state: dict[str, Any], kwargs: Any
     ) -> dict[str, Any]:
         """PEFT's `path_initial_model_for_weight_conversion`, which would keep only LoRA's weights."""
-        lora = super()._convert_state_dict_for_initial_model(peft_model, peft_config, path, dict(state), kwargs)
+        tuner = peft_model.base_model
+        tuner._is_converting = True
+        try:  # PEFT loads the initial adapter beside this one, subtracts it and deletes it
+            lora = super()._convert_state_dict_for_initial_model(peft_model, peft_config, path, dict(state), kwargs)
+        finally:
+            tuner._is_converting = False
         return {**{name: tensor for name, tensor in state.items() if "lora_" not in name}, **lora}

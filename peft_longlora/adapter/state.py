@@ -20,8 +20,7 @@ from peft_longlora.adapter.count import CountBuffer
 from peft_longlora.architecture import find_attention_modules, follow
 from peft_longlora.attention.settings import AttentionState, settings_of
 from peft_longlora.rope import scale as rope
-
-_STATE = "longlora_adapters"
+from peft_longlora.rope.state import OWNER as _STATE
 
 
 @dataclass(eq=False)
@@ -92,10 +91,10 @@ class AdapterState:
             handle.remove()
         if self.count is not None:
             self.count.detach()
-        rope.restore_rope(self.model)
-        self.attention.put_on(self.model)
         if hasattr(self.model, _STATE):
             delattr(self.model, _STATE)
+        rope.restore_rope(self.model)
+        self.attention.put_on(self.model)
 
 
 def check_place(model: nn.Module, adapter_name: str) -> None:

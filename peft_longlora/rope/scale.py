@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_longlora.architecture import find_rotary_modules
@@ -21,7 +22,7 @@ from peft_longlora.rope.parameters import (
     stated_length,
     window_of,
 )
-from peft_longlora.rope.state import STATES, RopeState, attributes_of, fresh, transplant
+from peft_longlora.rope.state import OWNER, STATES, RopeState, attributes_of, fresh, transplant
 from peft_longlora.rope.values import SCALING
 
 
@@ -35,7 +36,7 @@ def scale_rope(
     """Rescale RoPE on a loaded model to a longer window.
 
     Args:
-        model: a rotary model of transformers.
+        model: a rotary model of transformers, or a `PeftModel` of another PEFT method on one.
         context_length: the new window, tokens. If it is None, or not above the model's own window, nothing is done,
             unless rope_parameters is given.
         rope_type: "linear" (Position Interpolation, arXiv:2306.15595, as in the paper), "ntk" (theta raised once by
@@ -50,9 +51,11 @@ def scale_rope(
         or None if nothing was done.
 
     Raises:
-        ValueError: an unknown rope_type, both rope_type and rope_parameters, a model whose RoPE is scaled already.
+        ValueError: an unknown rope_type, both rope_type and rope_parameters, a model whose RoPE is scaled already
+            or belongs to an adapter.
         NotImplementedError: no rotary module, or one that a config cannot rebuild.
     """
+    model = _without_owner(model)
     config = model.config.get_text_config()
     check_rope(rope_type, rope_parameters)
     if context_length is not None and (type(context_length) is not int or context_length < 1):
@@ -83,12 +86,28 @@ def scale_rope(
 
 
 def restore_rope(model: PreTrainedModel) -> None:
-    """Undo `scale_rope`, bit for bit. If it was never called, nothing happens."""
+    """Undo `scale_rope`, bit for bit. If it was never called, nothing happens.
+
+    Raises: ValueError: the RoPE is an adapter's.
+    """
+    model = _without_owner(model)
     if hasattr(model, STATES):
         base, scaled = getattr(model, STATES)
         scaled.let_go()
         base.put_on(model)
         delattr(model, STATES)
+
+
+def _without_owner(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model, unless a LongLoRA adapter scales its RoPE."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if hasattr(base, OWNER):
+        raise ValueError(
+            f"The RoPE of this {type(base).__name__} is its LongLoRA adapter's: it is switched and removed with the "
+            f"adapter. For the base's RoPE use model.disable_adapter() or model.unload(); for another scaling give "
+            f"LongLoraConfig another context_length or rope_parameters."
+        )
+    return base
 
 
 def keep_rope(model: PreTrainedModel) -> None:

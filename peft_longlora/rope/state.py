@@ -15,6 +15,7 @@ from peft_longlora.architecture import find_rotary_modules
 from peft_longlora.rope.parameters import window_of
 
 STATES = "longlora_rope"
+OWNER = "longlora_adapters"  # adapters put it on a model whose RoPE they switch
 
 
 @dataclass

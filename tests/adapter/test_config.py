@@ -147,6 +147,17 @@ def test_configs_can_be_copied_and_printed():
         (dict(base_context_length="4k"), r"base_context_length='4k' must be a positive number of tokens, or None"),
         (dict(vocab_size=-3), r"vocab_size=-3 must be a positive number"),
         (dict(applied_rope_parameters=[1]), r"applied_rope_parameters=\[1\] must be the dict .* or None"),
+        (dict(lora_alpha=float("nan")), r"lora_alpha=nan must be a finite number"),
+        (dict(lora_alpha=float("-inf")), r"lora_alpha=-inf must be a finite number"),
+        (
+            dict(
+                context_length=256,
+                base_context_length=64,
+                applied_rope_parameters={"rope_type": "yarn", "factor": 4.0},
+                applied_context_length=99,
+            ),
+            r"context_length=256 .* do not fit applied_context_length=99,.*Make a new",
+        ),
         (dict(train_norms="no"), r"train_norms='no' must be True or False"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

@@ -160,6 +160,14 @@ def test_a_base_with_a_resized_vocabulary_is_taken(tmp_path):
     PeftModel.from_pretrained(resized, tmp_path)
 
 
+def test_a_wish_for_a_tie_that_the_base_lacks_is_refused_before_training():
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"ensure_weight_tying=True, but .* not tied .*Leave ensure_weight_tying out"):
+        extend(model, ensure_weight_tying=True)
+    assert_same(snapshot(model), before)
+
+
 def test_an_adapter_of_a_tied_base_is_refused_on_an_untied_one(tmp_path):
     """PEFT would write the trained embeddings over the output layer of the base."""
     train(extend(make(tie_word_embeddings=True))).save_pretrained(tmp_path)

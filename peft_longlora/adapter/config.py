@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -12,18 +11,12 @@ from peft import LoraConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from peft_longlora.adapter.files import AdapterFile, FileMissing, find, read_json
+from peft_longlora.adapter.rules import FORMAT_VERSION, RULES, plain
 from peft_longlora.attention.schedule import check_dense_every
-from peft_longlora.kernels.groups import BLOCK_PATTERNS, PATTERNS, check_blocks, check_pattern, group_size_of
+from peft_longlora.kernels.groups import check_blocks, check_pattern, group_size_of
 from peft_longlora.rope.parameters import check_rope
 
-# The version of the file format. It grows when an older package would misread new files.
-FORMAT_VERSION = 1
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_LENGTHS = (
-    *("context_length", "group_size"),
-    *("base_context_length", "applied_context_length", "applied_group_size", "vocab_size"),
-)
-_SWITCHES = ("train_embeddings", "train_norms")
 
 _IN_MEMORY = dict(default=None, init=False, repr=False, compare=False)
 
@@ -138,17 +131,13 @@ class LongLoraConfig(LoraConfig):
     """Called with the folder after a config was saved; `register` puts the card's writer here."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.LONGLORA
-        for name, (rule, is_right) in _RULES.items():
-            setattr(self, name, value := _plain(getattr(self, name)))
+        self._refuse_newer()
+        for name, (rule, is_right) in RULES.items():
+            setattr(self, name, value := plain(getattr(self, name)))
             if not is_right(value):
                 raise ValueError(f"{name}={value!r} {rule}.")
-        if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"format_version={self.format_version!r}: the adapter was written by a newer peft-longlora; this one "
-                f"reads versions up to {FORMAT_VERSION}. Update it: pip install -U peft-longlora."
-            )
+        super().__post_init__()
+        self.peft_type = PeftType.LONGLORA
         check_pattern(2 if self.group_size is None else self.group_size, self.attention_pattern)
         self.chosen_blocks = check_blocks(self.chosen_blocks)
         check_rope(self.rope_type, self.rope_parameters)
@@ -158,6 +147,13 @@ class LongLoraConfig(LoraConfig):
             self.dense_every = check_dense_every(self.dense_every)
         self._refuse_what_excludes_each_other()
         self.refuse_second_use()
+
+    def _refuse_newer(self) -> None:
+        if isinstance(self.format_version, int) and self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={self.format_version!r}: the adapter was written by a newer peft-longlora; this one "
+                f"reads versions up to {FORMAT_VERSION}. Update it: pip install -U peft-longlora."
+            )
 
     def _refuse_what_excludes_each_other(self) -> None:
         if self.layer_replication and self.dense_layers:
@@ -245,52 +241,4 @@ class LongLoraConfig(LoraConfig):
         return config
 
 
-def _plain(value: Any) -> Any:
-    """Convert numbers of numpy and torch to Python's own, which JSON can hold."""
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, int | float) or not hasattr(value, "item") or getattr(value, "ndim", 1):
-        return value
-    return value.item()
-
-
-def _is_length(value: Any) -> bool:
-    return value is None or (type(value) is int and value >= 1)
-
-
-def _is_ratio(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= 1
-
-
-def _is_list_of_layers(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(type(i) is int and i >= 0 for i in value))
-
-
-# For each field: its rule, and a function that checks a value.
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "format_version": (
-        f"must be a whole number, 1 to {FORMAT_VERSION}. Leave it out of a new config; an adapter_config.json that "
-        f"says so was changed by hand or is damaged: get it again",
-        lambda value: type(value) is int and value >= 1,
-    ),
-    **dict.fromkeys(_LENGTHS, ("must be a positive number of tokens, or None", _is_length)),
-    **dict.fromkeys(_SWITCHES, ("must be True or False", lambda value: isinstance(value, bool))),
-    "lora_alpha": (
-        "must be a finite number: LoRA's product is multiplied by lora_alpha / r",
-        lambda value: type(value) in (int, float) and math.isfinite(value),
-    ),
-    "applied_rope_parameters": (
-        "must be the dict that was filled in when the adapter was made, or None",
-        lambda value: isinstance(value, dict | None),
-    ),
-    "group_size_ratio": (
-        "is outside (0, 1]: it is a fraction of the window. Use group_size for a number of tokens",
-        _is_ratio,
-    ),
-    "attention_pattern": (
-        f"is unknown. Use one of {', '.join(map(repr, (*PATTERNS, *BLOCK_PATTERNS)))}",
-        lambda value: value in (*PATTERNS, *BLOCK_PATTERNS),
-    ),
-    "dense_layers": ("must be a list of layer indices, 0 or more", _is_list_of_layers),
-}
 _NOT_SAVED = {each.name for each in fields(LongLoraConfig) if not each.init}

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from peft import PeftType
 from safetensors import SafetensorError, safe_open
 
 _AGAIN = "Get it again, or save the adapter anew."
@@ -90,14 +91,22 @@ class AdapterFile:
 def read_json(path: Path) -> dict[str, Any]:
     """The content of an adapter_config.json.
 
-    Raises: ValueError: it is not a JSON object.
+    Raises: ValueError: it is not a JSON object, or its type of adapter is unknown.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError as error:
+        raise ValueError(f"{path} is damaged: the JSON is nested too deeply. {_AGAIN}") from error
+    except ValueError as error:  # no text, no JSON, or a number of more digits than Python reads
         raise ValueError(f"{path} is damaged: {error}. {_AGAIN}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not the object that PEFT writes. {_AGAIN}")
+    kind = content.get("peft_type")
+    if kind is not None and str(kind) not in PeftType.__members__:
+        raise ValueError(
+            f"{path}: peft_type={kind!r} is unknown. It must be one of {', '.join(PeftType.__members__)}. Update peft "
+            f"if a newer one made the adapter; otherwise get it again, or save it anew."
+        )
     return content
 
 

@@ -32,6 +32,14 @@ def check_patterns(config: LoraConfig, model: nn.Module) -> None:
 
     Raises: ValueError.
     """
+    for pattern in _written_in(config):
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"{pattern!r} in this adapter's config cannot be used: it is no regular expression ({error}). Name the "
+                f"modules in a list, or correct it."
+            ) from error
     patterns = [(full, pattern) for full, pattern in _patterns_of(config) if _REPEATS.search(pattern)]
     if not patterns:
         return
@@ -50,6 +58,13 @@ def check_patterns(config: LoraConfig, model: nn.Module) -> None:
         f"The regular expressions of this adapter's config {reason}: {[pattern for _, pattern in patterns]}. Name the "
         f"modules in a list instead. If somebody else made the adapter, do not trust it."
     )
+
+
+def _written_in(config: LoraConfig) -> list[str]:
+    """The regular expressions as the config has them."""
+    whole = [value for value in (config.target_modules, config.exclude_modules) if isinstance(value, str)]
+    keys = [*(config.rank_pattern or ()), *(config.alpha_pattern or ()), *(config.modules_to_save or ())]
+    return [*whole, *(key for key in keys if _is_pattern(key)), *_as_list(config.layers_pattern)]
 
 
 def _patterns_of(config: LoraConfig) -> list[tuple[bool, str]]:

@@ -87,6 +87,21 @@ def numbers(text: str) -> list[int]:
     return found
 
 
+def tokens(text: str) -> int:
+    """Parse one number of tokens, such as 4096 or 4k."""
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        if len(found := numbers(text)) == 1:
+            return found[0]
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more, such as 4096 or 4k")
+
+
+def folder(text: str) -> Path:
+    """Parse a path to a folder, which need not exist."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path. Give a folder; . is the current one")
+    return Path(text)
+
+
 def percents(text: str) -> list[float]:
     """Parse percents; returns shares from 0 to 1."""
     try:
@@ -129,10 +144,15 @@ def _number(text: str, low: float, high: float, rule: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number {rule}")
 
 
-def refuse_file(output: Path) -> None:
+def refuse_file(output: Path, files: tuple[str, ...] = ()) -> None:
     """Refuse an --output that is a file, or lies inside one, before anything is measured.
+
+    Args:
+        files: patterns for names of the files that will be written into it; none of them may be a folder.
 
     Raises: ValueError.
     """
     if found := next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None):
         raise ValueError(f"--output {output}: {found} is a file. Give a folder.")
+    if found := next((path for name in files for path in sorted(output.glob(name)) if path.is_dir()), None):
+        raise ValueError(f"--output {output}: {found} is a folder, but a file of this name is written there. Move it.")

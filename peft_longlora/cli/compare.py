@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import Command, refuse_file
+from .arguments import Command, folder, refuse_file
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("first", help="results.json, or its folder")
     add("second", help="the same for the second run")
     add("--labels", nargs=2, default=["first", "second"], help="names of the two runs (first second)")
-    add("--output", type=Path, default=Path("compare"), help="folder for table and plot (%(default)s)")
+    add("--output", type=folder, default=Path("compare"), help="folder for table and plot (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,9 +22,15 @@ def run(args: argparse.Namespace) -> int:
     from peft_longlora.eval.report.comparison import compare
     from peft_longlora.eval.report.side_by_side import PLOT, REPORT, write_comparison
 
-    refuse_file(args.output)
+    refuse_file(args.output, (REPORT, PLOT))
     differences, notes = compare(args.first, args.second)
-    print(write_comparison(differences, notes, tuple(args.labels), args.output))
+    try:
+        report = write_comparison(differences, notes, tuple(args.labels), args.output)
+    except OSError as error:
+        raise ValueError(
+            f"--output {args.output}: cannot be written ({error.strerror}). Give another folder."
+        ) from error
+    print(report)
     print(f"{args.output}: {REPORT} and {PLOT}")
     return 0
 

@@ -7,12 +7,24 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import Command, add_model_options, count, model_options, numbers, percents, positive, refuse_file
+from .arguments import (
+    Command,
+    add_model_options,
+    count,
+    folder,
+    model_options,
+    numbers,
+    percents,
+    positive,
+    refuse_file,
+    tokens,
+)
 from .tasks import OWN_TASKS, make_tasks, tasks_that_read
 
 if TYPE_CHECKING:
     from peft_longlora import LongLoraConfig
 
+WRITTEN = ("run.json", "samples*.jsonl", "digests.json", "results.json", "results.md", "*.png", ".lock")
 INCOMPLETE = 3  # exit code of an evaluation without the lengths that ran out of memory
 
 
@@ -25,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"any of {', '.join(OWN_TASKS)}; a RULER task such as ruler_vt; a task of lm-eval (%(default)s)",
     )
     add("--lengths", type=numbers, default=[4096], help="tokens of windows and prompts, as 4096,8192 or 4k,8k (4k)")
-    add("--output", required=True, type=Path, help="folder for results; if it holds the same run, that run continues")
+    add("--output", required=True, type=folder, help="folder for results; if it holds the same run, that run continues")
     add("--overwrite", action="store_true", help="delete the old results in --output first")
     add("--card", action="store_true", help="show the results in the adapter's card (README.md)")
     add("--seed", type=int, default=0, help="seed of generated prompts and of intervals (%(default)s)")
@@ -39,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _add_extension(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the window").add_argument
     add("--attention", default="dense", choices=["dense", "sparse"], help="sparse: the adapter's pattern (dense)")
-    add("--context-length", type=positive, help="rescale RoPE to this window in tokens, without an adapter")
+    add("--context-length", type=tokens, help="rescale RoPE to this window in tokens, as 16k, without an adapter")
     add("--rope-type", help="how --context-length rescales: yarn, ntk, linear, ... (yarn)")
 
 
@@ -89,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     if args.card and (args.adapter is None or not Path(args.adapter).is_dir()):
         raise ValueError(f"--card needs an adapter in a folder, not {args.adapter!r}.")
     tasks = make_tasks(args)
-    refuse_file(args.output)
+    refuse_file(args.output, WRITTEN)
     for task in tasks:
         task.data()  # refuses bad data before a model is loaded
     processes = suite.Processes.of_environment(args.device)

@@ -78,5 +78,6 @@ def _reason(error: Exception, args: argparse.Namespace, command: Command) -> str
 
     reason = " ".join(str(error).split())
     if is_out_of_memory(error):
+        reason = reason or type(error).__name__
         return f"The model does not fit into memory ({reason[:120]} ...). Try --dtype bfloat16, or another --device."
     return say_options(reason, args, command.options) if isinstance(error, BAD_INPUT) else None

@@ -51,14 +51,21 @@ class _Samples:
     """The samples of this run's items, and numbers that are noted while they are read.
 
     Attributes:
-        unmeasured: places that lack samples.
+        unmeasured: places that lack samples. unasked: how many samples the folder holds that this run did not ask for,
+            by place.
         cut: tokens that each prompt lost, by task and data. above: whether each prompt was above the window, of those
             whose length the data decides.
     """
 
     def __init__(self, run: Run):
         self._records, self._places = run.journal.records, run.places
-        found = Counter(self._places[record["key"]] for record in self._records() if record["key"] in self._places)
+        found: Counter[str] = Counter()
+        self.unasked: Counter[str] = Counter()
+        for record in self._records():
+            if (place := self._places.get(record["key"])) is not None:
+                found[place] += 1
+            else:
+                self.unasked[_place_of(record)] += 1
         self.unmeasured = [place for place, n in Counter(self._places.values()).items() if found[place] < n]
         self.cut: dict[str, list[int]] = {}
         self.above: dict[str, list[bool]] = {}
@@ -74,6 +81,12 @@ class _Samples:
             if record["length"] is None and "beyond_window" in record:
                 self.above.setdefault(name, []).append(record["beyond_window"])
             yield record
+
+
+def _place_of(record: dict[str, Any]) -> str:
+    """The place of a sample of an earlier run, such as "passkey 8192 (longlora)"."""
+    place = " ".join(str(record[name]) for name in ("task", "length") if record.get(name))
+    return f"{place or record['key']} ({record['protocol']})" if record.get("protocol") else place or record["key"]
 
 
 def _notes(run: Run, rows: list[Row], samples: _Samples) -> Iterator[str]:
@@ -97,3 +110,9 @@ def _notes(run: Run, rows: list[Row], samples: _Samples) -> Iterator[str]:
             )
     if samples.unmeasured:
         yield f"Out of memory, and so not measured: {', '.join(samples.unmeasured)}."
+    if samples.unasked:
+        places = ", ".join(f"{place}: {n}" for place, n in samples.unasked.items())
+        yield (
+            f"The folder also holds samples that this run did not ask for and does not count ({places}). To see their "
+            f"results again, ask for them too; nothing is measured twice."
+        )

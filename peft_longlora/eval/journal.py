@@ -41,11 +41,17 @@ class Journal:
     def lock(self) -> None:
         """Keep other runs out of the folder until `release` or the end of this process. The main process calls it.
 
-        Raises: ValueError: another run is in it.
+        Raises: ValueError: another run is in it, or it cannot be written.
         """
         if not self._lock.is_held:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.take()
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock.take()
+            except OSError as error:
+                raise ValueError(
+                    f"output={str(self.folder)!r} cannot be written ({error.strerror or error}). Give a folder that "
+                    f"you may write to."
+                ) from error
 
     def release(self) -> None:
         """Let other runs into the folder."""

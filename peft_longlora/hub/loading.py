@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_longlora.adapter.files import find, read_json
@@ -112,11 +111,12 @@ def find_device(name: str | torch.device | None) -> torch.device:
     try:
         place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if place.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={str(name)!r}: PyTorch sees no GPU here.")
+            raise ValueError(f"device={str(name)!r}: PyTorch sees no GPU here. Use cpu.")
         if torch.empty(1, device=place).is_meta:
             raise ValueError(f"device={str(name)!r} holds no numbers. Use cpu, cuda or another that does.")
     except (RuntimeError, AssertionError) as error:  # which error it is depends on the device
-        raise ValueError(f"device={str(name)!r}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"device={str(name)!r}: {reason}. Use cpu, cuda or another that this PyTorch has.") from None
     return place
 
 
@@ -145,9 +145,24 @@ def _load(factory: Any, name: str, what: str, **options: Any) -> Any:
     options = {key: value for key, value in options.items() if value is not None}
     try:
         return factory.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"{what}={name!r} cannot be loaded: {reason}") from error
+    except Exception as error:  # a damaged file may raise anything
+        if _is_no_fault_of_file(error):
+            raise
+        raise ValueError(f"{what}={name!r} cannot be loaded: {_reason(error)}") from error
+
+
+def _is_no_fault_of_file(error: Exception) -> bool:
+    """Whether memory ran out or a package is missing, which is said in other words."""
+    return is_out_of_memory(error) or isinstance(error, ImportError)
+
+
+def _reason(error: Exception) -> str:
+    """The error in one line. An error that is not made for users also gets its class and a cure."""
+    reason = " ".join(str(error).split())[:600]
+    if reason and isinstance(error, OSError | ValueError | RuntimeError) and not isinstance(error, RecursionError):
+        return reason
+    kind = type(error).__name__
+    return f"{kind}: {reason or 'no more is known'}. A file is damaged or holds a value of a wrong type. Get it again."
 
 
 def _add_adapter(base: PreTrainedModel, adapter: str, model: str, notes: list[str]) -> PeftModel:
@@ -155,9 +170,10 @@ def _add_adapter(base: PreTrainedModel, adapter: str, model: str, notes: list[st
     try:
         named = PeftConfig.from_pretrained(adapter).base_model_name_or_path
         loaded = PeftModel.from_pretrained(base, adapter)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"adapter={adapter!r} cannot be loaded on {model}: {reason[:600]}") from error
+    except Exception as error:  # a damaged file may raise anything
+        if _is_no_fault_of_file(error):
+            raise
+        raise ValueError(f"adapter={adapter!r} cannot be loaded on {model}: {_reason(error)}") from error
     if named and Path(named).name != Path(model).name:
         notes.append(f"The adapter names {named!r} as its base, but is loaded on {model!r}.")
     return loaded

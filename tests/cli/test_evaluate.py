@@ -52,6 +52,8 @@ def test_a_length_that_runs_out_of_memory_is_left_out_and_the_rest_goes_on(tmp_p
     assert '"perplexity/documents/24/base/000000/000000"' in finished, "what did fit is kept"
     code, shorter, _ = run("8,16")
     assert code == 0 and shorter.results == results.results and not shorter.unmeasured
+    [note] = [note for note in shorter.notes if "did not ask for" in note]
+    assert "(perplexity 24 (documents): " in note, "what did fit of it"
     assert (tmp_path / "out" / "samples.jsonl").read_text() == finished, "nothing is measured twice, nothing lost"
     model.has_room = True
     code, whole, _ = run("8,16,17,24")
@@ -123,8 +125,8 @@ def test_sparse_attention_and_rescaled_rope_are_measured_as_told(tmp_path, base,
     for name, options in {
         "dense": [],
         "sparse": ["--attention", "sparse"],
-        "yarn": ["--context-length", 256],
-        "linear": ["--context-length", 256, "--rope-type", "linear"],
+        "yarn": ["--context-length", "256"],
+        "linear": ["--context-length", "1k", "--rope-type", "linear"],
     }.items():
         out = tmp_path / name
         command = ["eval", "--model", base, "--tasks", "perplexity", "--data", text, "--lengths", 64, "--output", out]
@@ -133,7 +135,7 @@ def test_sparse_attention_and_rescaled_rope_are_measured_as_told(tmp_path, base,
     values = {name: results.results[0].value for name, results in rows.items()}
     assert len(set(values.values())) == 4
     assert rows["sparse"].model["attention"] == "sparse (s2, groups of 16)"
-    assert rows["linear"].results[0].variant == "rescaled" and rows["linear"].model["window"] == 256
+    assert rows["linear"].results[0].variant == "rescaled" and rows["linear"].model["window"] == 1024
 
 
 @pytest.mark.slow

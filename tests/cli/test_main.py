@@ -67,6 +67,12 @@ BAD = {
     "made for a vocabulary of 97 tokens, but this model has 4096": ["--adapter", "{tmp}/other", "--data", "{text}"],
     "the following arguments are required": None,
     "--device mps: ": ["--device", "mps", "--data", "{text}"],
+    "--output: '' is not a path. Give a folder": ["--output", "", "--data", "{text}"],
+    "{tmp}/taken/run.json is a folder, but a file": ["--output", "{tmp}/taken", "--data", "{text}"],
+    "--output /proc/none cannot be written": ["--output", "/proc/none", "--data", "{text}"],
+    "prompt of 102399999998976 tokens does not fit": ["--tasks", "passkey", "--lengths", "99999999999k"],
+    "'4k,8k' is not a number of 1 or more": ["--context-length", "4k,8k"],
+    "device string: abacus. Use cpu, cuda": ["--device", "abacus", "--data", "{text}"],
     "--device abacus: ": ["--device", "abacus", "--data", "{text}"],
     "--device meta holds no numbers": ["--device", "meta", "--data", "{text}"],
     "--rope-type nonsense is unknown": ["--rope-type", "nonsense", "--data", "{text}"],
@@ -85,6 +91,7 @@ def test_bad_input_ends_with_code_2_and_one_line(message, tmp_path, base, text, 
         pytest.skip("this machine has the device")
     options = BAD[message]
     (tmp_path / "folder").mkdir()
+    (tmp_path / "taken" / "run.json").mkdir(parents=True)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
     if options and "{tmp}/big" in options:

@@ -196,6 +196,20 @@ def write_topics(folder) -> str:
     return str(folder / "talks.jsonl")
 
 
+def test_samples_that_a_shorter_command_leaves_out_are_named(tmp_path):
+    subject = scripted_subject(read_passkey)
+
+    def run(lengths: list[int]):
+        return evaluate(subject, [Passkey(lengths=lengths, depths=[0, 1], seeds=3)], tmp_path)
+
+    whole = run([1000, 2000])
+    shorter = run([1000])
+    assert [row.length for row in shorter.results] == [1000] and not any("ask for" in note for note in whole.notes)
+    [note] = [note for note in shorter.notes if "did not ask for" in note]
+    assert "(passkey 2000 (longlora): 6)" in note and note in (tmp_path / "results.md").read_text()
+    assert run([1000, 2000]).notes == whole.notes
+
+
 def test_results_are_what_the_schema_says(tmp_path):
     subject = scripted_subject(read_passkey)
     results = evaluate(subject, [Passkey(lengths=[1000, 2000], depths=[0, 1], seeds=3)], tmp_path)

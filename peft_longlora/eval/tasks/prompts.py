@@ -147,9 +147,18 @@ class GeneratedTask(PromptTask):
         return self.books.name if self.books else "generated"
 
     def fill(self, subject: Subject, length: int, build: Callable[[int], Prompt]) -> Prompt:
-        """The prompt with as many units of filler as fit into a length less the answer."""
-        n = fit_filler(lambda n: len(self.prompt_ids(subject, build(n))), length - self.max_new_tokens)
-        return build(n)
+        """The prompt with as many units of filler as fit into a length less the answer.
+
+        Raises: ValueError: the prompt does not fit without filler, or its text does not fit into memory.
+        """
+        try:
+            n = fit_filler(lambda n: len(self.prompt_ids(subject, build(n))), length - self.max_new_tokens)
+            return build(n)
+        except (MemoryError, OverflowError) as error:  # the text of this length, before the model reads it
+            raise ValueError(
+                f"The text of a prompt of {length} tokens does not fit into this machine's memory. Use shorter "
+                f"lengths=..."
+            ) from error
 
 
 def encode_prompt(subject: Subject, prompt: Prompt, chat: bool) -> list[int]:

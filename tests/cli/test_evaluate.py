@@ -53,7 +53,7 @@ def test_a_length_that_runs_out_of_memory_is_left_out_and_the_rest_goes_on(tmp_p
     code, shorter, _ = run("8,16")
     assert code == 0 and shorter.results == results.results and not shorter.unmeasured
     [note] = [note for note in shorter.notes if "did not ask for" in note]
-    assert "(perplexity 24 (documents): " in note, "what did fit of it"
+    assert "perplexity 24 (documents): 1)" in note, "what did fit of it"
     assert (tmp_path / "out" / "samples.jsonl").read_text() == finished, "nothing is measured twice, nothing lost"
     model.has_room = True
     code, whole, _ = run("8,16,17,24")

@@ -141,6 +141,26 @@ def test_a_reader_that_has_seen_enough_of_the_output_is_no_error(tmp_path, monke
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("", "'' is not a path. Give a folder"),
+        ("{tmp}/taken", "{tmp}/taken/compare.md is a folder, but a file of this name is written there. Move it."),
+        ("/proc/none", "--output /proc/none: cannot be written ("),
+    ],
+)
+def test_a_comparison_that_cannot_be_written_ends_with_code_2_and_one_line(tmp_path, capsys, output, said):
+    evaluate(scripted_subject(read_passkey), [Passkey(lengths=[1000], depths=[0], seeds=1)], tmp_path / "a")
+    (tmp_path / "taken" / "compare.md").mkdir(parents=True)
+    capsys.readouterr()
+    try:
+        code = longlora("compare", tmp_path / "a", tmp_path / "a", "--output", output.format(tmp=tmp_path))
+    except SystemExit as error:
+        code = error.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and len(err.splitlines()) == 1 and said.format(tmp=tmp_path) in err
+
+
 # -- before a command runs -----------------------------------------------------------------------------------------
 
 LIGHT = """

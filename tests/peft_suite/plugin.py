@@ -12,6 +12,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -21,6 +22,7 @@ import pytest
 import rotary_opt
 import torch
 import yaml
+from packaging.requirements import Requirement
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -42,23 +44,42 @@ pytest.register_assert_rewrite("tests.testing_common")
 
 @dataclasses.dataclass(frozen=True)
 class Expectation:
-    """Tests that must fail.
-
-    Attributes:
-        reason: why.
-        tests: patterns of node ids; `*` is any text.
-        error: a regular expression that the error's text holds.
-        profiles: those it holds for.
-    """
+    """Tests that must fail: an entry of expected.yaml, which says what the fields mean."""
 
     reason: str
-    tests: list[str]
-    error: str
     profiles: list[str]
+    error: str
+    tests: list[str]
+    versions: list[str] = dataclasses.field(default_factory=list)
 
-    def patterns(self) -> dict[str, re.Pattern]:
-        """Each pattern, and what it means."""
-        return {test: re.compile(".*".join(map(re.escape, test.split("*")))) for test in self.tests}
+    @classmethod
+    def read(cls, profile: str) -> list[Expectation]:
+        """The entries that hold for a profile and the versions installed."""
+        entries = [cls(**entry) for entry in yaml.safe_load(EXPECTED.read_text(encoding="utf-8"))]
+        return [entry for entry in entries if profile in entry.profiles and entry._is_of_these_versions()]
+
+    def _is_of_these_versions(self) -> bool:
+        requirements = map(Requirement, self.versions)
+        return all(r.specifier.contains(version(r.name), prereleases=True) for r in requirements)
+
+    def mark(self) -> pytest.MarkDecorator:
+        """The strict xfail of this entry's tests."""
+        raises = pytest.RaisesExc(BaseException, check=lambda error: bool(re.search(self.error, chain(error))))
+        return pytest.mark.xfail(strict=True, reason=self.reason, raises=raises)
+
+
+def chain(error: BaseException | None) -> str:
+    """An error and those behind it, such as the one that came where a test waited for a warning."""
+    lines = []
+    while error is not None:
+        lines.append(f"{type(error).__name__}: {error}")
+        error = error.__cause__ or error.__context__
+    return "\n".join(lines)
+
+
+def matches(pattern: str, text: str) -> bool:
+    """Whether a node id is of a pattern, in which only `*` is special."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), text) is not None
 
 
 class AlwaysCached(dict):
@@ -103,6 +124,7 @@ def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -k and --deselect, so that an unused pattern is one
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out tests that are not about LoRA, and mark those that must fail."""
     sys.modules["tests.testing_utils"]._HUB_MODEL_ACCESSES = AlwaysCached()
@@ -111,20 +133,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
     for cls in {item.cls for item in items if hasattr(item.cls, "prepare_inputs_for_testing")}:
         cls.prepare_inputs_for_testing = inputs_of_eight
-    profile = config.getoption("--profile")
-    unused = []
-    for entry in (Expectation(**entry) for entry in yaml.safe_load(EXPECTED.read_text())):
-        if profile not in entry.profiles:
-            continue
-        raises = pytest.RaisesExc(BaseException, match=entry.error)
-        mark = pytest.mark.xfail(strict=True, reason=entry.reason, raises=raises)
-        for text, pattern in entry.patterns().items():
-            matched = [item for item in items if pattern.fullmatch(item.nodeid)]
-            for item in matched:
-                item.add_marker(mark, append=False)
-            unused += [] if matched else [text]
-    if unused and not config.getoption("--collect-only"):
-        raise pytest.UsageError(f"{EXPECTED.name} names tests that there are not: {', '.join(unused)}.")
+    files = {item.nodeid.partition("::")[0] for item in items}
+    unlisted, unused = list(items), []
+    for entry in Expectation.read(config.getoption("--profile")):
+        for pattern in entry.tests:
+            found = [item for item in items if matches(pattern, item.nodeid)]
+            for item in set(found).intersection(unlisted):
+                item.add_marker(entry.mark(), append=False)
+            unlisted = [item for item in unlisted if item not in set(found)]
+            if not found and pattern.partition("::")[0] in files:
+                unused.append(pattern)
+    if unused:
+        raise pytest.UsageError(f"{EXPECTED.name} names tests that there are not: {', '.join(unused)}")
 
 
 def is_about_lora(item: pytest.Item) -> bool:

@@ -1,8 +1,8 @@
 """The models that PEFT's tests ask the Hub for, made here: tiny, random, laid out as the Hub's cache on disk.
 
 `python models.py FOLDER` fills FOLDER; a process with HF_HUB_CACHE=FOLDER and HF_HUB_OFFLINE=1 then finds them under
-their names. OPT, which LongLoRA refuses for want of rotary embeddings, is by far the model that PEFT's tests like best
-and rarely what they are about: rotary stand-ins take its place. The others are what their names say, refused or not.
+their names. PEFT's tests like OPT and GPT-2 best and are rarely about them; LongLoRA refuses them for want of rotary
+embeddings. So rotary stand-ins take their places. The other models are what their names say, refused or not.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ EXPERTS = {
     "intermediate_size_mlp": 32,
 }
 PLAIN_ROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4))
+NEOX = {**TINY, "tie_word_embeddings": False, "rotary_pct": 0.5}
 GPT = dict(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=WINDOW, rotary_dim=4)
 BERT = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=320)
 BART = dict(d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=320)
@@ -60,12 +61,11 @@ MODELS = {
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": ("Gemma3ForCausalLM", SLIDING),
     "trl-internal-testing/tiny-Llama4ForCausalLM": ("Llama4ForCausalLM", EXPERTS),
     "trl-internal-testing/tiny-GptOssForCausalLM": ("GptOssForCausalLM", {**EXPERTS, **PLAIN_ROPE}),
-    # stand-ins for OPT, tied as OPT is; the tests know the width of opt-125m
+    # stand-ins: for OPT, tied as OPT is, and for GPT-2; the tests know the width of opt-125m
     "peft-internal-testing/tiny-random-OPTForCausalLM": ("Qwen3ForCausalLM", TIED),
     "peft-internal-testing/opt-125m": (RotaryOPTForCausalLM, {**TIED, "hidden_size": 768, "num_hidden_layers": 8}),
-    # refused: no rotary embeddings, no attention interface, or no causal language model
-    "peft-internal-testing/tiny-random-GPT2LMHeadModel": ("GPT2LMHeadModel", GPT),
-    "hf-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", GPT),
+    "peft-internal-testing/tiny-random-GPT2LMHeadModel": ("GPTNeoXForCausalLM", NEOX),
+    # refused: no rotary embeddings or attention of transformers' own, or no causal language model
     "peft-internal-testing/tiny-random-GPTJForCausalLM": ("GPTJForCausalLM", GPT),
     "peft-internal-testing/tiny-random-BertModel": ("BertForMaskedLM", BERT),
     "peft-internal-testing/tiny-random-RobertaForSequenceClassification": ("RobertaForSequenceClassification", BERT),

@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 WORKERS ?= auto
 
-.PHONY: help demo test test-lowest browser lint format wheel clean
+.PHONY: help demo test test-lowest peft-suite browser lint format wheel clean
 
 help:
 	@echo "make demo    extend the embedded model from 512 to 4096 tokens and plot it (3 to 5 minutes on 2 cores)"
 	@echo "make test    run the tests that need no GPU (about 3 minutes on 2 cores)"
 	@echo "make test-lowest  the same with the lowest supported versions, in .venv-lowest"
+	@echo "make peft-suite   run PEFT's own tests with LongLoraConfig (4 to 8 minutes)"
 	@echo "make browser run the tests of examples/app.py; they need chromium and chromedriver"
 	@echo "make lint    check format and style"
 	@echo "make format  apply format and safe fixes"
@@ -30,6 +31,10 @@ test: $(VENV)/.test
 test-lowest: $(LOWEST)/.test
 	@echo "== tests with the lowest versions: $$($(LOWEST)/bin/python -m peft_longlora --version)"
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+peft-suite: $(VENV)/.suite
+	@echo "== tests of peft, out of its source distribution on PyPI, with LongLoraConfig in place of LoraConfig"
+	$(BIN)/python -m pytest -m slow tests/peft_suite -rPs $(ARGS)
 
 browser: $(VENV)/.browser
 	@echo "== browser: examples/app.py in headless Chromium (Debian: apt-get install chromium chromium-driver)"
@@ -69,6 +74,11 @@ $(LOWEST)/.test: pyproject.toml constraints-lowest.txt
 	@echo "== making $(LOWEST) with the lowest versions (the first time takes minutes)"
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --disable-pip-version-check -c constraints-lowest.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/.suite: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "== installing the package and what PEFT's tests need"
+	$(PIP) -e ".[suite]"
 	@touch $@
 
 $(VENV)/.browser: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -1,13 +1,17 @@
 """PEFT's own tests, with `LongLoraConfig` in place of `LoraConfig`: decoders, configs, ties, low-level API, conversion.
 
-    pip install -e ".[suite]" -c constraints.txt && pytest -m slow tests/peft_suite -rP
+`make peft-suite`, or by hand:
 
-The tests come from PyPI, out of the source distribution of the installed peft; nothing of them is kept here. They run in
-a process of their own with plugin.py, which swaps the config and knows from expected.yaml what must fail, and with the
-models of models.py in place of the Hub's. "stock" is the control: the same tests, models and list with LoraConfig
-itself. The last line of each run, which -rP shows, has the counts: xfailed are those on the list.
+    pip install -c constraints.txt -e ".[suite]"
+    pytest -m slow tests/peft_suite -rP
 
-Four minutes on one core, all three. One test by hand: the command is in the failure's message.
+The tests come from PyPI, out of the source distribution of the installed peft, and nothing of them is kept here. They
+run in a process of their own, with the models of models.py in place of the Hub's. plugin.py swaps the config there, and
+expected.yaml says which tests must fail with which error. Of the three profiles, "stock" is the control, the same tests
+with `LoraConfig` itself; "lora" is LoRA with scaled RoPE and S2-Attn; "whole" trains embeddings and norms as well.
+
+`-rP` shows the counts of each run; "xfailed" are the tests on the list. The three take four minutes on one free core.
+If one fails, its message ends with the command that runs it again.
 """
 
 import os
@@ -38,7 +42,13 @@ FILES = [
 # Makes configs with trainable_token_indices while it is imported, which train_embeddings=True refuses.
 TRAINABLE_TOKENS = "tests/test_trainable_tokens.py"
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        any(find_spec(name) is None for name in ("diffusers", "parameterized", "scipy")),
+        reason='PEFT\'s tests need pip install -c constraints.txt -e ".[suite]"',
+    ),
+]
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
@@ -61,8 +71,6 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def peft_source(tmp_path_factory) -> Path:
     """The folder of PEFT's source distribution, of the version that is installed."""
-    missing = [name for name in ("diffusers", "parameterized", "scipy") if find_spec(name) is None]
-    assert not missing, f'PEFT\'s tests import {", ".join(missing)}: pip install -e ".[suite]"'
     folder, name = tmp_path_factory.mktemp("sdist"), f"peft-{version('peft')}"
     download = ["-m", "pip", "download", "--no-deps", "--no-binary", "peft", name.replace("-", "==", 1)]
     run(sys.executable, *download, cwd=folder)
@@ -87,7 +95,7 @@ def test_what_must_fail_fails_and_nothing_else(profile, peft_source, hub_cache):
     files = FILES if profile == "whole" else [*FILES, TRAINABLE_TOKENS]
     output = run(
         *(sys.executable, "-m", "pytest", "-q", "-p", "plugin", "-p", "no:cacheprovider"),
-        *("--profile", profile, "--tb=line", "-rfE", *files),
+        *("--profile", profile, "--tb=line", "--show-capture=no", "--disable-warnings", "-rfE", *files),
         cwd=peft_source,
         HF_HUB_CACHE=str(hub_cache),
         HF_HUB_OFFLINE="1",

@@ -241,6 +241,8 @@ def _pattern_text(config: LongLoraConfig, window: int | None) -> str:
         chosen = f"{config.chosen_blocks}" if config.chosen_blocks else "as many as cost what groups cost"
         groups, shift = f"blocks of 128 keys chosen by content ({chosen}) in documents of more than {size:,} tokens", ""
     dense = f"; dense in layers {', '.join(map(str, config.dense_layers))}" if config.dense_layers else ""
+    if config.dense_every:
+        dense += f"; one training forward in {config.dense_every} dense in every layer"
     return f"`{config.attention_pattern}`: {groups}{shift}{dense}"
 
 

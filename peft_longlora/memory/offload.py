@@ -69,14 +69,9 @@ class _Again:
 
 
 class HostMemory:
-    """Tensors that wait in the host's memory, in the order of the forward. All blocks of a model share one object.
+    """Tensors that wait in the host's memory, in the order of the forward. All blocks of a model share one object."""
 
-    Args:
-        ahead: how many tensors are copied back at the same time.
-    """
-
-    def __init__(self, ahead: int = 1):
-        self.ahead = ahead
+    def __init__(self):
         self._away: list[ref[_Away]] = []  # a dropped graph frees its own
         self._spare: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
         self._stream: torch.cuda.Stream | None = None
@@ -99,7 +94,7 @@ class HostMemory:
         if away in waiting:  # the first time
             waiting = waiting[: waiting.index(away)]
             self._away = [ref(one) for one in waiting]
-        for one in waiting[max(0, len(waiting) - self.ahead) :]:
+        for one in waiting[-1:]:
             one.fetch()
         return tensor
 

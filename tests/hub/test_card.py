@@ -112,6 +112,7 @@ def test_an_adapter_of_a_plain_transformers_model_has_the_card_too(base_folder, 
             64,
         ),
         ({"context_length": 32}, 64, 8),
+        ({"attention_pattern": "local", "dense_every": 3}, 256, 64),
     ],
     ids=str,
 )
@@ -133,6 +134,8 @@ def test_card_says_what_the_model_does(base_folder, tmp_path, fields, window, gr
         assert f"groups of {group} tokens" in pattern and settings[0].group_size == group
     dense = "; dense in layers 1" in pattern
     assert dense == (fields.get("dense_layers") == [1])
+    every = "; one training forward in 3 dense in every layer" in pattern
+    assert every == (settings[0].schedule.dense_every == 3)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert row(text, "input embeddings").startswith("yes") == any("embed_tokens" in name for name in trained)
     assert row(text, "norms").startswith("yes") == any("norm" in name for name in trained)

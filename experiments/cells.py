@@ -27,7 +27,7 @@ STUDY_KEYS = {
     "evaluation",
     "cells",
 }
-CELL_KEYS = {"name", "label", "budgets", "seeds", "config", "training", "sparse_share"}
+CELL_KEYS = {"name", "label", "budgets", "seeds", "config", "training"}
 TRAINING = dict(
     steps=150,
     learning_rate=2e-4,
@@ -52,7 +52,6 @@ class Cell:
         seed: of the rows, their order and LoRA's start.
         window: tokens of a training row.
         config: fields of LongLoraConfig. training, evaluation: see README.md.
-        sparse_share: share of full attention's work in a sparse layer, where `work` cannot tell it from the pattern.
     """
 
     study: str
@@ -64,7 +63,6 @@ class Cell:
     config: dict[str, Any]
     training: dict[str, Any]
     evaluation: dict[str, Any]
-    sparse_share: float | None = None
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -145,8 +143,8 @@ def read_study(path: str | Path) -> Study:
             if not isinstance(training[key], int | float):
                 raise ValueError(f"{path}: {key}={training[key]!r} is no number to YAML. Write 2.0e-4, with the dot.")
         config = {**whole["config"], **entry.get("config", {})}
-        share, label = entry.get("sparse_share"), entry.get("label", entry["name"])
-        return Cell(path.stem, entry["name"], label, budget, seed, window, config, training, evaluation, share)
+        label = entry.get("label", entry["name"])
+        return Cell(path.stem, entry["name"], label, budget, seed, window, config, training, evaluation)
 
     order = [
         (entry, budget, seed)

@@ -110,8 +110,7 @@ def train(cell: Cell, model: PeftModel, rows: list[list[int]], device: str) -> d
         raise RuntimeError(f"{cell}: {len(losses)} losses of {steps} steps, the last of them {losses[-5:]}.")
     config = model.peft_config["default"]
     layers, *heads = shape_of(model.config.get_text_config())
-    layer = layer_share(config.attention_pattern, cell.window, config.applied_group_size, *heads)
-    layer = cell.sparse_share if layer is None else layer
+    layer = layer_share(config.attention_pattern, cell.window, config.applied_group_size, *heads, config.chosen_blocks)
     dense = len(dense_step_numbers(steps, dense_every, options["dense_steps"]))
     return dict(
         loss=[round(loss, 5) for loss in losses],

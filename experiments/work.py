@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft_longlora.kernels.blocks import BLOCK, default_blocks
+
 
 def causal_pairs(length: int) -> int:
     """Pairs of full causal attention. Example: 3 tokens see 1 + 2 + 3 = 6."""
@@ -27,20 +29,40 @@ def window_pairs(length: int, window: int) -> int:
     return causal_pairs(window) + (length - window) * window
 
 
-def layer_share(pattern: str, length: int, group_size: int, heads: int, kv_heads: int) -> float | None:
-    """Share of full attention's pairs in one sparse layer; None for a pattern that this file does not know."""
+def adaptive_pairs(length: int, chosen: int) -> int:
+    """Pairs of "adaptive": a block of queries sees its own, the one before, the first and `chosen` others, if there.
+
+    Example: 3 blocks of 128, none chosen: 0 + 1 + 2 whole blocks and three triangles.
+    """
+    blocks, rest = divmod(length, BLOCK)
+    before = sum(min(block, chosen + 2) for block in range(blocks)) * BLOCK * BLOCK
+    return before + blocks * causal_pairs(BLOCK) + min(blocks, chosen + 2) * BLOCK * rest + causal_pairs(rest)
+
+
+def layer_share(
+    pattern: str, length: int, group_size: int, heads: int, kv_heads: int, chosen: int | None = None
+) -> float:
+    """Share of full attention's pairs in one sparse layer.
+
+    Args:
+        chosen: blocks that "adaptive" chooses; None for its default.
+
+    Raises: ValueError: an unknown pattern.
+    """
     whole = causal_pairs(length)
     if pattern == "full":
         return 1.0
     if pattern == "local":
         return grouped_pairs(length, group_size) / whole
+    if pattern == "adaptive":
+        return adaptive_pairs(length, default_blocks(group_size) if chosen is None else chosen) / whole
     if pattern == "window":
         return window_pairs(length, group_size // 2) / whole
     if pattern == "s2":  # KV heads from kv_heads // 2 on are shifted, with their query heads
         straight = kv_heads // 2 * (heads // kv_heads) if kv_heads > 1 else heads // 2
         shifted = grouped_pairs(length, group_size, group_size // 2)
         return (straight * grouped_pairs(length, group_size) + (heads - straight) * shifted) / heads / whole
-    return None
+    raise ValueError(f"pattern={pattern!r}: nobody has counted its pairs. Add it to work.py.")
 
 
 def dense_step_numbers(steps: int, dense_every: int | None, schedule: dict[str, int] | None) -> set[int]:
@@ -56,10 +78,8 @@ def dense_step_numbers(steps: int, dense_every: int | None, schedule: dict[str, 
     return found | set(range(max(0, steps - schedule.get("last", 0)), steps))
 
 
-def attention_share(dense_steps: int, steps: int, layer: float | None, dense_layers: int, layers: int) -> float | None:
-    """Share of full attention's pairs, averaged over layers and steps; None if a sparse layer's is unknown."""
-    if layer is None or not steps:
-        return None
+def attention_share(dense_steps: int, steps: int, layer: float, dense_layers: int, layers: int) -> float:
+    """Share of full attention's pairs, averaged over layers and steps."""
     sparse = (dense_layers + (layers - dense_layers) * layer) / layers
     return (dense_steps + (steps - dense_steps) * sparse) / steps
 

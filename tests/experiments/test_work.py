@@ -1,6 +1,12 @@
 """Shares of attention work, against pairs that are counted one by one."""
 
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
+
 import work
 
 PAIRS = {
@@ -23,6 +29,22 @@ def test_share_of_a_layer(pattern, length):
     assert work.layer_share(pattern, length, 8, 9, 3) == pytest.approx(counted / whole)
 
 
+@pytest.mark.parametrize("length", [640, 700, 100])
+@pytest.mark.parametrize("chosen", [1, 2, None])
+def test_share_of_a_layer_that_chooses_blocks(length, chosen):
+    """A query's block, the one before, the first of the row, and `chosen` of the others, whichever they are."""
+    counted = 0
+    for i in range(length):
+        own = i // 128
+        seen = {own, max(own - 1, 0), 0}
+        others = sorted(set(range(own)) - seen)[
+            : 1 if chosen is None else chosen
+        ]  # G 1024: 4 blocks, 3 of them always seen
+        counted += sum(j // 128 in seen.union(others) for j in range(i + 1))
+    share = work.layer_share("adaptive", length, 1024, 9, 3, chosen)
+    assert share == pytest.approx(2 * counted / length / (length + 1))
+
+
 def test_dense_steps_and_their_share():
     assert work.dense_step_numbers(13, 6, None) == {5, 11}
     assert work.dense_step_numbers(5, None, {"first": 2}) == {0, 1}
@@ -30,4 +52,3 @@ def test_dense_steps_and_their_share():
     assert work.dense_step_numbers(5, None, None) == set()
     # 25 dense steps of 150; in the others 3 of 30 layers are dense and the rest do an eighth.
     assert work.attention_share(25, 150, 0.125, 3, 30) == pytest.approx((25 + 125 * (0.1 + 0.9 * 0.125)) / 150)
-    assert work.attention_share(25, 150, None, 0, 30) is None

@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft_longlora.chat.limits import Limits
-from peft_longlora.chat.pdf import read_pages
+from peft_longlora.data.limits import Limits
+from peft_longlora.data.pdf import read_pages
 
 SUFFIXES = (".txt", ".md", ".pdf")
 PAGE_BREAK = "\n\n"

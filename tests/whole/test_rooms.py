@@ -28,7 +28,7 @@ ARROWS = {
     "adapter": {"attention", "rope", "kernels.groups", "architecture"},
     "hub": {"adapter", "rope", "architecture"},
     "eval": {"hub", "sequence", "attention", "rope", "data", "architecture"},
-    "chat": {"hub", "rope", "architecture"},
+    "chat": {"hub", "rope", "data", "architecture"},
     "register": {"hub", "adapter", "attention"},
     "cli": {"eval", "chat", "hub", "__init__"},
     "__main__": {"cli"},

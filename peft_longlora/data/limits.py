@@ -1,4 +1,4 @@
-"""Limits for reading a file, for pages that serve strangers. Called by document.py and pdf.py."""
+"""Limits for reading a file, for pages that serve strangers. Called by the chat and by pdf.py."""
 
 from __future__ import annotations
 

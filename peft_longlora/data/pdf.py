@@ -1,6 +1,6 @@
 """The text of a PDF, page by page, or one error that names the file and the page.
 
-Called by document.py. A damaged file makes pypdf raise errors of any kind: its own, Python's and other libraries'. Each
+Called by rows.py and by the chat. A damaged file makes pypdf raise errors of any kind: its own, Python's and other libraries'. Each
 of them becomes a ValueError here.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from peft_longlora.chat.limits import Limits
+from peft_longlora.data.limits import Limits
 
 
 def read_pages(path: Path, limits: Limits) -> list[str]:

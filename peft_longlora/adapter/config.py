@@ -123,6 +123,9 @@ class LongLoraConfig(LoraConfig):
     file: AdapterFile | None = field(
         **_IN_MEMORY, metadata={"help": "The table of contents of the weights file beside adapter_config.json."}
     )
+    folder: str | None = field(
+        **_IN_MEMORY, metadata={"help": "Where the adapter was loaded from or last saved: its results lie there."}
+    )
     resolved_for: str | None = field(
         **_IN_MEMORY, metadata={"help": "The model_type for which target_modules and modules_to_save were filled in."}
     )
@@ -223,6 +226,7 @@ class LongLoraConfig(LoraConfig):
         """
         super().save_pretrained(save_directory, **kwargs)
         self.on_save(save_directory)
+        self.folder = str(save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -238,6 +242,7 @@ class LongLoraConfig(LoraConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         with suppress(FileMissing):  # PEFT loads the same file next, from the folder or from the Hub's cache
             config.file = AdapterFile.read(find(pretrained_model_name_or_path, SAFETENSORS_WEIGHTS_NAME, **place))
+            config.folder = str(config.file.path.parent)
         return config
 
 

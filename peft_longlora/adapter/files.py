@@ -110,17 +110,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def is_link_out(file: Path) -> bool:
+    """Whether a file is a link out of its folder. (In the Hub's cache all files are links within it.)"""
+    folder = file.parent.resolve()
+    repository = next((parent.parent for parent in folder.parents if parent.name == "snapshots"), folder)
+    return file.is_symlink() and not file.resolve().is_relative_to(repository)
+
+
 def refuse_link(file: Path) -> None:
-    """Refuse an adapter's file that is a link out of its folder. (In the Hub's cache all files are links within it.)
+    """Refuse an adapter's file that is a link out of its folder.
 
     Raises: ValueError.
     """
-    target, folder = file.resolve(), file.parent.resolve()
-    repository = next((parent.parent for parent in folder.parents if parent.name == "snapshots"), folder)
-    if file.is_symlink() and not target.is_relative_to(repository):
+    if is_link_out(file):
         raise ValueError(
-            f"{file} is a link to {target}, out of the adapter's folder. Put the file itself there, or load the "
-            f"folder that holds it."
+            f"{file} is a link to {file.resolve()}, out of the adapter's folder. Put the file itself there, or load "
+            f"the folder that holds it."
         )
 
 

@@ -10,10 +10,10 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
-from . import chat, compare, evaluate
+from . import chat, compare, evaluate, push
 from .arguments import Command, Parser, say_options
 
-COMMANDS = {command.name: command for command in (evaluate.COMMAND, compare.COMMAND, chat.COMMAND)}
+COMMANDS = {command.name: command for command in (evaluate.COMMAND, compare.COMMAND, chat.COMMAND, push.COMMAND)}
 BAD_INPUT = (ValueError, NotImplementedError, ImportError, OSError)
 
 
@@ -36,7 +36,10 @@ class Version(argparse.Action):
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
-    parser = Parser(prog="longlora", description="Measure language models with long windows, and read with them.")
+    parser = Parser(
+        prog="longlora",
+        description="Measure language models with long windows, read with them, and push their adapters.",
+    )
     parser.add_argument(
         "--version", action=Version, help="show the version, and those of Python, torch, transformers and peft"
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedTokenizerBase
 
 from peft_longlora.hub.writing import write_whole
@@ -94,6 +95,15 @@ def fingerprint(name: str, digests: Digests, commit: str | None = None) -> str:
     files = sorted(f for f in folder.iterdir() if f.is_file() and (f.name.endswith(WEIGHTS) or f.name in CONFIGS))
     lines = [f"{digest}  {file.name}\n" for file, digest in digests.of(files).items()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def weights_digest(adapter: str, digests: Digests) -> str | None:
+    """SHA-256 of an adapter's weights file, which the Hub shows too; None if this machine has no such file."""
+    file = Path(adapter, SAFETENSORS_WEIGHTS_NAME)
+    if not Path(adapter).is_dir():
+        found = try_to_load_from_cache(adapter, SAFETENSORS_WEIGHTS_NAME)
+        file = Path(found) if isinstance(found, str) else file
+    return digests.of([file])[file] if file.is_file() else None
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

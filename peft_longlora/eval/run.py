@@ -65,7 +65,8 @@ class Run:
         versions_of = versions("transformers", "torch", "peft", "tokenizers")
         del versions_of["python"]  # it changes no number
         return {
-            "model": self.subject.description,
+            # adapter_sha256 covers the weights file, and runs of before have no digest of that file alone
+            "model": {name: value for name, value in self.subject.description.items() if name != "weights_sha256"},
             "versions": versions_of,
             "device": device_name(self.subject.model.device),
             **tasks,

@@ -18,7 +18,14 @@ from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.configure import configure_attention, use_attention
 from peft_longlora.attention.settings import settings_of
 from peft_longlora.data.encoding import encode_all
-from peft_longlora.eval.identity import Digests, fingerprint, model_digest, template_digest, tokenizer_digest
+from peft_longlora.eval.identity import (
+    Digests,
+    fingerprint,
+    model_digest,
+    template_digest,
+    tokenizer_digest,
+    weights_digest,
+)
 from peft_longlora.eval.losses import TokenLosses
 from peft_longlora.hub.generation import decoding
 from peft_longlora.hub.loading import check_tokenizer, load_model
@@ -73,6 +80,7 @@ class Subject:
             "fingerprint": None,
             "adapter": model.active_adapter if variant == "adapter" else None,
             "adapter_sha256": None,
+            "weights_sha256": None,
             "tokenizer": tokenizer.name_or_path,
             "dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
             "attention": attention if attention == "dense" else f"sparse ({_pattern(model)})",
@@ -101,6 +109,7 @@ class Subject:
             commit = getattr(self.model.config, "_commit_hash", None)
             self.description["fingerprint"] = fingerprint(model, digests, commit)
             self.description["adapter_sha256"] = fingerprint(adapter, digests) if adapter else None
+            self.description["weights_sha256"] = weights_digest(adapter, digests) if adapter else None
         self.description["tokenizer_sha256"] = tokenizer_digest(self.tokenizer)
         self.description["chat_template_sha256"] = template_digest(self.tokenizer)
 

@@ -1,11 +1,13 @@
 """The files beside an adapter's weights, and how adapters are pushed, loaded and converted.
 
 `card` writes README.md (`readme` finds out who wrote the old one, `markdown` escapes text). `results` reads and writes
-results.json. `push` and `trainers` bring both to the Hub. `loading` loads a base with an adapter. `export` turns our
-adapters into plain LoRA, and `original` turns the original project's adapters into ours.
+results.json, `beside` takes it along with an adapter. `push` (a model), `folder` and `trainers` bring all to the Hub,
+on a `draft` of what is there. `loading` loads a base with an adapter. `export` turns our adapters into plain LoRA, and
+`original` turns the original project's adapters into ours.
 """
 
 from peft_longlora.hub.export import export_lora
+from peft_longlora.hub.folder import Pushed, push_folder
 from peft_longlora.hub.loading import Loaded, load_model
 from peft_longlora.hub.original import convert_original_adapter
 from peft_longlora.hub.push import push_adapter, push_card
@@ -14,11 +16,13 @@ from peft_longlora.hub.trainers import use_longlora_card
 
 __all__ = [
     "Loaded",
+    "Pushed",
     "Results",
     "convert_original_adapter",
     "export_lora",
     "load_model",
     "push_adapter",
     "push_card",
+    "push_folder",
     "use_longlora_card",
 ]

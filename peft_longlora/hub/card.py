@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import hub_id
+from peft_longlora.hub.beside import carry_results, is_of_other_weights
 from peft_longlora.hub.markdown import cell, code, literal
 from peft_longlora.hub.readme import README, is_free, read_readme, with_our_part, write_readme
 from peft_longlora.hub.results import Row, copy_results, read_results
@@ -62,16 +63,25 @@ class CardOptions:
         return config.card or cls()
 
 
-def write_card(config: LongLoraConfig, folder: str | os.PathLike, subfolder: str | None = None) -> Path:
+def write_card(
+    config: LongLoraConfig,
+    folder: str | os.PathLike,
+    subfolder: str | None = None,
+    weights: str | None = None,
+) -> Path:
     """Write or update README.md in an adapter's folder.
 
     A README that a person wrote keeps its text and gets our metadata, as in PEFT. A README that a library drafted is
     replaced. In our own README the part between the two marks is replaced.
 
+    Results come along if the adapter was loaded from, or last saved in, another folder that has them, and its weights
+    have not changed since. Results of other weights are shown as such, and are not in the metadata.
+
     Args:
         config: the adapter's config.
         folder: the adapter's folder; if it has a results.json and plots (*.png), the card shows them.
         subfolder: the adapter's subfolder of that folder, if it is in one.
+        weights: the SHA-256 of the adapter's weights file, if it is not in the folder.
 
     Raises:
         ValueError: the template, the README or results.json cannot be read.
@@ -81,10 +91,13 @@ def write_card(config: LongLoraConfig, folder: str | os.PathLike, subfolder: str
     options = CardOptions.of(config)
     if options.results:
         copy_results(Path(options.results), folder)
+    else:
+        carry_results(config.folder, folder)
     results, plots = read_results(folder)
+    is_stale = is_of_other_weights(folder, weights)
     place, subfolder = options.adapter or str(folder), options.subfolder or subfolder
     try:
-        card = make_card(config, place, results, plots, old=read_readme(path), subfolder=subfolder)
+        card = make_card(config, place, results, plots, read_readme(path), subfolder, is_stale)
     except yaml.YAMLError as error:
         raise ValueError(
             f"The metadata at the top of {path} cannot be read: {' '.join(str(error).split())}. Correct it, or delete "
@@ -125,6 +138,7 @@ def make_card(
     plots: list[str] | None = None,
     old: str = "",
     subfolder: str | None = None,
+    is_stale: bool = False,
     extra: dict[str, Any] | None = None,
 ) -> ModelCard:
     """The card of an adapter; text that people wrote into the old card is kept.
@@ -135,6 +149,7 @@ def make_card(
         results, plots: as `read_results` returns them.
         old: the text of the existing README.
         subfolder: the adapter's folder in the repository, if it is in one.
+        is_stale: whether the results are of other weights.
         extra: further variables for a template.
 
     Raises:
@@ -167,7 +182,7 @@ def make_card(
         data = {k: v for k, v in data.items() if k != "model-index"}
         # The base's numbers are not results of this model, and costs are results of the machine.
         own = [row.eval_result() for row in results if row.variant == "adapter" and row.task != "cost"]
-        data |= {"model_name": name, "eval_results": own} if own else {}
+        data |= {"model_name": name, "eval_results": own} if own and not is_stale else {}
     datasets = data.get("datasets") or []
     variables = {
         **_variables(config, adapter, base, name),
@@ -176,6 +191,7 @@ def make_card(
         "datasets": [datasets] if isinstance(datasets, str) else datasets,
         "results": results or [],
         "plots": plots or [],
+        "is_stale": is_stale,
         **(extra or {}),
     }
     card = _render(ModelCardData(**data), options.template, variables)

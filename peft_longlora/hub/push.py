@@ -20,9 +20,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -30,8 +29,8 @@ from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import hub_id
 from peft_longlora.adapter.fit import check_again
 from peft_longlora.hub.card import CardOptions, as_list, try_card, write_card
+from peft_longlora.hub.draft import Remote, begin_draft, complete_snapshot
 from peft_longlora.hub.readme import README, is_trainers_draft
-from peft_longlora.hub.results import RESULTS
 
 
 def push_adapter(
@@ -48,33 +47,37 @@ def push_adapter(
 ) -> CommitInfo:
     """Push an adapter and its card in one commit, so that a card never appears without its weights.
 
-    The arguments are those of `PeftModel.push_to_hub`. Text that people wrote into the repository's README is kept.
+    The arguments are those of `PeftModel.push_to_hub`. Text that people wrote into the README, on the Hub or beside the
+    adapter on the disk, is kept. If the adapter was loaded from, or last saved in, a folder with results and plots and
+    has not changed since, they are pushed with it.
 
     Raises:
         ValueError: the model has no LongLoRA adapter.
         LocalTokenNotFoundError: no token is given or stored; the message says how to get one.
         HfHubHTTPError: the Hub refused. Nothing is committed then; repeat the same call to complete the push.
     """
-    api, configs = _writing_api(token), adapters_of(model)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    with TemporaryDirectory() as folder:
+    api, configs = writing_api(token), adapters_of(model)
+    remote = Remote.create(api, repo_id, revision, private)
+    with TemporaryDirectory() as place:
         has_folders = isinstance(model, PeftModel)  # one folder for each adapter that is not named "default"
-        for name in configs:
-            path = Path(folder, name) if has_folders and name != "default" else Path(folder)
-            _download_readme(api, repo_id, revision, path.relative_to(folder).as_posix(), path)
-        if has_folders and "default" not in configs:
-            _download_readme(api, repo_id, revision, ".", Path(folder))
-        with _on_the_hub(configs, repo_id, api, tags, has_folders):
-            model.save_pretrained(folder)
+        folders = {f"{name}/" if has_folders and name != "default" else "": config for name, config in configs.items()}
+        if "" not in folders:
+            begin_draft(remote, "", None, Path(place))
+        for subfolder, config in folders.items():
+            source = Path(config.folder) if config.folder else None
+            if source is not None:
+                complete_snapshot(api, source)
+            begin_draft(remote, subfolder, source, Path(place, subfolder))
+        with _on_the_hub(configs, remote.repo_id, api, tags, has_folders):
+            model.save_pretrained(place)
         return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
+            repo_id=remote.repo_id,
+            folder_path=place,
             commit_message=commit_message or "Upload adapter",
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
+            delete_patterns=[name for subfolder in folders for name in remote.gone(subfolder, Path(place, subfolder))],
         )
 
 
@@ -96,7 +99,7 @@ def push_card(
         ValueError: the repository holds no LongLoRA adapter, or its README or results.json cannot be read.
         HfHubHTTPError: the Hub refused.
     """
-    api = _writing_api(token)
+    api = writing_api(token)
     names = api.list_repo_files(repo_id, revision=revision)
     if CONFIG_NAME not in names:
         raise ValueError(
@@ -104,15 +107,16 @@ def push_card(
             f"adapter. Push one there first: model.push_to_hub({repo_id!r})."
         )
     with TemporaryDirectory() as folder:
-        wanted = [n for n in names if n in (CONFIG_NAME, README, RESULTS) or (n.endswith(".png") and "/" not in n)]
-        for name in wanted:
-            api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)
+        remote = Remote(api, repo_id, revision, names)
+        remote.download("", Path(folder))
+        api.hf_hub_download(repo_id, CONFIG_NAME, revision=revision, local_dir=folder)
         config = PeftConfig.from_pretrained(folder)
         if not isinstance(config, LongLoraConfig):
             raise ValueError(f"{repo_id} is an adapter of type {config.peft_type}; this card is only for LONGLORA.")
         config.card = CardOptions(template, license, as_list(datasets), as_list(language), adapter=repo_id)
         config.card = with_base_license(config, api.token)
-        path = write_card(config, folder)
+        (weights,) = api.get_paths_info(repo_id, [SAFETENSORS_WEIGHTS_NAME], revision=revision) or [None]
+        path = write_card(config, folder, weights=weights.lfs.sha256 if weights and weights.lfs else None)
         return api.upload_file(
             repo_id=repo_id,
             path_or_fileobj=path,
@@ -169,7 +173,7 @@ def _license_of(repo_id: str, token: bool | str | None) -> str | None:
     return data.get("license") if data else None
 
 
-def _writing_api(token: bool | str | None) -> HfApi:
+def writing_api(token: bool | str | None) -> HfApi:
     """An API that requires a token before it does anything. (With None it would try without a token.)"""
     return HfApi(token=True if token is None else token)
 
@@ -179,7 +183,7 @@ def _on_the_hub(
     configs: dict[str, LongLoraConfig], repo_id: str, api: HfApi, tags: list[str] | None, has_folders: bool
 ) -> Iterator[None]:
     """Within the block, saved cards describe adapters in this repository."""
-    before = {name: config.card for name, config in configs.items()}
+    before = {name: (config.card, config.folder) for name, config in configs.items()}
     try:
         for name, config in configs.items():
             options = with_base_license(config, api.token)
@@ -189,19 +193,7 @@ def _on_the_hub(
         yield
     finally:
         for name, config in configs.items():
-            config.card = before[name]
-
-
-def _download_readme(api: HfApi, repo_id: str, revision: str | None, subfolder: str, folder: Path) -> None:
-    """If the repository has a README, put it where the new one will be written."""
-    name = README if subfolder == "." else f"{subfolder}/{README}"
-    with TemporaryDirectory() as download:
-        try:
-            path = api.hf_hub_download(repo_id, name, revision=revision, local_dir=download)
-        except EntryNotFoundError:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / README).write_bytes(Path(path).read_bytes())
+            config.card, config.folder = before[name]
 
 
 # -- push_to_hub of a model --------------------------------------------------------------------------------------------

@@ -75,3 +75,35 @@ def is_free(path: Path) -> bool:
 def is_trainers_draft(path: Path) -> bool:
     """Whether transformers' Trainer has just drafted this README."""
     return path.is_file() and _TRAINERS_DRAFT in path.read_text(encoding="utf-8", errors="replace")
+
+
+def merged_readmes(disk: str, hub: str) -> str:
+    """One README from the adapter's own and the repository's, so that a push loses neither.
+
+    Metadata is that of both; if both have an entry, that of the disk. The text is the repository's if a person wrote
+    in it, and otherwise that of the disk.
+    """
+    try:
+        ours, theirs = (ModelCard(text or "---\n{}\n---\n") for text in (disk, hub))
+    except yaml.YAMLError:  # `write_card` says what is wrong with it
+        return hub or disk
+    data = {**theirs.data.to_dict(), **ours.data.to_dict()}
+    tags = [*(theirs.data.get("tags") or ()), *(ours.data.get("tags") or ())]
+    data |= {"tags": list(dict.fromkeys(tags))} if tags else {}
+    text = theirs.text if _is_somebodys(theirs.text) or not ours.text.strip() else ours.text
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n{text}"
+
+
+def without_results(text: str) -> str:
+    """A README without the results in its metadata; one whose metadata cannot be read stays as it is."""
+    try:
+        card = ModelCard(text)
+    except (ValueError, yaml.YAMLError):  # no metadata at all, or none that can be read
+        return text
+    data = {name: value for name, value in card.data.to_dict().items() if name != "model-index"}
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n{card.text}"
+
+
+def _is_somebodys(text: str) -> bool:
+    """Whether a person wrote a part of a README's text."""
+    return not is_draft(_OUR_PART.sub("", text))

@@ -9,7 +9,8 @@ Schema version 1, a JSON object:
     created         UTC time, ISO 8601
     versions        {"peft_longlora", "transformers", "torch", "peft", "python": version}
     hardware        {"device", "processes": n}
-    model           name, fingerprint, adapter (name or null), adapter_sha256 (or null), tokenizer, tokenizer_sha256,
+    model           name, fingerprint, adapter (name or null), adapter_sha256 (or null), weights_sha256 (or null; of the
+                    adapter's weights file alone, which other folders may hold too), tokenizer, tokenizer_sha256,
                     chat_template_sha256 (or null), dtype, attention ("dense" or "sparse"), rope_parameters,
                     native_window and window (tokens, before and after extension). A fingerprint is the Hub's commit;
                     for a folder it is what `sha256sum FILES | sha256sum` prints for its weights and configs
@@ -53,7 +54,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from peft_longlora.adapter.files import refuse_link
+from peft_longlora.adapter.files import is_link_out, refuse_link
 from peft_longlora.hub.writing import write_whole, writing
 
 RESULTS = "results.json"
@@ -220,7 +221,7 @@ def read_results(folder: Path) -> tuple[list[Row], list[str]]:
     Raises:
         ValueError: results.json does not follow the schema, or is a link out of the folder.
     """
-    plots = sorted(path.name for path in folder.glob("*.png") if path.resolve().parent == folder.resolve())
+    plots = sorted(path.name for path in folder.glob("*.png") if not is_link_out(path))
     path = folder / RESULTS
     if not path.exists():
         return [], plots

@@ -1,0 +1,69 @@
+"""Results and plots that lie beside an adapter: how they come along with it, and whether they are of its weights."""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from peft_longlora.hub.results import RESULTS, copy_results, read_results
+from peft_longlora.hub.writing import writing
+
+
+def carry_results(source: str | Path | None, folder: Path) -> None:
+    """Copy results and plots from the folder that an adapter was loaded from or last saved in.
+
+    Only if the weights in both folders are the same: results of other weights are no results of these.
+
+    Raises: ValueError: `read_results` refuses the source's results.
+    """
+    if source is None or Path(source).resolve() == folder.resolve():
+        return
+    source = Path(source)
+    if not ((source / RESULTS).is_file() or any(source.glob("*.png"))) or not _have_same_weights(source, folder):
+        return
+    if (source / RESULTS).is_file():
+        copy_results(source, folder)
+        return
+    for name in read_results(source)[1]:
+        with (source / name).open("rb") as content, writing(folder / name) as copy:
+            shutil.copyfileobj(content, copy)
+
+
+def measured_weights(folder: Path) -> str | None:
+    """The SHA-256 of the weights file that a folder's results.json belongs to; None if it does not say."""
+    try:
+        model = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["model"]
+        return model["weights_sha256"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):  # none, or `read_results` says what is wrong
+        return None
+
+
+def is_of_other_weights(folder: Path, weights: str | None = None) -> bool:
+    """Whether a folder's results.json belongs to other weights than the adapter's. False if the file does not say.
+
+    Args:
+        weights: the SHA-256 of the adapter's weights file; None: it lies in the same folder.
+    """
+    measured, file = measured_weights(folder), folder / SAFETENSORS_WEIGHTS_NAME
+    if measured is None or (weights is None and not file.is_file()):
+        return False
+    return measured != (weights or sha256(file))
+
+
+def sha256(file: Path) -> str:
+    """What the command `sha256sum` prints of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(2**23):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _have_same_weights(first: Path, second: Path) -> bool:
+    files = [folder / SAFETENSORS_WEIGHTS_NAME for folder in (first, second)]
+    return all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False)

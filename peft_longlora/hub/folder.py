@@ -1,0 +1,175 @@
+"""`push_folder`: an adapter's folder goes to the Hub as it lies on the disk, in one commit, without loading a model."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import httpx
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from peft_longlora.adapter.config import LongLoraConfig
+from peft_longlora.adapter.files import hub_id, refuse_link
+from peft_longlora.hub.beside import sha256
+from peft_longlora.hub.card import CardOptions, as_list, write_card
+from peft_longlora.hub.draft import Remote, begin_draft
+from peft_longlora.hub.push import with_base_license, writing_api
+from peft_longlora.hub.readme import README
+from peft_longlora.hub.results import RESULTS, copy_results, read_results
+
+# What belongs to an adapter. Anything else is left out and named: a Trainer's folder holds pickles, optimizer states
+# and logs, and what else lies there may be private.
+BELONGS = (
+    *(CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, README, RESULTS, "results.md", "*.png", "*.jpg", "*.svg"),
+    *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
+    *("merges.txt", "*.tiktoken", "chat_template.jinja", "LICENSE*", "NOTICE*", "generation_config.json"),
+    *("recipe.yaml", "recipe.yml"),
+)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What `push_folder` did.
+
+    Attributes:
+        commit: the Hub's answer, with its url. names: files in the commit. left_out: files of the folder that are not.
+        notes: warnings for the user.
+    """
+
+    commit: CommitInfo
+    names: list[str]
+    left_out: list[str]
+    notes: list[str]
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    base: str | None = None,
+    results: str | os.PathLike | None = None,
+    include: Iterable[str] = (),
+    license: str | None = None,
+    datasets: str | Iterable[str] | None = None,
+    language: str | Iterable[str] | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+) -> Pushed:
+    """Push an adapter's folder in one commit: weights, card with its results, results.json, plots and tokenizer.
+
+    The card is written anew for the repository. Text that people wrote into the README on the disk or on the Hub is
+    kept. The folder itself does not change.
+
+    Args:
+        folder: an adapter's folder. repo_id: "owner/name" or "name"; the repository is made if it is not there.
+        base: the base's id on the Hub, for an adapter that was trained on a base in a folder.
+        results: a folder that `longlora eval` wrote, for results that do not lie with the adapter yet.
+        include: patterns of further file names to push, such as "*.csv".
+        license, datasets, language: for the card, as for `use_longlora_card`.
+        private: whether a new repository is private. token, revision, create_pr, commit_message: as for
+            `HfApi.upload_folder`.
+
+    Raises:
+        ValueError: the folder holds no LongLoRA adapter, a file is damaged, or the Hub is not reached.
+        HfHubHTTPError: the Hub refused. Nothing is committed then; the same call completes the push.
+    """
+    folder = Path(folder)
+    config = _read(folder)
+    if base is not None and hub_id(base) is None:
+        raise ValueError(f"base={base!r} is no id on the Hub ('owner/name').")
+    names, left_out = choose_files(folder, tuple(include))
+    notes = [] if base or hub_id(config.base_model_name_or_path) else [_base_note(config)]
+    config.base_model_name_or_path = base or config.base_model_name_or_path
+    api = writing_api(token)
+    with TemporaryDirectory() as place:
+        draft = Path(place)
+        try:
+            remote = Remote.create(api, repo_id, revision, private)
+            begin_draft(remote, "", folder, draft)
+        except httpx.TransportError as error:
+            raise ValueError(f"The Hub is not reached ({error}). Nothing is pushed; try again.") from error
+        _copy_results(folder, Path(results) if results else None, draft)
+        config.card = CardOptions(None, license, as_list(datasets), as_list(language), adapter=remote.repo_id)
+        config.card = with_base_license(config, api.token)
+        config.folder = None  # its results are in the draft already
+        write_card(config, draft, weights=sha256(folder / SAFETENSORS_WEIGHTS_NAME))
+        if base is not None:
+            content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+            content["base_model_name_or_path"] = base
+            (draft / CONFIG_NAME).write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
+        files = {name: folder / name for name in names} | {path.name: path for path in draft.iterdir()}
+        gone = remote.gone("", draft)
+        operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
+        try:
+            commit = api.create_commit(
+                remote.repo_id,
+                [*operations, *(CommitOperationDelete(name) for name in gone)],
+                commit_message=commit_message or "Upload adapter",
+                revision=revision,
+                create_pr=create_pr,
+            )
+        except httpx.TransportError as error:
+            raise ValueError(
+                f"The Hub was lost while files went there ({error}). Nothing is committed; the same call completes it."
+            ) from error
+    return Pushed(commit, sorted(files), left_out, notes)
+
+
+def choose_files(folder: Path, include: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
+    """Names of an adapter's files in a folder, and of what else lies there (folders end with "/").
+
+    Raises: ValueError: a file of the adapter is a link out of the folder.
+    """
+    names, left_out = [], []
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in (*BELONGS, *include)):
+            refuse_link(path)
+            names.append(path.name)
+        else:
+            left_out.append(path.name + "/" * path.is_dir())
+    return names, left_out
+
+
+def _read(folder: Path) -> LongLoraConfig:
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder)!r}: no such folder. Give the folder of an adapter.")
+    if not (folder / CONFIG_NAME).is_file():
+        merged = " It looks like a whole model: push it with its own push_to_hub, or `hf upload`." * (
+            (folder / "config.json").is_file()
+        )
+        raise ValueError(f"{str(folder)!r}: no {CONFIG_NAME} in it, so it is no adapter.{merged}")
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LongLoraConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(f"{str(folder)!r} is an adapter of type {kind}; only LONGLORA adapters are pushed here.")
+    config = LongLoraConfig.from_pretrained(str(folder))
+    if config.file is None:
+        raise ValueError(f"{str(folder)!r}: no {SAFETENSORS_WEIGHTS_NAME} in it. Save the adapter anew.")
+    return config
+
+
+def _base_note(config: LongLoraConfig) -> str:
+    return (
+        f"{CONFIG_NAME} names the base {config.base_model_name_or_path!r}, which is not on the Hub, so nobody else can "
+        f"load the adapter. Push again with base='owner/name'."
+    )
+
+
+def _copy_results(folder: Path, results: Path | None, draft: Path) -> None:
+    """The results and pictures on the disk take the place of those on the Hub."""
+    if results is not None or (folder / RESULTS).is_file():
+        copy_results(results or folder, draft)
+    if results is None or results.resolve() != folder.resolve():
+        for name in read_results(folder)[1]:
+            if results is None or not (draft / name).exists():
+                (draft / name).write_bytes((folder / name).read_bytes())

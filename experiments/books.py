@@ -36,8 +36,13 @@ class Books:
         return cls(*(np.load(Path(folder, f"{split}{part}.npy")) for part in ("", "_off")))
 
 
-def train_rows(books: Books, window: int, count: int, seed: int) -> list[list[int]]:
-    """Windows at random places of random books longer than a window; the first n rows do not depend on `count`.
+def train_rows(
+    books: Books, window: int, count: int, seed: int, distinct: int | None = None
+) -> list[dict[str, list[int]]]:
+    """Windows at random places of random books longer than a window, as {"input_ids"}.
+
+    Args:
+        count: rows; the first n do not depend on it. distinct: how many differ, each then stands in several passes.
 
     Raises: ValueError: no book is longer than a window.
     """
@@ -45,12 +50,12 @@ def train_rows(books: Books, window: int, count: int, seed: int) -> list[list[in
         longest = max(map(len, books), default=0)
         raise ValueError(f"window={window}: the longest training book has {longest} tokens, which must be more.")
     rng, rows = random.Random(1 + seed), []
-    while len(rows) < count:
+    while len(rows) < min(count, distinct or count):
         book = books[rng.randrange(len(books))]
         if len(book) > window:
             start = rng.randrange(0, len(book) - window)
-            rows.append(book[start : start + window].astype(np.int64).tolist())
-    return rows
+            rows.append({"input_ids": book[start : start + window].astype(np.int64).tolist()})
+    return [rows[number % len(rows)] for number in range(count)]
 
 
 def main() -> None:

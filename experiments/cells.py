@@ -18,6 +18,7 @@ BUDGETS = ("tokens", "time")
 STUDY_KEYS = {
     "title",
     "inherit",
+    "data",
     "window",
     "seeds",
     "budgets",
@@ -27,7 +28,8 @@ STUDY_KEYS = {
     "evaluation",
     "cells",
 }
-CELL_KEYS = {"name", "label", "budgets", "seeds", "config", "training"}
+CELL_KEYS = {"name", "label", "budgets", "seeds", "window", "config", "training"}
+DATA = ("books", "records")
 TRAINING = dict(
     steps=150,
     learning_rate=2e-4,
@@ -38,8 +40,10 @@ TRAINING = dict(
     gradient_checkpointing=False,
     bf16=False,
     dense_steps=None,
+    accumulation=None,
+    rows=None,
 )
-EVALUATION = dict(native_window=None, edges=None, passkey_lengths=[], passkeys=20)
+EVALUATION = dict(native_window=None, edges=None, passkey_lengths=[], passkeys=20, memorised=None)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Cell:
         name: of the row in the tables. label: what the tables call it.
         budget: "tokens" (the steps given) or "time" (as many steps as take the reference's seconds).
         seed: of the rows, their order and LoRA's start.
-        window: tokens of a training row.
+        data: "books" or "records". window: tokens of a training row, at most.
         config: fields of LongLoraConfig. training, evaluation: see README.md.
     """
 
@@ -59,6 +63,7 @@ class Cell:
     label: str
     budget: str
     seed: int
+    data: str
     window: int
     config: dict[str, Any]
     training: dict[str, Any]
@@ -74,9 +79,11 @@ class Cell:
         """All that decides the result, as it stands in the line, but for the steps of a "time" cell, measured first."""
         # Without what is off, so that a new option leaves old lines as they are.
         training = {key: value for key, value in self.training.items() if value not in (None, False)}
+        evaluation = {key: value for key, value in self.evaluation.items() if key != "memorised" or value}
         if self.budget == "time":
             training.pop("steps")
-        return dict(window=self.window, config=self.config, training=training, evaluation=self.evaluation)
+        data = {} if self.data == "books" else {"data": self.data}
+        return dict(window=self.window, config=self.config, training=training, evaluation=evaluation, **data)
 
     @property
     def fingerprint(self) -> str:
@@ -93,12 +100,14 @@ class Study:
 
     Attributes:
         name: the stem of its file. title: a heading. reference: the cell that others are compared with.
+        data: what rows are made of, "books" or "records".
         cells: in order of importance: each seed of all cells before the next seed, equal tokens before equal time.
     """
 
     name: str
     title: str
     reference: str
+    data: str
     edges: list[int]
     passkey_lengths: list[int]
     cells: list[Cell] = field(default_factory=list)
@@ -125,6 +134,8 @@ def read_study(path: str | Path) -> Study:
     window, seeds = whole.get("window"), whole.get("seeds", [0])
     if type(window) is not int or window < 4:
         raise ValueError(f"{path}: window={window!r} must be the tokens of a training row, 4 or more.")
+    if (data := whole.get("data", "books")) not in DATA:
+        raise ValueError(f"{path}: data={data!r} must be one of {DATA}.")
     evaluation = {**EVALUATION, **whole["evaluation"]}
     evaluation["edges"] = evaluation["edges"] or [0, window]
     evaluation["native_window"] = evaluation["native_window"] or window
@@ -143,8 +154,8 @@ def read_study(path: str | Path) -> Study:
             if not isinstance(training[key], int | float):
                 raise ValueError(f"{path}: {key}={training[key]!r} is no number to YAML. Write 2.0e-4, with the dot.")
         config = {**whole["config"], **entry.get("config", {})}
-        label = entry.get("label", entry["name"])
-        return Cell(path.stem, entry["name"], label, budget, seed, window, config, training, evaluation)
+        label, most = entry.get("label", entry["name"]), entry.get("window", window)
+        return Cell(path.stem, entry["name"], label, budget, seed, data, most, config, training, evaluation)
 
     order = [
         (entry, budget, seed)
@@ -156,7 +167,8 @@ def read_study(path: str | Path) -> Study:
     for entry in entries:
         _check(path, f"cell {entry['name']!r}", entry, CELL_KEYS)
     lengths, title = evaluation["passkey_lengths"], whole.get("title", path.stem)
-    return Study(path.stem, title, whole["reference"], evaluation["edges"], lengths, [make(*one) for one in order])
+    cells = [make(*one) for one in order]
+    return Study(path.stem, title, whole["reference"], data, evaluation["edges"], lengths, cells)
 
 
 def _read(path: Path) -> dict[str, Any]:

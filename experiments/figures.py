@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import statistics
 from itertools import pairwise
 from typing import Any
@@ -49,3 +50,15 @@ def differences(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]
         for row, mine in found.items()
         if row != (study.reference, "tokens")
     }
+
+
+def answers(lines: list[dict[str, Any]], name: str, figure: str) -> list[float]:
+    """A figure of every scored record of a file, averaged over the lines (seeds)."""
+    rows = [line["metrics"]["records"][name][figure] for line in lines]
+    return [statistics.fmean(values) for values in zip(*rows, strict=True)]
+
+
+def answer_loss(lines: list[dict[str, Any]], name: str) -> float:
+    """Mean loss of the tokens of all written answers of a file, nats."""
+    tokens = lines[0]["metrics"]["records"][name]["tokens"]
+    return sum(map(operator.mul, answers(lines, name, "loss"), tokens)) / sum(tokens)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cell, Study, line_of, read_lines, read_study
-from figures import differences, lines_by_row, metric, positions, short
+from figures import answer_loss, answers, differences, lines_by_row, metric, positions, short
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -49,6 +49,25 @@ def quality_table(study: Study, found: dict[tuple[str, str], list[dict[str, Any]
         keys = [statistics.fmean(line["metrics"]["passkey"][length]["right"] for line in mine) for length in lengths]
         rows.append([label, budget, str(len(mine)), *figures, native, *(f"{key:.3g}" for key in keys)])
     return table([*head, *(f"keys {short(length)}" for length in lengths)], rows)
+
+
+def answer_table(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
+    """Scores of each cell's answers with their standard errors over records, and losses of the written answers."""
+    files = list(next(iter(found.values()))[0]["metrics"]["records"])
+    kinds = {name: ("rougeL", "ROUGE-L") if name.startswith("qmsum") else ("f1", "F1") for name in files}
+    head, rows = ["training attention", "seeds"], []
+    for name in files:
+        head += [f"{name.removesuffix('_train')} {kinds[name][1]}, %", "nats a token"]
+    for row, _, label in study.rows:
+        if not (mine := found.get((row, "tokens"))):
+            continue
+        cells = [label, str(len(mine))]
+        for name in files:
+            scores = [100 * score for score in answers(mine, name, kinds[name][0])]
+            error = statistics.stdev(scores) / len(scores) ** 0.5
+            cells += [f"{statistics.fmean(scores):.1f} ± {error:.1f}", f"{answer_loss(mine, name):.3f}"]
+        rows.append(cells)
+    return table(head, rows)
 
 
 def cost_table(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
@@ -86,8 +105,11 @@ def block(study: Study, lines: list[dict[str, Any]]) -> list[str]:
     found = lines_by_row(study, lines)
     if not found:
         return [NOTHING]
-    parts = [quality_table(study, found), difference_table(study, found), cost_table(study, found)]
-    if len(found) > 1 and differences(study, found):
+    if study.data == "records":
+        parts = [answer_table(study, found), cost_table(study, found)]
+    else:
+        parts = [quality_table(study, found), difference_table(study, found), cost_table(study, found)]
+    if study.data == "books" and len(found) > 1 and differences(study, found):
         parts.append([f"![{study.title}](images/results_{study.name}.png)"])
     return [line for part in parts if part for line in (*part, "")][:-1]
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import torch
 from books import Books, train_rows
 from cells import Cell, Study, line_of, read_lines, read_study, steps_of
 from metrics import measure
+from records import check_scores, measure_records, record_rows, split_records
 from train import make_model, train
 from transformers import AutoTokenizer
 
@@ -55,6 +57,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("study", nargs="+", help="YAML files, one after the other")
     parser.add_argument("--model", help="the base: a transformers folder or a Hub id")
     parser.add_argument("--tokens", help="the folder that books.py wrote train and validation to")
+    parser.add_argument("--records", help="the folder of records, for studies with data: records")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--results", default=HERE / "results", type=Path, help="folder of the lines, NAME.jsonl")
     parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds; no cell that takes longer")
@@ -104,7 +107,7 @@ def run_cell(cell: Cell, study: Study, args: argparse.Namespace, start: float, k
     file = args.results / f"{study.name}.jsonl"
     lines, device = read_lines(file), device_name(args.device)
     if (line := line_of(cell, lines)) is not None:
-        print(f"{cell}: done, perplexity {line['metrics']['perplexity']:.3f}", flush=True)
+        print(f"{cell}: done, {json.dumps(line['metrics'])[:120]}", flush=True)
         return False
     if (line := twin_of(cell, args.results)) is not None:
         append(file, {**line, "study": cell.study, "cell": cell.name, "run_in": line.get("run_in", line["study"])})
@@ -147,17 +150,26 @@ def finish_cell(cell: Cell, steps: int, args: argparse.Namespace, kernels: Kerne
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = make_model(cell, args.model, args.device)
     training: dict[str, Any] = {}
+    count = steps * (cell.training["accumulation"] or 1)
+    if cell.data == "records":
+        check_scores()
+        trained, scored = split_records(args.records)
+        rows = record_rows(trained, tokenizer, cell.window, count, cell.seed)
+        scores = partial(measure_records, model, tokenizer, scored, cell.window)
+    else:
+        rows = train_rows(Books.read(args.tokens, "train"), cell.window, count, cell.seed, cell.training["rows"])
+        held = Books.read(args.tokens, "validation")
+        scores = partial(measure, model, tokenizer, held, cell.window, cell.evaluation)
     if steps:
-        rows = train_rows(Books.read(args.tokens, "train"), cell.window, steps, cell.seed)
         training = train(cell, model, rows, args.device)
-    trained = time.monotonic()
-    metrics = measure(model, tokenizer, Books.read(args.tokens, "validation"), cell.window, cell.evaluation)
+    trained_at = time.monotonic()
+    metrics = scores()
     if args.save:
         model.save_pretrained(args.save / "-".join((cell.study, cell.name, cell.budget, str(cell.seed))))
     return dict(
         study=cell.study, cell=cell.name, budget=cell.budget, seed=cell.seed, steps=steps,
         fingerprint=cell.fingerprint, settings=cell.settings, metrics=metrics, **training,
-        measuring_seconds=time.monotonic() - trained, seconds=time.monotonic() - begin,
+        measuring_seconds=time.monotonic() - trained_at, seconds=time.monotonic() - begin,
         versions=versions(), kernels=kernels.found, commit=commit(),
         hardware=dict(device=device_name(args.device), python=platform.python_version(), cpus=os.cpu_count()),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

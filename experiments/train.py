@@ -17,6 +17,7 @@ import torch
 from cells import Cell
 from losses import token_losses
 from peft import PeftModel, get_peft_model
+from records import answer_losses
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -31,8 +32,13 @@ class LongRowTrainer(Trainer):
     losses: list[torch.Tensor]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = token_losses(model, inputs["input_ids"]).mean()
-        self.losses.append(loss.detach())
+        if "labels" in inputs:
+            losses = answer_losses(model, inputs)
+            loss = losses.sum() / num_items_in_batch  # an accumulated step is the mean over its tokens
+        else:
+            losses = token_losses(model, inputs["input_ids"])
+            loss = losses.mean()
+        self.losses.append(losses.detach().mean())
         return loss
 
 
@@ -70,15 +76,17 @@ def make_model(cell: Cell, folder: str, device: str) -> PeftModel:
     return get_peft_model(model, config)
 
 
-def train(cell: Cell, model: PeftModel, rows: list[list[int]], device: str) -> dict[str, Any]:
-    """Train on the rows, one a step.
+def train(cell: Cell, model: PeftModel, rows: list[dict[str, list[int]]], device: str) -> dict[str, Any]:
+    """Train on the rows, one a forward: {"input_ids"}, and "labels" where only an answer is trained.
 
-    Returns: "loss" and "step_seconds" of every step, "median_step_seconds", "mean_step_seconds" (of the second half:
-        nothing is compiled there any more), "training_seconds" of wall clock, "peak_gib", "attention_share".
+    Returns: "loss" of every forward and "step_seconds" of every step, "median_step_seconds", "mean_step_seconds" (of
+        the second half: nothing is compiled there any more), "training_seconds" of wall clock, "peak_gib",
+        "attention_share".
 
     Raises: RuntimeError: a loss is not finite.
     """
-    options, steps = cell.training, len(rows)
+    options, each = cell.training, cell.training["accumulation"] or 1
+    steps = len(rows) // each
     is_cuda = device != "cpu"
     groups = _parameter_groups(model, options)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=is_cuda)
@@ -86,17 +94,19 @@ def train(cell: Cell, model: PeftModel, rows: list[list[int]], device: str) -> d
     dense_every = cell.config.get("dense_every")
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=steps, per_device_train_batch_size=1, seed=cell.seed, use_cpu=not is_cuda,
+            folder, max_steps=steps, per_device_train_batch_size=1,
+            gradient_accumulation_steps=each, seed=cell.seed, use_cpu=not is_cuda,
             max_grad_norm=options["max_grad_norm"], bf16=options["bf16"], train_sampling_strategy="sequential",
             gradient_checkpointing=options["gradient_checkpointing"],
             gradient_checkpointing_kwargs={"use_reentrant": False}, remove_unused_columns=False,
             dataloader_pin_memory=is_cuda, disable_tqdm=True, logging_strategy="no", save_strategy="no",
             report_to="none",
         )  # fmt: skip
-        data = [{"input_ids": torch.tensor(row)} for row in rows]
+        data = [{name: torch.tensor(value) for name, value in row.items()} for row in rows]
         trainer = LongRowTrainer(model, arguments, train_dataset=data, optimizers=(optimizer, scheduler))
         trainer.losses = []
-        watch = Watch(trainer, dense_step_numbers(steps, None, options["dense_steps"]))
+        dense_steps = dense_step_numbers(steps, None, options["dense_steps"])
+        watch = Watch(trainer, dense_steps)
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(watch)
@@ -106,12 +116,17 @@ def train(cell: Cell, model: PeftModel, rows: list[list[int]], device: str) -> d
         trainer.train()
         seconds = _now(arguments.device) - start
     losses = torch.stack(trainer.losses).tolist()
-    if not all(map(math.isfinite, losses)) or len(losses) != steps:
-        raise RuntimeError(f"{cell}: {len(losses)} losses of {steps} steps, the last of them {losses[-5:]}.")
+    if not all(map(math.isfinite, losses)) or len(losses) != len(rows):
+        raise RuntimeError(f"{cell}: {len(losses)} losses of {len(rows)} forwards, the last of them {losses[-5:]}.")
     config = model.peft_config["default"]
     layers, *heads = shape_of(model.config.get_text_config())
-    layer = layer_share(config.attention_pattern, cell.window, config.applied_group_size, *heads, config.chosen_blocks)
-    dense = len(dense_step_numbers(steps, dense_every, options["dense_steps"]))
+
+    def layer(length: int) -> float:
+        return layer_share(config.attention_pattern, length, config.applied_group_size, *heads, config.chosen_blocks)
+
+    dense = dense_step_numbers(len(rows), dense_every, None)
+    dense |= {number for number in range(len(rows)) if number // each in dense_steps}
+    lengths = [len(row["input_ids"]) for row in rows]
     return dict(
         loss=[round(loss, 5) for loss in losses],
         step_seconds=[round(one, 4) for one in watch.seconds],
@@ -119,7 +134,7 @@ def train(cell: Cell, model: PeftModel, rows: list[list[int]], device: str) -> d
         mean_step_seconds=steady_mean(watch.seconds, dense_every or 1),
         training_seconds=seconds,
         peak_gib=torch.cuda.max_memory_allocated() / 2**30 if is_cuda else None,
-        attention_share=attention_share(dense, steps, layer, len(set(config.dense_layers or ())), layers),
+        attention_share=attention_share(lengths, dense, layer, len(set(config.dense_layers or ())), layers),
         group_size=config.applied_group_size,
         trained_parameters=sum(parameter.numel() for group in groups for parameter in group["params"]),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from peft_longlora.kernels.blocks import BLOCK, default_blocks
@@ -78,10 +79,21 @@ def dense_step_numbers(steps: int, dense_every: int | None, schedule: dict[str, 
     return found | set(range(max(0, steps - schedule.get("last", 0)), steps))
 
 
-def attention_share(dense_steps: int, steps: int, layer: float, dense_layers: int, layers: int) -> float:
-    """Share of full attention's pairs, averaged over layers and steps."""
-    sparse = (dense_layers + (layers - dense_layers) * layer) / layers
-    return (dense_steps + (steps - dense_steps) * sparse) / steps
+def attention_share(
+    lengths: Sequence[int], dense: Collection[int], layer: Callable[[int], float], dense_layers: int, layers: int
+) -> float:
+    """Share of full attention's pairs, over all layers and training forwards.
+
+    Args:
+        lengths: tokens of each forward's row. dense: the forwards that are dense in every layer, counted from 0.
+        layer: the share of a sparse layer, for a length.
+    """
+    pairs = computed = 0.0
+    for number, length in enumerate(lengths):
+        share = 1.0 if number in dense else (dense_layers + (layers - dense_layers) * layer(length)) / layers
+        pairs += causal_pairs(length)
+        computed += share * causal_pairs(length)
+    return computed / pairs
 
 
 def shape_of(config: Any) -> tuple[int, int, int]:

@@ -205,8 +205,9 @@ def test_rows_are_windows_of_books_and_the_same_for_a_seed(place):
     assert rows[:5] == train_rows(books, WINDOW, 5, seed=1) != train_rows(books, WINDOW, 5, seed=2)
     whole = books.tokens.tolist()
     for row in rows:  # of the second or the third book, never across their border
-        starts = [i for i in range(90, 890 - WINDOW + 1) if whole[i : i + WINDOW] == row]
+        starts = [i for i in range(90, 890 - WINDOW + 1) if whole[i : i + WINDOW] == row["input_ids"]]
         assert any(i + WINDOW <= 390 or i >= 390 for i in starts)
+    assert train_rows(books, WINDOW, 5, seed=1, distinct=2) == [*rows[:2], *rows[:2], rows[0]]
     with pytest.raises(ValueError, match="the longest training book has 500"):
         train_rows(books, 500, 1, seed=0)
 

@@ -51,4 +51,9 @@ def test_dense_steps_and_their_share():
     assert work.dense_step_numbers(5, None, {"last": 9}) == {0, 1, 2, 3, 4}
     assert work.dense_step_numbers(5, None, None) == set()
     # 25 dense steps of 150; in the others 3 of 30 layers are dense and the rest do an eighth.
-    assert work.attention_share(25, 150, 0.125, 3, 30) == pytest.approx((25 + 125 * (0.1 + 0.9 * 0.125)) / 150)
+    found = work.attention_share([64] * 150, range(25), lambda length: 0.125, 3, 30)
+    assert found == pytest.approx((25 + 125 * (0.1 + 0.9 * 0.125)) / 150)
+    # A short row is dense whatever the forward: 10 + 55 pairs of rows of 4 and 10, groups of 4 (10 + 10 + 3 pairs).
+    found = work.attention_share([4, 10], set(), lambda n: work.layer_share("local", n, 4, 9, 3), 0, 30)
+    assert found == pytest.approx((10 + 23) / (10 + 55))
+    assert work.attention_share([4, 10], {1}, lambda n: work.layer_share("local", n, 4, 9, 3), 0, 30) == 1

@@ -41,7 +41,7 @@ def test_lines_are_of_the_studies_cells_and_say_where_they_ran(file):
             assert {"torch", "transformers", "peft", "peft_longlora"} <= line["versions"].keys()
             assert line["hardware"]["device"] and line["commit"] and line["date"]
             assert line["budget"] == "time" or line["steps"] == cell.training["steps"]
-            assert len(line.get("loss", [])) == line["steps"]
+            assert len(line.get("loss", [])) == line["steps"] * (cell.training["accumulation"] or 1)
 
 
 def test_the_page_names_no_study_that_is_not_there():
@@ -143,3 +143,22 @@ def test_the_picture_is_drawn(small, tmp_path):
     study, lines = small
     plot(study, report.lines_by_row(study, lines), tmp_path / "images" / "one.png")
     assert (tmp_path / "images" / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_answers_by_hand(tmp_path):
+    """Two seeds of three records: scores 0.1, 0.3, 0.5 on average; losses weigh by the tokens of the answers."""
+    head, cells = SMALL.split("cells:")
+    (tmp_path / "small.yaml").write_text(f"{head}data: records\ncells:{cells}")
+    study = read_study(tmp_path / "small.yaml")
+    full = [cell for cell in study.cells if cell.name == "full"]
+    lines = []
+    for cell, f1 in zip(full, ([0.0, 0.2, 0.5], [0.2, 0.4, 0.5]), strict=True):
+        tales = dict(f1=f1, rougeL=[0, 0, 0], loss=[1.0, 2.0, 4.0], tokens=[1, 1, 2])
+        lines.append({**line(cell, 1, 1, 1, 1, 0.5, 1.0), "metrics": {"records": {"tales_train": tales}}})
+    # Scores 10, 30, 50: standard deviation 20, over the root of three 11.5. (1 + 2 + 2 * 4) / 4 = 2.75 nats.
+    assert report.block(study, lines)[:3] == [
+        "| training attention | seeds | tales F1, % | nats a token |",
+        "| --- | --- | --- | --- |",
+        "| full attention | 2 | 30.0 ± 11.5 | 2.750 |",
+    ]
+    assert not any(row.startswith("![") for row in report.block(study, lines))

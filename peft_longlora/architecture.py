@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from peft import PeftModel
@@ -75,16 +76,6 @@ def is_local_layer(module: nn.Module, config: PreTrainedConfig) -> bool:
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
-def has_recurrent_layers(model: nn.Module) -> bool:
-    """Whether tokens reach later ones by another way than attention: a recurrent state, or a convolution."""
-    text = find_text_model(model)
-    config = text.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ()
-    is_named = any(name in kind for kind in kinds for name in ("linear", "conv", "hybrid", "mamba", "recurrent"))
-    has_state = getattr(model, "_is_stateful", False) or getattr(text, "_is_stateful", False)
-    return is_named or has_state or any(isinstance(module, nn.Conv1d) for module in text.modules())
-
-
 def check_architecture(model: PreTrainedModel) -> None:
     """Refuse a model that would silently train without S2-Attn.
 
@@ -128,3 +119,42 @@ def find_rotary_modules(model: nn.Module) -> list[nn.Module]:
 def rows_of(embeddings: nn.Module) -> int:
     """The number of tokens of an embedding layer, even if its weight is in another process (DeepSpeed ZeRO-3)."""
     return getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+
+
+# How a layer's forward names the cache: since transformers 5.24, before, and in Mamba layers before.
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
+
+
+def find_state_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a language model in which a token reaches later ones by another way than attention, by name.
+
+    They hold a recurrent state, or the last inputs of a convolution. Such a layer holds a convolution, or takes a
+    cache without calling transformers' attention. Blocks that only contain such layers, or attention, are left out.
+    """
+    of_text, layers = set(find_text_model(model).modules()), {}
+    for name, module in model.named_modules():
+        convolves = any(isinstance(one, nn.Conv1d) for one in module.children())
+        holds = _takes_cache(module) and not any(_takes_cache(one) for one in module.modules() if one is not module)
+        if module in of_text and (convolves or holds) and not _calls_attention(module):
+            layers[name] = module
+    return layers
+
+
+def _takes_cache(module: nn.Module) -> bool:
+    return _takes_a_cache(type(module))
+
+
+@cache
+def _takes_a_cache(kind: type[nn.Module]) -> bool:
+    return any(name in inspect.signature(kind.forward).parameters for name in CACHE_ARGUMENTS)
+
+
+def _calls_attention(module: nn.Module) -> bool:
+    return _calls_the_attention(type(module))
+
+
+@cache
+def _calls_the_attention(kind: type[nn.Module]) -> bool:
+    """Whether a class calls transformers' attention interface; its source says so, as transformers itself reads it."""
+    own = [one for one in kind.__mro__ if issubclass(one, nn.Module) and one is not nn.Module]
+    return any("ALL_ATTENTION_FUNCTIONS" in inspect.getsource(one) for one in own)

@@ -1,7 +1,7 @@
 """What transformers calls: the mask once a forward, then every attention layer, sparse or dense.
 
 Read `mask`, `forward`, `dense`; `settings` and `configure` say which layers attend how, `inputs` what the model was
-called with. `reach` measures how far each layer attends.
+called with. `states` keeps documents apart in layers that do not attend. `reach` measures how far each layer attends.
 """
 
 from peft_longlora.attention.configure import configure_attention, use_attention

@@ -26,31 +26,31 @@ class ModelInputs:
 
     Attributes:
         schedule: counts the calls from outside.
-        position_ids: (1 or B, S), as the caller gave them.
+        position_ids: (1 or B, S), as the caller gave them; of several axes, the text's (see `text_positions`).
+        attention_mask: as the caller gave it.
         cu_seq_lens: (documents + 1) numbers of tokens before each document's end, as collators for flash kernels give.
         has_cache: whether the caller gave a cache, empty or not, as `generate` does.
         notes: facts that layers found in this call, for recomputation (see `layer`).
         caller: the module that was called from outside, while it runs.
-        places: for the class of each followed module, the place of `position_ids` among its arguments.
+        places: for the class of each followed module, the places of its arguments by name.
         handles: the hooks that record all this.
     """
 
     schedule: Schedule = field(default_factory=Schedule)
     position_ids: torch.Tensor | None = None
+    attention_mask: Any = None
     cu_seq_lens: torch.Tensor | None = None
     has_cache: bool = False
     notes: dict[Any, Any] = field(default_factory=dict)
     caller: nn.Module | None = None
-    places: dict[str, int | None] = field(default_factory=dict)
+    places: dict[str, dict[str, int]] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def follow(self, model: PreTrainedModel) -> None:
         """Record every call of `model` from now on."""
         for module in find_entrances(model):
-            arguments = list(inspect.signature(module.forward).parameters)
-            self.places[type(module).__name__] = (
-                arguments.index("position_ids") if "position_ids" in arguments else None
-            )
+            arguments = inspect.signature(module.forward).parameters
+            self.places[type(module).__name__] = {name: place for place, name in enumerate(arguments)}
         self.handles = follow(model, self._before, self._after)
 
     def leave(self) -> None:
@@ -67,7 +67,7 @@ class ModelInputs:
         """
         given = more.get("position_ids")
         is_counted = self.caller is not None and self.position_ids is None
-        return self.position_ids if given is None or is_counted else given
+        return self.position_ids if given is None or is_counted else text_positions(given)
 
     def boundaries(self, more: dict[str, Any]) -> torch.Tensor | None:
         """Cumulative lengths of the documents, from the arguments of a layer or of the model."""
@@ -78,12 +78,16 @@ class ModelInputs:
         """Hook: a followed module is called."""
         if kwargs is None:  # torch drops them if another hook removed this one during the same call
             return
-        position_ids, cu_seq_lens = kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q")
-        place = self.places.get(type(module).__name__)
-        if position_ids is None and place is not None and len(args) > place:
-            position_ids = args[place]
+        places = self.places.get(type(module).__name__, {})
+
+        def given(name: str) -> Any:
+            place = places.get(name, len(args))
+            return args[place] if kwargs.get(name) is None and place < len(args) else kwargs.get(name)
+
+        position_ids, cu_seq_lens = text_positions(given("position_ids")), kwargs.get("cu_seq_lens_q")
         if self.caller is None:
             self.caller, self.position_ids, self.cu_seq_lens = module, position_ids, cu_seq_lens
+            self.attention_mask = given("attention_mask")
             self.has_cache = any(kwargs.get(name) is not None for name in CACHE_NAMES)
             self.notes = {}
             self.schedule.begin(module.training)
@@ -95,3 +99,27 @@ class ModelInputs:
         """Hook: a followed module returns, or fails."""
         if self.caller is module:
             self.caller = None
+
+
+def text_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """(1 or B, S) positions that restart where a document starts, from positions of several axes.
+
+    Args:
+        position_ids: (1 or B, S), which is returned; or (axes, B, S): time, height and width of models that see images.
+            If there are more than three axes, the first one counts the tokens of the text, as transformers has it
+            (Qwen2-VL and its like put it there for packed rows).
+
+    The tokens of an image share a time, so a document does not start where a time fails to grow by one. It starts
+    where time falls, or stays 0 with height and width (the document before has one token).
+
+    Example: time 0 1 1 1 3 0 1 (an image of three tokens, then a second document): 0 1 2 3 4 0 1.
+    """
+    if position_ids is None or position_ids.dim() != 3:
+        return position_ids
+    if len(position_ids) > 3:
+        return position_ids[0]
+    now, before = position_ids[:, :, 1:], position_ids[:, :, :-1]
+    starts = (now[0] < before[0]) | ((now == 0) & (before == 0)).all(0)
+    place = torch.arange(position_ids.shape[2], device=position_ids.device).expand(position_ids.shape[1:])
+    first = torch.nn.functional.pad(place[:, 1:] * starts, (1, 0)).cummax(1).values
+    return place - first

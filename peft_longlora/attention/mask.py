@@ -46,6 +46,11 @@ class S2Mask:
         self._dense: dict[tuple[str, bool], Any] = {}
         self._made: dict[Any, Any] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._arguments["device"]
+
     # transformers takes a mask that is not 2-D as ready, which this one is.
     ndim = 4
 
@@ -93,7 +98,7 @@ class S2Mask:
             return self._arguments
         # Only the device knows whether a position restarts. Layers with a window get a mask in any case; the others use
         # numbers that the groups of other layers need on the host too.
-        if not self.is_local and len(self._runs(position_ids)) <= self.batch:
+        if not self.is_local and len(self.runs(position_ids)) <= self.batch:
             return self._arguments
         document, _ = self._number_documents(position_ids)
         rule = and_masks(self._arguments["mask_function"], lambda b, h, q, k: document[b, q] == document[b, k])
@@ -165,13 +170,13 @@ class S2Mask:
 
         Raises: NotImplementedError: as `groups`.
         """
-        documents = self._runs(position_ids)
+        documents = self.runs(position_ids)
         if any(number == BIDIRECTIONAL for _, _, number in documents):
             refuse_bidirectional()
         return documents
 
     @torch.compiler.disable
-    def _runs(self, position_ids: torch.Tensor | None) -> list[tuple[int, int, int]]:
+    def runs(self, position_ids: torch.Tensor | None) -> list[tuple[int, int, int]]:
         """Documents and padding, copied to the host once a forward."""
         if not self.batch or not self.length:
             return []
@@ -196,7 +201,7 @@ class S2Mask:
 
     @torch.compiler.disable
     def _find_order(self, position_ids: torch.Tensor | None) -> torch.Tensor | None:
-        runs = self._runs(position_ids)
+        runs = self.runs(position_ids)
         numbers = [(start // self.length, number) for start, _, number in runs if number > 0]
         if len(set(numbers)) == len(numbers):
             return None

@@ -22,6 +22,7 @@ from peft_longlora.architecture import (
 )
 from peft_longlora.attention.inputs import ModelInputs
 from peft_longlora.attention.schedule import Schedule
+from peft_longlora.attention.states import StateLayers
 from peft_longlora.kernels.groups import group_size_of
 from peft_longlora.rope.parameters import window_of
 
@@ -57,6 +58,7 @@ class AttentionSettings:
         is_enabled: False while the adapter of these settings is switched off; then the model attends as its base.
         schedule: which training forwards are dense in every layer.
         inputs: the arguments of the model's last call.
+        states: keeps documents apart in layers with a state along the sequence.
         probe: a function that gets every call of a layer (a `layer.LayerCall`) before it is computed; or None.
     """
 
@@ -74,10 +76,12 @@ class AttentionSettings:
     is_enabled: bool = True
     schedule: Schedule = field(default_factory=Schedule)
     inputs: ModelInputs = field(default_factory=ModelInputs, repr=False, compare=False)
+    states: StateLayers = field(init=False, repr=False, compare=False)
     probe: Callable[[Any], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.inputs.schedule = self.schedule
+        self.states = StateLayers(self)
 
     @property
     def group_size(self) -> int:
@@ -155,11 +159,13 @@ def _replace_settings(model: PreTrainedModel, settings: dict[str, AttentionSetti
     for name, module in find_attention_modules(model).items():
         if hasattr(module, _SETTINGS):
             getattr(module, _SETTINGS).inputs.leave()
+            getattr(module, _SETTINGS).states.leave()
             delattr(module, _SETTINGS)
         if name in settings:
             setattr(module, _SETTINGS, settings[name])
     for one in {id(s): s for s in settings.values()}.values():
         one.inputs.follow(model)
+        one.states.follow(model)
 
 
 def schedule_of(module: nn.Module) -> Schedule | None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from peft_longlora.architecture import find_attention_modules, find_rotary_modules, has_recurrent_layers, is_local_layer
+from peft_longlora.architecture import find_attention_modules, find_rotary_modules, find_state_layers, is_local_layer
 from peft_longlora.attention.settings import S2_ATTN, settings_of
 from peft_longlora.sequence.layer import SharedSequence, refuse_blocks, refuse_window
 
@@ -63,10 +63,10 @@ def unshared(model: nn.Module) -> Iterator[None]:
 
 
 def _check_model(model: nn.Module, layers: Any) -> None:
-    if has_recurrent_layers(model):
+    if found := sorted({type(layer).__name__ for layer in find_state_layers(model).values()}):
         raise NotImplementedError(
-            "This model has layers with a recurrent state or a convolution, which would start again at the border of a "
-            "rank. Use a model whose layers all attend, or train it on one rank a sequence."
+            f"This model has layers with a recurrent state or a convolution ({', '.join(found)}), which would start "
+            f"again at the border of a rank. Use a model whose layers all attend, or train it on one rank a sequence."
         )
     for settings in map(settings_of, layers):
         refuse_blocks(settings.pattern)

@@ -8,6 +8,7 @@ from transformers import DataCollatorWithFlattening
 
 from peft_longlora import configure_attention
 from peft_longlora.architecture import find_attention_modules
+from peft_longlora.attention.inputs import text_positions
 from peft_longlora.attention.settings import settings_of
 from peft_longlora.kernels.groups import positions_in_documents
 from peft_longlora.sequence.batch import shard_batch
@@ -97,6 +98,19 @@ def test_a_call_that_failed_leaves_nothing_behind():
     with torch.no_grad():
         found = model(input_ids=ROW, position_ids=positions, use_cache=True).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_of_images_tell_documents():
+    """An image's tokens share a time. Two documents with an image each, and one of a token between them."""
+    text = [0, 1, 2, 3, 4, 5, 0, 0, 1, 2, 3]
+    time = [0, 1, 1, 1, 1, 3, 0, 0, 0, 0, 2]
+    height = [0, 1, 1, 2, 2, 3, 0, 0, 0, 1, 2]
+    width = [0, 1, 2, 1, 2, 3, 0, 0, 1, 0, 2]
+    axes = torch.tensor([time, height, width])[:, None]
+    assert text_positions(axes).tolist() == [text]
+    before = torch.tensor([text])  # transformers' form for packed rows: the text's before the axes
+    assert text_positions(torch.cat([before[None], axes])).tolist() == [text]
+    assert text_positions(before) is before and text_positions(None) is None
 
 
 # -- synchronisation -------------------------------------------------------------------------------------------------

@@ -1,0 +1,205 @@
+"""Layers with a state along the sequence (Mamba, linear attention, short convolutions), in packed and padded rows.
+
+Such a layer reads a row from left to right and knows no documents. So the documents of a packed row are given to it as
+rows of their own, and what it computes is put back in their places. Padding stands only behind a document then, where
+no token of it is seen. This needs no kernel that knows borders between documents, and gives what the documents give
+alone. The hooks of a model's layers do it; `settings` puts them there with those of `inputs`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache
+
+from peft_longlora.architecture import find_state_layers
+from peft_longlora.attention.inputs import ModelInputs
+from peft_longlora.attention.mask import S2Mask
+
+if TYPE_CHECKING:
+    from peft_longlora.attention.settings import AttentionSettings
+
+# What collators tell kernels about the documents of a whole row.
+OF_WHOLE_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens", "seq_idx")
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The documents of a (B, S) batch as rows of their own, in one or more batches of documents of similar length.
+
+    Attributes:
+        batch, length: B and S, tokens.
+        tokens: for each batch of documents, (documents, longest) indices of flattened tokens; B * S at places behind a
+            shorter document.
+        places: (B * S,) the place of each token among the places of all batches; for padding, their number.
+    """
+
+    batch: int
+    length: int
+    tokens: tuple[torch.Tensor, ...]
+    places: torch.Tensor
+
+    @classmethod
+    def of(cls, mask: S2Mask, positions: torch.Tensor | None) -> Apart | None:
+        """The plan of a batch; None if each row is one document with padding only behind it.
+
+        A batch holds documents of more than half the length of its longest, so that at most half of it is empty.
+        """
+        documents: dict[tuple[int, int], list[torch.Tensor]] = {}
+        is_plain = True
+        for start, tokens, number in mask.runs(positions):
+            row, place = divmod(start, mask.length)
+            if number:
+                is_plain = is_plain and not place
+                documents.setdefault((row, number), []).append(torch.arange(start, start + tokens))
+        if is_plain:
+            return None
+        # Padding inside a document is left out, as in attention.
+        batches: list[list[torch.Tensor]] = []
+        for one in sorted(map(torch.cat, documents.values()), key=len, reverse=True):
+            if batches and len(one) * 2 > len(batches[-1][0]):
+                batches[-1].append(one)
+            else:
+                batches.append([one])
+        nothing, device = mask.batch * mask.length, mask.device
+        tokens = [nn.utils.rnn.pad_sequence(one, batch_first=True, padding_value=nothing) for one in batches]
+        flat = torch.cat([x.flatten() for x in tokens])
+        places = torch.full((nothing + 1,), len(flat)).scatter_(0, flat, torch.arange(len(flat)))
+        return cls(mask.batch, mask.length, tuple(x.to(device) for x in tokens), places[:nothing].to(device))
+
+    def arrange(self, x: Any, tokens: torch.Tensor) -> Any:
+        """A layer's argument for a batch of documents: (1 or B, S, ...) -> (documents, longest, ...), 0 behind them."""
+        if isinstance(x, tuple | list):
+            return type(x)(self.arrange(one, tokens) for one in x)
+        if not isinstance(x, torch.Tensor):
+            return None if isinstance(x, Cache) else x
+        if x.dim() < 2 or x.shape[1] != self.length or x.shape[0] not in (1, self.batch):
+            return x
+        flat = x.expand(self.batch, *x.shape[1:]).flatten(0, 1)
+        flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
+        return flat[tokens]
+
+    def restore(self, outputs: list[Any]) -> Any:
+        """What a layer gave for each batch of documents as the output for (B, S) tokens, 0 at padding.
+
+        Raises: NotImplementedError: it gave something else than one vector for each token.
+        """
+        if isinstance(outputs[0], tuple):
+            first, *others = zip(*outputs, strict=True)
+            return (self.restore(list(first)), *(self._restore_or_none(list(one)) for one in others))
+        if not self._is_of_tokens(outputs):
+            raise NotImplementedError(
+                "A layer with a state along the sequence does not give one vector for each token, so this package "
+                "cannot keep the documents of a packed row apart in it. Give each document a row of its own "
+                "(packing=False), without padding before it."
+            )
+        flat = torch.cat([x.flatten(0, 1) for x in outputs])
+        flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
+        return flat[self.places].unflatten(0, (self.batch, self.length))
+
+    def _restore_or_none(self, outputs: list[Any]) -> Any:
+        """Further outputs: a state of each document is none of the rows'."""
+        return self.restore(outputs) if self._is_of_tokens(outputs) else None
+
+    def _is_of_tokens(self, outputs: list[Any]) -> bool:
+        shapes = zip(outputs, self.tokens, strict=True)
+        return all(isinstance(x, torch.Tensor) and x.shape[:2] == tokens.shape for x, tokens in shapes)
+
+
+class StateLayers:
+    """The hooks on the layers of a model that hold a state along the sequence.
+
+    Attributes:
+        settings: of the model's attention: its inputs, whether they are enabled, and whether a module is sparse.
+        running: the layer that is running on documents apart, their plan, and the arguments of the whole row.
+    """
+
+    def __init__(self, settings: AttentionSettings):
+        self.settings = settings
+        self.running: tuple[nn.Module, Apart, tuple[Any, ...], dict[str, Any]] | None = None
+        self.handles: list[RemovableHandle] = []
+
+    def follow(self, model: nn.Module) -> None:
+        """Keep documents apart in every call of these layers from now on."""
+        for module in find_state_layers(model).values():
+            self.handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self._after, with_kwargs=True, always_call=True))
+
+    def leave(self) -> None:
+        """Remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.running = [], None
+
+    @torch.compiler.disable
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hook: a layer is called. It gets the first batch of documents."""
+        if self.running is not None or not self.settings.is_enabled:
+            return None
+        given = [*args, *kwargs.values()]
+        has_cache = any(isinstance(x, Cache) for x in given)
+        if has_cache and (self.settings.inputs.has_cache or not self.settings.is_sparse(module.training)):
+            return None
+        if any(isinstance(x, S2Mask) for x in given):  # it computes with the mask of attention
+            return None
+        kwargs = {name: x for name, x in kwargs.items() if name not in OF_WHOLE_ROWS}
+        apart = self._plan(next(x for x in given if isinstance(x, torch.Tensor)))
+        if apart is None:
+            return args, kwargs
+        self.running = module, apart, args, kwargs
+        return self._arranged(0)
+
+    def _arranged(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        _, apart, args, kwargs = self.running
+        tokens = apart.tokens[batch]
+        return apart.arrange(args, tokens), {name: apart.arrange(x, tokens) for name, x in kwargs.items()}
+
+    @torch.compiler.disable
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Hook: the layer returns, or fails. It is called again for the other batches of documents."""
+        if self.running is None or self.running[0] is not module:
+            return None
+        try:
+            if output is None:  # it failed
+                return None
+            apart, outputs = self.running[1], [output]
+            for batch in range(1, len(apart.tokens)):
+                more_args, more_kwargs = self._arranged(batch)
+                outputs.append(module.forward(*more_args, **more_kwargs))
+            return apart.restore(outputs)
+        finally:
+            self.running = None
+
+    def _plan(self, hidden_states: torch.Tensor) -> Apart | None:
+        """The plan of the model's call, made by the first layer; recomputation uses that of the last call.
+
+        Raises: RuntimeError: what is recomputed does not belong to the last call.
+        """
+        batch, length = hidden_states.shape[:2]
+        inputs, notes = self.settings.inputs, self.settings.inputs.notes
+        if inputs.caller is not None and "apart" not in notes:
+            notes["apart"] = (batch, length), _plan_of(inputs, batch, length, hidden_states.device)
+        if "apart" not in notes:
+            return None
+        shape, apart = notes["apart"]
+        if shape != (batch, length):
+            raise RuntimeError(
+                f"A layer with a state along the sequence got {(batch, length)} (rows, tokens), but the model's last "
+                f"call had {shape}. With gradient checkpointing, do the backward before the next forward."
+            )
+        return apart
+
+
+def _plan_of(inputs: ModelInputs, batch: int, length: int, device: torch.device) -> Apart | None:
+    given = inputs.attention_mask
+    is_padding = isinstance(given, torch.Tensor) and given.shape == (batch, length)
+    arguments = dict(batch_size=batch, q_length=length, kv_length=length, device=device)
+    mask = S2Mask({**arguments, "attention_mask": given if is_padding else None})
+    positions = inputs.position_ids if inputs.cu_seq_lens is None else mask.positions(inputs.cu_seq_lens)
+    if positions is None and not is_padding:
+        return None
+    return Apart.of(mask, positions)

@@ -9,7 +9,7 @@ questions, and each answer can show which passages of the document it attended t
 from peft_longlora.chat.conversation import Conversation
 from peft_longlora.chat.document import Document, read_document
 from peft_longlora.chat.kvcache import CACHES, KVCache, OffloadedCache
-from peft_longlora.data.limits import Limits
 from peft_longlora.chat.passages import Passage
+from peft_longlora.data.limits import Limits
 
 __all__ = ["CACHES", "Conversation", "Document", "KVCache", "Limits", "OffloadedCache", "Passage", "read_document"]

@@ -57,7 +57,8 @@ def _add_extension(parser: argparse.ArgumentParser) -> None:
 
 def _add_documents(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(f"documents ({', '.join(tasks_that_read('data'))})").add_argument
-    add("--data", nargs="+", help=".txt, .jsonl, .json (each also .gz), folders of such files, or a dataset's Hub id")
+    add("--data", nargs="+", help=".txt, .md, .pdf, .jsonl, .json, .parquet, folders of such files, or a Hub id")
+    add("--repositories", action="store_true", help="folders are source trees: each repository is a document")
     add("--split", default="train", help="split of a dataset on the Hub (%(default)s)")
     add("--data-config", help="configuration of a dataset on the Hub")
     add("--text-field", default="text", help="the field of a record that holds the document (%(default)s)")

@@ -35,7 +35,9 @@ class Options:
         from peft_longlora.eval import Corpus
 
         args = self.args
-        return Corpus(args.data, args.split, args.data_config, args.text_field) if args.data else None
+        return (
+            Corpus(args.data, args.split, args.data_config, args.text_field, args.repositories) if args.data else None
+        )
 
     @cached_property
     def books(self) -> Books | None:

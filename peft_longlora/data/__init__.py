@@ -1,6 +1,7 @@
 """Long text: files and datasets become documents or records, and these become rows of tokens to train on.
 
-Data that cannot be used is refused with its file and line, and everything that is left out is counted.
+Data that cannot be used is refused with its file and line, and everything that is left out is counted. `load_rows` goes
+all the way in one call, on one of these paths:
 
     read_documents -> to_windows        continued pre-training: every token of every document is in some window
     read_records   -> tokenize_records  instruction tuning: a loss only on the answer
@@ -10,15 +11,19 @@ from peft_longlora.data.counts import Counts
 from peft_longlora.data.documents import read_documents, read_records
 from peft_longlora.data.encoding import encode_all
 from peft_longlora.data.held import TokensHeldCallback, count_tokens
+from peft_longlora.data.limits import Limits
+from peft_longlora.data.loading import load_rows
 from peft_longlora.data.prefetch import prefetch
 from peft_longlora.data.records import tokenize_record, tokenize_records
 from peft_longlora.data.windows import to_windows
 
 __all__ = [
     "Counts",
+    "Limits",
     "TokensHeldCallback",
     "count_tokens",
     "encode_all",
+    "load_rows",
     "prefetch",
     "read_documents",
     "read_records",

@@ -13,7 +13,7 @@ NAMED = 3  # places that are named; the others are counted
 
 @dataclass
 class Counts:
-    """Numbers of documents (or records), tokens and rows; filled in while data is read.
+    """Numbers of documents (or records), tokens and rows; filled in while data is read. Its text is one line.
 
     Attributes:
         documents, tokens: read. rows: made from them.
@@ -21,6 +21,9 @@ class Counts:
         cut_tokens: tokens left out of rows. dropped, dropped_tokens: records left out, and their tokens.
         restored: answers that are trained whole although the chat template would have cut them. restored_names: sources
             of the first few of them.
+        left_out: the number of files and empty texts that are not read, by reason. kept: files of repositories that
+            are read.
+        pieces: of documents, in rows. The first token of a piece is read, and no token predicts it.
     """
 
     documents: int = 0
@@ -33,6 +36,9 @@ class Counts:
     dropped_tokens: int = 0
     restored: int = 0
     restored_names: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    kept: int = 0
+    pieces: int = 0
 
     def add_longer(self, name: str) -> None:
         """Count a document or record that is longer than the window."""
@@ -44,12 +50,19 @@ class Counts:
         self.restored += 1
         self.restored_names += [name] if len(self.restored_names) < NAMED else []
 
+    def leave_out(self, reason: str, count: int = 1) -> None:
+        """Count a file, or a text, that is not read."""
+        self.left_out[reason] = self.left_out.get(reason, 0) + count
+
     def __str__(self) -> str:
+        files = f" of {self.kept:,} files" if self.kept else ""
         text = (
-            f"{self.documents} read, {self.tokens} tokens -> {self.rows} rows; {self.longer} longer than the "
-            f"window{_named(self.names, self.longer)}: {self.cut_tokens} tokens cut out, {self.dropped} "
-            f"({self.dropped_tokens} tokens) dropped"
+            f"{self.documents:,} read{files}, {self.tokens:,} tokens -> {self.rows:,} rows; {self.longer:,} longer "
+            f"than the window{_named(self.names, self.longer)}: {self.cut_tokens:,} tokens cut out, {self.dropped:,} "
+            f"({self.dropped_tokens:,} tokens) dropped"
         )
+        reasons = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
+        text += f"; left out: {', '.join(f'{count:,} {reason}' for reason, count in reasons) or 'nothing else'}"
         if self.restored:
             text += (
                 f"; {self.restored} answers that the chat template would have cut, such as thoughts before </think>, "
@@ -59,7 +72,7 @@ class Counts:
 
     def report(self) -> None:
         """Log the counts: as a warning if tokens were left out, or if an answer differs from the chat template's."""
-        is_odd = self.cut_tokens or self.dropped or self.restored
+        is_odd = self.cut_tokens or self.dropped or self.restored or self.left_out
         logger.log(logging.WARNING if is_odd else logging.INFO, str(self))
 
 

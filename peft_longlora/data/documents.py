@@ -8,44 +8,63 @@ from typing import Any
 
 from transformers.utils import logging
 
+from peft_longlora.data.counts import Counts
 from peft_longlora.data.rows import NO_DATA, Sources, rows_of_sources
 
 logger = logging.get_logger(__name__)
 
 
 def read_documents(
-    sources: Sources, *, split: str = "train", config: str | None = None, field: str = "text", skip_empty: bool = False
+    sources: Sources,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    field: str = "text",
+    skip_empty: bool = False,
+    repositories: bool = False,
+    counts: Counts | None = None,
 ) -> Iterator[dict[str, str]]:
     """Documents one by one, as {"text", "source"}. At most one document, or one JSON list, is in memory.
 
     Args:
-        sources: .txt (one document a file), .jsonl or .json (one object a line, or one list of objects), each also
-            .gz; folders of such files; or ids of datasets on the Hub, which are streamed.
+        sources: .txt and .md (one document a file), .jsonl and .json (one object a line, or one list of objects), each
+            also .gz; .pdf and .parquet; folders of such files; or ids of datasets on the Hub, which are streamed.
         split, config: of a dataset on the Hub.
         field: the name of the text field.
         skip_empty: skip an empty document with a warning, instead of raising an error.
+        repositories: folders are source trees. Each repository (a folder with .git; if there is none, the whole folder)
+            is one document: its files in the order of their paths, each under its path. `repository.read_repository`
+            says which files are left out.
+        counts: counts what is left out. None: it is logged.
 
     Raises:
         FileNotFoundError: a source does not exist.
         ValueError: a source cannot be read, is not JSON, or has a text that is missing, empty or not a string. The
             message names the file and the line (in a list: the record).
     """
-    for name, row in rows_of_sources(sources, split, config, field):
+    for name, row in rows_of_sources(sources, split, config, field, repositories, counts):
         text = _string(name, row, field)
         if text.strip():
             yield {"text": text, "source": name}
+        elif skip_empty and counts is not None:
+            counts.leave_out("empty texts")
         elif skip_empty:
             logger.warning(f"{name}: {field!r} is empty, left out.")
         else:
             raise ValueError(f"{name}: {field!r} is empty. Remove the document (in Python: or pass skip_empty=True).")
 
 
-def read_records(sources: Sources, *, split: str = "train", config: str | None = None) -> Iterator[dict[str, str]]:
+def read_records(
+    sources: Sources, *, split: str = "train", config: str | None = None, counts: Counts | None = None
+) -> Iterator[dict[str, str]]:
     """LongAlpaca's records, as {"instruction", "input", "output", "source"}; "input" may be missing or null.
 
-    Sources and errors are those of `read_documents`, without .txt. A record without instruction or output is an error.
+    {"prompt", "completion"} of two strings are read as instruction and output. Sources, counts and errors are those of
+    `read_documents`, without .txt, .md and .pdf. A record without instruction or output is an error.
     """
-    for name, row in rows_of_sources(sources, split, config, None):
+    for name, row in rows_of_sources(sources, split, config, None, counts=counts):
+        if isinstance(row, dict) and "instruction" not in row and {"prompt", "completion"} <= row.keys():
+            row = {"instruction": row["prompt"], "output": row["completion"]}
         record = {key: _string(name, row, key) for key in ("instruction", "output")}
         if empty := [key for key, text in record.items() if not text.strip()]:
             raise ValueError(f"{name}: {empty[0]!r} is empty. Fill it in, or remove the record.")

@@ -1,7 +1,7 @@
 """The text of a PDF, page by page, or one error that names the file and the page.
 
-Called by rows.py and by the chat. A damaged file makes pypdf raise errors of any kind: its own, Python's and other libraries'. Each
-of them becomes a ValueError here.
+Called by rows.py and by the chat. A damaged file makes pypdf raise errors of any kind: its own, Python's and other
+libraries'. Each of them becomes a ValueError here.
 """
 
 from __future__ import annotations

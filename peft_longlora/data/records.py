@@ -133,5 +133,6 @@ def tokenize_records(
             del ids[cut], labels[cut]
             counts.cut_tokens += excess
         counts.rows += 1
+        counts.pieces += 1
         yield row
     counts.report()

@@ -1,6 +1,6 @@
-"""Rows of data files and of datasets on the Hub, each with its place in the source.
+"""Rows of data files, source trees and datasets on the Hub, each with its place in the source.
 
-Called by `documents` and by the evaluation. Imports `datasets` only to read from the Hub.
+Called by `documents` and by the evaluation. Imports `datasets` only to read from the Hub, and `pyarrow` for .parquet.
 """
 
 from __future__ import annotations
@@ -17,16 +17,30 @@ from typing import Any
 
 from transformers.utils import logging
 
+from peft_longlora.data.counts import Counts
+from peft_longlora.data.limits import Limits
+from peft_longlora.data.pdf import read_pages
+from peft_longlora.data.repository import find_repositories, read_repository
+
 logger = logging.get_logger(__name__)
 
 Sources = str | Path | list[str | Path]
-SUFFIXES = (".txt", ".jsonl", ".json")
+TEXTS = (".txt", ".md", ".pdf")  # one document a file
+SUFFIXES = (*TEXTS, ".jsonl", ".json", ".parquet")
+PACKED = (".pdf", ".parquet")  # compressed already, so never also .gz
+ABOUT = re.compile(r"(readme|licen[cs]e|changelog)\b", re.IGNORECASE)  # files about a folder, not in its subject
+PARQUET_ROWS = 16  # read at once; a row may be a book
 BLANK = b"\xef\xbb\xbf \t\r\n"  # white space, and the mark that some editors begin a file with
 NO_DATA = "If the file does not hold data, move it out of the folder."
 
 
 def rows_of_sources(
-    sources: Sources, split: str, config: str | None, text_field: str | None
+    sources: Sources,
+    split: str,
+    config: str | None,
+    text_field: str | None,
+    repositories: bool = False,
+    counts: Counts | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """(place, row) for every row of every source.
 
@@ -34,6 +48,8 @@ def rows_of_sources(
         sources: files, folders, or ids of datasets on the Hub, which are streamed.
         split, config: of a dataset on the Hub.
         text_field: as `read_rows`.
+        repositories: read folders as source trees; each repository is one row.
+        counts: counts what is left out. None: it is logged.
 
     Raises:
         FileNotFoundError: a source does not exist. ValueError: as `read_rows`.
@@ -42,21 +58,30 @@ def rows_of_sources(
         path = Path(source)
         if not path.exists():
             yield from _hub_rows(str(source), split, config)
-            continue
-        for _, name, row in read_rows(path, text_field):
-            yield name, row
+        elif repositories and path.is_dir():
+            yield from _repositories(path, text_field, counts)
+        else:
+            for _, name, row in read_rows(path, text_field, counts):
+                yield name, row
 
 
-def read_rows(path: Path, text_field: str | None = None) -> Iterator[tuple[Path, str, Any]]:
-    """(file, place in the file, row) for a .jsonl or .json file, each also .gz, or for all such files of a folder.
+def read_rows(
+    path: Path, text_field: str | None = None, counts: Counts | None = None
+) -> Iterator[tuple[Path, str, Any]]:
+    """(file, place in the file, row) for a data file, or for all data files of a folder.
+
+    Data files are .txt, .md, .jsonl and .json, each also .gz, .pdf and .parquet. In a folder, hidden files and files
+    about the folder (README, LICENSE, CHANGELOG) are left out.
 
     Args:
-        text_field: the field name for the text of a .txt file; None: .txt files are refused.
+        text_field: the field name for the text of a .txt, .md or .pdf file; None: such files are refused.
+        counts: counts the files of a folder that are left out. None: they are logged.
 
     Raises:
         ValueError: the folder has no such file, a file is empty, or it is not JSON. The message names file and line.
+        ImportError: pypdf or pyarrow is needed and missing.
     """
-    for file in _files(path):
+    for file in _files(path, counts):
         number = 0
         with _named(str(file)):
             for number, (name, row) in enumerate(_file_rows(file, text_field), 1):  # noqa: B007
@@ -65,31 +90,74 @@ def read_rows(path: Path, text_field: str | None = None) -> Iterator[tuple[Path,
             raise ValueError(f"{file}: nothing in it. Remove it.")
 
 
-def _files(path: Path) -> list[Path]:
+def source_files(path: Path, repositories: bool = False) -> list[Path]:
+    """Every file on which the rows of a file or folder depend."""
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_file() and (not repositories or ".git" not in file.parts))
+
+
+def _repositories(path: Path, text_field: str | None, counts: Counts | None) -> Iterator[tuple[str, Any]]:
+    if text_field is None:
+        raise ValueError(f"{path}: records do not come as source trees. Leave repositories=True out.")
+    given = Counts() if counts is None else counts
+    for root in find_repositories(path):
+        yield str(root), {text_field: read_repository(root, given)}
+    if counts is None and given.left_out:
+        text = ", ".join(f"{count} {reason}" for reason, count in given.left_out.items())
+        logger.warning(f"{path}: reading {given.kept} files, not {text}.")
+
+
+def _files(path: Path, counts: Counts | None) -> list[Path]:
+    known = f"{', '.join(SUFFIXES)} (each but {', '.join(PACKED)} also .gz)"
     if path.is_file():
         if _kind(path) not in SUFFIXES:
-            raise ValueError(f"{path}: cannot read {path.suffix!r} files. Use {', '.join(SUFFIXES)}, each also .gz.")
+            raise ValueError(f"{path}: cannot read {path.suffix!r} files. Use {known}.")
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    known = [file for file in files if _kind(file) in SUFFIXES]
-    if not known:
-        raise ValueError(f"{path}: holds no {', '.join(SUFFIXES)} file (each also .gz). Check the path.")
-    if len(known) < len(files):
-        others = [str(file.relative_to(path)) for file in files if file not in known]
+    left_out: dict[Path, str] = {}
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        place = file.relative_to(path)
+        if any(part.startswith(".") for part in place.parts):
+            left_out[file] = "hidden files"
+        elif ABOUT.match(file.name):
+            left_out[file] = "files about the folder"
+        else:
+            left_out[file] = "" if _kind(file) in SUFFIXES else f"{file.suffix or 'other'} files"
+    files = [file for file, reason in left_out.items() if not reason]
+    if not files:
+        raise ValueError(
+            f"{path}: holds no {known} file. Check the path. If it is a source tree, pass repositories=True."
+        )
+    others = [str(file.relative_to(path)) for file, reason in left_out.items() if reason]
+    if counts is not None:
+        for reason in filter(None, left_out.values()):
+            counts.leave_out(reason)
+    elif others:
         more = ", ..." if len(others) > 5 else ""
-        logger.warning(f"{path}: reading {len(known)} files, not these {len(others)}: {', '.join(others[:5])}{more}")
-    return known
+        logger.warning(f"{path}: reading {len(files)} files, not these {len(others)}: {', '.join(others[:5])}{more}")
+    return files
 
 
 def _kind(path: Path) -> str:
-    return (Path(path.stem) if path.suffix == ".gz" else path).suffix.lower()
+    """The suffix that says how a file is read; empty if it is compressed twice."""
+    if path.suffix != ".gz":
+        return path.suffix.lower()
+    inner = Path(path.stem).suffix.lower()
+    return "" if inner in PACKED else inner
 
 
 def _file_rows(path: Path, text_field: str | None) -> Iterator[tuple[str, Any]]:
+    kind = _kind(path)
+    if kind in TEXTS and text_field is None:
+        raise ValueError(f"{path}: records come as .jsonl, .json or .parquet, not as plain text. Convert them.")
+    if kind == ".pdf":
+        yield str(path), {text_field: _pdf_text(path)}
+        return
+    if kind == ".parquet":
+        yield from _parquet_rows(path)
+        return
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        if _kind(path) == ".txt":
-            if text_field is None:
-                raise ValueError(f"{path}: records come as .jsonl or .json, not as plain text. Convert them.")
+        if kind in TEXTS:
             yield str(path), {text_field: file.read().decode("utf-8-sig")}
             return
         numbered, before, first = enumerate(file, 1), bytearray(), None
@@ -107,6 +175,33 @@ def _file_rows(path: Path, text_field: str | None) -> Iterator[tuple[str, Any]]:
         for number, line in itertools.chain([first], numbered):
             if line.strip(BLANK):
                 yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+
+
+def _pdf_text(path: Path) -> str:
+    """The text of all pages, with an empty line between two."""
+    pages = read_pages(path, Limits())
+    if not any(pages):
+        raise ValueError(
+            f"{path}: none of its {len(pages)} pages holds text; it is probably a scan. Run OCR on it first "
+            f"(ocrmypdf), or move it out of the folder."
+        )
+    return "\n\n".join(filter(None, pages))
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ImportError("Reading .parquet needs pyarrow: pip install 'peft-longlora[trl]'") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(batch_size=PARQUET_ROWS) for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield f"{path}, record {number}", row
+    except pyarrow.ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: damaged parquet file ({reason}). Copy or download it again.") from None
 
 
 def _parse(raw: bytes, name: str) -> Any:

@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
+from peft_longlora.data.counts import Counts
 from peft_longlora.data.documents import read_documents
 from peft_longlora.data.encoding import BATCH_CHARACTERS
 from peft_longlora.data.prefetch import prefetch
 from peft_longlora.data.rows import Sources
+
+logger = logging.get_logger(__name__)
 
 # Gives the token ids of each text: fast tokenizers tokenise several documents at once, one on each core.
 Encode = Callable[[list[str]], Sequence[torch.Tensor | list[int]]]
@@ -89,33 +93,47 @@ class Corpus:
     """Documents from files, folders or a dataset on the Hub, streamed again for each pass.
 
     Args:
-        sources, split, config, field: as for `read_documents`.
+        sources, split, config, field, repositories: as for `read_documents`.
 
     Raises:
         FileNotFoundError, ValueError, at the first call of `summary`: a source does not exist, is empty or cannot be
             read.
     """
 
-    def __init__(self, sources: Sources, split: str = "train", config: str | None = None, field: str = "text"):
+    def __init__(
+        self,
+        sources: Sources,
+        split: str = "train",
+        config: str | None = None,
+        field: str = "text",
+        repositories: bool = False,
+    ):
         self.sources = [str(s) for s in ([sources] if isinstance(sources, str | Path) else sources)]
-        self._options = dict(split=split, config=config, field=field)
+        self._options = dict(split=split, config=config, field=field, repositories=repositories)
         self._summary: Summary | None = None
 
-    def documents(self) -> Iterator[dict[str, str]]:
-        """The documents, one by one."""
-        return read_documents(self.sources, **self._options)
+    def documents(self, counts: Counts | None = None) -> Iterator[dict[str, str]]:
+        """The documents, one by one.
+
+        Args:
+            counts: counts the files that are left out. None: they are not mentioned, because the summary did.
+        """
+        return read_documents(self.sources, **self._options, counts=Counts() if counts is None else counts)
 
     def summary(self) -> Summary:
         """Count and hash the documents; the first call reads them all once."""
         if self._summary is None:
-            digest, documents, characters = hashlib.sha256(), 0, 0
-            for document in self.documents():
+            digest, documents, characters, counts = hashlib.sha256(), 0, 0, Counts()
+            for document in self.documents(counts):
                 digest.update(document["text"].encode())
                 digest.update(b"\0")
                 documents += 1
                 characters += len(document["text"])
             if not documents:
                 raise ValueError(f"{', '.join(self.sources)}: no document in it. Check the path.")
+            if counts.left_out:
+                left_out = ", ".join(f"{count:,} {reason}" for reason, count in counts.left_out.items())
+                logger.warning(f"{', '.join(self.sources)}: {documents:,} documents; left out: {left_out}.")
             name = ", ".join(Path(source).name.split(".")[0] or source for source in self.sources)
             split, config = self._options["split"], self._options["config"]
             where = f" ({split}{f', {config}' if config else ''})"

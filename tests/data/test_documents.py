@@ -192,7 +192,7 @@ def test_bad_records_are_named(tmp_path, change, message):
 
 
 def test_records_are_no_plain_text(tmp_path):
-    with pytest.raises(ValueError, match=r"a\.txt: records come as \.jsonl or \.json"):
+    with pytest.raises(ValueError, match=r"a\.txt: records come as \.jsonl, \.json or \.parquet"):
         list(read_records(write(tmp_path / "a.txt", "text")))
 
 

@@ -6,6 +6,7 @@ import random
 import tracemalloc
 
 import pytest
+from transformers.utils import logging
 
 from peft_longlora.eval.corpus import Corpus
 from tests.helpers.memory import forget, highest, needs_linux
@@ -153,3 +154,17 @@ def test_python_keeps_nothing_of_a_document(tmp_path, windows, monkeypatch):
     few = peak(5)
     assert peak(50) < few + 100_000, "135 documents more, 190,000 tokens: not even a byte of each"
     assert few < 1_000_000, "a few batches: 20 KB of text, 4,200 tokens and a list of them"
+
+
+def test_repositories_and_what_is_left_out(tmp_path, caplog):
+    for name in ("one/.git/config", "one/b.py", "one/a.py", "two/.git/config", "two/uv.lock", "two/c.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}\n")
+    logging.enable_propagation()
+    try:
+        corpus = Corpus(tmp_path, repositories=True)
+        assert [len(document["text"].split("===")) for document in corpus.documents()] == [5, 3]
+        assert corpus.summary().documents == 2
+    finally:
+        logging.disable_propagation()
+    assert "2 documents; left out: 1 lock files" in caplog.text

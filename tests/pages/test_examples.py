@@ -13,57 +13,17 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from peft_longlora.data import read_records, tokenize_records
+from tests.helpers.paths import EMBEDDED, EXAMPLES
 from tests.helpers.ranks import run_ranks
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-EMBEDDED = EXAMPLES / "assets" / "stdlib-llama-512"
-WORDS = (
-    "def",
-    "return",
-    "import",
-    "self",
-    "class",
-    "None",
-    "for",
-    "in",
-    "if",
-    "else",
-    "while",
-    "with",
-    "raise",
-    "yield",
-)
+from tests.helpers.tiny_base import prose, save_base
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A random model with a window of 64 tokens and the embedded model's tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,  # wide enough for a random model to prefer some tokens clearly
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def prose(words: int, seed: int) -> str:
-    picks = torch.randint(len(WORDS), (words,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return " ".join(WORDS[i] for i in picks)
+    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

@@ -3,14 +3,18 @@
 import ast
 import dataclasses
 import re
-from pathlib import Path
+from collections import Counter
 
+import datasets
 import pytest
 from peft import LoraConfig
+from transformers import AutoTokenizer
+from trl import SFTTrainer
 
 from peft_longlora import LongLoraConfig
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_base import prose, save_base
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 FILLED_IN = {
     "base_context_length", "applied_context_length", "applied_group_size", "applied_rope_parameters", "vocab_size",
@@ -22,23 +26,51 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_python_blocks_run(tmp_path, monkeypatch):
-    """The quick start and the way back, word for word, at a size for a test."""
-    from datasets import Dataset
+def test_python_blocks_run(tmp_path, monkeypatch, capsys):
+    """The quick start and the way back, word for word, on whole books, at a size for a test.
 
+    Every token of every book is trained on once, as a target, except the first of each row's piece.
+    """
+    base = save_base(tmp_path / "base")
+    (tmp_path / "books").mkdir()
+    books = [prose(words, seed) for seed, words in enumerate((900, 70, 1500, 333))]
+    for number, text in enumerate(books):
+        (tmp_path / f"books/{number}.txt").write_text(text)
     monkeypatch.chdir(tmp_path)
-    shrink = {
-        '"meta-llama/Llama-2-7b-hf"': repr(str(ROOT / "examples/assets/stdlib-llama-512")),
-        "32768": "1024",
-        "packing=True,": "packing=True, max_steps=1, report_to='none', use_cpu=True,",
-    }
-    names = {"dataset": Dataset.from_dict({"text": ["def f(x):\n    return x\n" * 40] * 8})}
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    seen = watch_training(monkeypatch)
+    names = {}
     for block in code_blocks("python"):
-        for old, new in shrink.items():
+        for old, new in {'"meta-llama/Llama-2-7b-hf"': repr(str(base)), "32768": "256"}.items():
             block = block.replace(old, new)
         exec(compile(block, "README.md", "exec"), names)
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    documents = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in books]
+    pieces = [tuple(ids[i : i + 256]) for ids in documents for i in range(0, len(ids), 256)]
+    assert Counter(piece for piece, _ in seen) == Counter(pieces)
+    assert all(targets == piece[1:] for piece, targets in seen)
+    assert sum(len(targets) for _, targets in seen) == sum(map(len, documents)) - len(pieces)
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", capsys.readouterr().out)]
+    assert 6 < len(losses) < len(pieces)  # one a row, and two short pieces share a row
+    assert all(7 < loss < 10 for loss in losses)  # a random model's loss is a bit above log(4096)
     assert names["merged"].config.rope_parameters["rope_type"] == "yarn"
     assert (tmp_path / "my-32k-model/config.json").exists()
+
+
+def watch_training(monkeypatch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(tokens, targets) of each stretch of a row whose positions restart, filled in while a trainer trains."""
+    seen, step = [], SFTTrainer.training_step
+
+    def watched(self, model, inputs, *args, **kwargs):
+        ids, labels, places = (inputs[name][0].tolist() for name in ("input_ids", "labels", "position_ids"))
+        starts = [index for index, place in enumerate(places) if place == 0]
+        for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+            seen.append((tuple(ids[start:stop]), tuple(label for label in labels[start:stop] if label != -100)))
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", watched)
+    return seen
 
 
 def test_field_table_lists_every_field_with_its_default():

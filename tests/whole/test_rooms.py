@@ -41,8 +41,8 @@ LATE = {
     "eval.report.tables": {"eval.report.plots"},
     "eval.report.side_by_side": {"eval.report.style"},
 }
-EXTRAS = {"accelerate", "bitsandbytes", "bm25s", "datasets", "flash_attn", "gradio", "lm_eval", "matplotlib", "pypdf"}
-EXTRAS |= {"rouge_score", "trl"}
+EXTRAS = {"accelerate", "bitsandbytes", "bm25s", "datasets", "flash_attn", "gradio", "lm_eval", "matplotlib"}
+EXTRAS |= {"pyarrow", "pypdf", "rouge_score", "trl"}
 LATE_OTHERS = EXTRAS | {
     "kernels",  # of Hugging Face, for FlashAttention 3
     "msvcrt",  # on Windows alone

@@ -1,0 +1,158 @@
+"""`load_rows`: one call from files, folders or a dataset's id to a Dataset of rows for a Trainer.
+
+The rows are written to a file once, piece by piece, and read from it while the model trains, so neither the texts nor
+the rows have to fit into memory. The file is used again if the same data is asked for with the same tokenizer. Imports
+`datasets` and `pyarrow` inside functions, because they are extras.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from huggingface_hub import dataset_info
+from transformers import PreTrainedTokenizerBase
+
+from peft_longlora.data.counts import Counts
+from peft_longlora.data.documents import read_documents, read_records
+from peft_longlora.data.records import tokenize_records
+from peft_longlora.data.rows import Sources, source_files
+from peft_longlora.data.windows import to_windows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+KINDS = ("text", "records")
+FORMAT = 1  # of the file with the rows; a new number makes old files useless
+AT_ONCE = 64  # rows written at a time
+
+
+def load_rows(
+    sources: Sources,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    kind: Literal["text", "records"] = "text",
+    split: str = "train",
+    config: str | None = None,
+    field: str = "text",
+    skip_empty: bool = False,
+    repositories: bool = False,
+    too_long: Literal["truncate", "drop", "error"] = "truncate",
+    pack: bool = False,
+    cache: str | Path | None = None,
+) -> Dataset:
+    """Rows of at most `length` tokens, for TRL's SFTTrainer or a plain Trainer. Logs one line on what they hold.
+
+    With kind="text", every token of every document is in exactly one row. The first token of a row is read, but nothing
+    predicts it. `.info.description` of the result is the same line: documents, tokens, rows, and what was left out.
+
+    Args:
+        sources, split, config, field, skip_empty, repositories: as for `read_documents`: files, folders (.txt, .md,
+            .pdf, .jsonl, .json, .parquet), source trees, or ids of datasets on the Hub.
+        kind: "text": continued pre-training. "records": instruction tuning with a loss on answers only, on records as
+            `read_records` reads them.
+        too_long: for records longer than a row, as `tokenize_records`.
+        pack: fill rows with the ends of several documents, for a plain Trainer (`to_windows` says more). Leave it False
+            for SFTTrainer with packing=True and max_length=length, which fills rows itself.
+        cache: the folder for the file with the rows. None: "longlora-rows" in the cache of `datasets`.
+
+    Returns: a Dataset with "input_ids" and "labels", and "position_ids" if the rows are packed.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_documents`, `read_records` and `to_windows`; an unknown kind.
+        ImportError: datasets is not installed.
+
+    Example:
+        >>> rows = load_rows("books/", tokenizer, 32768)
+        >>> args = SFTConfig(max_length=32768, packing=True, packing_strategy="bfd_split")
+        >>> SFTTrainer(model, args=args, train_dataset=rows).train()
+    """
+    try:
+        from datasets import Dataset
+        from datasets import config as settings
+    except ImportError:
+        raise ImportError("load_rows needs datasets: pip install 'peft-longlora[trl]'") from None
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is unknown. Use {' or '.join(map(repr, KINDS))}.")
+    if kind == "records" and (pack or repositories):
+        raise ValueError(f"pack={pack} and repositories={repositories} are for kind='text'. Leave them out.")
+    sources = [str(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
+    where = dict(split=split, config=config)
+    read = dict(field=field, skip_empty=skip_empty, repositories=repositories) if kind == "text" else {}
+    made = dict(pack=pack) if kind == "text" else dict(too_long=too_long)
+    folder = Path(cache or Path(settings.HF_DATASETS_CACHE) / "longlora-rows")
+    key = _key(sources, tokenizer, dict(where, **read, **made, kind=kind, length=length))
+    path = folder / f"{key}.arrow"
+    if path.exists():
+        counts = Counts(**json.loads(path.with_suffix(".json").read_text()))
+        counts.report()
+    else:
+        counts = Counts()
+        if kind == "text":
+            documents = read_documents(sources, **where, **read, counts=counts)
+            rows = to_windows(documents, tokenizer, length, counts, **made)
+        else:
+            records = read_records(sources, **where, counts=counts)
+            rows = tokenize_records(records, tokenizer, length, **made, counts=counts)
+        _write(rows, path, counts)
+    dataset = Dataset.from_file(str(path))
+    dataset.info.description = str(counts)
+    return dataset
+
+
+def _key(sources: list[str], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
+    """A name for the rows: it changes with any file's place, size or time, with the tokenizer, and with the options."""
+    files = []
+    for source in sources:
+        path = Path(source)
+        if path.exists():
+            stats = ((file, file.stat()) for file in source_files(path, options.get("repositories", False)))
+            files.append([[str(file.absolute()), stat.st_size, stat.st_mtime_ns] for file, stat in stats])
+        else:
+            files.append([source, _commit(source)])
+    words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    return _digest([FORMAT, files, words, tokenizer.eos_token_id, tokenizer.chat_template, options])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _commit(name: str) -> str:
+    """The commit of a dataset on the Hub; if the Hub does not say it, a name that no other rows have."""
+    try:
+        return dataset_info(name, timeout=10).sha
+    except Exception:  # what is wrong is said when the dataset is read
+        return os.urandom(8).hex()
+
+
+def _write(rows: Iterator[dict[str, list[int]]], path: Path, counts: Counts) -> None:
+    """Write rows into a file that `Dataset.from_file` reads, and beside it what they hold.
+
+    Raises: ValueError: there is no row.
+    """
+    import pyarrow
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    writer = None
+    try:
+        while batch := list(islice(rows, AT_ONCE)):
+            if writer is None:
+                schema = pyarrow.schema([(name, pyarrow.list_(pyarrow.int32())) for name in batch[0]])
+                writer = pyarrow.ipc.new_stream(str(part), schema)
+            writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
+        if writer is None:
+            raise ValueError("No row is left to train on: every record was dropped. Use longer rows, or other data.")
+        writer.close()
+        path.with_suffix(".json").write_text(json.dumps(asdict(counts)))
+        part.replace(path)  # last, so that a file under this name is whole
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,14 +1,20 @@
-"""The wheel, built and installed in an empty environment, runs the quick start's code there."""
+"""What is uploaded for a release: wheel and sdist are built once, and used as a stranger would, outside the checkout."""
 
+import os
+import re
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from peft_longlora import __version__
+from tests.helpers.paths import EMBEDDED, ROOT
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = """
 import sys
@@ -31,31 +37,81 @@ print("ran from", peft_longlora.__file__)
 """
 
 
-def build(folder: Path) -> Path:
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)], check=True)
-    return next(folder.glob("*.whl"))
-
-
-@pytest.mark.slow
-def test_wheel_runs_in_an_empty_environment(tmp_path):
-    """Takes minutes and a package index: torch and all else are installed anew."""
-    wheel = build(tmp_path)
-    with zipfile.ZipFile(wheel) as file:
-        names = file.namelist()
-    assert "peft_longlora/py.typed" in names and "peft_longlora/hub/templates/adapter_card.md" in names
-    assert not [n for n in names if n.startswith(("tests", "examples", "benchmarks"))]
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv/bin/python"
-    install = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel]
-    subprocess.run([str(part) for part in install], check=True)
-    (tmp_path / "run.py").write_text(SCRIPT)
-    command = [
-        str(python),
-        "-I",  # nothing of PYTHONPATH
-        str(tmp_path / "run.py"),
-        str(ROOT / "examples/assets/stdlib-llama-512"),
-        str(tmp_path / "adapter"),
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+def run(*command, cwd: Path) -> str:
+    """What a command prints, in an environment without the checkout."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "ran from" in done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory) -> Path:
+    """A folder with the sdist, and the wheel that is built out of it."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--outdir", folder, ROOT, cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def metadata(dist) -> str:
+    with zipfile.ZipFile(next(dist.glob("*.whl"))) as file:
+        return file.read(f"peft_longlora-{__version__}.dist-info/METADATA").decode()
+
+
+def test_the_index_accepts_both(dist):
+    pytest.importorskip("twine", reason="needs twine: pip install twine")
+    said = run(sys.executable, "-m", "twine", "check", "--strict", *dist.iterdir(), cwd=dist)
+    assert said.count("PASSED") == 2
+
+
+def test_the_description_leads_to_files_of_the_release(metadata):
+    """Relative links and pictures would lead nowhere on the index's page."""
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", metadata)
+    ours = [t for t in targets if f"/v{__version__}/" in t]
+    assert len(ours) > 10 and all(target.startswith(("https:", "http:")) for target in targets)
+    for target in ours:
+        assert (ROOT / target.partition(f"/v{__version__}/")[2]).exists(), target
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", metadata)
+    assert pictures and all(
+        p.startswith("https://raw.githubusercontent.com/") or p.endswith(".svg") or "shields.io" in p for p in pictures
+    )
+
+
+def test_the_wheel_holds_the_package_alone(dist, metadata):
+    with zipfile.ZipFile(next(dist.glob("*.whl"))) as file:
+        names = file.namelist()
+    assert {"peft_longlora/py.typed", "peft_longlora/hub/templates/adapter_card.md", "longlora_command.py"} <= set(names)
+    assert {name.partition("/")[0] for name in names} == {
+        "longlora_command.py", "peft_longlora", f"peft_longlora-{__version__}.dist-info",
+    }  # fmt: skip
+    for field in ("Author", "License-Expression", "Keywords", "Project-URL", "Classifier"):
+        assert re.search(rf"^{field}: \S", metadata, re.MULTILINE), field
+
+
+def test_the_wheel_runs_in_an_empty_environment(dist, tmp_path):
+    """Takes minutes and a package index: torch and all else are installed anew."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    programs = tmp_path / "venv" / "bin"
+    run(
+        programs / "python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", next(dist.glob("*.whl")),
+        cwd=tmp_path,
+    )  # fmt: skip
+    (tmp_path / "run.py").write_text(SCRIPT)
+    assert "ran from" in run(programs / "python", "run.py", EMBEDDED, tmp_path / "adapter", cwd=tmp_path)
+    assert __version__ in run(programs / "longlora", "--version", cwd=tmp_path)
+    assert __version__ in run(programs / "python", "-m", "peft_longlora", "--version", cwd=tmp_path)
+    commands = re.search(r"\{([\w,]+)\}", run(programs / "longlora", "--help", cwd=tmp_path))[1].split(",")
+    assert {"eval", "compare", "chat"} <= set(commands)
+    for command in commands:
+        assert f"longlora {command}" in run(programs / "longlora", command, "--help", cwd=tmp_path)
+
+
+def test_the_sdist_brings_its_own_tests_and_pages(dist, tmp_path):
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as file:
+        file.extractall(tmp_path, filter="data")
+    [folder] = tmp_path.iterdir()
+    found = run(sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", cwd=folder)
+    assert int(re.search(r"(\d+)(/\d+)? tests collected", found)[1]) > 1000 and "error" not in found.splitlines()[-1]
+    for page in (ROOT / "docs").glob("*.md"):
+        assert (folder / "docs" / page.name).read_bytes() == page.read_bytes()

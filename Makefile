@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 WORKERS ?= auto
 
-.PHONY: help demo test test-lowest peft-suite browser lint format wheel clean
+.PHONY: help demo test test-lowest peft-suite browser docs lint format wheel clean
 
 help:
 	@echo "make demo    extend the embedded model from 512 to 4096 tokens and plot it (3 to 5 minutes on 2 cores)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-lowest  the same with the lowest supported versions, in .venv-lowest"
 	@echo "make peft-suite   run PEFT's own tests with LongLoraConfig (4 to 8 minutes)"
 	@echo "make browser run the tests of examples/app.py; they need chromium and chromedriver"
+	@echo "make docs    build the site into build/site (Python 3.11 or newer)"
 	@echo "make lint    check format and style"
 	@echo "make format  apply format and safe fixes"
 	@echo "make wheel   build the wheel into dist/"
@@ -39,6 +40,10 @@ peft-suite: $(VENV)/.suite
 browser: $(VENV)/.browser
 	@echo "== browser: examples/app.py in headless Chromium (Debian: apt-get install chromium chromium-driver)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -rs tests/pages/test_app.py $(ARGS)
+
+docs: $(VENV)/.docs
+	@echo "== docs: the pages and the docstrings as a site; a warning is an error"
+	$(BIN)/python docs/build.py
 
 lint: $(VENV)/.test
 	@echo "== lint: ruff format --check, ruff check"
@@ -79,6 +84,12 @@ $(LOWEST)/.test: pyproject.toml constraints-lowest.txt
 $(VENV)/.suite: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "== installing the package and what PEFT's tests need"
 	$(PIP) -e ".[suite]"
+	@touch $@
+
+# Docstrings are read, not imported: the site needs neither torch nor the package.
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "== installing what the site needs"
+	$(PIP) "mkdocstrings[python]" zensical
 	@touch $@
 
 $(VENV)/.browser: pyproject.toml constraints.txt | $(VENV)/bin/python

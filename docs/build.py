@@ -56,7 +56,10 @@ def find_pages() -> dict[Path, str]:
 
 
 def convert(text: str, source: Path, pages: dict[Path, str]) -> str:
-    """Links lead to the site's pages and to the repository, and lists are indented as Python's Markdown reads them."""
+    """Links lead to the site's pages and to the repository, and lists are indented as Python's Markdown reads them.
+
+    Badges are left out: they are pictures of other servers, and tell nothing about the site.
+    """
 
     def lead(match: re.Match) -> str:
         target, anchor = (source.parent / match[2]).resolve(), match[3] or ""
@@ -73,11 +76,13 @@ def convert(text: str, source: Path, pages: dict[Path, str]) -> str:
 
     lines, fenced, before = [], False, ""
     for line in text.splitlines():
+        if line.startswith("[!["):
+            continue
         if FENCE.match(line):
             fenced = not fenced
         elif not fenced:
             line = LINK.sub(lead, line)
-            # GitHub begins a list without an empty line before it, and nests by two or three blanks; here it takes four.
+            # On GitHub a list begins without an empty line and nests by two or three blanks; here it takes four.
             is_item = re.match(r"\s*([-*]|\d+\.) ", line)
             if is_item and before.strip() and not re.match(r"\s*([-*]|\d+\.) |\s{2,}", before):
                 lines.append("")
@@ -155,13 +160,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "build", help="folder for pages/ and site/")
     args = parser.parse_args()
-    settings = write_pages(args.output)
-    # Strict: a link that leads nowhere, or a name without a docstring's object, ends the build.
+    settings = write_pages(args.output.resolve())
+    # Strict: a link that leads nowhere ends the build. So does a docstring that griffe cannot read: it only warns.
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(settings)]
-    code = subprocess.run(command, cwd=args.output).returncode
-    if code == 0:
-        print(f"The site is in {args.output / 'site'}.")
-    return code
+    done = subprocess.run(command, cwd=args.output, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, end="")
+    if done.returncode or "griffe: " in done.stdout or "WARNING" in done.stdout:
+        return done.returncode or 1
+    print(f"The site is in {args.output / 'site'}.")
+    return 0
 
 
 if __name__ == "__main__":

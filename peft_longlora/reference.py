@@ -78,9 +78,19 @@ def s2_attention_reference(
 ) -> torch.Tensor:
     """S2-Attn by its definition (LongLoRA, arXiv:2309.12307, section 3.2; groups as in the original's flash path).
 
-    Args and returns: as `peft_longlora.s2_attention`. Dropout follows torch's random generator, so it equals a fast
-        path
-    only in distribution.
+    Args:
+        query: (B, H, S, D), any floating dtype, float64 included.
+        key: (B, H_kv, S, D).
+        value: (B, H_kv, S, D_v).
+        group_size: G, tokens. This and the rest are as in `peft_longlora.s2_attention`.
+        segment_ids: (B, S) int: 0 = padding, a run of one positive number = one document.
+        pattern: "s2", "local", "full", "window" or "adaptive".
+        chosen_blocks: how many blocks "adaptive" chooses.
+        scaling: factor on the scores; None for D ** -0.5.
+        dropout: follows torch's random generator, so it equals a fast path only in distribution.
+
+    Returns:
+        (B, S, H, D_v), dtype of query; exactly 0 at padding.
     """
     batch, heads, length, dim = query.shape
     kv_heads = key.shape[1]

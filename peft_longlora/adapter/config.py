@@ -25,6 +25,32 @@ _IN_MEMORY = dict(default=None, init=False, repr=False, compare=False)
 class LongLoraConfig(LoraConfig):
     """Configuration of LongLoRA (arXiv:2309.12307): LoRA, trainable embeddings and norms, S2-Attn and scaled RoPE.
 
+    LoraConfig's own fields work as in PEFT; `target_modules` is by default every projection of attention (q, k, v, o).
+
+    Args:
+        context_length: The window to extend to, in tokens. If None or not above the base's window, RoPE is not changed.
+        rope_type: How RoPE is rescaled: 'linear' (Position Interpolation, as in the paper), 'ntk' (theta raised once),
+            'dynamic', 'yarn', 'llama3', 'longrope' (needs rope_parameters).
+        rope_parameters: The dict of transformers' configs, used unchanged. Excludes rope_type.
+        group_size: Tokens in a group: even, 2 or more. None: group_size_ratio of the window, made even.
+        group_size_ratio: Group size as a fraction, in (0, 1], of context_length, or of the base's own window if that is
+            None. It is never a fraction of the row, so a short document stays dense.
+        attention_pattern: 's2'; 'local' (groups without a shift); 'full' (dense in training too); 'window' (half a
+            group back, and the first 128 tokens); 'adaptive' (blocks of keys chosen by content).
+        chosen_blocks: How many blocks of 128 keys 'adaptive' chooses. None: as many as cost what 's2' costs.
+        dense_layers: Indices of layers that stay dense in training.
+        dense_every: n: one training forward in n (the n-th, the 2n-th, ...) is dense in every layer. None or 0: none
+            is.
+        train_embeddings: Train a copy of the input embeddings, saved with the adapter.
+        train_norms: Train a copy of every normalisation module, saved with the adapter.
+        base_context_length: Filled in when the adapter is made: the base's own window, checked when it is loaded.
+        applied_rope_parameters: Filled in when the adapter is made: the rope_parameters in use, applied when it is
+            loaded.
+        applied_context_length: Filled in when the adapter is made: the window in use, for the card.
+        applied_group_size: Filled in when the adapter is made: the group size in use, for the card.
+        vocab_size: Filled in when the adapter is made: rows of the input embeddings, checked when loaded.
+        format_version: Filled in: the version of the adapter's format. A version newer than the package's is refused.
+
     Example:
         >>> config = LongLoraConfig(r=16, lora_alpha=32, context_length=32768)
         >>> model = get_peft_model(model, config)  # model: AutoModelForCausalLM, attn_implementation="s2_attn"

@@ -39,9 +39,12 @@ def s2_attention_forward(
 
     Args:
         module: the attention layer; `training`, `layer_idx` and its settings are read.
-        query: (B, H, S, D) after RoPE. key: (B, H_kv, T, D) with the cache in front. value: (B, H_kv, T, D_v).
+        query: (B, H, S, D) after RoPE.
+        key: (B, H_kv, T, D) with the cache in front.
+        value: (B, H_kv, T, D_v).
         attention_mask: the result of `mask.s2_mask`, or the user's 4-D mask.
-        dropout, scaling: as in transformers.
+        dropout: probability at which attention weights are dropped.
+        scaling: factor on the scores; None for D ** -0.5.
         kwargs: position_ids, sliding_window, softcap, s_aux, is_causal ... as the architecture passes them.
 
     Returns:

@@ -277,7 +277,9 @@ def s2_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> An
     """transformers' mask function for `attn_implementation="s2_attn"`.
 
     Args:
-        batch_size, q_length, kv_length: B, S and T, tokens.
+        batch_size: B, rows.
+        q_length: S, tokens.
+        kv_length: T, tokens with those in the cache.
         kwargs: the other arguments of transformers' mask functions (masking_utils.create_causal_mask).
 
     Returns:

@@ -55,9 +55,12 @@ class Conversation:
 
         Args:
             loaded: model and tokenizer.
-            cache: "dense", "quantised" or "offloaded" (kvcache.py). chunk_size: tokens of one forward in prefill.
+            document: what the questions are about.
+            cache: "dense", "quantised" or "offloaded" (kvcache.py).
+            chunk_size: tokens of one forward in prefill.
             max_new_tokens: the most tokens of an answer.
-            temperature: 0 for greedy answers. top_p: nucleus sampling, for a temperature above 0.
+            temperature: 0 for greedy answers.
+            top_p: nucleus sampling, for a temperature above 0.
             seed: with the same seed the same conversation gets the same answers.
             plain: use no chat template, even if the tokenizer has one.
             lock: give the same lock to all conversations on one model.

@@ -22,8 +22,10 @@ class Document:
     """A text, and the place of its parts in the file.
 
     Attributes:
-        name: the file's name. text: all of it, without white space around it.
-        starts: offsets in `text` at which pages (PDF) or lines start, ascending. labels: their numbers in the file.
+        name: the file's name.
+        text: all of it, without white space around it.
+        starts: offsets in `text` at which pages (PDF) or lines start, ascending.
+        labels: the numbers of these pages or lines in the file.
         unit: "page" or "line".
         notes: warnings about parts of the file that are not in the text.
     """
@@ -45,6 +47,10 @@ class Document:
 
 def read_document(path: str | Path, limits: Limits | None = None) -> Document:
     """Read a .txt, .md or .pdf file.
+
+    Args:
+        path: of the file; "~" is the home folder.
+        limits: how large the file may be. None: no limits.
 
     Raises:
         ValueError: the path is a URL, a folder or does not exist; the file is of another kind, is empty, or is not what

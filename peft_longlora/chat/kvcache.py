@@ -45,7 +45,8 @@ class KVCache:
 
     Attributes:
         ids: the tokens whose keys and values are held.
-        cache: transformers' cache. as_argument: the same for `generate(**kv.as_argument)`; call `sync` afterwards.
+        cache: transformers' cache.
+        as_argument: the same for `generate(**kv.as_argument)`; call `sync` afterwards.
     """
 
     def __init__(

@@ -18,7 +18,8 @@ class Passage:
     """A part of a document.
 
     Attributes:
-        place: such as "page 12" or "lines 3-5". text: the part; its words are whole, if the text has words.
+        place: such as "page 12" or "lines 3-5".
+        text: the part; its words are whole, if the text has words.
         reason: why it is shown, such as "holds pinchin, toby" or "4.1% of the attention to the document".
         share: its share of the attention that the answer gave to the document; None if it was chosen by its words.
     """

@@ -16,13 +16,18 @@ class Counts:
     """Numbers of documents (or records), tokens and rows; filled in while data is read. Its text is one line.
 
     Attributes:
-        documents, tokens: read. rows: made from them.
-        longer: documents or records longer than the window. names: sources of the first few of them.
-        cut_tokens: tokens left out of rows. dropped, dropped_tokens: records left out, and their tokens.
-        restored: answers that are trained whole although the chat template would have cut them. restored_names: sources
-            of the first few of them.
-        left_out: the number of files and empty texts that are not read, by reason. kept: files of repositories that
-            are read.
+        documents: documents or records read.
+        tokens: their tokens.
+        rows: made from them.
+        longer: documents or records longer than the window.
+        names: sources of the first few of them.
+        cut_tokens: tokens left out of rows.
+        dropped: records left out.
+        dropped_tokens: their tokens.
+        restored: answers that are trained whole although the chat template would have cut them.
+        restored_names: sources of the first few of them.
+        left_out: the number of files and empty texts that are not read, by reason.
+        kept: files of repositories that are read.
         pieces: of documents, in rows. The first token of a piece is read, and no token predicts it.
     """
 

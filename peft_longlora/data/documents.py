@@ -29,7 +29,8 @@ def read_documents(
     Args:
         sources: .txt and .md (one document a file), .jsonl and .json (one object a line, or one list of objects), each
             also .gz; .pdf and .parquet; folders of such files; or ids of datasets on the Hub, which are streamed.
-        split, config: of a dataset on the Hub.
+        split: of a dataset on the Hub.
+        config: of a dataset on the Hub, if it has several.
         field: the name of the text field.
         skip_empty: skip an empty document with a warning, instead of raising an error.
         repositories: folders are source trees. Each repository (a folder with .git; if there is none, the whole folder)
@@ -59,8 +60,17 @@ def read_records(
 ) -> Iterator[dict[str, str]]:
     """LongAlpaca's records, as {"instruction", "input", "output", "source"}; "input" may be missing or null.
 
-    {"prompt", "completion"} of two strings are read as instruction and output. Sources, counts and errors are those of
-    `read_documents`, without .txt, .md and .pdf. A record without instruction or output is an error.
+    {"prompt", "completion"} of two strings are read as instruction and output.
+
+    Args:
+        sources: as for `read_documents`, without .txt, .md and .pdf.
+        split: of a dataset on the Hub.
+        config: of a dataset on the Hub, if it has several.
+        counts: counts what is left out. None: it is logged.
+
+    Raises:
+        FileNotFoundError: a source does not exist.
+        ValueError: a source cannot be read, or a record has no instruction or no output.
     """
     for name, row in rows_of_sources(sources, split, config, None, counts=counts):
         if isinstance(row, dict) and "instruction" not in row and {"prompt", "completion"} <= row.keys():

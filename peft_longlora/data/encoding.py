@@ -40,6 +40,13 @@ def encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tor
     They equal those of `tokenizer(text)`. A text longer than BATCH_CHARACTERS is tokenised in pieces. It is tokenised
     whole if the tokenizer is not one of the tokenizers library, or, with a warning, if two pieces cannot be joined (a
     megabyte of one letter).
+
+    Args:
+        tokenizer: a slow or a fast one.
+        texts: of any length.
+
+    Returns:
+        One (n,) int32 tensor for each text, in the order of the texts.
     """
     short = iter(_encode_short(tokenizer, [text for text in texts if len(text) <= BATCH_CHARACTERS]))
     return [next(short) if len(text) <= BATCH_CHARACTERS else _encode_long(tokenizer, text) for text in texts]

@@ -82,7 +82,13 @@ def count_tokens(
 ) -> int:
     """The number of tokens of a data set in one of the forms that trainers accept; see `TokensHeldCallback`.
 
-    Raises: ValueError: a row has none of the columns.
+    Args:
+        dataset: rows with "input_ids", "messages", "prompt" and "completion", or a text.
+        tokenizer: the model's.
+        text_field: the column of the text.
+
+    Raises:
+        ValueError: a row has none of the columns.
     """
     total, texts = 0, []
     for row in dataset:

@@ -13,7 +13,9 @@ class Limits:
     """The largest size of a document and the longest time to read it. The checks raise ValueError.
 
     Attributes:
-        pages: pages of a PDF. characters: characters of the text. seconds: time to read a PDF, checked after each page.
+        pages: pages of a PDF.
+        characters: characters of the text.
+        seconds: time to read a PDF, checked after each page.
     """
 
     pages: float = math.inf

@@ -11,7 +11,15 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterator[T], size: int = 4) -> Iterator[T]:
-    """The same items, but up to `size` of them are made ahead in a thread, while the model is busy."""
+    """The same items, but up to `size` of them are made ahead in a thread, while the model is busy.
+
+    Args:
+        items: made one by one; what it raises is raised here, at the item's place.
+        size: the most items that wait.
+
+    Raises:
+        BaseException: what `items` raised.
+    """
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(size)
     stop = threading.Event()
 

@@ -28,7 +28,11 @@ def tokenize_record(
 
     Args:
         record: {"instruction", "input", "output"} and, for errors, "source".
+        tokenizer: the model's.
         counts: counts an answer that the template would have cut.
+
+    Returns:
+        {"input_ids", "labels"}: lists of one length.
 
     Raises:
         ValueError: the template fails or leaves out a message, or no token is left to train on.
@@ -99,6 +103,7 @@ def tokenize_records(
 
     Args:
         records: as `read_records` yields them.
+        tokenizer: the model's.
         max_length: tokens of a row, at most.
         too_long: what to do with a longer record. "truncate": its prompt loses its middle; the beginning, the question
             at the end and the whole answer stay. "drop": it is left out. "error": it is refused.

@@ -30,6 +30,7 @@ def to_windows(
 
     Args:
         documents: as `read_documents` yields them.
+        tokenizer: the model's.
         length: tokens of a window, 3 or more.
         counts: filled in along the way, and logged at the end.
         pack: False: a row never holds two documents; give such rows to TRL's SFTTrainer, which packs them, or train on

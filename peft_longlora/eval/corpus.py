@@ -93,7 +93,11 @@ class Corpus:
     """Documents from files, folders or a dataset on the Hub, streamed again for each pass.
 
     Args:
-        sources, split, config, field, repositories: as for `read_documents`.
+        sources: as for `read_documents`, like the rest.
+        split: of a dataset on the Hub.
+        config: of a dataset on the Hub, if it has several.
+        field: the name of the text field.
+        repositories: folders are source trees.
 
     Raises:
         FileNotFoundError, ValueError, at the first call of `summary`: a source does not exist, is empty or cannot be

@@ -28,8 +28,13 @@ def evaluate(
     """Measure everything that is not measured yet, and write results.json, results.md and the plots.
 
     Args:
-        subject: the model. tasks: what to measure. output: a folder; if it holds the same run, that run continues.
-        overwrite: delete what the folder holds. processes: the processes that share the work.
+        subject: the model.
+        tasks: what to measure.
+        output: a folder; if it holds the same run, that run continues.
+        settings: how intervals are computed.
+        overwrite: delete what the folder holds.
+        processes: the processes that share the work. None: this process alone.
+        show_progress: show a bar for each task.
 
     Returns:
         The results in the main process; None in the others.

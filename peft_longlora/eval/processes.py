@@ -14,7 +14,14 @@ from peft_longlora.hub.loading import find_device
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among the processes of a run, which torchrun or `accelerate launch` starts."""
+    """This process among the processes of a run, which torchrun or `accelerate launch` starts.
+
+    Args:
+        rank: the number of this process.
+        count: the number of processes.
+        device: of this process. None: not chosen yet.
+        state: accelerate's, through which processes wait for each other; None for a single process.
+    """
 
     rank: int = 0
     count: int = 1

@@ -14,7 +14,13 @@ from peft_longlora.eval.tasks.task import Task, name_of
 
 @dataclass(frozen=True)
 class Settings:
-    """How intervals are computed, and the seed of generated prompts and of the bootstrap."""
+    """How intervals are computed, and the seed of generated prompts and of the bootstrap.
+
+    Args:
+        seed: of prompts and of the bootstrap.
+        bootstrap_replicates: how often the samples are drawn again.
+        confidence: of the intervals, between 0 and 1.
+    """
 
     seed: int = 0
     bootstrap_replicates: int = 1000

@@ -41,9 +41,11 @@ class Subject:
     """A model under evaluation.
 
     Attributes:
-        model: in evaluation mode. tokenizer: its tokenizer.
+        model: in evaluation mode.
+        tokenizer: its tokenizer.
         variant: "base", "adapter" or "rescaled"; the label of its rows in the results.
-        native_window, window: tokens, before and after extension.
+        native_window: tokens, before extension.
+        window: tokens, after extension.
         description: the "model" entry of results.json.
         notes: warnings for readers of the results.
         attention: "dense", or "sparse" to measure a pattern by itself.
@@ -181,7 +183,10 @@ def load_subject(
     """Load a base, and an adapter on it, for evaluation.
 
     Args:
-        model, adapter, attn_implementation, options: as for `peft_longlora.hub.load_model`.
+        model: a folder or an id on the Hub.
+        adapter: the same, of any PEFT type.
+        attn_implementation: transformers' name for the implementation of dense attention.
+        options: of `peft_longlora.hub.load_model`.
         attention: "dense", or "sparse" for the adapter's pattern (without one: S2 with a quarter of the window).
 
     Raises:

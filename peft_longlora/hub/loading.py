@@ -28,7 +28,10 @@ class Loaded:
     """A model in evaluation mode and on its device, with its tokenizer.
 
     Attributes:
-        native_window, window: tokens, before and after extension.
+        model: the base, with the adapter if there is one.
+        tokenizer: its tokenizer.
+        native_window: tokens, before extension.
+        window: tokens, after extension.
         notes: warnings about how the parts fit together.
     """
 
@@ -53,12 +56,14 @@ def load_model(
     """Load a base or a merged model, and an adapter on it.
 
     Args:
-        model: a folder or an id on the Hub. adapter: the same, of any PEFT type.
+        model: a folder or an id on the Hub.
+        adapter: the same, of any PEFT type.
         tokenizer: a folder or an id; None: the model's.
         dtype: "auto" (as in the file), "float32", "bfloat16" or "float16".
         device: None: the GPU if there is one.
         attn_implementation: transformers' name for the implementation of dense attention.
-        context_length, rope_type: rescale RoPE without an adapter, as `scale_rope` does; rope_type None: "yarn".
+        context_length: tokens; rescale RoPE without an adapter, as `scale_rope` does.
+        rope_type: how to rescale it; None: "yarn".
 
     Raises:
         ValueError: a part does not exist or does not fit, an option would have no effect, or the tokenizer has tokens

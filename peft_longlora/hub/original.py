@@ -45,9 +45,12 @@ def convert_original_adapter(
             up to a whole number, as the original does when it trains.
         base_model: the base of the new adapter. None: the base that adapter_config.json names, often a folder of its
             authors.
-        base_context_length, rope_theta, vocab_size: of the base; the defaults are Llama 2's. Rows of the embedding
-            beyond vocab_size are the [PAD] that the original appends. They are dropped, with a warning.
-        revision, token: for a repository.
+        base_context_length: the base's own window, tokens; the default is Llama 2's, as are the next two.
+        rope_theta: the base of the base's RoPE.
+        vocab_size: rows of the base's embedding. Rows beyond them are the [PAD] that the original appends; they are
+            dropped, with a warning.
+        revision: of a repository: a branch, a tag or a commit.
+        token: of the Hub. None: the one that is stored.
 
     Returns:
         The new adapter's config.

@@ -47,9 +47,23 @@ def push_adapter(
 ) -> CommitInfo:
     """Push an adapter and its card in one commit, so that a card never appears without its weights.
 
-    The arguments are those of `PeftModel.push_to_hub`. Text that people wrote into the README, on the Hub or beside the
-    adapter on the disk, is kept. If the adapter was loaded from, or last saved in, a folder with results and plots and
-    has not changed since, they are pushed with it.
+    `PeftModel.push_to_hub` does the same. Text that people wrote into the README, on the Hub or beside the adapter on
+    the disk, is kept. If the adapter was loaded from, or last saved in, a folder with results and plots and has not
+    changed since, they are pushed with it.
+
+    Args:
+        model: with a LongLoRA adapter; `get_peft_model`'s, or transformers' own after `add_adapter`.
+        repo_id: "owner/name"; made if it is not there.
+        commit_message: the first line of the commit.
+        commit_description: what follows it.
+        private: make a new repository private. None: what the owner's settings say.
+        token: of the Hub. None: the one that is stored.
+        revision: the branch to push to; made if it is not there. None: main.
+        create_pr: open a pull request instead.
+        tags: further tags on the card.
+
+    Returns:
+        The commit.
 
     Raises:
         ValueError: the model has no LongLoRA adapter.
@@ -93,7 +107,17 @@ def push_card(
 ) -> CommitInfo:
     """Write the card of an adapter that is already on the Hub, from its adapter_config.json and results.json.
 
-    Args: as those of `use_longlora_card`.
+    Args:
+        repo_id: "owner/name".
+        template: as in `use_longlora_card`, like the next three.
+        license: a licence identifier of the Hub.
+        datasets: ids of data sets on the Hub.
+        language: codes such as "en".
+        token: of the Hub. None: the one that is stored.
+        revision: the branch. None: main.
+
+    Returns:
+        The commit.
 
     Raises:
         ValueError: the repository holds no LongLoRA adapter, or its README or results.json cannot be read.

@@ -145,7 +145,22 @@ class Row:
 
 @dataclass
 class Results:
-    """The content of a results.json."""
+    """The content of a results.json; docs/evaluation.md describes the file.
+
+    Attributes:
+        created: the time, ISO 8601, UTC.
+        versions: of Python and the packages that measured.
+        hardware: the device, its memory, and the number of processes.
+        model: base, adapter, RoPE, windows, dtype, attention.
+        settings: the seed and how intervals were computed.
+        data: each data set's name with its size and its hash.
+        notes: warnings for readers.
+        results: a row for each task, protocol, length, model and metric.
+        details: rows by depth, position or group.
+        speed: tokens a second, by task and length.
+        unmeasured: what was asked for and left out, and why.
+        schema_version: of this file's form.
+    """
 
     created: str
     versions: dict[str, str]

@@ -100,7 +100,8 @@ def s2_attention(
 
     Args:
         query: (B, H, S, D) floating point.
-        key, value: (B, H_kv, S, D), H divisible by H_kv; value may have another last size.
+        key: (B, H_kv, S, D), H divisible by H_kv.
+        value: (B, H_kv, S, D_v); D_v may differ from D.
         group_size: G, tokens; even, 2 or more. A document of at most G tokens is attended to densely.
         segment_ids: (B, S) int: 0 = padding, a run of one positive number = one document. None: each row is a document.
         pattern: "s2"; "local" (no head is shifted); "full" (dense inside each document). In documents of more than G
@@ -113,7 +114,7 @@ def s2_attention(
         backend: one of `backends.BACKENDS`; None for the fastest.
 
     Returns:
-        (B, S, H, D), dtype of query; exactly 0 at padding.
+        (B, S, H, D_v), dtype of query; exactly 0 at padding.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, an odd or too small group_size, a dropout

@@ -55,9 +55,11 @@ class MemoryPlan:
         a_token: a token's bytes at the peak, with every block checkpointed; the peak is in a block's backward.
         a_loss: a token's bytes when the loss is computed, without those of blocks that keep everything.
         a_block: a token's additional bytes then, for each block that keeps everything.
-        blocks: number of the model's blocks. free: how many of them are not checkpointed.
+        blocks: number of the model's blocks.
+        free: how many of them are not checkpointed.
         means: the arguments of `checkpoint_blocks` for the others.
-        host: bytes that wait in the host's memory. host_budget: bytes that may wait there.
+        host: bytes that wait in the host's memory.
+        host_budget: bytes that may wait there.
     """
 
     length: int

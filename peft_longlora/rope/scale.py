@@ -88,7 +88,11 @@ def scale_rope(
 def restore_rope(model: PreTrainedModel) -> None:
     """Undo `scale_rope`, bit for bit. If it was never called, nothing happens.
 
-    Raises: ValueError: the RoPE is an adapter's.
+    Args:
+        model: the model that `scale_rope` was given.
+
+    Raises:
+        ValueError: the RoPE is an adapter's.
     """
     model = _without_owner(model)
     if hasattr(model, STATES):

@@ -29,7 +29,8 @@ def shard_batch(batch: dict[str, Any], rank: int, ranks: int, *, pad_token_id: i
 
     Args:
         batch: input_ids (B, S) and, if present, attention_mask, position_ids, labels and others of that shape.
-        rank, ranks: the number of this stretch, and of all stretches.
+        rank: the number of this stretch.
+        ranks: the number of stretches.
         pad_token_id: the token that fills up the last stretch.
 
     Returns: input_ids, attention_mask, position_ids and, if there are labels, labels and shift_labels; (1, S') each.

@@ -35,7 +35,8 @@ class SequenceParallelMixin:
     Args:
         sequence_parallel_size: how many neighbouring ranks share a sequence; None for all ranks. The groups of ranks
             train data parallel.
-        args, kwargs: arguments of the Trainer.
+        args: positional arguments of the Trainer.
+        kwargs: its other arguments.
 
     Raises:
         ValueError: a size that does not divide the number of processes, options with which the losses of stretches
@@ -47,7 +48,8 @@ class SequenceParallelMixin:
     and `call_model_init`.
 
     Attributes:
-        sequence_ranks: how many ranks share a sequence. sequence_mesh: this rank's group, if it has more than one rank.
+        sequence_ranks: how many ranks share a sequence.
+        sequence_mesh: this rank's group, if it has more than one rank.
     """
 
     sequence_ranks = 1
@@ -180,8 +182,9 @@ class SequenceParallelMixin:
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):
         """As the Trainer's. In evaluation it is the mean over the labels of the whole sequence, equal on all its ranks.
 
-        Raises: ValueError: the ranks of a sequence got different batches (raised on all of them), or nothing averages
-            their gradients.
+        Raises:
+            ValueError: the ranks of a sequence got different batches (raised on all of them), or nothing averages
+                their gradients.
         """
         checksum = inputs.pop(CHECKSUM, None)
         if checksum is None:

@@ -12,6 +12,8 @@ PROJECT = (ROOT / "pyproject.toml").read_text()
 FREE = {"build", "hypothesis", "pytest", "pytest-xdist", "ruff", "matplotlib", "tensorboard", "selenium", "gradio"}
 # What PEFT's own tests import, which are run with the newest versions alone.
 FREE |= {"diffusers", "parameterized", "scipy"}
+# What makes the site, runs the notebook and checks the wheel.
+FREE |= {"ipykernel", "mkdocstrings", "nbclient", "twine", "zensical"}
 FREE |= {"bitsandbytes", "deepspeed", "hqq", "lm-eval", "rouge-score", "flash-attn-4", "packaging", "torch", "jinja2"}
 
 

@@ -1,4 +1,4 @@
-"""What is uploaded for a release: wheel and sdist are built once, and used as a stranger would, outside the checkout."""
+"""What a release uploads, wheel and sdist, is built once and used as a stranger would, outside the checkout."""
 
 import os
 import re
@@ -81,7 +81,9 @@ def test_the_description_leads_to_files_of_the_release(metadata):
 def test_the_wheel_holds_the_package_alone(dist, metadata):
     with zipfile.ZipFile(next(dist.glob("*.whl"))) as file:
         names = file.namelist()
-    assert {"peft_longlora/py.typed", "peft_longlora/hub/templates/adapter_card.md", "longlora_command.py"} <= set(names)
+    assert {"peft_longlora/py.typed", "peft_longlora/hub/templates/adapter_card.md", "longlora_command.py"} <= set(
+        names
+    )
     assert {name.partition("/")[0] for name in names} == {
         "longlora_command.py", "peft_longlora", f"peft_longlora-{__version__}.dist-info",
     }  # fmt: skip

@@ -52,7 +52,8 @@ def compare(first: str | Path, second: str | Path) -> tuple[list[Difference], li
     """The rows that both runs have, and notes about what makes them less comparable.
 
     Args:
-        first, second: a results.json or its folder; the intervals come from samples.jsonl beside it.
+        first: a results.json or its folder; the intervals come from samples.jsonl beside it.
+        second: the other run.
 
     Raises:
         FileNotFoundError, ValueError: there is no results.json, or the runs have no row in common.

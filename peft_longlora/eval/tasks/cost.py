@@ -29,7 +29,8 @@ class Cost:
     device's allocator while the prompt is read; on a CPU, of the process so far. kv_cache_bytes: after the prompt.
 
     Args:
-        lengths: tokens. repeats: measurements of each length, after a first one that does not count.
+        lengths: tokens.
+        repeats: measurements of each length, after a first one that does not count.
     """
 
     lengths: list[int]

@@ -18,8 +18,9 @@ class Harness:
     """One task of lm-eval, on the model in memory and, if it has a base, on the base.
 
     Args:
-        task: lm-eval's name. limit: ask only the first questions, this many; None: all. include_path: a folder of task
-            files.
+        task: lm-eval's name.
+        limit: ask only the first questions, this many; None: all.
+        include_path: a folder of task files.
         num_fewshot: None: the task's own.
 
     Raises:

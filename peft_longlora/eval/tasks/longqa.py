@@ -43,6 +43,7 @@ class LongQA(RecordTask):
     Args:
         max_length: tokens of prompt and answer; a longer prompt loses its middle, as in LongBench, and is counted.
         prompts: a JSON file, {dataset: prompt with {context} and {input}}.
+        max_new_tokens: of an answer.
     """
 
     max_length: int | None = None

@@ -17,6 +17,7 @@ class MultiDoc(RecordTask):
 
     Args:
         places: places of the gold passage, as the part of the documents before it, 0 to 1.
+        max_new_tokens: of an answer.
     """
 
     places: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])

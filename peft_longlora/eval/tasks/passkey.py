@@ -29,8 +29,12 @@ class Passkey(GeneratedTask):
     first number in the greedy answer. Token ids are not compared, because tokenizers cut numbers differently.
 
     Args:
-        depths: parts of the text before the needle, 0 to 1. seeds: the number of keys for each length and depth.
-        lengths, seed, books: as for every `GeneratedTask`; without books the original's filler is used.
+        depths: parts of the text before the needle, 0 to 1.
+        seeds: the number of keys for each length and depth.
+        max_new_tokens: of an answer.
+        lengths: tokens of prompt and answer together.
+        seed: the seed of the prompts.
+        books: real text as filler; without it the original's filler is used.
     """
 
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])

@@ -124,8 +124,9 @@ class GeneratedTask(PromptTask):
     """The base of tasks that make their prompts at chosen lengths.
 
     Args:
-        lengths: tokens of prompt and answer together. seed: the seed of the prompts. books: real text as filler, or
-            None.
+        lengths: tokens of prompt and answer together.
+        seed: the seed of the prompts.
+        books: real text as filler, or None.
     """
 
     lengths: list[int] = field(default_factory=list)

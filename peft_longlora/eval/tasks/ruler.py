@@ -59,8 +59,11 @@ class Ruler(GeneratedTask):
     """One RULER task, named "ruler_" plus RULER's name. The score is the share of the answers that is found.
 
     Args:
-        kind: one of TASKS. samples: prompts for each length.
-        lengths, seed, books: as for every `GeneratedTask`. Tasks with essays need books; "cwe" takes words from them.
+        kind: one of TASKS.
+        samples: prompts for each length.
+        lengths: tokens of prompt and answer together.
+        seed: the seed of the prompts.
+        books: real text. Tasks with essays need it; "cwe" takes words from it.
 
     Raises:
         ValueError: an unknown task, or a task that needs books has none.

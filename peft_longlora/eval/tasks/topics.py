@@ -16,6 +16,9 @@ class Topics(RecordTask):
     """Topic retrieval on LongChat's records: name the first topic of a long talk, the first entry of "topics".
 
     An answer is correct if it contains the topic, both normalised. (In LongChat a larger model judges.)
+
+    Args:
+        max_new_tokens: of an answer.
     """
 
     name: str = "topics"

@@ -54,16 +54,24 @@ def load_rows(
     predicts it. `.info.description` of the result is the same line: documents, tokens, rows, and what was left out.
 
     Args:
-        sources, split, config, field, skip_empty, repositories: as for `read_documents`: files, folders (.txt, .md,
-            .pdf, .jsonl, .json, .parquet), source trees, or ids of datasets on the Hub.
+        sources: files, folders (.txt, .md, .pdf, .jsonl, .json, .parquet), source trees, or ids of datasets on the
+            Hub; as for `read_documents`.
+        tokenizer: the model's.
+        length: tokens of a row, at most.
         kind: "text": continued pre-training. "records": instruction tuning with a loss on answers only, on records as
             `read_records` reads them.
+        split: of a dataset on the Hub.
+        config: of a dataset on the Hub, if it has several.
+        field: the name of the text field.
+        skip_empty: skip an empty document with a warning, instead of raising an error.
+        repositories: folders are source trees; each repository is one document.
         too_long: for records longer than a row, as `tokenize_records`.
         pack: fill rows with the ends of several documents, for a plain Trainer (`to_windows` says more). Leave it False
             for SFTTrainer with packing=True and max_length=length, which fills rows itself.
         cache: the folder for the file with the rows. None: "longlora-rows" in the cache of `datasets`.
 
-    Returns: a Dataset with "input_ids" and "labels", and "position_ids" if the rows are packed.
+    Returns:
+        A Dataset with "input_ids" and "labels", and "position_ids" if the rows are packed.
 
     Raises:
         FileNotFoundError, ValueError: as `read_documents`, `read_records` and `to_windows`; an unknown kind.

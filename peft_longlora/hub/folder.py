@@ -39,7 +39,9 @@ class Pushed:
     """What `push_folder` did.
 
     Attributes:
-        commit: the Hub's answer, with its url. names: files in the commit. left_out: files of the folder that are not.
+        commit: the Hub's answer, with its url.
+        names: files in the commit.
+        left_out: files of the folder that are not.
         notes: warnings for the user.
     """
 
@@ -71,13 +73,22 @@ def push_folder(
     kept. The folder itself does not change.
 
     Args:
-        folder: an adapter's folder. repo_id: "owner/name" or "name"; the repository is made if it is not there.
+        folder: an adapter's folder.
+        repo_id: "owner/name" or "name"; the repository is made if it is not there.
         base: the base's id on the Hub, for an adapter that was trained on a base in a folder.
         results: a folder that `longlora eval` wrote, for results that do not lie with the adapter yet.
         include: patterns of further file names to push, such as "*.csv".
-        license, datasets, language: for the card, as for `use_longlora_card`.
-        private: whether a new repository is private. token, revision, create_pr, commit_message: as for
-            `HfApi.upload_folder`.
+        license: for the card, as for `use_longlora_card`, like the next two.
+        datasets: ids of data sets on the Hub.
+        language: codes such as "en".
+        private: whether a new repository is private.
+        token: of the Hub. None: the one that is stored.
+        revision: the branch to push to. None: main.
+        create_pr: open a pull request instead.
+        commit_message: the first line of the commit.
+
+    Returns:
+        The commit, and which files are in it.
 
     Raises:
         ValueError: the folder holds no LongLoRA adapter, a file is damaged, or the Hub is not reached.

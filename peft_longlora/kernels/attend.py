@@ -39,7 +39,7 @@ def attend(
 def _attend_blocks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: BlockPlan, options: Options
 ) -> torch.Tensor:
-    backend = pick_backend(query, key, value, True, options, has_blocks=True)
+    backend = pick_backend(query, key, value, True, options, plan.pattern)
     return backend.attend_blocks(query, key, value, plan, options)
 
 

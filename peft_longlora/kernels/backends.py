@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from transformers.utils import logging
 
+from peft_longlora.kernels.chosen import ChosenBlocks
 from peft_longlora.kernels.flex import Flex
 from peft_longlora.kernels.kernel import Backend, Needs, Options
 from peft_longlora.kernels.operators import KERNELS, Launched
@@ -19,10 +20,9 @@ from peft_longlora.kernels.sdpa import Sdpa
 logger = logging.get_logger(__name__)
 
 # All but the kernel for CPUs, which only sequence parallelism needs.
-BACKENDS: dict[str, Backend] = {
-    backend.name: backend
-    for backend in (*(Launched(kernel) for name, kernel in KERNELS.items() if name != "cpu"), Sdpa(), Flex())
-}
+BACKENDS: dict[str, Backend] = {name: Launched(kernel) for name, kernel in KERNELS.items() if name != "cpu"}
+BACKENDS["flash_attention_4"] = ChosenBlocks(KERNELS["flash_attention_4"])
+BACKENDS |= {backend.name: backend for backend in (Sdpa(), Flex())}
 
 
 def check_backend(backend: str | None) -> None:
@@ -37,11 +37,11 @@ def pick_backend(
     value: torch.Tensor,
     is_regular: bool,
     options: Options,
-    has_blocks: bool = False,
+    blocks: str | None = None,
 ) -> Backend:
-    """The backend for a call on these tensors; errors as `choose_backend`."""
+    """The backend for a call on these tensors; `blocks`: as in `Needs`. Errors as `choose_backend`."""
     needs = _needs(query, key, value, options)
-    return BACKENDS[choose_backend(options.backend, is_regular, *needs, has_blocks)]
+    return BACKENDS[choose_backend(options.backend, is_regular, *needs, blocks)]
 
 
 def _needs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> tuple:
@@ -73,7 +73,7 @@ def _choose(backend: str | None, is_regular: bool, is_deterministic: bool, needs
     if backend is not None:
         return _force(backend, needs)
     passed = []
-    for name in _order(needs.device, is_regular, needs.has_blocks):
+    for name in _order(needs.device, is_regular, needs.blocks is not None):
         reason = BACKENDS[name].missing(needs.device) or BACKENDS[name].lacks(needs)
         if reason is None:
             why = ": " + "; ".join(passed) if passed else ", the fastest here"

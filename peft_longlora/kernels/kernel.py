@@ -46,7 +46,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Needs:
-    """The needs of a call that a backend may lack; is_grouped: H > H_kv; has_blocks: its pattern is one of `blocks`."""
+    """The needs of a call that a backend may lack; is_grouped: H > H_kv; blocks: its pattern, if `blocks` has it."""
 
     device: torch.device
     dtype: torch.dtype
@@ -57,7 +57,7 @@ class Needs:
     softcap: float = 0.0
     has_sinks: bool = False
     requires_grad: bool = False
-    has_blocks: bool = False
+    blocks: str | None = None
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ class Launched(Backend):
 
     def lacks(self, needs: Needs) -> str | None:
         """As `Kernel.lacks`."""
-        if needs.has_blocks:
+        if needs.blocks:
             return "it attends inside groups, not to blocks of keys"
         return self.kernel.lacks(needs)
 

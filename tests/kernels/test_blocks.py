@@ -89,6 +89,97 @@ def test_the_block_lists_of_flex_are_what_its_rule_says():
                 assert partial >= {i for i in range(count) if tiles[block, i].any()} - whole
 
 
+class Dense:
+    """FlashAttention-4's functions for lists of blocks by their definition: a mask from the lists, then softmax."""
+
+    @staticmethod
+    def weigh(q, k, v, mask, scale):
+        """(H, N, D), (H_kv, N, D) -> (H, N, D) and the log-sum-exp of the scores."""
+        k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
+        scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+    @staticmethod
+    def mask(lists, by_key):
+        counts, numbers, size = lists
+        assert counts.dtype == numbers.dtype == torch.int32 and size == (BLOCK, BLOCK)
+        heads, blocks = counts.shape[1:]
+        sees = torch.zeros(heads, blocks, blocks, dtype=torch.bool)
+        for head in range(heads):
+            for row in range(blocks):
+                named = numbers[0, head, row, : counts[0, head, row]].tolist()
+                assert len(set(named)) == len(named)
+                sees[head, row, named] = True
+        sees = sees.mT if by_key else sees
+        return sees.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2).tril()
+
+    @classmethod
+    def _flash_attn_fwd(cls, q, k, v, *, block_sparse_tensors, softmax_scale, causal, out, lse, pack_gqa):
+        assert causal and not pack_gqa
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        found, sums = cls.weigh(q, k, v, cls.mask(block_sparse_tensors, by_key=False), softmax_scale)
+        out[0], lse[0] = found.transpose(0, 1), sums
+
+    @classmethod
+    def _flash_attn_bwd(cls, q, k, v, out, dout, lse, *, block_sparse_tensors, softmax_scale, causal, dq, dk, dv):
+        with torch.enable_grad():
+            plain = [x[0].transpose(0, 1).detach().requires_grad_() for x in (q, k, v)]
+            found, sums = cls.weigh(*plain, cls.mask(block_sparse_tensors, by_key=True), softmax_scale)
+            grads = torch.autograd.grad(found, plain, dout[0].transpose(0, 1))
+        torch.testing.assert_close(sums, lse[0])
+        for into, grad in zip((dq, dk, dv), grads, strict=True):
+            into[0] = grad.transpose(0, 1)
+
+    @staticmethod
+    def BlockSparseTensorsTorch(counts, numbers, block_size):
+        return counts, numbers, block_size
+
+
+@pytest.mark.parametrize("chosen", [None, 2])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[4] == case[5]])
+def test_the_block_lists_of_flash_attention_4_are_the_reference_s(name, chosen, monkeypatch):
+    """Both lists: of keys for the forward, of queries for the backward."""
+    from peft_longlora.kernels import backends
+    from peft_longlora.kernels import chosen as blocks
+
+    monkeypatch.setattr(blocks, "_interface", lambda: Dense)
+    monkeypatch.setattr(blocks, "import_module", lambda name: Dense)
+    monkeypatch.setattr(backends, "choose_backend", lambda *_: "flash_attention_4")
+    qkv, ids = inputs(name)
+    how = dict(segment_ids=ids, pattern="adaptive", chosen_blocks=chosen, scaling=0.3)
+    out, want = s2_attention(*qkv, G, **how), s2_attention_reference(*qkv, G, **how)
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+    dout = torch.randn_like(out)
+    for found, expected in zip(*(torch.autograd.grad(x, qkv, dout) for x in (out, want)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_flash_attention_4_does_not_do_with_blocks(monkeypatch):
+    from peft_longlora.kernels.backends import BACKENDS
+    from peft_longlora.kernels.kernel import Needs
+
+    backend, device = BACKENDS["flash_attention_4"], torch.device("cuda")
+    call = dict(device=device, dtype=torch.bfloat16, dim=64, value_dim=64, requires_grad=True, blocks="adaptive")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert backend.lacks(Needs(**call)) is None
+    for change, reason in (
+        (dict(blocks="window"), "'window' end inside one"),
+        (dict(dim=192, value_dim=192), "at most 128, not 192, 192"),
+        (dict(value_dim=32), "equal and at most 128, not 64, 32"),
+        (dict(softcap=30.0), "softcap=30.0 was asked for"),
+        (dict(dtype=torch.float32), "not torch.float32"),
+    ):
+        assert reason in backend.lacks(Needs(**{**call, **change}))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "not deterministic" in backend.lacks(Needs(**call))
+        assert backend.lacks(Needs(**{**call, "requires_grad": False})) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert "for Hopper" in backend.lacks(Needs(**call))
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 @pytest.mark.parametrize("pattern", BLOCK_PATTERNS)
 def test_no_token_and_no_choice_sees_a_later_one(pattern, backend):

@@ -13,7 +13,7 @@ from peft_longlora.kernels import backends
 from peft_longlora.kernels.attend import attend
 from peft_longlora.kernels.cuts import Cuts, tensors_of
 from peft_longlora.kernels.groups import BLOCK_PATTERNS, plan_groups
-from peft_longlora.kernels.kernel import Options
+from peft_longlora.kernels.kernel import Needs, Options
 from peft_longlora.kernels.operators import attend_halves, attend_halves_backward
 from peft_longlora.reference import s2_attention_reference
 from peft_longlora.sequence.halo import attend_far, attend_far_backward, merge
@@ -431,11 +431,15 @@ def test_peak_memory_is_full_attention_s(backend):
     assert peak("s2") <= (1.01 if backend == "flash_attention_4" else 2.0) * peak("full")
 
 
-@pytest.mark.parametrize("backend", ["flex", "sdpa"])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (8, 2, 128)])
+@pytest.mark.parametrize("backend", ["flex", "sdpa", "flash_attention_4"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (8, 2, 128), (4, 4, 96)])
 @pytest.mark.parametrize("pattern", BLOCK_PATTERNS)
 def test_patterns_of_blocks(pattern, heads, kv_heads, dim, backend):
     """Packed and padded: values and gradients of the reference, and no token sees a later one."""
+    if backend == "flash_attention_4":
+        needs = Needs(torch.device("cuda"), torch.bfloat16, dim, dim, requires_grad=True, blocks=pattern)
+        if reason := backends.BACKENDS[backend].missing(needs.device) or backends.BACKENDS[backend].lacks(needs):
+            pytest.skip(reason)
     q, k, v = inputs(1, heads, kv_heads, 2000, dim)
     ids = torch.cat([torch.full((n,), i) for i, n in ((0, 30), (1, 1200), (2, 700), (0, 70))])[None].cuda()
     how = dict(segment_ids=ids, pattern=pattern, chosen_blocks=1)

@@ -49,6 +49,24 @@ def test_attention(tmp_path):
         assert all(row["R"] > 0 for name, row in case["rows"].items() if name.startswith("S2"))
 
 
+def test_blocks(tmp_path):
+    with pytest.raises(SystemExit) as end:
+        run("blocks.py", "--tiny", "--device", "cpu", "--json", tmp_path / "out.json")
+    assert end.value.code == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["cases"][0]["rows"]
+    assert list(rows) == ["full fastest", "s2 fastest", "adaptive sdpa"]
+    assert all(row["is_right"] and row["both_ms"] > 0 for row in rows.values())
+
+
+def test_blocks_says_what_is_wrong(tmp_path, capsys):
+    from peft_longlora.kernels import sdpa
+
+    right = sdpa.attend_blocks
+    with mock.patch.object(sdpa, "attend_blocks", lambda *args: right(*args) * 1.01), pytest.raises(SystemExit) as end:
+        run("blocks.py", "--tiny", "--device", "cpu", "--json", tmp_path / "out.json")
+    assert end.value.code == 1 and "wrong: adaptive sdpa" in capsys.readouterr().out
+
+
 VARIANTS = ("--device", "cpu", "--seconds", 0.001, "--rounds", 1, "--shape", 4, 2, 16, 256, 64)
 
 

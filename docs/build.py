@@ -30,6 +30,7 @@ OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
 }
+LABELS = {"index.md": "Home", "tutorial.md": "Tutorial", "overview.md": "Overview"}  # where the title is too long
 NAVIGATION = {
     "Start": ["index", "tutorial", "how_it_works", "overview", "examples", "recipes"],
     "Guides": ["training", "data", "data_parallel", "scaling", "memory", "evaluation", "serving", "app"],
@@ -43,8 +44,9 @@ LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?(\))")
 FENCE = re.compile(r"^\s*(```|~~~)")
 
 
-def setting(name: str) -> str:
-    return re.search(rf'^{name} = "([^"]+)"', SETTINGS.read_text(encoding="utf-8"), re.MULTILINE)[1]
+def address(name: str) -> str:
+    """One of the project's addresses, as pyproject.toml has it."""
+    return re.search(rf'^{name} = "([^"]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 
 def find_pages() -> dict[Path, str]:
@@ -69,7 +71,7 @@ def convert(text: str, source: Path, pages: dict[Path, str]) -> str:
             found = os.path.relpath(target.relative_to(DOCS), Path(pages[source]).parent)
         elif target.exists():
             kind = "tree" if target.is_dir() else "blob"
-            found = f"{setting('repo_url')}/{kind}/main/{target.relative_to(ROOT).as_posix()}"
+            found = f"{address('Source')}/{kind}/main/{target.relative_to(ROOT).as_posix()}"
         else:
             raise SystemExit(f"{source.relative_to(ROOT)}: {match[2]} leads nowhere")
         return f"{match[1]}{found}{anchor}{match[4]}"
@@ -109,11 +111,9 @@ def api_pages() -> dict[str, str]:
         ]
         if lists:
             module = ".".join(init.parent.relative_to(ROOT).parts)
-            parts = [f"# {module}", *(f"::: {module}.{name}" for name in lists[0])]
-            if init.parent.parent == ROOT:
-                parts.insert(1, "The names of the top. Importing the package registers it with peft and transformers.")
-            else:
-                parts.insert(1, ast.get_docstring(tree).replace("\n\n    ", "\n\n        "))
+            # The room's own paragraph, without a heading of its own.
+            room = f"::: {module}\n    options:\n      members: []\n      show_root_heading: false\n      show_root_toc_entry: false\n"
+            parts = [f"# {module}", room, *(f"::: {module}.{name}" for name in lists[0])]
             found[f"api/{module.partition('.')[2] or 'top'}.md"] = "\n\n".join(parts) + "\n"
     found["api/reference.md"] = "# peft_longlora.reference\n\n::: peft_longlora.reference.s2_attention_reference\n"
     return found
@@ -121,12 +121,13 @@ def api_pages() -> dict[str, str]:
 
 def navigation(titles: dict[str, str]) -> list[dict]:
     """Every page once: under the heading that names it, or under "More"."""
-    left = dict(titles)
+    left = titles | {name: label for name, label in LABELS.items() if name in titles}
     sections = {}
     for heading, names in NAVIGATION.items():
         sections[heading] = [{left.pop(f"{name}.md"): f"{name}.md"} for name in names if f"{name}.md" in left]
     sections["Python"] = [{title: name} for name, title in left.items() if name.startswith("api/")]
     sections["More"] += [{title: name} for name, title in left.items() if not name.startswith("api/")]
+    sections["Project"].append({"Repository": address("Source")})
     return [{heading: entries} for heading, entries in sections.items() if entries]
 
 

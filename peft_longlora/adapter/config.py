@@ -51,7 +51,7 @@ class LongLoraConfig(LoraConfig):
         vocab_size: Filled in when the adapter is made: rows of the input embeddings, checked when loaded.
         format_version: Filled in: the version of the adapter's format. A version newer than the package's is refused.
 
-    Example:
+    Examples:
         >>> config = LongLoraConfig(r=16, lora_alpha=32, context_length=32768)
         >>> model = get_peft_model(model, config)  # model: AutoModelForCausalLM, attn_implementation="s2_attn"
 

@@ -42,7 +42,7 @@ def far_layers(
             below 1, or the model's ranks share sequences.
         NotImplementedError: as `configure_attention`.
 
-    Example:
+    Examples:
         >>> far = far_layers(model, rows, beyond=8192)
         >>> config = LongLoraConfig(context_length=32768, dense_layers=sorted(list(far)[:5]))
     """

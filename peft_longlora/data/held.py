@@ -33,7 +33,7 @@ class TokensHeldCallback(TrainerCallback):
         held, total: tokens of the rows and of the data set, once training has begun. The tokens that a trainer adds to
             each document count as held.
 
-    Example:
+    Examples:
         >>> trainer = SFTTrainer(model, args=args, train_dataset=dataset, callbacks=[TokensHeldCallback(dataset)])
     """
 

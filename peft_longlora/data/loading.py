@@ -77,7 +77,7 @@ def load_rows(
         FileNotFoundError, ValueError: as `read_documents`, `read_records` and `to_windows`; an unknown kind.
         ImportError: datasets is not installed.
 
-    Example:
+    Examples:
         >>> rows = load_rows("books/", tokenizer, 32768)
         >>> args = SFTConfig(max_length=32768, packing=True, packing_strategy="bfd_split")
         >>> SFTTrainer(model, args=args, train_dataset=rows).train()

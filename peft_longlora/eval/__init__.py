@@ -10,7 +10,7 @@ Reading order: `evaluation.py` (evaluate: check, open, measure, gather), `run.py
     report/         tables, plots, and two runs side by side
     callback.py     the same while a model trains
 
-Example:
+Examples:
     >>> subject = load_subject("base", "adapter")
     >>> evaluate(subject, [Perplexity(Corpus("books/"), lengths=[8192, 32768])], "out/")
 """

@@ -43,7 +43,7 @@ class LongContextEvalCallback(TrainerCallback):
         ValueError: there is nothing to measure or no tokenizer; every_steps is None and the Trainer never evaluates;
             or metric_for_best_model is one of these numbers but would be missing, or would choose the worst checkpoint.
 
-    Example:
+    Examples:
         >>> trainer.add_callback(LongContextEvalCallback(trainer, data="books/", lengths=[8192, 32768]))
     """
 

@@ -37,7 +37,7 @@ PUBLIC = public()
 
 def sections(value) -> dict[str, str]:
     """The sections of a docstring in Google's style, by their heads."""
-    parts = re.split(r"^(Args|Attributes|Returns|Yields|Raises|Source|Example):", inspect.getdoc(value), flags=re.M)
+    parts = re.split(r"^(Args|Attributes|Returns|Yields|Raises|Source|Examples?):", inspect.getdoc(value), flags=re.M)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 

@@ -35,7 +35,7 @@ def test_every_page_is_in_the_navigation_once(pages):
 
 def test_a_new_page_is_taken_in():
     nav = build.navigation({"index.md": "Home", "api/x.md": "x", "something_new.md": "Something new"})
-    assert {"More": [{"Something new": "something_new.md"}]} in nav and len(nav) == 3
+    assert {"More": [{"Something new": "something_new.md"}]} in nav and len(nav) == 4
 
 
 def test_links_are_led_to_pages_and_to_the_repository():
@@ -84,7 +84,7 @@ def test_the_site_is_built_without_a_warning_and_holds_together(tmp_path):
     site = tmp_path / "site"
     found = {path.resolve(): Page(path) for path in site.rglob("*.html")}
     assert len(found) > 20
-    address = build.setting("site_url")
+    address = build.address("Documentation")
     for path, page in found.items():
         for target in page.targets:
             parts = urlsplit(target.replace(address, "/") if target.startswith(address) else target)

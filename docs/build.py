@@ -112,7 +112,8 @@ def api_pages() -> dict[str, str]:
         if lists:
             module = ".".join(init.parent.relative_to(ROOT).parts)
             # The room's own paragraph, without a heading of its own.
-            room = f"::: {module}\n    options:\n      members: []\n      show_root_heading: false\n      show_root_toc_entry: false\n"
+            options = "members: []", "show_root_heading: false", "show_root_toc_entry: false"
+            room = "\n      ".join([f"::: {module}\n    options:", *options]) + "\n"
             parts = [f"# {module}", room, *(f"::: {module}.{name}" for name in lists[0])]
             found[f"api/{module.partition('.')[2] or 'top'}.md"] = "\n\n".join(parts) + "\n"
     found["api/reference.md"] = "# peft_longlora.reference\n\n::: peft_longlora.reference.s2_attention_reference\n"

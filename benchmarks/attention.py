@@ -11,7 +11,6 @@ R = time(S2) / (time(full attention, same kernel) x share), share = causal work 
 same documents. R = 1 means that S2 costs exactly its share.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -20,6 +19,7 @@ from functools import partial
 
 import torch
 from measure import Case, error, inputs, measure, replay, versions
+from options import Parser, count, device_here, new_file, positive, seconds
 from ways import permute_varlen, roll, two_calls_fa4
 
 from peft_longlora.kernels import backends
@@ -197,17 +197,19 @@ def run_growth(device, dtype, args) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--tiny", action="store_true", help="small shapes, float32 off the GPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backends", nargs="+", choices=backends.BACKENDS, help="default: all that run here")
-    parser.add_argument("--cases", type=int, nargs="+", help="numbers of the cases to run, from 0")
-    parser.add_argument("--seconds", type=float, help="of warming and of measuring a method (default 0.4; tiny 0.01)")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--cases", type=count, nargs="+", help="numbers of the cases to run, from 0")
+    parser.add_argument("--seconds", type=seconds, help="of warming and of measuring a method (default 0.4; tiny 0.01)")
+    parser.add_argument("--rounds", type=positive, default=1)
     parser.add_argument("--graphs", action="store_true", help="time FlashAttention-4 as a CUDA graph too")
     parser.add_argument("--no-growth", action="store_true")
-    parser.add_argument("--json", default="attention.json", help="where the numbers go")
+    parser.add_argument("--json", type=new_file, default="attention.json", help="where the numbers go")
     args = parser.parse_args()
+    if unknown := set(args.cases or ()) - set(range(len(cases(args.tiny)))):
+        parser.error(f"--cases {min(unknown)}: there are {len(cases(args.tiny))} cases, from 0")
     args.seconds = args.seconds or (0.01 if args.tiny else 0.4)
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

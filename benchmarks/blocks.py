@@ -6,12 +6,12 @@
 A method that is wrong is reported with its errors and not timed, and the exit code is 1.
 """
 
-import argparse
 import json
 import sys
 
 import torch
 from measure import Case, error, inputs, measure, versions
+from options import Parser, device_here, new_file, seconds
 
 from peft_longlora.kernels import backends
 from peft_longlora.kernels.attend import attend
@@ -87,11 +87,11 @@ def run_case(case: Case, device, dtype, seconds: float) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--tiny", action="store_true", help="small shapes, float32 off the GPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, help="of warming and of measuring a method (default 0.3; tiny 0.01)")
-    parser.add_argument("--json", default="blocks.json", help="where the numbers go")
+    parser.add_argument("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=seconds, help="of warming and of measuring a method (default 0.3; tiny 0.01)")
+    parser.add_argument("--json", type=new_file, default="blocks.json", help="where the numbers go")
     args = parser.parse_args()
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

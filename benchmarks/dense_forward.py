@@ -8,7 +8,6 @@ without this package, "s2_attn" the same model with it, "fastest" the same with 
 Hardware: one GPU with 40 GB or more. On a CPU: python benchmarks/dense_forward.py --tiny
 """
 
-import argparse
 import json
 import platform
 import statistics
@@ -17,6 +16,7 @@ import time
 
 import torch
 import transformers
+from options import Parser, new_file, positive
 from shapes import LLAMA_3_8B, TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -39,12 +39,12 @@ def measure(model: LlamaForCausalLM, tokens: torch.Tensor, repeats: int) -> tupl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32768])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", type=int, help="fewer layers than 32, to try it out")
+    parser = Parser(__doc__)
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[32768])
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--layers", type=positive, help="fewer layers than 32, to try it out")
     parser.add_argument("--tiny", action="store_true", help="a toy shape on the CPU, to see that it runs")
-    parser.add_argument("--output", help="write the numbers here as JSON")
+    parser.add_argument("--output", type=new_file, help="write the numbers here as JSON")
     args = parser.parse_args()
     device = "cpu" if args.tiny or not torch.cuda.is_available() else "cuda"
     shape = TINY if args.tiny else LLAMA_3_8B

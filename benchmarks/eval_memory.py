@@ -12,7 +12,6 @@ Linux; a minute for 100 MB and protocol on two cores. `--data` measures an exist
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -24,10 +23,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+from options import Parser, positive
 
 MODEL = Path(__file__).parents[1] / "examples" / "assets" / "stdlib-llama-512"
 PARTS = (0.1, 0.25, 0.5, 0.75)  # and at the end
 BLOCK = 16  # MB
+PROTOCOLS = ("documents", "longlora")
 SIZES = [2**power for power in range(12, 22)] * 4  # bytes: 4 KB to 2 MB
 
 
@@ -78,19 +79,29 @@ def measure(data: str, protocol: str, length: int, model: str) -> dict[str, obje
 
 def main() -> None:
     """Print one row a corpus and protocol; a process of its own for each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", nargs="+", type=int, default=[16, 64, 256, 1024], help="multiples of 16")
-    parser.add_argument("--protocols", nargs="+", default=["documents", "longlora"])
-    parser.add_argument("--length", type=int, default=512)
+    parser = Parser(__doc__)
+    parser.add_argument("--megabytes", nargs="+", type=positive, default=[16, 64, 256, 1024], help="multiples of 16")
+    parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS)
+    parser.add_argument("--length", type=positive, default=512)
     parser.add_argument("--model", default=str(MODEL))
     parser.add_argument("--data", help="files instead of invented words")
     parser.add_argument("--one", action="store_true", help="measure --data in this process and print it as JSON")
     args = parser.parse_args()
+    if args.one and not args.data:
+        parser.error("--one measures --data. Give files or a folder")
     if args.one:
-        print(json.dumps(measure(args.data, args.protocols[0], args.length, args.model)))
+        with parser.refusing():
+            print(json.dumps(measure(args.data, args.protocols[0], args.length, args.model)))
         return
     import torch
     import transformers
+
+    from peft_longlora.eval import Corpus
+
+    with parser.refusing():
+        transformers.AutoConfig.from_pretrained(args.model)
+        if args.data:
+            Corpus(args.data).summary()
 
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, "

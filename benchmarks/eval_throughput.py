@@ -20,6 +20,7 @@ import time
 
 import torch
 import transformers
+from options import Parser, positive
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from peft_longlora.eval import Corpus, Perplexity, evaluate, load_subject
@@ -73,15 +74,18 @@ def run_suite(subject: Subject, corpus: Corpus, length: int) -> float:
 
 def main() -> None:
     """Print one row a length."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", nargs="+", required=True)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--lengths", nargs="+", type=positive, default=[8192, 32768])
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--random-weights", action="store_true")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    subject, corpus = make_subject(args, device), Corpus(args.data)
+    with parser.refusing():
+        corpus = Corpus(args.data)
+        corpus.summary()
+        subject = make_subject(args, device)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{name}, {versions}, bfloat16, medians of {args.repeats}")

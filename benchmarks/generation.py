@@ -12,7 +12,6 @@ Hardware: a GPU with 24 GB or more; docs/serving.md has one H200's table. On a C
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib.metadata
 import json
@@ -23,6 +22,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from options import Parser, new_file, numbers, positive, seconds
 from peft import get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.generation.streamers import BaseStreamer
@@ -143,19 +143,15 @@ def show(row: dict[str, Any]) -> str:
     )
 
 
-def lengths_of(text: str) -> list[int]:
-    return [int(part.removesuffix("k")) * (1024 if part.endswith("k") else 1) for part in text.lower().split(",")]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=lengths_of, default=lengths_of("8k,32k,128k"), help="tokens: 8k,32k,128k")
+    parser = Parser(__doc__)
+    parser.add_argument("--lengths", type=numbers, default=numbers("8k,32k,128k"), help="tokens: 8k,32k,128k")
     parser.add_argument("--caches", nargs="+", default=CACHES[:-1], choices=CACHES)
-    parser.add_argument("--new-tokens", type=int, default=17, help="the first one, and those that are timed")
-    parser.add_argument("--chunk", type=int, default=4096, help="tokens of one forward in prefill")
-    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no row is begun")
+    parser.add_argument("--new-tokens", type=positive, default=17, help="the first one, and those that are timed")
+    parser.add_argument("--chunk", type=positive, default=4096, help="tokens of one forward in prefill")
+    parser.add_argument("--limit", type=seconds, default=1e9, help="seconds after which no row is begun")
     parser.add_argument("--tiny", action="store_true", help="a model and lengths for a CPU")
-    parser.add_argument("--output", help="results as JSON")
+    parser.add_argument("--output", type=new_file, help="results as JSON")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lengths, chunk = ([200, 600], 64) if args.tiny else (args.lengths, args.chunk)

@@ -12,7 +12,6 @@ FOLDER holds the books as {Gutenberg number}.txt.gz; their SHA-256 are checked, 
 Hardware: one CPU core, 20 seconds; --model needs what `longlora chat` needs for 100,000 tokens.
 """
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -21,6 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from options import Parser, new_file, old_file
 from transformers import AutoTokenizer
 
 from peft_longlora.chat import Conversation, Document, Passage, read_document
@@ -62,19 +62,21 @@ def by_attention(conversation: Conversation, question: dict) -> list[Passage]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--books", type=Path, required=True)
-    parser.add_argument("--questions", type=Path, default=QUESTIONS)
+    parser.add_argument("--questions", type=old_file, default=QUESTIONS)
     parser.add_argument("--tokenizer", required=True, help="whose tokens a passage is counted in")
     parser.add_argument("--model", help="also rank by this model's attention")
     parser.add_argument("--adapter")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=new_file)
     args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    with parser.refusing():
+        books = json.loads(args.questions.read_text(encoding="utf-8"))
+        documents = [read_book(args.books, book) for book in books]
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     loaded = load_model(args.model, args.adapter, tokenizer=args.tokenizer) if args.model else None
     rows = []
-    for book in json.loads(args.questions.read_text(encoding="utf-8")):
-        document = read_book(args.books, book)
+    for book, document in zip(books, documents, strict=True):
         index = WordIndex(Dialogue(tokenizer, document))
         ways = {
             "question and answer": lambda q, index=index: index.find(q["question"], q["answer"], SHOWN),

@@ -5,10 +5,9 @@
 The picture comes from the reference implementation: a query sees the keys from which its output depends.
 """
 
-import sys
-
 import matplotlib
 import torch
+from options import Parser, new_file
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -58,4 +57,6 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = Parser(__doc__)
+    parser.add_argument("image", type=new_file)
+    main(str(parser.parse_args().image))

@@ -7,12 +7,12 @@ Times of kernels are added up, so bars of steps whose attention runs on several 
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
 
 import matplotlib
+from options import Parser, new_file, old_file
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -59,11 +59,15 @@ def plot(result: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("numbers", type=Path, help="what benchmarks/training.py --profile wrote")
-    parser.add_argument("image", type=Path)
+    parser = Parser(__doc__)
+    parser.add_argument("numbers", type=old_file, help="what benchmarks/training.py --profile wrote")
+    parser.add_argument("image", type=new_file)
     args = parser.parse_args()
-    plot(json.loads(args.numbers.read_text()), args.image)
+    with parser.refusing():
+        numbers = json.loads(args.numbers.read_text())
+        if not isinstance(numbers, dict) or not all("profile" in row for row in numbers.get("results", [{}])):
+            raise ValueError(f"{args.numbers}: it was not written by benchmarks/training.py --profile.")
+    plot(numbers, args.image)
 
 
 if __name__ == "__main__":

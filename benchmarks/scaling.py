@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from options import Parser, count, new_file, positive
 from peft import get_peft_model
 from shapes import LLAMA_3_8B, TINY
 from torch import nn
@@ -50,6 +51,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from peft_longlora import LongLoraConfig, use_attention
 from peft_longlora.sequence import parallelize_sequence, shard_batch
 
+ATTENTIONS = ("alone", "s2", "ulysses", "ring")
 ROWS = (
     "alone:32768:3 s2:32768:3 ulysses:32768:2 ring:32768:2 alone:32768:3 s2:32768:3 "
     "alone:65536 s2:65536 ulysses:65536 ring:65536"
@@ -254,18 +256,38 @@ def check(mesh, device: torch.device) -> dict:
     return dict(tokens=tokens, **errors, shared_to_alone=difference.item())
 
 
+def row(text: str) -> tuple[str, int, int]:
+    """Attention, tokens in all, and timed repeats."""
+    attention, *parts = text.split(":")
+    if attention not in ATTENTIONS or len(parts) not in (1, 2) or not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not attention:tokens or attention:tokens:repeats, with {', '.join(ATTENTIONS)}"
+        )
+    return attention, int(parts[0]), int(parts[1]) if len(parts) == 2 else 1
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", default=ROWS.split(), help="attention:tokens in all[:timed repeats]")
-    parser.add_argument("--group-size", type=int, default=8192)
-    parser.add_argument("--block", type=int, default=0, help="layers a checkpoint, with checkpoints inside")
-    parser.add_argument("--tile", type=int, default=0, help="tokens of norms and MLPs at a time")
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--rows",
+        nargs="*",
+        type=row,
+        default=[row(each) for each in ROWS.split()],
+        help="attention:tokens in all[:timed repeats]",
+    )
+    parser.add_argument("--group-size", type=positive, default=8192)
+    parser.add_argument("--block", type=count, default=0, help="layers a checkpoint, with checkpoints inside")
+    parser.add_argument("--tile", type=count, default=0, help="tokens of norms and MLPs at a time")
     parser.add_argument("--offload", action="store_true", help="what goes into blocks waits in the CPU's memory")
-    parser.add_argument("--layers", type=int, help="fewer layers than 32, to try it out")
+    parser.add_argument("--layers", type=positive, help="fewer layers than 32, to try it out")
     parser.add_argument("--tiny", action="store_true", help="a toy shape on the CPU, to see that it runs")
     parser.add_argument("--check", action="store_true", help="compare loss and gradients at the end")
-    parser.add_argument("--output", required=True, help="write the numbers here as JSON")
+    parser.add_argument("--output", type=new_file, required=True, help="write the numbers here as JSON")
     args = parser.parse_args()
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun, one process a GPU: torchrun --nproc-per-node 2 benchmarks/scaling.py ...")
+    if not args.tiny and not torch.cuda.is_available():
+        parser.error("there is no GPU here. --tiny runs a toy shape on the CPU")
     device = torch.device("cpu" if args.tiny else f"cuda:{os.environ['LOCAL_RANK']}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -296,11 +318,8 @@ def main() -> None:
 
     model = make_model(shape, args.group_size, device, args.block, args.tile, args.offload)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    for row in args.rows:
-        attention, tokens, *repeats = row.split(":")
-        results["rows"].append(
-            measure(model, optimizer, attention, int(tokens), int(repeats[0]) if repeats else 1, mesh, device)
-        )
+    for attention, tokens, repeats in args.rows:
+        results["rows"].append(measure(model, optimizer, attention, tokens, repeats, mesh, device))
         report(results["rows"][-1])
     if args.check:
         results["check"] = check(mesh, device)

@@ -10,7 +10,8 @@ its neighbour while it computes (docs/scaling.md). Hardware: any; it only reads 
 from __future__ import annotations
 
 import json
-import sys
+
+from options import Parser, old_file
 
 GIB_OF_A_GPU = 138.0  # of an H200's 140.4, less what CUDA and NCCL take
 WEIGHTS_GIB = 14.96  # 8.03e9 numbers in bf16
@@ -107,7 +108,16 @@ def dense_table(rows: list[dict]) -> list[str]:
 
 
 def main() -> None:
-    rows = read(sys.argv[1:])
+    parser = Parser(__doc__)
+    parser.add_argument("files", nargs="+", type=old_file, help="what scaling.py wrote, with 1 and with 2 GPUs")
+    args = parser.parse_args()
+    with parser.refusing():
+        try:
+            rows = read(args.files)
+        except (KeyError, TypeError):
+            raise ValueError("a file was not written by benchmarks/scaling.py.") from None
+        if not all(of(rows, *way) for way in (("alone", HOST), ("s2", HOST), ("ulysses",))):
+            raise ValueError("the files lack rows of alone, s2 or ulysses. Give all files of a run.")
     alone, shared, dense = of(rows, "alone", HOST), of(rows, "s2", HOST), of(rows, "ulysses")
     longest = max(alone)
     c = alone[longest]["seconds"] / longest

@@ -5,8 +5,9 @@
 The kind of table follows from what is in the file. A test compares the tables with the pages.
 """
 
-import argparse
 import json
+
+from options import Parser, old_file
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -91,12 +92,15 @@ def tables(result: dict) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", help="what attention.py, variants.py or training.py wrote")
+    parser = Parser(__doc__)
+    parser.add_argument("files", nargs="+", type=old_file, help="what attention.py, variants.py or training.py wrote")
     for path in parser.parse_args().files:
-        with open(path) as file:
-            for name, lines in tables(json.load(file)).items():
-                print(f"\n{path}: {name}\n", *lines, sep="\n")
+        with parser.refusing():
+            found = json.loads(path.read_text())
+            if not isinstance(found, dict) or not {"cases", "rows", "results"} & set(found):
+                raise ValueError(f"{path}: none of these scripts wrote it.")
+        for name, lines in tables(found).items():
+            print(f"\n{path}: {name}\n", *lines, sep="\n")
 
 
 if __name__ == "__main__":

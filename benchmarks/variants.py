@@ -7,7 +7,6 @@ Every way is first compared with the float32 reference. Then all of them are mea
 benchmarks/attention.py does it, and the medians are printed. `--profile` adds the time of each GPU kernel.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -18,6 +17,7 @@ from itertools import pairwise
 
 import torch
 from measure import Case, error, inputs, measure, replay, versions
+from options import Parser, device_here, new_file, positive, seconds
 from ways import two_calls_fa4
 
 from peft_longlora.kernels.cuts import Plan, tensors_of
@@ -277,21 +277,23 @@ def profile(call, qkv: list[torch.Tensor], dout: torch.Tensor) -> dict[str, list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--kernel", default="flash_attention_4", choices=KERNELS)
-    parser.add_argument("--shape", type=int, nargs=5, help="H, H_kv, D, N, G", default=[32, 8, 128, 32768, 8192])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=0.15, help="of warming and of measuring a way in a round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shape", type=positive, nargs=5, help="H, H_kv, D, N, G", default=[32, 8, 128, 32768, 8192])
+    parser.add_argument("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=seconds, default=0.15, help="of warming and of measuring a way in a round")
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--graphs", action="store_true", help="time the replay of a CUDA graph too")
     parser.add_argument("--profile", action="store_true", help="add the time of each GPU kernel to the JSON")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="ways whose names hold one of these")
-    parser.add_argument("--json", default="variants.json", help="where the numbers go")
+    parser.add_argument("--json", type=new_file, default="variants.json", help="where the numbers go")
     args = parser.parse_args()
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     heads, kv_heads, dim, tokens, group = args.shape
+    if heads % kv_heads or group % 2:
+        parser.error(f"--shape: H={heads} is to be a multiple of H_kv={kv_heads}, and G={group} an even number")
     case = Case(f"{heads}/{kv_heads}, D {dim}, N {tokens}, G {group}", heads, kv_heads, dim, tokens, group)
     kernel, is_fa4 = KERNELS[args.kernel], args.kernel == "flash_attention_4"
     calls = {"full attention": full(kernel)}

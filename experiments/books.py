@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from peft_longlora.cli.arguments import Parser
+
 
 class Books:
     """Tokens of books: `books[i]` is the i-th as a (tokens,) array."""
@@ -59,7 +61,7 @@ def train_rows(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="whose tokenizer reads the books: a folder or a Hub id")
     parser.add_argument("--texts", required=True, help="a folder of .txt or .txt.gz files, one book each")
     parser.add_argument("--output", required=True, help="the files to write, without .npy")
@@ -68,10 +70,15 @@ def main() -> None:
 
     from peft_longlora.data import read_documents
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    files = sorted(path for path in Path(args.texts).glob("*") if path.name.endswith((".txt", ".txt.gz")))
+    if not files:
+        parser.error(f"--texts {args.texts}: there is no folder of this name with .txt or .txt.gz files")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        parser.error(f"--model {args.model}: {' '.join(str(error).split())}")
     if len(tokenizer) > 2**16:
-        raise SystemExit(f"{args.model} has {len(tokenizer)} tokens, more than uint16 can number.")
-    files = sorted(path for path in Path(args.texts).iterdir() if path.name.endswith((".txt", ".txt.gz")))
+        parser.error(f"--model {args.model} has {len(tokenizer)} tokens, more than uint16 can number")
     texts = (document["text"] for document in read_documents(list(map(str, files))))
     books = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,8 @@ from typing import Any
 from cells import Cell, Study, line_of, read_lines, read_study
 from figures import answer_loss, answers, differences, lines_by_row, metric, positions, short
 
+from peft_longlora.cli.arguments import Parser
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
 NOTHING = "No cell of this study has been run yet."
@@ -152,7 +154,7 @@ def missing(study: Study, lines: list[dict[str, Any]]) -> list[Cell]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is out of date")
     args = parser.parse_args()
     studies, text = read_all(), PAGE.read_text(encoding="utf-8")

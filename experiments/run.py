@@ -31,7 +31,10 @@ from cells import Cell, Study, line_of, read_lines, read_study, steps_of
 from metrics import measure
 from records import check_scores, measure_records, record_rows, split_records
 from train import make_model, train
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
+from yaml import YAMLError
+
+from peft_longlora.cli.arguments import Parser
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "peft_longlora", "flash-attn-4", "triton", "numpy")
 HERE = Path(__file__).parent
@@ -53,7 +56,7 @@ class Kernels(logging.Handler):
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="+", help="YAML files, one after the other")
     parser.add_argument("--model", help="the base: a transformers folder or a Hub id")
     parser.add_argument("--tokens", help="the folder that books.py wrote train and validation to")
@@ -66,7 +69,34 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budgets", nargs="+", choices=["tokens", "time"], help="budgets to run")
     parser.add_argument("--save", type=Path, help="keep the adapters in this folder")
     parser.add_argument("--list", action="store_true", help="say what is done and what is not, and stop")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    try:
+        args.studies = [read_study(path) for path in args.study]
+        _check(args)
+    except (OSError, ValueError, YAMLError) as error:
+        parser.error(" ".join(str(error).split()))
+    return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what would end every cell, before the first one starts.
+
+    Raises: ValueError, OSError.
+    """
+    if unknown := set(args.only or ()) - {cell.name for study in args.studies for cell in study.cells}:
+        raise ValueError(f"--only {min(unknown)}: no study has a cell of this name.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU here. --device cpu runs a tiny study.")
+    if args.list:
+        return
+    if args.model is None:
+        raise ValueError("--model is missing: the base that is trained.")
+    AutoConfig.from_pretrained(args.model)
+    kinds = {cell.data for study in args.studies for cell in study.cells}
+    if "books" in kinds and not (args.tokens and Path(args.tokens, "train.npy").is_file()):
+        raise ValueError(f"--tokens {args.tokens}: there is no train.npy. Write it with experiments/books.py.")
+    if "records" in kinds and not (args.records and Path(args.records).is_dir()):
+        raise ValueError(f"--records {args.records}: there is no folder of this name.")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,8 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     logger.addHandler(kernels)
     logger.setLevel(logging.INFO)
     failed: list[str] = []
-    for path in args.study:
-        study = read_study(path)
+    for study in args.studies:
         for cell in study.cells:
             is_wanted = cell.name in (args.only or [cell.name]) and cell.seed in (args.seeds or [cell.seed])
             if not is_wanted or cell.budget not in (args.budgets or [cell.budget]):

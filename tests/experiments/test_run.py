@@ -92,8 +92,8 @@ def test_a_line_of_other_settings_is_not_taken_for_the_cells(lines, place, capsy
     (place / "other").mkdir()
     changed = STUDY.replace("r: 4", "r: 8").replace("unknown, budgets", "full2, budgets").replace("no_such_field", "r")
     (place / "other" / "tiny.yaml").write_text(changed)
-    arguments = [str(place / "other" / "tiny.yaml"), "--model", "none", "--results", str(place), "--only", "full"]
-    assert run.main([*arguments, "--device", "cpu"]) == 1
+    arguments = [str(place / "other" / "tiny.yaml"), "--model", str(place / "base"), "--tokens", str(place)]
+    assert run.main([*arguments, "--results", str(place), "--only", "full", "--device", "cpu"]) == 1
     assert "its line in the results holds" in capsys.readouterr().out
 
 
@@ -101,8 +101,8 @@ def test_a_run_of_another_study_serves_where_its_settings_are_the_same(lines, pl
     for name in ("other", "tiny"):
         (tmp_path / f"{name}.yaml").write_text(STUDY)
     (tmp_path / "tiny.jsonl").write_text((place / "tiny.jsonl").read_text())
-    arguments = ["--model", "none", "--tokens", "none", "--device", "cpu", "--results", str(tmp_path), "--only"]
-    assert run.main([str(tmp_path / "other.yaml"), *arguments, "last", "--budgets", "tokens"]) == 0
+    arguments = ["--model", str(place / "base"), "--tokens", str(place), "--device", "cpu", "--results", str(tmp_path)]
+    assert run.main([str(tmp_path / "other.yaml"), *arguments, "--only", "last", "--budgets", "tokens"]) == 0
     copied = json.loads((tmp_path / "other.jsonl").read_text())
     wanted = {**lines["last", "tokens"], "study": "other", "run_in": "tiny"}
     assert copied == wanted

@@ -19,7 +19,7 @@ from tests.helpers.plain_kernel import FlashAttention4Interface
 from tests.helpers.ranks import run_ranks
 
 FOLDER = ROOT / "benchmarks"
-LIBRARIES = {"measure.py", "shapes.py", "ways.py"}  # imported by the scripts
+LIBRARIES = {"measure.py", "options.py", "shapes.py", "ways.py"}  # imported by the scripts
 
 
 def run(script: str, *arguments) -> None:
@@ -123,8 +123,8 @@ def test_generation(tmp_path):
 @pytest.fixture
 def texts(tmp_path) -> Path:
     (tmp_path / "texts").mkdir()
-    for name in ("CHANGELOG.md", "README.md"):
-        (tmp_path / "texts" / f"{name}.txt").write_text((ROOT / name).read_text()[:6000])
+    for name, page in (("one", "CHANGELOG.md"), ("two", "README.md")):
+        (tmp_path / "texts" / f"{name}.txt").write_text((ROOT / page).read_text()[:6000])
     return tmp_path / "texts"
 
 

@@ -12,7 +12,6 @@ Hardware: one GPU with 80 GB or more for 32768 tokens (measured on one H200: abo
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import platform
@@ -24,12 +23,15 @@ from contextlib import nullcontext
 import peft
 import torch
 import transformers
+from options import Parser, new_file, positive
 from peft import get_peft_model
 from shapes import LLAMA_2_7B, TINY
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_longlora import LongLoraConfig
+
+ATTENTIONS = ("full", "full, cudnn", "s2")
 
 
 def make_model(shape: dict, context_length: int, attention: str, device: str) -> torch.nn.Module:
@@ -84,13 +86,13 @@ def measure(shape: dict, length: int, attention: str, device: str, repeats: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32768])
-    parser.add_argument("--attention", nargs="+", default=["full", "full, cudnn", "s2"])
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--layers", type=int, help="fewer layers than 32, to try it out")
+    parser = Parser(__doc__)
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[32768])
+    parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS))
+    parser.add_argument("--repeats", type=positive, default=2)
+    parser.add_argument("--layers", type=positive, help="fewer layers than 32, to try it out")
     parser.add_argument("--tiny", action="store_true", help="a toy shape on the CPU, to see that it runs")
-    parser.add_argument("--output", help="write the numbers here as JSON")
+    parser.add_argument("--output", type=new_file, help="write the numbers here as JSON")
     args = parser.parse_args()
     device = "cpu" if args.tiny or not torch.cuda.is_available() else "cuda"
     shape = TINY if args.tiny else LLAMA_2_7B

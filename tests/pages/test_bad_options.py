@@ -41,6 +41,8 @@ CASES = [
     ("benchmarks/scaling_model.py", "{here}/none.json", "no such file"),
     ("benchmarks/tables.py", "{here}/none.json", "no such file"),
     ("benchmarks/tables.py", "{odd}", "none of these scripts wrote it"),
+    ("benchmarks/training_step.py", "--attention flash", "invalid choice: 'flash'"),
+    ("benchmarks/training_step.py", "--tiny --repeats -1", "'-1' is not a number of 1 or more"),
     ("benchmarks/variants.py", "--shape 9 2 64 1024 256", "H=9 is to be a multiple of H_kv=2"),
     ("benchmarks/variants.py", "--kernel magic", "invalid choice: 'magic'"),
     ("experiments/books.py", "--model {embedded} --texts {here} --output {here}/x", "there is no folder of this name"),
@@ -59,7 +61,7 @@ CASES = [
     ("examples/quickstart.py", "--max-steps none", "'none' is not a number of 1 or more"),
 ]  # fmt: skip
 # Imported by scripts, or run only without arguments.
-LIBRARIES = {"command_line.py", "stdlib_text.py", "measure.py", "options.py", "shapes.py", "ways.py"} | {
+LIBRARIES = {"training.py"} | {"command_line.py", "stdlib_text.py", "measure.py", "options.py", "shapes.py", "ways.py"} | {
     "cells.py", "figures.py", "losses.py", "metrics.py", "plots.py", "records.py", "train.py", "work.py",
 }  # fmt: skip
 

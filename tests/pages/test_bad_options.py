@@ -61,7 +61,8 @@ CASES = [
     ("examples/quickstart.py", "--max-steps none", "'none' is not a number of 1 or more"),
 ]  # fmt: skip
 # Imported by scripts, or run only without arguments.
-LIBRARIES = {"training.py"} | {"command_line.py", "stdlib_text.py", "measure.py", "options.py", "shapes.py", "ways.py"} | {
+LIBRARIES = {
+    "command_line.py", "stdlib_text.py", "measure.py", "options.py", "shapes.py", "ways.py", "training.py",
     "cells.py", "figures.py", "losses.py", "metrics.py", "plots.py", "records.py", "train.py", "work.py",
 }  # fmt: skip
 

@@ -59,6 +59,7 @@ def _add_documents(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(f"documents ({', '.join(tasks_that_read('data'))})").add_argument
     add("--data", nargs="+", help=".txt, .md, .pdf, .jsonl, .json, .parquet, folders of such files, or a Hub id")
     add("--repositories", action="store_true", help="folders are source trees: each repository is a document")
+    add("--unseen", nargs="+", help="for memorised: text like --data's that the adapter was not trained on")
     add("--split", default="train", help="split of a dataset on the Hub (%(default)s)")
     add("--data-config", help="configuration of a dataset on the Hub")
     add("--text-field", default="text", help="the field of a record that holds the document (%(default)s)")
@@ -78,7 +79,11 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     quarters = [0, 0.25, 0.5, 0.75, 1]
     add("--depths", type=percents, default=quarters, help="depths of passkey and needle, percents (0,25,50,75,100)")
     add("--seeds", type=positive, default=2, help="keys for each length and depth (%(default)s)")
-    add("--samples", type=positive, help="prompts for each ruler task and length (20); records of a file (all)")
+    add(
+        "--samples",
+        type=positive,
+        help="prompts of a ruler task and length (20), records of a file (all), passages (100)",
+    )
     add("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
     add("--topics", help="LongChat's records")
     add("--multidoc", help="lost-in-the-middle's records")

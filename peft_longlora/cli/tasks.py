@@ -32,12 +32,18 @@ class Options:
     @cached_property
     def corpus(self) -> Corpus | None:
         """The documents of --data; None if it was not given."""
+        return self._corpus(self.args.data)
+
+    @cached_property
+    def unseen(self) -> Corpus | None:
+        """The documents of --unseen; None if it was not given."""
+        return self._corpus(self.args.unseen)
+
+    def _corpus(self, sources: list[str] | None) -> Corpus | None:
         from peft_longlora.eval import Corpus
 
         args = self.args
-        return (
-            Corpus(args.data, args.split, args.data_config, args.text_field, args.repositories) if args.data else None
-        )
+        return Corpus(sources, args.split, args.data_config, args.text_field, args.repositories) if sources else None
 
     @cached_property
     def books(self) -> Books | None:
@@ -104,6 +110,12 @@ def _native(options: Options, name: str) -> list[Task]:
     return [Perplexity(options.corpus, None, with_base=True, name=name, max_windows=options.args.max_windows)]
 
 
+def _memorised(options: Options, name: str) -> list[Task]:
+    from peft_longlora.eval import Memorised
+
+    return [Memorised(options.corpus, options.unseen, options.args.samples or 100)]
+
+
 def _passkey(options: Options, name: str) -> list[Task]:
     from peft_longlora.eval import Passkey
 
@@ -159,6 +171,7 @@ def _harness(options: Options, name: str) -> list[Task]:
 TASKS = {
     "perplexity": TaskEntry(_perplexity, ("protocol", "stride", "buckets", "max_windows"), needs=("data",)),
     "native": TaskEntry(_native, ("max_windows",), needs=("data",)),
+    "memorised": TaskEntry(_memorised, ("unseen", "samples"), needs=("data",)),
     "passkey": TaskEntry(_passkey, ("depths", "seeds", "chat")),
     "needle": TaskEntry(_passkey, ("depths", "seeds", "chat"), needs=("data",)),
     "ruler": TaskEntry(_ruler, ("data", "samples", "chat")),

@@ -26,6 +26,7 @@ from peft_longlora.eval.tasks.cost import Cost
 from peft_longlora.eval.tasks.harness import Harness
 from peft_longlora.eval.tasks.haystack import Books
 from peft_longlora.eval.tasks.longqa import LongQA
+from peft_longlora.eval.tasks.memorised import Memorised
 from peft_longlora.eval.tasks.multidoc import MultiDoc
 from peft_longlora.eval.tasks.passkey import Passkey
 from peft_longlora.eval.tasks.perplexity import Perplexity
@@ -40,6 +41,7 @@ __all__ = [
     "Harness",
     "LongContextEvalCallback",
     "LongQA",
+    "Memorised",
     "MultiDoc",
     "Passkey",
     "Perplexity",

@@ -67,6 +67,19 @@ class TokenLosses:
             losses.append(-scores.gather(1, part[:, None])[:, 0])
         return torch.cat(losses)
 
+    @torch.no_grad()
+    def likeliest(self, inputs: torch.Tensor, count: int) -> torch.Tensor:
+        """The most likely tokens after each of the last `count` inputs, (count,) on the model's device.
+
+        Args:
+            inputs: (S,) token ids.
+        """
+        inputs = _move(inputs, self.model.device)[None]
+        hidden, last_logits = self._hidden_states(inputs)
+        if self._is_plain is None:
+            self._is_plain = torch.equal(self.head(hidden[:, -1:]), last_logits)
+        return self._logits(hidden[:, -count:], inputs)[0].argmax(-1)
+
     def start(self, inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Start to compute the same losses. Returns a function that waits and gives them on the CPU; until then the GPU
         may get more work."""

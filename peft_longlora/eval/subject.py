@@ -117,9 +117,16 @@ class Subject:
 
     def start_losses(self, inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Start to compute token losses; returns a function that waits for them. See `TokenLosses.start`."""
+        return self._token_losses().start(inputs, targets)
+
+    def likeliest(self, inputs: torch.Tensor, count: int) -> torch.Tensor:
+        """The most likely tokens after the last `count` inputs, on the CPU. See `TokenLosses.likeliest`."""
+        return self._token_losses().likeliest(inputs, count).cpu()
+
+    def _token_losses(self) -> TokenLosses:
         if self._losses is None:
             self._losses = TokenLosses(self.model)
-        return self._losses.start(inputs, targets)
+        return self._losses
 
     @torch.no_grad()
     def answer(self, ids: list[int], max_new_tokens: int) -> str:

@@ -178,7 +178,7 @@ finally:
     ("arguments", "code", "said"),
     [
         (["--help"], 0, "ask questions of a long document"),
-        (["eval", "--help"], 0, "documents (perplexity, native, needle, ruler)"),
+        (["eval", "--help"], 0, "documents (perplexity, native, memorised, needle, ruler)"),
         (["--version"], 0, f"transformers {version('transformers')}"),
         (["eval", "--lengths", "many"], 2, "'many' is not a list of numbers"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft_longlora.hub.results import Row
 
-PERCENT = {"accuracy", "recall", "f1", "rougeL"}
+PERCENT = {"accuracy", "recall", "f1", "rougeL", "verbatim"}
 UNITS = {
     "bits_per_byte": ("bits per byte", 1),
     "peak_memory_bytes": ("peak memory, GiB", 2**30),

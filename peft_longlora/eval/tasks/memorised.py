@@ -39,7 +39,8 @@ class Memorised:
     The definition is that of "extractable" in arXiv:2202.07646, with its 50 tokens after 50 to 500.
 
     Args:
-        corpus: the text that was trained on. unseen: other text of the same kind, or None.
+        corpus: the text that was trained on.
+        unseen: other text of the same kind, or None.
         passages: how many of each text.
     """
 

@@ -164,8 +164,10 @@ def test_scaling_on_two_processes(tmp_path):
 
 
 def test_scaling_model(capsys):
-    run("scaling_model.py", *sorted((FOLDER / "results").glob("scaling_2xh200*.json")))
-    assert "S2-Attn: c = " in capsys.readouterr().out
+    two, four = (sorted((FOLDER / "results").glob(f"scaling_{count}xh200*.json")) for count in (2, 4))
+    run("scaling_model.py", *two, "--beside", *four)
+    printed = capsys.readouterr().out
+    assert "S2-Attn: c = " in printed and "| 4 | 2,097,152" in printed
 
 
 def test_tables(capsys):

@@ -41,7 +41,9 @@ def test_flex_and_evaluation_rows_hold_the_measured_numbers():
 def test_scaling_holds_the_measured_numbers():
     rows = scaling_model.read(sorted(map(str, (ROOT / "benchmarks/results").glob("scaling_2xh200*.json"))))
     text = (ROOT / "docs/scaling.md").read_text()
-    for table in (scaling_model.shared_table(rows), scaling_model.dense_table(rows)):
+    four = scaling_model.read(sorted(map(str, (ROOT / "benchmarks/results").glob("scaling_4xh200*.json"))))
+    beside = scaling_model.beside_table(scaling_model.fit(rows), four)
+    for table in (scaling_model.shared_table(rows), scaling_model.dense_table(rows), beside):
         assert len(table) > 4 and "\n".join(table) in text, "run benchmarks/scaling_model.py"
 
 

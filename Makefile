@@ -15,7 +15,7 @@ help:
 	@echo "make test    run the tests that need no GPU (about 3 minutes on 2 cores)"
 	@echo "make test-lowest  the same with the lowest supported versions, in .venv-lowest"
 	@echo "make peft-suite   run PEFT's own tests with LongLoraConfig (4 to 8 minutes)"
-	@echo "make browser run the tests of examples/app.py; they need chromium and chromedriver"
+	@echo "make browser run the tests of longlora app in a browser; they need chromium and chromedriver"
 	@echo "make docs    build the site into build/site (Python 3.11 or newer)"
 	@echo "make lint    check format and style"
 	@echo "make format  apply format and safe fixes"
@@ -38,8 +38,8 @@ peft-suite: $(VENV)/.suite
 	$(BIN)/python -m pytest -m slow tests/peft_suite -rPs $(ARGS)
 
 browser: $(VENV)/.browser
-	@echo "== browser: examples/app.py in headless Chromium (Debian: apt-get install chromium chromium-driver)"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -rs tests/pages/test_app.py $(ARGS)
+	@echo "== browser: longlora app in headless Chromium (Debian: apt-get install chromium chromium-driver)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -rs tests/app/test_browser.py $(ARGS)
 
 docs: $(VENV)/.docs
 	@echo "== docs: the pages and the docstrings as a site; a warning is an error"

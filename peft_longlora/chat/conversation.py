@@ -2,7 +2,7 @@
 
     document.py -> dialogue.py (tokens) -> kvcache.py (keys and values) -> generate -> words.py, attention.py (passages)
 
-Called by cli/chat.py (`longlora chat`) and examples/app.py.
+Called by cli/chat.py (`longlora chat`) and the page of `longlora app` (app/).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peft_longlora.chat.kvcache import KVCache
 from peft_longlora.chat.passages import Passage
 from peft_longlora.chat.stream import Stop, Stopped, from_first_word, until
 from peft_longlora.chat.words import WordIndex
-from peft_longlora.hub.generation import decoding
+from peft_longlora.hub.generation import own_decoding
 from peft_longlora.hub.loading import Loaded
 
 
@@ -45,8 +45,9 @@ class Conversation:
         cache: str = "dense",
         chunk_size: int = 2048,
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
         seed: int = 0,
         plain: bool = False,
         lock: threading.Lock | None = None,
@@ -59,8 +60,9 @@ class Conversation:
             cache: "dense", "quantised" or "offloaded" (kvcache.py).
             chunk_size: tokens of one forward in prefill.
             max_new_tokens: the most tokens of an answer.
-            temperature: 0 for greedy answers.
-            top_p: nucleus sampling, for a temperature above 0.
+            temperature: 0 for greedy answers; None: as in the model's generation_config.
+            top_p: nucleus sampling; None: as in the model's generation_config.
+            repetition_penalty: above 1 makes tokens that the row holds less likely; None: as in the model's.
             seed: with the same seed the same conversation gets the same answers.
             plain: use no chat template, even if the tokenizer has one.
             lock: give the same lock to all conversations on one model.
@@ -71,7 +73,8 @@ class Conversation:
         self.dialogue = Dialogue(self.tokenizer, document, plain)
         self.kv = KVCache(self.model, cache, chunk_size)
         self.max_new_tokens, self.seed = max_new_tokens, seed
-        self.sampling = dict(temperature=temperature, top_p=top_p)
+        choice = dict(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty)
+        self.decoding = own_decoding(self.model, max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **choice)
         self.lock = lock or threading.Lock()
         self.turns: list[Turn] = []
         self._running: list[tuple[Stop, threading.Thread]] = []
@@ -94,6 +97,17 @@ class Conversation:
     def usage(self) -> str:
         """How much of the window is used, such as "5,120 of 8,192 tokens (62.5%)"."""
         return f"{self.tokens:,} of {self.window:,} tokens ({self.tokens / self.window:.1%})"
+
+    @property
+    def choice(self) -> str:
+        """How answers are chosen, such as "the most likely token" or "sampled, temperature 0.6, top_p 0.9"."""
+        config = self.decoding
+        parts = ["the most likely token"]
+        if config.do_sample:
+            parts = ["sampled", f"temperature {config.temperature:g}", f"top_p {config.top_p:g}"]
+        if config.repetition_penalty != 1:
+            parts.append(f"repetition penalty {config.repetition_penalty:g}")
+        return ", ".join(parts)
 
     @property
     def has_answer(self) -> bool:
@@ -249,13 +263,13 @@ class Conversation:
         self.kv.fill(prompt[:-1], stop.check)  # generate needs one token that is not yet in the cache
         inputs = torch.tensor([prompt], device=self.model.device)
         torch.manual_seed(self.seed + len(self.turns))
-        config = decoding(self.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **self.sampling)
+        self.decoding.max_new_tokens = self.max_new_tokens
         try:
             row = self.model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
                 **self.kv.as_argument,
-                generation_config=config,
+                generation_config=self.decoding,
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([stop]),
             )[0].tolist()

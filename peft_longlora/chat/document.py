@@ -1,15 +1,18 @@
 """A text to ask about, read from a file. It knows the page or line of each character.
 
-Called by `longlora chat` and examples/app.py; knows nothing of models.
+Called by `longlora chat` and the page (app/); knows nothing of models.
 """
 
 from __future__ import annotations
 
 import bisect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from peft_longlora.data.apart import read_pages_apart
 from peft_longlora.data.limits import Limits
 from peft_longlora.data.pdf import read_pages
 
@@ -45,12 +48,20 @@ class Document:
         return f"{self.unit} {first}" if first == last else f"{self.unit}s {first}-{last}"
 
 
-def read_document(path: str | Path, limits: Limits | None = None) -> Document:
+def read_document(
+    path: str | Path,
+    limits: Limits | None = None,
+    is_stopped: Callable[[], bool] | None = None,
+    on_page: Callable[[int, int], Any] | None = None,
+) -> Document:
     """Read a .txt, .md or .pdf file.
 
     Args:
         path: of the file; "~" is the home folder.
-        limits: how large the file may be. None: no limits.
+        limits: how large the file may be, and how long reading it may take. None: no limits.
+        is_stopped: if given, a PDF is read in a process of its own, which ends when this is true, or at a limit. Give
+            it for files of strangers.
+        on_page: called with the pages read and all pages, if `is_stopped` is given.
 
     Raises:
         ValueError: the path is a URL, a folder or does not exist; the file is of another kind, is empty, or is not what
@@ -68,7 +79,12 @@ def read_document(path: str | Path, limits: Limits | None = None) -> Document:
         raise ValueError(f"{path}: {path.suffix or 'a name without suffix'} is none of {', '.join(SUFFIXES)}.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes).")
-    return (_read_pdf if path.suffix.lower() == ".pdf" else _read_text)(path, limits or Limits())
+    limits = limits or Limits()
+    if path.suffix.lower() != ".pdf":
+        return _read_text(path, limits)
+    return _made_of(
+        path, read_pages_apart(path, limits, is_stopped, on_page) if is_stopped else read_pages(path, limits)
+    )
 
 
 def _read_text(path: Path, limits: Limits) -> Document:
@@ -93,8 +109,7 @@ def _read_text(path: Path, limits: Limits) -> Document:
     return Document(path.name, text, starts, list(range(first, first + len(starts))), "line")
 
 
-def _read_pdf(path: Path, limits: Limits) -> Document:
-    pages = read_pages(path, limits)
+def _made_of(path: Path, pages: list[str]) -> Document:
     if not any(pages):
         raise ValueError(
             f"{path}: none of its {len(pages)} pages holds text; it is probably a scan. Run OCR on it first: "

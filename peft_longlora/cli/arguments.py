@@ -137,6 +137,11 @@ def share(text: str) -> float:
     return _number(text, 1e-6, 1, "above 0 and up to 1")
 
 
+def penalty(text: str) -> float:
+    """Parse a repetition penalty, 0.1 to 10; 1 changes nothing."""
+    return _number(text, 0.1, 10, "from 0.1 to 10")
+
+
 def _number(text: str, low: float, high: float, rule: str) -> float:
     with contextlib.suppress(ValueError):
         if low <= float(text) <= high:

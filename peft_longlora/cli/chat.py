@@ -10,13 +10,20 @@ import contextlib
 import logging
 import re
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING
 
-from .arguments import Command, add_model_options, model_options, positive, say_options, share, temperature
+from .answering import add_answering_options, answering_options
+from .arguments import Command, add_model_options, model_options, positive, say_options
 
-CACHES = ("dense", "quantised", "offloaded")
-FORGET, HELP, QUIT = "/forget", "/help", ("/quit", "/exit")
-COMMANDS = f"{FORGET} drops the questions so far, Ctrl-C stops an answer, {QUIT[0]} or Ctrl-D ends."
+if TYPE_CHECKING:
+    from peft_longlora.chat import Document
+    from peft_longlora.hub import Loaded
+
+FORGET, FILE, HELP, QUIT = "/forget", "/file", "/help", ("/quit", "/exit")
+COMMANDS = (
+    f"{FORGET} drops the questions so far, {FILE} PATH reads another file, {HELP} says this, Ctrl-C stops an answer, "
+    f"{QUIT[0]} or Ctrl-D ends."
+)
 # What moves the cursor, changes colours or reverses the order of letters on a terminal: all but tabs and line ends.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -26,28 +33,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--file", required=True, help="the document: a path to a .txt, .md or .pdf file")
     add("--ask", action="append", metavar="QUESTION", help="answer this question and end; may be given several times")
-    add("--plain", action="store_true", help="use no chat template, even if the tokenizer has one")
+    add("--passages", type=positive, metavar="N", help="show N passages that hold the words of the answer")
     add_model_options(parser)
-    memory = parser.add_argument_group("memory")
-    memory.add_argument(
-        "--cache",
-        default="dense",
-        choices=CACHES,
-        help="cache of keys and values; quantised: 4 bits, needs hqq or optimum-quanto; offloaded: in the CPU's memory",
-    )
-    memory.add_argument(
-        "--chunk", type=positive, default=2048, help="tokens of the document in one forward (%(default)s)"
-    )
-    answers = parser.add_argument_group("answers")
-    answers.add_argument("--max-new-tokens", type=positive, default=256)
-    answers.add_argument(
-        "--temperature", type=temperature, default=0.0, help="0: always the most likely token (%(default)s)"
-    )
-    answers.add_argument("--top-p", type=share, default=1.0, help="nucleus sampling, for a temperature above 0")
-    answers.add_argument("--seed", type=int, default=0)
-    answers.add_argument(
-        "--passages", type=positive, metavar="N", help="show N passages that hold the words of the answer"
-    )
+    add_answering_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +44,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, ImportError, OSError: a file, model or cache cannot be used.
     """
-    from peft_longlora.chat.conversation import Conversation
     from peft_longlora.chat.document import read_document
     from peft_longlora.chat.words import import_bm25s
     from peft_longlora.hub.loading import is_out_of_memory, load_model
@@ -69,29 +56,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--ask is empty.")
     document = read_document(args.file)  # refuses a bad file before a model is loaded
     loaded = load_model(**model_options(args), device=args.device)
-    conversation = Conversation(
-        loaded,
-        document,
-        cache=args.cache,
-        chunk_size=args.chunk,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        plain=args.plain,
-    )
-    for text in [*loaded.notes, *conversation.warnings()]:
-        _say(f"warning: {say_options(text, args, COMMAND.options)}")
-    _say(f"{document.name}: {conversation.document_tokens:,} tokens; {conversation.usage}")
     try:
-        conversation.read(_progress)
-        _say(f"KV cache: {conversation.kv.label}, {conversation.kv.nbytes() / 2**20:,.1f} MiB")
+        chat = Chat(args, loaded, document)
         if args.ask:
             for question in args.ask:
                 _say(f"> {question}")
-                _answer(conversation, question, args.passages)
+                chat.answer(question)
         else:
-            _converse(conversation, args.passages)
+            chat.converse()
     except KeyboardInterrupt:
         _say("\nStopped.")
         return 130
@@ -105,48 +77,100 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _converse(conversation, passages: int | None) -> None:
-    """Answer questions one by one, until there are no more."""
-    is_terminal = sys.stdin.isatty()
-    if is_terminal:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  gives input() a history
-        _say(f"Ask away. {COMMANDS}")
-    while True:
-        try:
-            question = input("> " if is_terminal else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            _say("\nBye." if is_terminal else "")
-            return
-        if question in QUIT:
-            return
-        if question == FORGET:
-            conversation.forget()
-            _say(f"Forgotten. {conversation.usage}")
-        elif question == HELP:
-            _say(COMMANDS)
-        elif re.fullmatch(r"/\w+", question):
-            _say(f"{question} is no command, and no question. {COMMANDS}")
-        elif question:
+class Chat:
+    """A conversation on a terminal, or out of a pipe."""
+
+    def __init__(self, args: argparse.Namespace, loaded: Loaded, document: Document) -> None:
+        self.args, self.loaded = args, loaded
+        for text in loaded.notes:
+            self.warn(text)
+        self.begin(document)
+        _say(f"Answers: {self.conversation.choice}")
+
+    def begin(self, document: Document) -> None:
+        """Begin a conversation about a document, and let the model read it."""
+        from peft_longlora.chat import Conversation
+
+        self.conversation = Conversation(self.loaded, document, **answering_options(self.args))
+        for text in self.conversation.warnings():
+            self.warn(text)
+        _say(f"{document.name}: {self.conversation.document_tokens:,} tokens; {self.conversation.usage}")
+        self.conversation.read(_progress)
+        kv = self.conversation.kv
+        _say(f"KV cache: {kv.label}, {kv.nbytes() / 2**20:,.1f} MiB")
+
+    def warn(self, text: str) -> None:
+        """Say a warning with option names."""
+        _say(f"warning: {say_options(text, self.args, COMMAND.options)}")
+
+    def converse(self) -> None:
+        """Answer questions one by one, until there are no more."""
+        is_terminal = sys.stdin.isatty()
+        if is_terminal:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  gives input() a history
+            _say(f"Ask away. {COMMANDS}")
+        while True:
             try:
-                _answer(conversation, question, passages)
+                text = input("> " if is_terminal else "").strip()
+            except (EOFError, KeyboardInterrupt):
+                _say("\nBye." if is_terminal else "")
+                return
+            if text in QUIT:
+                return
+            if not text or self.obey(text):
+                continue
+            try:
+                self.answer(text)
             except KeyboardInterrupt:
                 if not is_terminal:
                     raise
                 print(flush=True)
                 _say("Stopped here; the answer so far is kept.")
 
+    def obey(self, text: str) -> bool:
+        """Do what a command says, or refuse an unknown one. False: it is a question."""
+        word, _, rest = text.partition(" ")
+        if text == FORGET:
+            self.conversation.forget()
+            _say(f"Forgotten. {self.conversation.usage}")
+        elif text == HELP:
+            _say(COMMANDS)
+        elif word == FILE:
+            self.change(rest.strip())
+        elif re.fullmatch(r"/\w+", text):
+            _say(f"{text} is no command, and no question. {COMMANDS}")
+        else:
+            return False
+        return True
 
-def _answer(conversation, question: str, passages: int | None) -> None:
-    for text in conversation.warnings(question):
-        _say(f"warning: {text}")
-    for piece in conversation.ask(question):
-        print(_shown(piece, sys.stdout), end="", flush=True)
-    print(flush=True)
-    over = " PAST THE WINDOW" if conversation.tokens > conversation.window else ""
-    _say(f"[{conversation.usage}{over}]")
-    for passage in conversation.passages(passages) if passages and conversation.has_answer else []:
-        _say(f"  {passage.place} ({passage.reason}): {' '.join(passage.text.split())}")
+    def change(self, path: str) -> None:
+        """Begin a conversation about another file; the old one stays if that cannot be read."""
+        from peft_longlora.chat import read_document
+
+        if not path:
+            _say(f"{self.conversation.dialogue.document.name}: {self.conversation.usage}. {FILE} PATH reads another.")
+            return
+        try:
+            document = read_document(path)
+        except (ValueError, ImportError, OSError) as error:
+            _say(f"{' '.join(str(error).split())} The document is still {self.conversation.dialogue.document.name}.")
+            return
+        self.conversation.close()  # before the next one needs the memory
+        self.begin(document)
+
+    def answer(self, question: str) -> None:
+        """Print the answer while it is generated, then what it cost and its passages."""
+        conversation, passages = self.conversation, self.args.passages
+        for text in conversation.warnings(question):
+            self.warn(text)
+        for piece in conversation.ask(question):
+            print(_shown(piece), end="", flush=True)
+        print(flush=True)
+        over = " PAST THE WINDOW" if conversation.tokens > conversation.window else ""
+        _say(f"[{conversation.usage}{over}]")
+        for passage in conversation.passages(passages) if passages and conversation.has_answer else []:
+            _say(f"  {passage.place} ({passage.reason}): {' '.join(passage.text.split())}")
 
 
 def _progress(done: int, total: int) -> None:
@@ -157,12 +181,12 @@ def _progress(done: int, total: int) -> None:
 
 
 def _say(text: str) -> None:
-    print(_shown(text, sys.stderr), file=sys.stderr, flush=True)
+    print(_shown(text), file=sys.stderr, flush=True)
 
 
-def _shown(text: str, stream: TextIO) -> str:
-    """The text as it is, for a file or a pipe; for a terminal without what could control it."""
-    return CONTROL.sub("\ufffd", text) if stream.isatty() else text
+def _shown(text: str) -> str:
+    """The text without what could control a terminal: a pipe may end in one too."""
+    return CONTROL.sub("\ufffd", text)
 
 
 COMMAND = Command("chat", "ask questions of a long document", add_options, run, options={"chunk_size": "chunk"})

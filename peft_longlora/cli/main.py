@@ -10,10 +10,12 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
-from . import chat, compare, evaluate, push
+from . import app, chat, compare, evaluate, push
 from .arguments import Command, Parser, say_options
 
-COMMANDS = {command.name: command for command in (evaluate.COMMAND, compare.COMMAND, chat.COMMAND, push.COMMAND)}
+COMMANDS = {
+    command.name: command for command in (evaluate.COMMAND, compare.COMMAND, chat.COMMAND, app.COMMAND, push.COMMAND)
+}
 BAD_INPUT = (ValueError, NotImplementedError, ImportError, OSError)
 
 

@@ -7,9 +7,14 @@ libraries'. Each of them becomes a ValueError here.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peft_longlora.data.limits import Limits
+
+if TYPE_CHECKING:
+    import pypdf
 
 
 def read_pages(path: Path, limits: Limits) -> list[str]:
@@ -18,13 +23,16 @@ def read_pages(path: Path, limits: Limits) -> list[str]:
     Raises:
         ValueError: not a PDF, a broken or encrypted one, or one beyond the limits. ImportError: pypdf is not installed.
     """
+    return list(iterate_pages(path, limits, open_pdf(path, limits)))
+
+
+def open_pdf(path: Path, limits: Limits) -> pypdf.PdfReader:
+    """Open a PDF, and refuse one that cannot be read or has too many pages. Raises: as `read_pages`."""
     try:
         import pypdf
         from pypdf.errors import FileNotDecryptedError
     except ImportError:
         raise ImportError("Reading a PDF needs pypdf: pip install 'peft-longlora[chat]'") from None
-    end = time.monotonic() + limits.seconds
-    pages: list[str] = []
     try:
         reader = pypdf.PdfReader(path)
         # Many files are locked with the empty password, which only forbids printing or copying.
@@ -34,18 +42,23 @@ def read_pages(path: Path, limits: Limits) -> list[str]:
     except Exception as error:
         raise _refusal(path, error, "is not a PDF, or is broken") from None
     limits.check_pages(path, count)
-    characters = 0
+    return reader
+
+
+def iterate_pages(path: Path, limits: Limits, reader: pypdf.PdfReader) -> Iterator[str]:
+    """The text of one page after the other. Raises: as `read_pages`."""
+    end, count, characters = time.monotonic() + limits.seconds, len(reader.pages), 0
     for number in range(count):
         try:
             text = reader.pages[number].extract_text()
         except Exception as error:
             raise _refusal(path, error, f"cannot be read: page {number + 1} of {count} is broken") from None
         # Broken font tables give lone surrogates, which no tokenizer accepts.
-        pages.append(text.encode("utf-8", "replace").decode("utf-8").replace("\0", "").strip())
-        characters += len(pages[-1])
+        text = text.encode("utf-8", "replace").decode("utf-8").replace("\0", "").strip()
+        characters += len(text)
         limits.check_characters(path, characters)
         limits.check_time(path, end, f"page {number + 1} of {count}")
-    return pages
+        yield text
 
 
 def _refusal(path: Path, error: Exception, what: str) -> ValueError:

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+OWN = ("do_sample", *SAMPLING, "repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "bad_words_ids")
+
 
 def decoding(
     max_new_tokens: int,
@@ -39,6 +42,42 @@ def decoding(
         pad_token_id=0 if pad_token_id is None else pad_token_id,
         **choice,
         **more,
+    )
+
+
+def own_decoding(
+    model: Any,
+    max_new_tokens: int,
+    *,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
+    pad_token_id: int | None = None,
+) -> GenerationConfig:
+    """Settings of `generate` as the model's makers chose them (its generation_config), where nothing else is asked for.
+
+    Args:
+        max_new_tokens, pad_token_id: as for `decoding`.
+        temperature: None: the model's own; greedy, if its makers chose no sampling. 0: greedy.
+        top_p, repetition_penalty: None: the model's own.
+    """
+    made = getattr(model, "generation_config", None)
+    own = {name: value for name in OWN if (value := getattr(made, name, None)) is not None}
+    asked = dict(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty)
+    own |= {name: value for name, value in asked.items() if value is not None}
+    if temperature is not None:
+        own["do_sample"] = temperature > 0
+    if own.get("do_sample"):
+        choice = {"temperature": 1.0, "top_p": 1.0, "top_k": 0 if temperature is not None else 50}
+        choice |= {name: own[name] for name in SAMPLING if name in own}
+    else:
+        choice = dict(temperature=1.0, top_p=1.0, top_k=50)  # transformers warns about other values
+    kept = {name: value for name, value in own.items() if name not in SAMPLING}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=1,
+        pad_token_id=0 if pad_token_id is None else pad_token_id,
+        **{"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, **kept, **choice},
     )
 
 

@@ -16,9 +16,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from peft_longlora.chat.conversation import Conversation
+from peft_longlora.chat.dialogue import Dialogue, Turn
 from peft_longlora.chat.document import read_document
 from peft_longlora.cli import main as cli
 from peft_longlora.cli.chat import _shown
@@ -99,8 +100,48 @@ def test_commands_are_known_or_refused(folder, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("/help\n/forgte\n/usr/lib is where?\n"))
     assert chat(folder, model="merged") == 0
     out, err = capsys.readouterr()
-    assert err.count("/forget drops the questions so far") == 2 and "/forgte is no command" in err
+    assert (
+        err.count("/forget drops the questions so far, /file PATH reads another file") == 2
+        and "/forgte is no command" in err
+    )
     assert out == answers_of(folder, "merged", None, ["/usr/lib is where?"])  # a path begins a question as any word
+
+
+def test_another_file_begins_another_conversation(folder, capsys, monkeypatch):
+    (folder / "other.txt").write_text(TEXT[::-1])
+    asked = f"Why?\n/file\n/file {folder}/none.txt\n/file {folder}/other.txt\nWhy?\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(asked))
+    assert chat(folder, model="merged") == 0
+    out, err = capsys.readouterr()
+    first = answers_of(folder, "merged", None, ["Why?"])
+    assert out == first + answers_of(folder, "merged", None, ["Why?"], file="other.txt") and out != first * 2
+    assert "book.txt: " in err and "/file PATH reads another." in err
+    assert "none.txt: no such file. The document is still book.txt." in err and "other.txt: " in err
+
+
+def test_answers_are_chosen_as_the_models_makers_chose_unless_asked_otherwise(folder, tmp_path, capsys):
+    """Against plain `generate` with the same generation_config."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.7, top_k=5, repetition_penalty=1.3)
+    model.generation_config.eos_token_id = 1
+    model.save_pretrained(folder / "made")
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder / "made")
+    tokenizer, document = AutoTokenizer.from_pretrained(EMBEDDED), read_document(folder / "book.txt")
+    ids = torch.tensor([Dialogue(tokenizer, document).ids([Turn("Why?")])])
+
+    def plain(**options) -> str:
+        torch.manual_seed(0)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **options)
+        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).partition("\nQuestion:")[0].strip()
+
+    for options, said, same in (
+        ([], "sampled, temperature 0.7, top_p 1, repetition penalty 1.3", {}),
+        (["--temperature", "0"], "the most likely token, repetition penalty 1.3", {"do_sample": False}),
+        (["--repetition-penalty", "3"], "temperature 0.7, top_p 1, repetition penalty 3", {"repetition_penalty": 3.0}),
+    ):
+        assert chat(folder, "--ask", "Why?", *options, model="made") == 0
+        out, err = capsys.readouterr()
+        assert out.strip() == plain(**same) and said in err
 
 
 def test_a_question_beyond_the_window_is_said_before_its_answer(folder, capsys):
@@ -110,10 +151,9 @@ def test_a_question_beyond_the_window_is_said_before_its_answer(folder, capsys):
 
 
 def test_nothing_controls_a_terminal():
+    """Not through a pipe either: what reads it may show it on one."""
     hostile = "a\x1b[31mred\x07\r\x9b2J\u202eevil\tb\n"
-    pipe, terminal = (SimpleNamespace(isatty=lambda answer=answer: answer) for answer in (False, True))
-    assert _shown(hostile, pipe) == hostile
-    assert _shown(hostile, terminal) == "a\ufffd[31mred\ufffd\ufffd\ufffd2J\ufffdevil\tb\n"
+    assert _shown(hostile) == "a\ufffd[31mred\ufffd\ufffd\ufffd2J\ufffdevil\tb\n"
 
 
 def test_sampling_and_quantised_caches_are_options(folder, capsys):

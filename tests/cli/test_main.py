@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 from peft_longlora.chat.kvcache import CACHES
-from peft_longlora.cli import chat, main, tasks
+from peft_longlora.cli import answering, main, tasks
 from peft_longlora.cli import compare as compare_command
 from peft_longlora.cli.arguments import say_options
 from peft_longlora.eval import Passkey, evaluate, load_subject
@@ -212,7 +212,7 @@ def test_every_task_is_named_with_options_that_exist():
     defaults = vars(parser.parse_args(["eval", "--model", "m", "--output", "o"]))
     for name, entry in tasks.TASKS.items():
         assert {*entry.reads, *entry.needs} <= defaults.keys(), name
-    assert chat.CACHES == CACHES
+    assert answering.CACHES == CACHES
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,6 @@ CASES = [
     ("experiments/run.py", "experiments/schedules.yaml --device cpu", "--model is missing"),
     ("experiments/run.py", "experiments/schedules.yaml --device cpu --model {embedded}", "there is no train.npy"),
     ("experiments/run.py", "experiments/schedules.yaml --device cpu --only x --list", "--only x: no study has a cell"),
-    ("examples/app.py", "--model {here}/none", "none"),
     ("examples/extend_context.py", "--model {embedded} --data {here}/none", "none"),
     ("examples/sft_longalpaca.py", "--model {embedded} --data {here}/none", "none"),
     ("examples/long_sequence.py", "--model {embedded} --data {here}/none --context-length 1024", "none"),

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from trl import SFTTrainer
 
 from peft_longlora import LongLoraConfig
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import EMBEDDED, ROOT
 from tests.helpers.tiny_base import prose, save_base
 
 README = (ROOT / "README.md").read_text()
@@ -146,3 +146,13 @@ def test_architecture_table_says_what_the_test_found():
 @pytest.mark.parametrize("word", ["TODO", "FIXME", "@@"])
 def test_nothing_is_left_open(word):
     assert word not in README
+
+
+@pytest.mark.parametrize(("page", "window"), [("README.md", 4096), ("docs/tutorial.md", 2048)])
+def test_the_chats_examples_fit_their_windows(page, window):
+    """With the answer, in tokens of the embedded model, whose window `make demo` and the tutorial extend so far."""
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    files = re.findall(r"^longlora chat .*--file (docs/\S+)", (ROOT / page).read_text(), flags=re.MULTILINE)
+    assert files
+    for file in files:
+        assert len(tokenizer((ROOT / file).read_text(), verbose=False)["input_ids"]) + 256 + 50 < window

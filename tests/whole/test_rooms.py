@@ -29,15 +29,16 @@ ARROWS = {
     "hub": {"adapter", "rope", "architecture"},
     "eval": {"hub", "sequence", "attention", "rope", "data", "architecture"},
     "chat": {"hub", "rope", "data", "architecture"},
+    "app": {"chat", "hub"},
     "register": {"hub", "adapter", "attention"},
-    "cli": {"eval", "chat", "hub", "__init__"},
+    "cli": {"eval", "chat", "app", "hub", "__init__"},
     "__main__": {"cli"},
     "__init__": {"register", "hub", "adapter", "attention", "rope", "kernels"},
 }
 # Imports inside functions. Of this package: a command's parser answers --help without what the command runs, and
 # matplotlib is an extra. Of others: extras, and what costs seconds or is not everywhere.
 LATE = {
-    "cli": {"eval", "chat", "hub", "__init__"},
+    "cli": {"eval", "chat", "app", "hub", "__init__"},
     "eval.report.tables": {"eval.report.plots"},
     "eval.report.side_by_side": {"eval.report.style"},
 }
@@ -47,6 +48,7 @@ LATE_OTHERS = EXTRAS | {
     "kernels",  # of Hugging Face, for FlashAttention 3
     "msvcrt",  # on Windows alone
     "readline",  # not on Windows
+    "resource",  # not on Windows
     "torch.distributed.tensor",  # where torch was built without it, everything else works
     "torch.nn.attention.flex_attention",  # brings the compiler
     "transformers.integrations.hub_kernels",
@@ -152,7 +154,7 @@ def test_imports_inside_functions_have_a_reason():
 
 def test_extras_are_imported_by_no_file_at_its_top():
     top = {file: {each.module for each in imports(file) if not each.late} for file in FILES}
-    allowed = {"eval.report.plots": {"matplotlib"}, "eval.report.style": {"matplotlib"}}
+    allowed = {"eval.report.plots": {"matplotlib"}, "eval.report.style": {"matplotlib"}, "app.serve": {"gradio"}}
     wrong = {
         file: sorted(m for m in found if is_in(m, EXTRAS - allowed.get(file, set()))) for file, found in top.items()
     }

@@ -1,0 +1,83 @@
+"""What a reader sees, as HTML and messages. Everything that comes from a document or a model is escaped."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+
+from peft_longlora.chat import Conversation, Passage
+
+EMPTY = "No document yet."
+GONE = "There is no document here. If you dropped one, drop it again: the server was started anew."
+FULL = "All places are taken. Try again later."
+NOWHERE = "<small>After an answer: passages that hold its words.</small>"
+NONE_FOUND = "<small>No passage holds a word of the answer or of the question.</small>"
+WAITING = "\u2026"  # an answer that has no word yet
+
+
+@dataclass
+class View:
+    """What changes on a reader's page. None: this part stays as it is.
+
+    Attributes:
+        usage: HTML: the document and how much of the window is used.
+        chat: the messages.
+        question: the text in the question box.
+        passages: HTML.
+    """
+
+    usage: str | None = None
+    chat: list[dict[str, str]] | None = None
+    question: str | None = None
+    passages: str | None = None
+
+
+def red(text: str) -> str:
+    """A warning."""
+    return f'<span class="over">{html.escape(text)}</span>'
+
+
+def bar(share: float) -> str:
+    """A bar that is filled to a share of its width."""
+    return f'<div class="bar"><div style="width: {min(max(share, 0.0), 1.0):.1%}"></div></div>'
+
+
+def titled(name: str, *lines: str) -> str:
+    """The document's name above lines of HTML."""
+    return "<br>".join([f"<b>{html.escape(name)}</b>", *lines])
+
+
+def usage(conversation: Conversation, notes: list[str]) -> str:
+    """The tokens used against the window, as a bar, and what a reader must know."""
+    used = f"{bar(conversation.tokens / conversation.window)}{conversation.usage}"
+    memory = f"{conversation.kv.label} KV cache, {conversation.kv.nbytes() / 2**20:,.1f} MiB"
+    return titled(conversation.dialogue.document.name, used, memory, *map(red, (*conversation.warnings(), *notes)))
+
+
+def opening(name: str, pages: tuple[int, int] | None) -> str:
+    """How much of a file is read."""
+    said = f"Opening: page {pages[0]:,} of {pages[1]:,}" if pages else "Opening"
+    return titled(name, f"{bar(pages[0] / pages[1] if pages else 0.0)}{said}. You can ask already.")
+
+
+def reading(conversation: Conversation) -> str:
+    """How much of the document the model has read."""
+    done, total = len(conversation.kv.ids), len(conversation.dialogue.start)
+    said = f"Reading: {done:,} of {total:,} tokens. You can ask already."
+    return titled(conversation.dialogue.document.name, f"{bar(done / max(total, 1))}{said}")
+
+
+def passages(conversation: Conversation) -> str:
+    """The passages that hold the words of the last answer and its question."""
+    if not conversation.has_answer:
+        return NOWHERE
+    try:
+        found = conversation.passages()
+    except (ValueError, ImportError) as error:
+        return red(str(error))
+    return "".join(map(_passage, found)) or NONE_FOUND
+
+
+def _passage(passage: Passage) -> str:
+    place, reason, text = (html.escape(part) for part in (passage.place, passage.reason, passage.text))
+    return f'<div class="passage"><b>{place}</b> <small>{reason}</small><p>{text}</p></div>'

@@ -1,0 +1,151 @@
+"""What the server gives a stranger: no API, no files, no history, and a policy that lets no browser fetch elsewhere."""
+
+import asyncio
+import json
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from peft_longlora.app.guard import Guard
+from peft_longlora.app.page import Page
+from peft_longlora.cli import main as cli
+from tests.helpers.chat_models import a_reader
+from tests.helpers.paths import EMBEDDED
+
+
+def answers(guard: Guard, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body that an ASGI app answers."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": method, "path": path}
+    asyncio.run(guard(scope, None, send))
+    headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], headers, sent[1]["body"]
+
+
+async def inner(scope, receive, send):
+    headers = [(b"content-security-policy", b"none of ours"), (b"cache-control", b"max-age=9")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"inner"})
+
+
+def test_every_answer_has_the_policy(tmp_path):
+    for path in ("/", "/assets/a.js", "/gradio_api/file=/etc/passwd"):
+        headers = answers(Guard(inner, tmp_path), "GET", path)[1]
+        assert headers["content-security-policy"].startswith("default-src 'self'")
+        assert headers["referrer-policy"] == "no-referrer"
+    assert answers(Guard(inner, tmp_path), "GET", "/")[1]["cache-control"] == "no-store"
+    assert answers(Guard(inner, tmp_path), "GET", "/assets/a.js")[1]["cache-control"] == "max-age=9"
+
+
+def test_no_files_are_served(tmp_path):
+    for path in ("/gradio_api/file=/tmp/a", "/file=a", "/gradio_api/file/a", "/proxy=http://example.com"):
+        assert answers(Guard(inner, tmp_path), "GET", path)[::2] == (404, b"No files are served here.")
+
+
+def test_uploads_have_a_sum(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.txt").write_bytes(b"x" * 60)
+    for most, status in ((61, 200), (60, 507)):
+        assert answers(Guard(inner, tmp_path, most), "POST", "/gradio_api/upload")[0] == status
+    assert answers(Guard(inner, tmp_path, 60), "POST", "/gradio_api/queue/join")[0] == 200
+
+
+# -- the whole server ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server():
+    gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'peft-longlora[app]'")
+    from peft_longlora.app import serve
+
+    app = serve.make_app(Page(a_reader(chat=True), max_new_tokens=4), "Read")
+    url = serve.launch(app, prevent_thread_lock=True, server_name="127.0.0.1")[1]
+    yield app, url, gradio
+    app.close(verbose=False)
+
+
+def test_there_is_no_api_no_monitoring_and_no_history(server):
+    app, url, gradio = server
+    with urllib.request.urlopen(url) as answer:
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+        page = answer.read().decode().replace(" ", "")
+    assert '"run_history":false' in page and '"enable_monitoring":true' not in page
+    with urllib.request.urlopen(f"{url}gradio_api/info") as answer:
+        assert json.load(answer) == {"named_endpoints": {}, "unnamed_endpoints": {}}
+    with pytest.raises(urllib.error.HTTPError, match="40"):
+        urllib.request.urlopen(f"{url}monitoring/summary")
+    chat = next(block for block in app.blocks.values() if isinstance(block, gradio.Chatbot))
+    assert chat.render_markdown is False and chat.sanitize_html
+
+
+def test_an_upload_is_readable_by_nobody_and_lies_where_only_this_user_may_look(server):
+    from gradio.utils import get_upload_folder
+
+    _, url, _ = server
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nsecret\r\n--x--\r\n'
+    header = {"Content-Type": "multipart/form-data; boundary=x"}
+    with urllib.request.urlopen(urllib.request.Request(f"{url}gradio_api/upload", body, header)) as answer:
+        (path,) = json.load(answer)
+    assert path.startswith(get_upload_folder()) and "longlora-app-" in path
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{url}gradio_api/file={path}")
+    assert Path(get_upload_folder()).stat().st_mode & 0o077 == 0
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines use the model. Give --auth NAME:PASSWORD"),
+        (["--auth", "reader"], "--auth needs a name and a password"),
+        (["--repetition-penalty", "0"], "'0' is not a number from 0.1 to 10"),
+        (["--model", "./none"], "--model ./none: no such folder"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(options, message, capsys, monkeypatch):
+    monkeypatch.delenv("LONGLORA_AUTH", raising=False)
+    if "./none" in options:
+        pytest.importorskip("gradio")
+    try:
+        code = cli.main(["app", "--model", str(EMBEDDED), *options])
+    except SystemExit as error:
+        code = error.code
+    err = capsys.readouterr().err
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_without_gradio_it_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "peft_longlora.app.serve", raising=False)
+    assert cli.main(["app", "--model", str(EMBEDDED)]) == 2
+    assert "longlora app needs gradio: pip install 'peft-longlora[app]'" in capsys.readouterr().err
+
+
+def test_other_machines_come_in_with_a_password_or_if_it_is_open(capsys, monkeypatch):
+    serve = pytest.importorskip("peft_longlora.app.serve", exc_type=ImportError)
+    started = []
+
+    class Ended(Exception):
+        pass
+
+    def launch(app, **options):
+        started.append(options)
+        raise Ended
+
+    monkeypatch.setattr(serve, "launch", launch)
+    for options in (["--open"], ["--auth", "me:pass:word"], []):
+        if not options:
+            monkeypatch.setenv("LONGLORA_AUTH", "you:secret")
+        with pytest.raises(Ended):
+            cli.main(["app", "--model", str(EMBEDDED), "--device", "cpu", "--host", "0.0.0.0", *options])
+    assert [options["auth"] for options in started] == [None, ("me", "pass:word"), ("you", "secret")]
+    assert {options["server_name"] for options in started} == {"0.0.0.0"}

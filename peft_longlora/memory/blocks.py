@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -10,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.memory.keep import keep_attention
+from peft_longlora.memory.keep import keep_in_host as in_host
 from peft_longlora.memory.offload import HostMemory, Offload
 from peft_longlora.memory.tile import find_feed_forwards, tile
 
@@ -28,7 +30,8 @@ def checkpoint_blocks(
     model: nn.Module,
     *,
     free: int = 0,
-    keep: bool = True,
+    keep: bool | int = True,
+    keep_in_host: int = 0,
     offload: bool | int = False,
     tile_tokens: int | None = None,
 ) -> None:
@@ -40,15 +43,16 @@ def checkpoint_blocks(
     Args:
         model: a model of transformers, bare or PEFT.
         free: number of blocks that are not checkpointed.
-        keep: whether checkpointed blocks keep the outputs of attention.
+        keep: whether checkpointed blocks keep the outputs of attention; or how many of them, the last ones.
+        keep_in_host: how many more blocks, before those, keep them in the host's memory.
         offload: whether the inputs of checkpointed blocks wait in the host's memory (`Offload`). With 2 only the inputs
             of every second block wait there, and the block before computes the others again. This needs half the
             host's memory, and half a forward more.
-        tile_tokens: tokens of one tile in feed-forward layers (`tile`); None: whole rows.
+        tile_tokens: tokens of one tile in the feed-forward layers of checkpointed blocks (`tile`); None: whole rows.
 
     Raises:
-        ValueError: `free` is larger than the number of blocks, a tile is below 1 token, or transformers cannot
-            checkpoint the model's blocks.
+        ValueError: more blocks are free, or keep attention, than there are, a tile is below 1 token, or transformers
+            cannot checkpoint the model's blocks.
     """
     blocks = find_blocks(model)
     if not blocks:
@@ -62,17 +66,28 @@ def checkpoint_blocks(
         raise ValueError(f"offload={offload!r} must be True or False, or 2 for every second block.")
     if tile_tokens is not None and tile_tokens < 1:
         raise ValueError(f"tile_tokens={tile_tokens} must be 1 or more tokens, or None for whole rows.")
-    options = {"use_reentrant": False, **({"context_fn": keep_attention} if keep else {})}
+    checkpointed = len(blocks) - free
+    kept = (checkpointed - keep_in_host if keep else 0) if isinstance(keep, bool) else keep
+    if min(kept, keep_in_host) < 0 or kept + keep_in_host > checkpointed:
+        raise ValueError(
+            f"keep={keep} and keep_in_host={keep_in_host} are not numbers of blocks that add up to 0 to "
+            f"{checkpointed}, the number of checkpointed blocks."
+        )
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     # transformers 5.24 renames it, and warns about the old name.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable(options)
+    enable({"use_reentrant": False})
     host, before = HostMemory(), None
     for number, block in enumerate(blocks):
+        options: dict[str, Any] = {"use_reentrant": False}
+        if checkpointed - kept <= number < checkpointed:
+            options["context_fn"] = keep_attention
+        elif checkpointed - kept - keep_in_host <= number < checkpointed:
+            options["context_fn"] = partial(in_host, host, number)
+        call = partial(checkpoint, **options)
         if offload:
-            before = Offload(partial(checkpoint, **options), host, before if number % int(offload) else None)
-            block._gradient_checkpointing_func = before
+            call = before = Offload(call, host, number, before if number % int(offload) else None)
+        block._gradient_checkpointing_func = call
+        block.gradient_checkpointing = number < checkpointed
         for module in find_feed_forwards(block):
-            tile(module, tile_tokens)
-    for block in blocks[len(blocks) - free :]:
-        block.gradient_checkpointing = False
+            tile(module, tile_tokens if number < checkpointed else None)

@@ -2,7 +2,8 @@
 
 torch's selective checkpointing asks a function about every operator. Give `keep_attention` to transformers and its
 Trainer with the arguments of `torch.utils.checkpoint`: gradient_checkpointing_kwargs=dict(use_reentrant=False,
-context_fn=keep_attention).
+context_fn=keep_attention). Selective checkpointing has no place for tensors outside the GPU, so `keep_in_host` is a
+pair of modes of its own, which do the same for attention alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from peft_longlora.memory.offload import HostMemory
 
 _aten = torch.ops.aten
 # Each returns the output and the log-sum-exp, (B, H, S) float32. A backward of attention needs nothing else.
@@ -41,3 +46,47 @@ def keep_attention() -> tuple[Any, Any]:
     It costs 2 * H * D_v bytes a token and block in half precision, and 4 * H for the log-sum-exp.
     """
     return create_selective_checkpoint_contexts(_policy)
+
+
+def keep_in_host(host: HostMemory, block: int) -> tuple[Any, Any]:
+    """As `keep_attention`, but the outputs wait in the host's memory."""
+    kept: list[Any] = []
+    return _Keep(kept, host, block), _Recall(kept, host)
+
+
+class _Keep(TorchDispatchMode):
+    """The forward: outputs of attention go to the host."""
+
+    def __init__(self, kept: list[Any], host: HostMemory, block: int):
+        super().__init__()
+        self.kept, self.host, self.block = kept, host, block
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if is_attention(function):
+            # Detached, because autograd will give its history to the tensor that is returned.
+            self.kept.append(tree_map_only(torch.Tensor, lambda x: self.host.put(x.detach(), self.block), out))
+        return out
+
+
+class _Recall(TorchDispatchMode):
+    """The second forward: attention is not computed again."""
+
+    def __init__(self, kept: list[Any], host: HostMemory):
+        super().__init__()
+        self.kept, self.host, self.next = kept, host, 0
+
+    def __enter__(self) -> Any:
+        self.next = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not is_attention(function):
+            return function(*args, **(kwargs or {}))
+        out, self.kept[self.next] = self.kept[self.next], None
+        self.next += 1
+        if out is None:
+            raise RuntimeError(
+                "A second backward through a block that keeps its attention in the host's memory. Call backward once."
+            )
+        return type(out)(self.host.get(x) for x in out)

@@ -1,9 +1,12 @@
-"""The inputs of checkpointed blocks wait in the host's memory, and are copied while the GPU computes.
+"""Tensors of checkpointed blocks wait in the host's memory, and are copied while the GPU computes.
 
 A checkpointed block keeps only its input, (B, S, hidden). Over all blocks that is most of a long step's memory. Here
 the input is copied to pinned memory on a separate stream as soon as the block has begun, and comes back one block
 before its backward. transformers' own `offload=True` copies on the computing stream, so there each copy makes the step
-longer. Called by `blocks`.
+longer. Called by `blocks`; `keep` uses the same place for the outputs of attention.
+
+The host runs far ahead of the GPU. So memory is not given back by `record_stream`, which would keep the inputs of all
+blocks that the host has already queued. Instead the computing stream waits until an older copy is over.
 """
 
 from __future__ import annotations
@@ -17,39 +20,50 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 LEAST_BYTES = 2**20  # smaller tensors stay on the GPU
+LEAVING = 2  # tensors that may be on their way to the host at once
 
 
 class _Away:
     """A tensor that waits in the host's memory.
 
     Attributes:
-        host: its copy, in pinned memory.
+        block: number of its block. host: its copy, in pinned memory.
+        leaving: the tensor until it is copied. copied: the event after which it is.
         here: the tensor on its way back to the device, or None. arrived: the event after which it is whole.
     """
 
-    def __init__(self, tensor: torch.Tensor, host: torch.Tensor, stream: torch.cuda.Stream):
-        self.device, self.host, self.stream = tensor.device, host, stream
+    def __init__(self, tensor: torch.Tensor, host: torch.Tensor, stream: torch.cuda.Stream, block: int):
+        self.device, self.host, self.stream, self.block = tensor.device, host, stream, block
+        self.leaving: torch.Tensor | None = tensor
         self.here: torch.Tensor | None = None
         self.arrived: torch.cuda.Event | None = None
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(stream):
             host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)  # its memory is not given away before it is copied
+            self.copied = stream.record_event()
+
+    def leave(self) -> None:
+        """Give the tensor's memory on the device back. The computing stream uses it again after the copy."""
+        if self.leaving is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
+            self.leaving = None
 
     def fetch(self) -> None:
         """Start to bring it back."""
-        if self.here is None:
+        if self.here is None and self.leaving is None:
+            self.here = torch.empty_like(self.host, device=self.device, pin_memory=False)
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # others have used this memory until now
             with torch.cuda.stream(self.stream):
-                self.here = torch.empty_like(self.host, device=self.device, pin_memory=False)
                 self.here.copy_(self.host, non_blocking=True)
                 self.arrived = self.stream.record_event()
 
     def get(self) -> torch.Tensor:
         """The tensor on its device, whole. It is not held here: autograd holds this object until the backward ends."""
+        if (tensor := self.leaving) is not None:  # the last blocks' tensors are needed before they have left
+            self.leave()
+            return tensor
         self.fetch()
-        current = torch.cuda.current_stream(self.device)
-        current.wait_event(self.arrived)
-        self.here.record_stream(current)
+        torch.cuda.current_stream(self.device).wait_event(self.arrived)
         tensor, self.here = self.here, None
         return tensor
 
@@ -76,27 +90,45 @@ class HostMemory:
         self._spare: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
         self._stream: torch.cuda.Stream | None = None
 
-    def put(self, tensor: torch.Tensor) -> _Away:
-        """Start to copy a GPU tensor to the host."""
+    def put(self, tensor: torch.Tensor, block: int) -> Any:
+        """Start to copy a GPU tensor of a block to the host; returns what `get` takes. Small tensors stay."""
+        if not _leaves(tensor):
+            return tensor
         if self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
-        away = _Away(tensor, self._room(tensor), self._stream)
+        away = _Away(tensor, self._room(tensor), self._stream, block)
         # Whoever needs the tensor once more finds it there until then.
         spare = self._spare.setdefault((away.host.shape, away.host.dtype), [])
         finalize(away, spare.append, away.host).atexit = False
-        self._away = [one for one in self._away if one() is not None] + [ref(away)]
+        waiting = [*self._waiting(), away]
+        for one in waiting[:-LEAVING]:
+            one.leave()
+        self._away = [ref(one) for one in waiting]
         return away
 
-    def get(self, away: _Away) -> torch.Tensor:
-        """The tensor on its device. Also starts to copy back the tensors that the backward needs next."""
-        tensor = away.get()
-        waiting = [one() for one in self._away if one() is not None]
-        if away in waiting:  # the first time
-            waiting = waiting[: waiting.index(away)]
+    def get(self, packed: Any) -> torch.Tensor:
+        """The tensor on its device. Also starts to copy back what this block and the block before it need."""
+        if not isinstance(packed, _Away):
+            return packed
+        waiting = self._waiting()
+        if packed in waiting:  # the first time
+            index = waiting.index(packed)
+            for one in waiting[index:]:
+                if one.block == packed.block:
+                    one.fetch()
+            waiting = waiting[:index]
             self._away = [ref(one) for one in waiting]
-        for one in waiting[-1:]:
+        tensor = packed.get()
+        next_block = waiting[-1].block if waiting else None
+        for one in reversed(waiting):
+            if one.block != next_block:
+                break
             one.fetch()
         return tensor
+
+    def _waiting(self) -> list[_Away]:
+        found = (one() for one in self._away)
+        return [one for one in found if one is not None]
 
     def _room(self, tensor: torch.Tensor) -> torch.Tensor:
         """Pinned memory for a tensor. Pinning a gigabyte takes seconds, so the memory is reused in every step."""
@@ -111,13 +143,14 @@ class Offload:
     Args:
         checkpoint: `torch.utils.checkpoint.checkpoint` with its options; not reentrant.
         host: the place where inputs wait.
+        block: number of the block.
         before: the `Offload` of the block before, if that block computes this block's input again; None: the input
             waits in the host's memory. If every second block has one, this needs half the host's memory and half a
             forward more.
     """
 
-    def __init__(self, checkpoint: Callable[..., Any], host: HostMemory, before: Offload | None = None):
-        self.checkpoint, self.host, self.before = checkpoint, host, before
+    def __init__(self, checkpoint: Callable[..., Any], host: HostMemory, block: int = 0, before: Offload | None = None):
+        self.checkpoint, self.host, self.block, self.before = checkpoint, host, block, before
         self._is_followed = False
         self._last: _Again | None = None  # for the next block, until it has run
         if before is not None:
@@ -131,10 +164,8 @@ class Offload:
             is_input = tensor is input_of_this or tensor.data_ptr() == input_of_this.data_ptr()
             if is_input and self.before is not None and self.before._last is not None:
                 packed: Any = self.before._last
-            elif _leaves(tensor):
-                packed = self.host.put(tensor)
             else:
-                packed = tensor
+                packed = self.host.put(tensor, self.block)
             if is_input and self._is_followed:
                 self._last = _Again(function, packed, _random_states(tensor.device))
             return packed
@@ -146,10 +177,8 @@ class Offload:
         return out
 
     def _unpack(self, packed: Any) -> torch.Tensor:
-        if isinstance(packed, _Away):
-            return self.host.get(packed)
         if not isinstance(packed, _Again):
-            return packed
+            return self.host.get(packed)
         tensor = self._unpack(packed.packed)
         devices = [tensor.device] if tensor.is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices):

@@ -1,7 +1,8 @@
 """Feed-forward layers by tiles of tokens. Their inner tensors are about 3 times as wide as the model's.
 
-With tiles, the inner tensors of a whole row never exist. A tile is computed again in its backward, so a tiled layer in
-a checkpointed block runs forward three times. This is for rows that do not fit otherwise. Called by `blocks`.
+With tiles, the inner tensors of a whole row never exist: each tile is computed again in its backward. In a checkpointed
+block this costs no additional forward. The layer's input is the last tensor that the block saves, so when the block is
+computed again, torch stops there, before the first tile. Called by `blocks`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,25 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+
+
+class _Save(torch.autograd.Function):
+    """Returns its input, and saves it for the tiles."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 class Tiled:
@@ -22,15 +41,36 @@ class Tiled:
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, S, hidden) -> (B, S, hidden)."""
-        if not (self.training and torch.is_grad_enabled()) or hidden.shape[1] <= self.tile_tokens:
+        is_trained = self.training and torch.is_grad_enabled() and hidden.requires_grad
+        if not is_trained or hidden.shape[1] <= self.tile_tokens:
             return super().forward(hidden)
-        forward = super().forward
-        tiles = [checkpoint(forward, tile, use_reentrant=False) for tile in hidden.split(self.tile_tokens, dim=1)]
-        return torch.cat(tiles, dim=1)
+        tiles = _Tiles(super().forward, _Save.apply(hidden), self.tile_tokens)
+        # A tile is named by a number, and what torch saves to enter a tile is kept from the block's own checkpoint:
+        # otherwise the last tile's would be the last tensor that the block saves.
+        with saved_tensors_hooks(_same, _same):
+            outs = [checkpoint(tiles.run, index, use_reentrant=False) for index in range(len(tiles.rows))]
+        return torch.cat(outs, dim=1)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle and copy must be told how to make it again.
         return _rebuild, (self.untiled_class,), self.__getstate__()
+
+
+class _Tiles:
+    """The tiles of one row: in the forward parts of the input, in the backward parts of the saved input."""
+
+    def __init__(self, forward: Any, saved: torch.Tensor, tokens: int):
+        self.forward, self.tokens = forward, tokens
+        self.node = saved.grad_fn  # holds the input, or what a checkpointed block computes it from
+        self.rows: list[torch.Tensor | None] = list(saved.split(tokens, dim=1))
+
+    def run(self, index: int) -> torch.Tensor:
+        """One tile, the first time and again."""
+        if self.rows[index] is None:
+            whole = self.node.saved_tensors[0]  # once for all tiles, because it may be computed only once
+            self.rows = [row.requires_grad_() for row in whole.detach().split(self.tokens, dim=1)]
+        tile, self.rows[index] = self.rows[index], None
+        return self.forward(tile)
 
 
 @cache

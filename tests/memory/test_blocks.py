@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from peft_longlora.memory import checkpoint_blocks
 from peft_longlora.memory.blocks import find_blocks
@@ -46,6 +47,9 @@ def step(model):
         dict(free=1, tile_tokens=40),
         dict(free=0, keep=False, offload=True, tile_tokens=7),
         dict(free=0, keep=False, offload=2),
+        dict(free=1, keep=1, keep_in_host=1, offload=True, tile_tokens=40),
+        dict(keep_in_host=3),
+        dict(keep=1, keep_in_host=2, offload=2, tile_tokens=40),
     ],
     ids=str,
 )
@@ -82,7 +86,22 @@ def test_blocks_are_found_in_order(model_type):
     assert [next(m.layer_idx for m in b.modules() if hasattr(m, "layer_idx")) for b in blocks] == [0, 1]
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_tiles_in_a_checkpointed_block_cost_no_forward_more(keep):
+    """The second forward of a block ends before its feed-forward layer, whose tiles then run it."""
+    model = extend(make(), group_size=16)
+    counts = []
+    for tokens in (None, 40):
+        checkpoint_blocks(model, keep=keep, tile_tokens=tokens)
+        with FlopCounterMode(display=False) as counted:
+            step(model)
+        counts.append(counted.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
 def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="keep=2 and keep_in_host=1 are not numbers of blocks that add up to 0 to 2"):
+        checkpoint_blocks(make(), keep=2, keep_in_host=1)
     with pytest.raises(ValueError, match="free=3 is outside 0 to 2"):
         checkpoint_blocks(make(), free=3)
     with pytest.raises(ValueError, match="offload=3 must be True or False, or 2"):

@@ -1,10 +1,11 @@
 """What fits into a GPU's memory, and how to make a step fit: which blocks are computed twice, and what they keep.
 
-Read `blocks`, `keep`, `offload`, `tile`, then `fit`. Imports `attention` and `architecture`.
+Read `blocks`, `keep`, `offload`, `tile`, then `plan`, `estimate` and `fit`. Imports `attention` and `architecture`.
 """
 
 from peft_longlora.memory.blocks import checkpoint_blocks
-from peft_longlora.memory.fit import MemoryPlan, fit_memory
+from peft_longlora.memory.fit import fit_memory
 from peft_longlora.memory.keep import keep_attention
+from peft_longlora.memory.plan import MemoryPlan
 
 __all__ = ["MemoryPlan", "checkpoint_blocks", "fit_memory", "keep_attention"]

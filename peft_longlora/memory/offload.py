@@ -11,7 +11,7 @@ blocks that the host has already queued. Instead the computing stream waits unti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import finalize, ref
@@ -21,25 +21,29 @@ from torch.autograd.graph import saved_tensors_hooks
 
 LEAST_BYTES = 2**20  # smaller tensors stay on the GPU
 LEAVING = 2  # tensors that may be on their way to the host at once
+CHUNK = 2**24  # bytes of a piece of pinned memory. Tensors of any size are cut, so rows of any length share the pieces
+SLAB = 2**28  # bytes that are pinned at once; PyTorch rounds them up to a power of two
 
 
 class _Away:
     """A tensor that waits in the host's memory.
 
     Attributes:
-        block: number of its block. host: its copy, in pinned memory.
+        block: number of its block. chunks: its copy, pieces of pinned memory.
         leaving: the tensor until it is copied. copied: the event after which it is.
         here: the tensor on its way back to the device, or None. arrived: the event after which it is whole.
     """
 
-    def __init__(self, tensor: torch.Tensor, host: torch.Tensor, stream: torch.cuda.Stream, block: int):
-        self.device, self.host, self.stream, self.block = tensor.device, host, stream, block
-        self.leaving: torch.Tensor | None = tensor
+    def __init__(self, tensor: torch.Tensor, chunks: list[torch.Tensor], stream: torch.cuda.Stream, block: int):
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self.chunks, self.stream, self.block = chunks, stream, block
+        self.leaving: torch.Tensor | None = tensor.contiguous()
         self.here: torch.Tensor | None = None
         self.arrived: torch.cuda.Event | None = None
-        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            host.copy_(tensor, non_blocking=True)
+            for chunk, part in self._pairs(self.leaving):
+                chunk.copy_(part, non_blocking=True)
             self.copied = stream.record_event()
 
     def leave(self) -> None:
@@ -51,10 +55,11 @@ class _Away:
     def fetch(self) -> None:
         """Start to bring it back."""
         if self.here is None and self.leaving is None:
-            self.here = torch.empty_like(self.host, device=self.device, pin_memory=False)
+            self.here = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             self.stream.wait_stream(torch.cuda.current_stream(self.device))  # others have used this memory until now
             with torch.cuda.stream(self.stream):
-                self.here.copy_(self.host, non_blocking=True)
+                for chunk, part in self._pairs(self.here):
+                    part.copy_(chunk, non_blocking=True)
                 self.arrived = self.stream.record_event()
 
     def get(self) -> torch.Tensor:
@@ -66,6 +71,12 @@ class _Away:
         torch.cuda.current_stream(self.device).wait_event(self.arrived)
         tensor, self.here = self.here, None
         return tensor
+
+    def _pairs(self, tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each piece of pinned memory, and the part of the tensor that it holds, as bytes."""
+        parts = tensor.view(-1).view(torch.uint8).split(CHUNK)
+        for chunk, part in zip(self.chunks, parts, strict=True):
+            yield chunk[: len(part)], part
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class HostMemory:
 
     def __init__(self):
         self._away: list[ref[_Away]] = []  # a dropped graph frees its own
-        self._spare: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+        self._spare: list[torch.Tensor] = []  # pieces of pinned memory
         self._stream: torch.cuda.Stream | None = None
 
     def put(self, tensor: torch.Tensor, block: int) -> Any:
@@ -96,10 +107,9 @@ class HostMemory:
             return tensor
         if self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
-        away = _Away(tensor, self._room(tensor), self._stream, block)
+        away = _Away(tensor, self._room(tensor.nbytes), self._stream, block)
         # Whoever needs the tensor once more finds it there until then.
-        spare = self._spare.setdefault((away.host.shape, away.host.dtype), [])
-        finalize(away, spare.append, away.host).atexit = False
+        finalize(away, self._spare.extend, away.chunks).atexit = False
         waiting = [*self._waiting(), away]
         for one in waiting[:-LEAVING]:
             one.leave()
@@ -130,11 +140,17 @@ class HostMemory:
         found = (one() for one in self._away)
         return [one for one in found if one is not None]
 
-    def _room(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Pinned memory for a tensor. Pinning a gigabyte takes seconds, so the memory is reused in every step."""
-        if spare := self._spare.get((tensor.shape, tensor.dtype)):
-            return spare.pop()  # one stream makes all copies, so reading it ends before it is written again
-        return _pinned(tensor)
+    def _room(self, size: int) -> list[torch.Tensor]:
+        """Pinned memory for so many bytes. Pinning a gigabyte takes seconds, so the memory is reused in every step.
+
+        One stream makes all copies, so reading a piece ends before it is written again.
+        """
+        count = -(-size // CHUNK)
+        while len(self._spare) < count:
+            self._spare.extend(_pinned(SLAB).split(CHUNK))
+        room = self._spare[:count]
+        del self._spare[:count]
+        return room
 
 
 class Offload:
@@ -194,8 +210,8 @@ def _leaves(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and tensor.nbytes >= LEAST_BYTES and not isinstance(tensor, torch.nn.Parameter)
 
 
-def _pinned(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+def _pinned(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def _random_states(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,0 +1,189 @@
+"""The formula of `plan` from a model's shape, for users who have no GPU yet: `longlora plan`.
+
+The numbers count the tensors of a decoder block with gated feed-forward layers, RoPE and RMSNorm (Llama, Mistral,
+Qwen), with Liger's kernels and FlashAttention. tests/memory/test_estimate.py compares them with measured peaks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from peft_longlora.memory.plan import GIB, MEANS, MemoryPlan, fill
+
+HALF, SINGLE = 2, 4  # bytes of a number
+FOUR_BIT = 0.5 + 1 / 64 + 4 / 64 / 256  # NF4: blocks of 64 numbers, whose factors take 8 bits and a factor for 256
+ADAM = 2 * SINGLE  # two moments
+STEADY_BYTES = int(0.4 * GIB)  # workspaces of cuBLAS, the loss's chunk, tables of RoPE
+LOGITS = 12  # bytes a token and vocabulary entry: logits in half and single precision, their gradient
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory and work of a decoder follow from.
+
+    Attributes:
+        hidden, inner: width of the model and of a feed-forward layer. query, key: width of all query heads and of all
+            key heads together. heads: query heads. blocks: number of blocks. vocabulary: rows of the embeddings.
+        tied: whether the output layer is the embeddings. experts: feed-forward layers of a block.
+        active: how many of them a token passes.
+    """
+
+    hidden: int
+    inner: int
+    query: int
+    key: int
+    heads: int
+    blocks: int
+    vocabulary: int
+    tied: bool = False
+    experts: int = 1
+    active: int = 1
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Shape:
+        """The shape of a text model.
+
+        Raises:
+            ValueError: the config lacks a size, so this is not a decoder of the usual kind.
+        """
+        config = config.get_text_config()
+        try:
+            heads, hidden = config.num_attention_heads, config.hidden_size
+            dim = getattr(config, "head_dim", None) or hidden // heads
+            experts = next((n for n in map(lambda x: getattr(config, x, None), _EXPERTS) if n), 1)
+            return cls(
+                hidden,
+                (experts > 1 and getattr(config, "moe_intermediate_size", None)) or config.intermediate_size,
+                heads * dim,
+                (getattr(config, "num_key_value_heads", None) or heads) * dim,
+                heads,
+                config.num_hidden_layers,
+                config.vocab_size,
+                bool(config.tie_word_embeddings),
+                experts,
+                (getattr(config, "num_experts_per_tok", None) or 1) if experts > 1 else 1,
+            )
+        except AttributeError as error:
+            raise ValueError(
+                f"model_type={config.model_type!r}: its config lacks a size of a decoder ({error}). "
+                f"plan knows decoders such as Llama's; fit_memory measures any model on its GPU."
+            ) from error
+
+    @property
+    def attention_weights(self) -> int:
+        """Of q, k, v and o in one block."""
+        return 2 * self.hidden * (self.query + self.key)
+
+    @property
+    def feed_forward_weights(self) -> int:
+        """Of one feed-forward layer."""
+        return 3 * self.hidden * self.inner
+
+    @property
+    def linear_weights(self) -> int:
+        """Of all blocks; what a 4-bit base stores in 4 bits."""
+        return self.blocks * (self.attention_weights + self.experts * self.feed_forward_weights)
+
+    @property
+    def table(self) -> int:
+        """Numbers in the embeddings."""
+        return self.vocabulary * self.hidden
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and how the base is stored.
+
+    Attributes:
+        rank: of LoRA on q, k, v and o. embeddings: whether they and the norms are trained. four_bit: an NF4 base.
+        fused_loss: whether the loss makes no logits of the whole row. shards: GPUs that share weights, gradients and
+            optimiser (FSDP2). sequence: GPUs that share a row.
+    """
+
+    rank: int = 16
+    embeddings: bool = True
+    four_bit: bool = False
+    fused_loss: bool = True
+    shards: int = 1
+    sequence: int = 1
+
+
+def fixed_parts(shape: Shape, training: Training) -> dict[str, int]:
+    """Bytes on each GPU that do not grow with the row, by name."""
+    tables = shape.table * (1 if shape.tied else 2)
+    a_weight = FOUR_BIT if training.four_bit else HALF
+    lora = shape.blocks * training.rank * (4 * shape.hidden + 2 * shape.query + 2 * shape.key)
+    # Copies of the embeddings and norms are trained in single precision; the base's stay, for disabled adapters.
+    copies = shape.table + (2 * shape.blocks + 1) * shape.hidden if training.embeddings else 0
+    trained = lora + copies
+    parts = {
+        "weights": shape.linear_weights * a_weight + tables * HALF,
+        "adapter": trained * SINGLE,
+        "gradients": trained * SINGLE,
+        "optimiser": trained * ADAM,
+    }
+    parts = {name: round(size / training.shards) for name, size in parts.items()}
+    if training.shards > 1:  # the block at hand and the next one are whole
+        parts["gathered weights"] = round(2 * shape.linear_weights / shape.blocks * a_weight) + shape.table * HALF
+    return parts | {"workspaces": STEADY_BYTES}
+
+
+def block_bytes(shape: Shape, tiled: bool) -> float:
+    """A token's bytes at the peak of a checkpointed block's backward, without its input."""
+    h, q, kv, f = shape.hidden, shape.query, 2 * shape.key, shape.inner * shape.active
+    # Normed input, q, k, v and attention's output, the residual and its gradient are there all the time.
+    always = h + q + kv + q + h + h
+    attention = 2 * q + kv + q  # gradients of the output, of q, k and v, and dq's float32 sum of half of the heads
+    feed_forward = 3 * h if tiled else 3 * f + h  # its saved input and the gradients' parts; or the inner tensors
+    return HALF * (always + max(attention, feed_forward))
+
+
+def estimate(
+    shape: Shape, training: Training, length: int, budget: int, host_budget: int, means: dict[str, Any]
+) -> MemoryPlan:
+    """The plan of a step of `length` tokens a GPU with some `means`, filled (`plan.fill`)."""
+    parts = fixed_parts(shape, training)
+    a_input, a_keep = HALF * shape.hidden, HALF * shape.query + SINGLE * shape.heads
+    inputs = a_input * (2 if means.get("offload") else shape.blocks)  # one is used while one comes back
+    a_loss = inputs + (HALF * 5 * shape.hidden if training.fused_loss else LOGITS * shape.vocabulary)
+    a_token = max(inputs + block_bytes(shape, bool(means.get("tile_tokens"))), a_loss)
+    saved = 2 * shape.hidden + 2 * shape.query + 2 * shape.key + 2 * shape.inner * shape.active
+    a_block = HALF * saved + SINGLE * shape.heads + (a_input if means.get("offload") else 0)
+    plan = MemoryPlan(
+        length, budget, sum(parts.values()), a_token, a_loss, a_block, a_keep, a_input, shape.blocks, means=means
+    )
+    return fill(replace(plan, host_budget=host_budget, parts=parts, kernels=("Liger",)))
+
+
+def best_estimate(shape: Shape, training: Training, length: int, budget: int, host_budget: int) -> MemoryPlan:
+    """The estimate with the means that cost least time; if nothing fits, that which needs least memory."""
+    plans = [estimate(shape, training, length, budget, host_budget, means) for means in MEANS]
+    fitting = [plan for plan in plans if plan.fits]
+    return min(fitting, key=lambda plan: plan.work) if fitting else min(plans, key=lambda plan: plan.peak)
+
+
+def longest(shape: Shape, training: Training, budget: int, host_budget: int) -> int:
+    """Tokens of the longest step a GPU that fits with any means, to 1024 tokens."""
+    low, high = 0, 2**15
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = best_estimate(shape, training, 1024 * middle, budget, host_budget).fits
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return 1024 * low
+
+
+def flops(shape: Shape, length: int, group_size: int, plan: MemoryPlan | None = None) -> float:
+    """Work of a step of one row on one GPU: frozen products forward and to their input, attention inside groups, and
+    what `plan` computes a second time. Bytes that move are not counted.
+    """
+    per_block = shape.attention_weights + shape.active * shape.feed_forward_weights
+    pairs = min(group_size, length) / 2
+    forward = shape.blocks * (2 * per_block + 4 * pairs * shape.query)
+    once = 2 * shape.blocks * 2 * per_block + 4 * shape.table + shape.blocks * 3.5 * 4 * pairs * shape.query
+    return length * (once + (plan.work if plan else 0.0) * forward)

@@ -1,0 +1,154 @@
+"""`MemoryPlan`: the memory of a training step as a formula, and the fastest means with which a step fits.
+
+A step's peak memory grows linearly with the row, because no kernel here makes an S x S matrix. `fit` measures the
+numbers of the formula on a GPU, `estimate` computes them from a model's shape.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+# What a checkpointed block computes a second time, as a share of its forward: all but the last product of its
+# feed-forward layer, with and without attention. Only the order of plans and `work` follow from them.
+AGAIN, AGAIN_KEPT = 0.86, 0.64
+TILES, COPIES = 0.02, 0.01  # what tiles, and copies to the host, cost beside that, as a share of the forward
+EVERY_SECOND = 0.5  # with offload=2, half of the blocks run forward once more
+
+# The share of a GPU's memory that a plan fills: the allocator loses some to fragments, and cuBLAS and NCCL need some.
+FILLED = 0.94
+TILE = 4096  # tokens of a tile, if feed-forward layers of whole rows do not fit
+HOST_FILLED = 0.75  # the share of the host's memory that may be used
+# The means to try, from the fastest to the one that needs least memory; arguments of `checkpoint_blocks`.
+MEANS: tuple[dict[str, Any], ...] = (
+    dict(),
+    dict(tile_tokens=TILE),
+    dict(offload=True, tile_tokens=TILE),
+    dict(offload=2, tile_tokens=TILE),
+)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The memory of a step of `length` tokens on one GPU, and the means that make it fit. Sizes are bytes.
+
+    Attributes:
+        length: tokens of a step.
+        budget: bytes that may be used. host_budget: bytes that may wait in the host's memory.
+        fixed: weights, gradients, optimiser states, and everything else that does not grow with the row.
+        a_token: a token's bytes at the peak if every block is checkpointed and none keeps attention; the peak is in a
+            block's backward.
+        a_loss: a token's bytes when the loss is computed. a_block: a token's additional bytes then, for each block
+            that keeps everything.
+        a_keep: a token's bytes in the output of one block's attention. a_input: in a block's input.
+        blocks: number of the model's blocks. free: how many of them are not checkpointed.
+        keep: how many checkpointed blocks keep the output of attention. keep_in_host: how many more keep it in the
+            host's memory.
+        means: `offload` and `tile_tokens`, as `checkpoint_blocks` takes them.
+        parts: what `fixed` consists of, if that is known.
+        kernels: libraries whose kernels the model uses; for the table.
+    """
+
+    length: int
+    budget: int
+    fixed: int
+    a_token: float
+    a_loss: float
+    a_block: float
+    a_keep: float
+    a_input: float
+    blocks: int
+    free: int = 0
+    keep: int = 0
+    keep_in_host: int = 0
+    means: dict[str, Any] = field(default_factory=dict)
+    host_budget: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
+    kernels: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of `checkpoint_blocks`."""
+        return dict(free=self.free, keep=self.keep, keep_in_host=self.keep_in_host, **self.means)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step fits into the GPU and the host."""
+        return self.peak <= self.budget and self.host <= self.host_budget
+
+    @property
+    def working(self) -> float:
+        """A token's bytes at the expected peak, but for what blocks keep of attention."""
+        return max(self.a_token, self.a_loss + self.free * self.a_block if self.free else 0.0)
+
+    @property
+    def peak(self) -> int:
+        """The expected peak on the GPU."""
+        return round(self.fixed + self.length * (self.working + self.keep * self.a_keep))
+
+    @property
+    def host(self) -> int:
+        """Bytes that wait in the host's memory."""
+        offload = int(self.means.get("offload", 0))
+        inputs = -(-(self.blocks - self.free) // offload) if offload else 0
+        return round(self.length * (inputs * self.a_input + self.keep_in_host * self.a_keep))
+
+    @property
+    def work(self) -> float:
+        """What is computed a second time, in forwards of the model. Only for comparisons of plans."""
+        kept = self.keep + self.keep_in_host
+        again = AGAIN_KEPT * kept + AGAIN * (self.blocks - self.free - kept)
+        again += EVERY_SECOND * (self.blocks - self.free) if self.means.get("offload") == 2 else 0.0
+        again += COPIES * (self.blocks - self.free) if self.means.get("offload") else 0.0
+        again += TILES * (self.blocks - self.free) if self.means.get("tile_tokens") else 0.0
+        return again / self.blocks
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest step that fits with `offload` and `tile_tokens` of this plan."""
+        on_gpu = (self.budget - self.fixed) / self.a_token
+        offload = int(self.means.get("offload", 0))
+        in_host = self.host_budget / (-(-self.blocks // offload) * self.a_input) if offload else on_gpu
+        return max(0, int(min(on_gpu, in_host)))
+
+    def __str__(self) -> str:
+        parts = self.parts or {"weights, gradients, optimiser": self.fixed}
+        kept = f"{self.keep} blocks keep attention's output"
+        rows = [
+            *parts.items(),
+            ("inputs of blocks and the working set of one", round(self.length * self.a_token)),
+            (f"more for {self.free} blocks that keep everything", round(self.length * (self.working - self.a_token))),
+            (kept, round(self.length * self.keep * self.a_keep)),
+            ("peak expected", self.peak),
+            ("budget", self.budget),
+            (f"in the host's memory ({self.keep_in_host} blocks' attention)", self.host),
+        ]
+        means = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        title = f"a step of {self.length} tokens, {self.blocks} blocks; kernels of {', '.join(self.kernels) or 'torch'}"
+        lines = [f"{name:56s} {size / GIB:8.2f} GiB" for name, size in rows]
+        return "\n".join([title, *lines, f"checkpoint_blocks(model, {means})"])
+
+
+def fill(plan: MemoryPlan) -> MemoryPlan:
+    """The same `means`, with the numbers of blocks that compute least a second time; the plan itself if none fit."""
+    found = []
+    for free in range(plan.blocks + 1):
+        one = replace(plan, free=free, keep=0, keep_in_host=0)
+        if one.fits:
+            a_block, rest = max(1.0, plan.length * plan.a_keep), plan.blocks - free
+            keep = min(rest, int((one.budget - one.peak) / a_block))
+            in_host = min(rest - keep, int((one.host_budget - one.host) / a_block)) if plan.means.get("offload") else 0
+            found.append(replace(one, keep=keep, keep_in_host=in_host))
+    return min(found, key=lambda one: one.work, default=plan)
+
+
+def host_budget() -> int:
+    """Bytes of the host's memory that may be used, in this container."""
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        size = min(size, int(text))
+    return int(size * HOST_FILLED)

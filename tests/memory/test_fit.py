@@ -80,7 +80,9 @@ def test_the_fastest_means_that_fit_are_taken(monkeypatch, length):
             machine.now, chosen = options, machine.now
             fits_gpu = machine.peak(None, length, None) + 8 * trained <= 10**10
             machine.now = chosen
-            is_last = means.get("offload") == 2 and fitting  # is tried only if nothing else fits
+            is_last = means.get("offload") == 2 and any(
+                o.get("offload") != 2 for _, o in fitting
+            )  # is tried only if nothing else fits
             if fits_gpu and not is_last and free + keep + in_host <= 2 and (means.get("offload") or not in_host):
                 again = 0.86 * (2 - free) - 0.22 * (keep + in_host)
                 slower = 0.02 * bool(means) + (0.51 if means.get("offload") == 2 else 0.01 * bool(means.get("offload")))

@@ -18,6 +18,15 @@ LLAMA_3_8B = dict(
     num_key_value_heads=8,
     max_position_embeddings=8192,
 )
+LLAMA_3_70B = dict(
+    vocab_size=128256,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    max_position_embeddings=8192,
+)
 # To see on a CPU that a benchmark runs.
 TINY = dict(
     vocab_size=128,

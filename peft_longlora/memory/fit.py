@@ -18,7 +18,7 @@ from transformers.utils import logging
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import schedule_of
 from peft_longlora.memory.blocks import checkpoint_blocks, find_blocks
-from peft_longlora.memory.plan import AGAIN_KEPT, FILLED, MEANS, MemoryPlan, fill, host_budget
+from peft_longlora.memory.plan import AGAIN_KEPT, FILLED, MEANS, OWN_FILLED, MemoryPlan, fill, host_budget
 
 logger = logging.get_logger(__name__)
 
@@ -105,7 +105,7 @@ def _budget(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
     own = torch.cuda.get_per_process_memory_fraction(device)
-    return min(int(total * FILLED) - others, int(total * own * FILLED))
+    return min(int(total * FILLED) - others, int(total * own * OWN_FILLED))
 
 
 def _measure(model: nn.Module, length: int, budget: int, loss: Loss, means: dict[str, Any]) -> MemoryPlan:

@@ -169,7 +169,7 @@ def test_offloaded_inputs_leave_the_gpu_and_come_back(monkeypatch):
             for name, grad in found[False][1][0].items():
                 # the embeddings' gradient is summed in another order each time, without offloading too
                 noise = (found[False][1][1][name] - grad).norm()
-                assert (again[name] - grad).norm() < 3 * noise + 1e-3 * grad.norm(), name
+                assert (again[name] - grad).norm() <= 3 * noise + 1e-3 * grad.norm(), name
         assert found[False][0] - found[offload][0] > 0.5 * inputs
 
 

@@ -2,7 +2,8 @@
 
 One optimiser step (forward, backward, AdamW) of a real shape with random weights: LoRA r=16 on q, k, v, o, embeddings
 and norms trained, batch 1, bf16 or 4 bits, S2-Attn with groups of 8192 tokens. Each of the first rows adds one means to
-the row before; "full attention" is the last of them without S2-Attn; the others are what a user would pick instead. Medians of --repeats steps after --warm-up steps.
+the row before. "full attention" is the last of these without S2-Attn. The others are what a user would pick instead.
+Medians of --repeats steps after --warm-up steps.
 
     python benchmarks/training.py --shape llama-2-7b --lengths 32768 --output training.json
     python benchmarks/training.py --shape llama-3.1-8b --four-bit --limit-gib 24 --lengths 131072 --rows "memory filled"

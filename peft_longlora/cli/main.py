@@ -10,12 +10,11 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
-from . import app, chat, compare, evaluate, push
+from . import app, chat, compare, evaluate, plan, push
 from .arguments import Command, Parser, say_options
 
-COMMANDS = {
-    command.name: command for command in (evaluate.COMMAND, compare.COMMAND, chat.COMMAND, app.COMMAND, push.COMMAND)
-}
+MODULES = (evaluate, compare, chat, app, push, plan)
+COMMANDS = {module.COMMAND.name: module.COMMAND for module in MODULES}
 BAD_INPUT = (ValueError, NotImplementedError, ImportError, OSError)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from peft_longlora.memory.plan import GIB, MEANS, MemoryPlan, fill
 
@@ -25,9 +25,15 @@ class Shape:
     """What memory and work of a decoder follow from.
 
     Attributes:
-        hidden, inner: width of the model and of a feed-forward layer. query, key: width of all query heads and of all
-            key heads together. heads: query heads. blocks: number of blocks. vocabulary: rows of the embeddings.
-        tied: whether the output layer is the embeddings. experts: feed-forward layers of a block.
+        hidden: width of the model.
+        inner: width of a feed-forward layer.
+        query: width of all query heads together.
+        key: width of all key heads together.
+        heads: query heads.
+        blocks: number of blocks.
+        vocabulary: rows of the embeddings.
+        tied: whether the output layer is the embeddings.
+        experts: feed-forward layers of a block.
         active: how many of them a token passes.
     """
 
@@ -93,7 +99,24 @@ class Shape:
         return self.vocabulary * self.hidden
 
 
+# Of common bases, so that `longlora plan` needs no file of theirs.
+SHAPES = {
+    "llama-2-7b": Shape(4096, 11008, 4096, 4096, 32, 32, 32000),
+    "llama-2-13b": Shape(5120, 13824, 5120, 5120, 40, 40, 32000),
+    "llama-3.1-8b": Shape(4096, 14336, 4096, 1024, 32, 32, 128256),
+    "llama-3.3-70b": Shape(8192, 28672, 8192, 1024, 64, 80, 128256),
+}
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def find_shape(model: str) -> Shape:
+    """The shape of a name in `SHAPES`, or of the config in a folder or on the Hub.
+
+    Raises:
+        ValueError: as `Shape.of`.
+        OSError: there is no such model.
+    """
+    return SHAPES.get(model.lower()) or Shape.of(AutoConfig.from_pretrained(model))
 
 
 @dataclass(frozen=True)
@@ -101,9 +124,11 @@ class Training:
     """What is trained, and how the base is stored.
 
     Attributes:
-        rank: of LoRA on q, k, v and o. embeddings: whether they and the norms are trained. four_bit: an NF4 base.
-        fused_loss: whether the loss makes no logits of the whole row. shards: GPUs that share weights, gradients and
-            optimiser (FSDP2). sequence: GPUs that share a row.
+        rank: of LoRA on q, k, v and o.
+        embeddings: whether they are trained; norms always are.
+        four_bit: whether the base's projections are stored as NF4 numbers.
+        fused_loss: whether the loss makes no logits of the whole row.
+        shards: GPUs that share weights, gradients and optimiser (FSDP2).
     """
 
     rank: int = 16
@@ -111,7 +136,6 @@ class Training:
     four_bit: bool = False
     fused_loss: bool = True
     shards: int = 1
-    sequence: int = 1
 
 
 def fixed_parts(shape: Shape, training: Training) -> dict[str, int]:
@@ -120,7 +144,7 @@ def fixed_parts(shape: Shape, training: Training) -> dict[str, int]:
     a_weight = FOUR_BIT if training.four_bit else HALF
     lora = shape.blocks * training.rank * (4 * shape.hidden + 2 * shape.query + 2 * shape.key)
     # Copies of the embeddings and norms are trained in single precision; the base's stay, for disabled adapters.
-    copies = shape.table + (2 * shape.blocks + 1) * shape.hidden if training.embeddings else 0
+    copies = (shape.table if training.embeddings else 0) + (2 * shape.blocks + 1) * shape.hidden
     trained = lora + copies
     parts = {
         "weights": shape.linear_weights * a_weight + tables * HALF,

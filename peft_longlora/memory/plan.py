@@ -38,17 +38,20 @@ class MemoryPlan:
 
     Attributes:
         length: tokens of a step.
-        budget: bytes that may be used. host_budget: bytes that may wait in the host's memory.
+        budget: bytes that may be used.
         fixed: weights, gradients, optimiser states, and everything else that does not grow with the row.
         a_token: a token's bytes at the peak if every block is checkpointed and none keeps attention; the peak is in a
             block's backward.
-        a_loss: a token's bytes when the loss is computed. a_block: a token's additional bytes then, for each block
-            that keeps everything.
-        a_keep: a token's bytes in the output of one block's attention. a_input: in a block's input.
-        blocks: number of the model's blocks. free: how many of them are not checkpointed.
-        keep: how many checkpointed blocks keep the output of attention. keep_in_host: how many more keep it in the
-            host's memory.
+        a_loss: a token's bytes when the loss is computed.
+        a_block: a token's additional bytes then, for each block that keeps everything.
+        a_keep: a token's bytes in the output of one block's attention.
+        a_input: a token's bytes in a block's input.
+        blocks: number of the model's blocks.
+        free: how many of them are not checkpointed.
+        keep: how many checkpointed blocks keep the output of attention.
+        keep_in_host: how many more keep it in the host's memory.
         means: `offload` and `tile_tokens`, as `checkpoint_blocks` takes them.
+        host_budget: bytes that may wait in the host's memory.
         parts: what `fixed` consists of, if that is known.
         kernels: libraries whose kernels the model uses; for the table.
     """

@@ -1,0 +1,135 @@
+"""`longlora plan`: what a training step needs, what to switch on, how long it takes and what it costs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+from dataclasses import replace
+
+from .arguments import Command, numbers, positive, tokens
+
+GIB = 2**30
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `longlora plan`."""
+    add = parser.add_argument
+    add("--model", required=True, help="folder or Hub id of a base, or llama-2-7b, llama-3.1-8b, llama-3.3-70b ...")
+    add("--context", required=True, type=tokens, help="tokens of a row, such as 131072 or 128k; batch 1")
+    add("--gpu-memory", required=True, type=size, help="of one GPU, such as 24GiB or 80GB")
+    add("--host-memory", type=size, default="128GiB", help="of the machine, for each GPU (128GiB)")
+    add("--gpus", type=positive, default=1, help="GPUs that share a row (%(default)s)")
+    add("--four-bit", action="store_true", help="a base in NF4 (bitsandbytes)")
+    add("--rank", type=positive, default=16, help="of LoRA on q, k, v and o (%(default)s)")
+    add("--no-embeddings", action="store_true", help="train LoRA and norms alone")
+    add("--logits", action="store_true", help="a loss that makes the logits of the whole row")
+    add("--group-size", type=tokens, help="tokens of a group (default: a quarter of the row)")
+    add("--tokens", type=amount, default="100M", help="tokens to train on, such as 100M or 1B (100M)")
+    add("--gpu", default="H100", help="whose measured rate is taken (%(default)s)")
+    add("--tokens-per-second", type=float, help="of one GPU, if you have measured it yourself")
+    add("--price-per-hour", type=float, help="of one GPU, in any currency")
+
+
+def size(text: str) -> int:
+    """Parse a size such as 24GiB or 80GB; returns bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GiB|GB|MiB|MB)", text.strip(), flags=re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 24GiB or 80GB")
+    units = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+    return int(float(found[1]) * units[found[2].lower()])
+
+
+def amount(text: str) -> int:
+    """Parse a number of tokens such as 100M, 1B or 32768."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([MB])", text.strip(), flags=re.IGNORECASE)
+    if found and float(found[1]):
+        return int(float(found[1]) * {"m": 10**6, "b": 10**9}[found[2].lower()])
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        if len(some := numbers(text)) == 1:
+            return some[0]
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens such as 100M or 1B")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; returns 0 if the step fits and 1 if it does not."""
+    from peft_longlora.memory.estimate import Training, best_estimate, find_shape, longest
+    from peft_longlora.memory.plan import FILLED, HOST_FILLED
+    from peft_longlora.memory.rates import check_gpu
+
+    for name in ("tokens_per_second", "price_per_hour"):
+        if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value} must be above 0.")
+    if args.tokens_per_second is None:
+        check_gpu(args.gpu)
+    shape = find_shape(args.model)
+    training = Training(args.rank, not args.no_embeddings, args.four_bit, not args.logits)
+    budget, host = int(args.gpu_memory * FILLED), int(args.host_memory * HOST_FILLED)
+    length = -(-args.context // args.gpus)
+    for shards in sorted({1, args.gpus}):  # weights whole on each GPU, then shared
+        shared = Training(args.rank, not args.no_embeddings, args.four_bit, not args.logits, shards)
+        plan = best_estimate(shape, shared, length, budget, host)
+        if plan.fits:
+            break
+    print(plan)
+    if args.gpus > 1:
+        way = "weights whole on each GPU" if shards == 1 else "weights, gradients and optimiser shared by FSDP2"
+        print(f"{args.gpus} GPUs share each row (peft_longlora.sequence); {way}")
+    most = args.gpus * longest(shape, shared, budget, host)
+    print(f"the longest row that fits: {most} tokens")
+    if not plan.fits:
+        needed = f"{plan.peak / GIB:.1f} GiB of {budget / GIB:.1f}"
+        print(f"A row of {args.context} tokens does not fit: {needed}, and {plan.host / GIB:.1f} GiB of the host's")
+        print(f"{host / GIB:.1f}, with all means. {_advice(shape, training, args, budget, host)}")
+        return 1
+    _print_time(shape, plan, args, length)
+    return 0
+
+
+def _advice(shape, training, args: argparse.Namespace, budget: int, host: int) -> str:
+    """What would make the row fit, each by itself."""
+    from peft_longlora.memory.estimate import best_estimate
+
+    length = -(-args.context // args.gpus)
+    others = {
+        "--four-bit": (replace(training, four_bit=True), length, host),
+        "--no-embeddings": (replace(training, embeddings=False), length, host),
+        "without --logits": (replace(training, fused_loss=True), length, host),
+        "twice the host's memory": (training, length, 2 * host),
+    }
+    others |= {f"--gpus {n}": (training, -(-args.context // n), host) for n in (8, 4, 2) if n > args.gpus}
+    found = [
+        name for name, (how, tokens, room) in others.items() if best_estimate(shape, how, tokens, budget, room).fits
+    ]
+    found = [name for name in found if not name.startswith("--gpus")] + [n for n in found if n.startswith("--gpus")][
+        -1:
+    ]
+    return f"It fits with {', or '.join(found)}." if found else "It fits with none of the other options alone."
+
+
+def _print_time(shape, plan, args: argparse.Namespace, length: int) -> None:
+    from peft_longlora.memory.rates import seconds
+
+    group = min(args.group_size or args.context // 4, args.context)
+    if args.tokens_per_second:
+        step, source = length / args.tokens_per_second, "your own rate"
+    else:
+        step = seconds(shape, plan, group, args.gpu, args.four_bit)
+        source = f"an estimate from measured steps on one {args.gpu}"
+    hours = args.tokens / args.context * step / 3600
+    rate = args.context / step
+    print(f"{step:.1f} s a step, {rate:,.0f} tokens/s in all ({source}; groups of {group} tokens)")
+    cost = f", which cost {hours * args.gpus * args.price_per_hour:,.2f}" if args.price_per_hour else ""
+    print(f"{args.tokens:,} tokens: {hours:,.1f} hours{cost}")
+
+
+COMMAND = Command(
+    "plan",
+    "what a training step needs on a GPU, and how long it takes",
+    add_options,
+    run,
+    description="Estimate the memory of a LoRA training step from the shape of the model, choose what makes it fit, "
+    "and estimate time and cost. No GPU is needed. Ends with code 1 if the row does not fit.",
+    epilog="On the GPU, peft_longlora.memory.fit_memory measures what this command estimates, and switches it on.",
+    options={"model_type": "model"},
+)

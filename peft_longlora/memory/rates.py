@@ -1,0 +1,89 @@
+"""How fast steps were on GPUs, and how long another step would take: an estimate. Called by `longlora plan`.
+
+Each rate is a row of benchmarks/results: the work of that step (`estimate.flops`, what was computed twice included) in
+its seconds. Another step takes its own work at the same rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from statistics import median
+
+from peft_longlora.memory.estimate import SHAPES, Shape, Training, estimate, flops
+from peft_longlora.memory.plan import GIB, MemoryPlan
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A measured step.
+
+    Attributes:
+        gpu: as users write it.
+        shape: name of the model's shape.
+        length: tokens of the step.
+        tokens_per_second: what was measured.
+        free: blocks that were not checkpointed.
+        keep: blocks that kept attention, in either memory.
+        means: `offload` and `tile_tokens`, as `checkpoint_blocks` takes them.
+        four_bit: whether the base was in NF4.
+        group_size: tokens of a group.
+    """
+
+    gpu: str
+    shape: str
+    length: int
+    tokens_per_second: float
+    free: int
+    keep: int
+    means: tuple[tuple[str, int], ...] = ()
+    four_bit: bool = False
+    group_size: int = 8192
+
+    @property
+    def flops_per_second(self) -> float:
+        """The work of the step, in its time."""
+        shape, training = SHAPES[self.shape], Training(four_bit=self.four_bit)
+        plan = estimate(shape, training, self.length, 10**6 * GIB, 10**6 * GIB, dict(self.means))
+        plan = replace(plan, free=self.free, keep=self.keep, keep_in_host=0)
+        return flops(shape, self.length, self.group_size, plan) * self.tokens_per_second / self.length
+
+
+# All with Liger's kernels and FlashAttention-4, optimiser step included (docs/performance.md).
+MEASURED = (
+    Rate("H100", "llama-2-7b", 32768, 14674, 17, 15),
+    Rate("H100", "llama-3.1-8b", 32768, 12960, 12, 20),
+    Rate("H100", "llama-3.1-8b", 131072, 11730, 1, 0),
+)
+
+
+def check_gpu(gpu: str) -> None:
+    """Refuse a GPU whose rate is not known.
+
+    Raises:
+        ValueError: no step was measured on it.
+    """
+    names = sorted({rate.gpu for rate in MEASURED})
+    if gpu.lower() not in {name.lower() for name in names}:
+        raise ValueError(
+            f"gpu={gpu!r}: no step was measured on it. Use one of {', '.join(names)}, or give tokens_per_second=..., "
+            f"which you have measured."
+        )
+
+
+def seconds(shape: Shape, plan: MemoryPlan, group_size: int, gpu: str = "H100", four_bit: bool = False) -> float:
+    """Estimated seconds of a step on one GPU.
+
+    Args:
+        shape: of the model.
+        plan: the step.
+        group_size: tokens of a group; the row's length for full attention.
+        gpu: a name in `MEASURED`, in any case.
+        four_bit: whether the base is in NF4. If no such step was measured, the rates of bf16 are taken.
+
+    Raises:
+        ValueError: no step was measured on this GPU.
+    """
+    check_gpu(gpu)
+    rows = [rate for rate in MEASURED if rate.gpu.lower() == gpu.lower()]
+    rows = [rate for rate in rows if rate.four_bit == four_bit] or rows
+    return flops(shape, plan.length, group_size, plan) / median(rate.flops_per_second for rate in rows)

@@ -1,0 +1,87 @@
+"""`longlora plan`: the printed plan against arithmetic done here, and what it refuses."""
+
+import re
+
+import pytest
+
+from peft_longlora.cli import main
+from peft_longlora.cli.plan import amount, size
+from tests.helpers.paths import ROOT
+
+EMBEDDED = str(ROOT / "examples" / "assets" / "stdlib-llama-512")
+
+
+def plan(capsys, *options: object) -> tuple[int, str]:
+    code = main.main(["plan", *map(str, options)])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def gib(text: str, name: str) -> float:
+    return float(re.search(rf"^{name} +([\d.]+) GiB", text, flags=re.MULTILINE)[1])
+
+
+def test_weights_adapter_and_optimiser_of_a_known_model(capsys):
+    code, text = plan(capsys, "--model", "llama-3.1-8b", "--context", "32k", "--gpu-memory", "80GiB")
+    assert code == 0
+    assert gib(text, "weights") == pytest.approx(8_030_261_248 * 2 / 2**30, rel=1e-3)
+    lora = 32 * 16 * 4096 * 2 + 32 * 16 * (4096 + 1024) * 2 + 32 * 16 * 4096 * 2  # q, k and v, o
+    trained = lora + 128256 * 4096 + 65 * 4096
+    assert gib(text, "adapter") == pytest.approx(trained * 4 / 2**30, abs=0.02)
+    assert gib(text, "optimiser") == pytest.approx(trained * 8 / 2**30, abs=0.02)
+    assert gib(text, "peak expected") <= gib(text, "budget") == pytest.approx(0.94 * 80, abs=0.01)
+    assert "free=" in text and "an estimate from measured steps on one H100" in text
+
+
+def test_time_and_price_follow_from_a_rate(capsys):
+    options = ["--model", "llama-2-7b", "--context", 32768, "--gpu-memory", "80GB", "--tokens", "1B"]
+    code, text = plan(capsys, *options, "--tokens-per-second", 10_000, "--price-per-hour", 3)
+    assert code == 0
+    hours = 1e9 / 10_000 / 3600
+    assert f"{hours:.1f} hours, which cost {3 * hours:.2f}" in text and "3.3 s a step" in text
+
+
+def test_a_row_that_does_not_fit_says_what_would_make_it_fit(capsys):
+    options = ["--model", "llama-3.1-8b", "--context", "64k", "--gpu-memory", "24GiB"]
+    code, text = plan(capsys, *options)
+    assert code == 1 and "does not fit" in text and "It fits with --four-bit" in text
+    code, text = plan(capsys, *options, "--four-bit")
+    assert code == 0 and "does not fit" not in text
+
+
+def test_gpus_share_a_row(capsys):
+    options = ["--model", "llama-3.1-8b", "--gpu-memory", "80GB"]
+    _, one = plan(capsys, *options, "--context", "128k")
+    code, two = plan(capsys, *options, "--context", "256k", "--gpus", 2, "--group-size", "32k")
+    assert code == 0 and gib(one, "peak expected") == gib(two, "peak expected")
+    assert "weights whole on each GPU" in two
+
+
+def test_a_model_on_disk(capsys):
+    code, text = plan(capsys, "--model", EMBEDDED, "--context", 4096, "--gpu-memory", "1GiB")
+    assert code == 0 and "6 blocks" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu-memory", "24"], "'24' is not a size such as 24GiB or 80GB"),
+        (["--gpu-memory", "24GiB", "--gpu", "abacus"], "--gpu abacus: no step was measured on it. Use one of H100"),
+        (["--gpu-memory", "24GiB", "--price-per-hour", "-1"], "--price-per-hour -1.0 must be above 0"),
+        (["--gpu-memory", "24GiB", "--tokens", "0M"], "is not a number of tokens such as 100M or 1B"),
+        (["--gpu-memory", "24GiB", "--context", "none"], "'none' is not a number of 1 or more"),
+    ],
+)
+def test_bad_input_ends_with_code_2_and_one_line(capsys, options, message):
+    given = ["plan", "--model", "llama-2-7b", "--context", "4096", *options]
+    try:
+        code = main.main(given)
+    except SystemExit as stop:
+        code = stop.code
+    text = capsys.readouterr().err
+    assert code == 2 and message in text and len(text.strip().splitlines()) == 1
+
+
+def test_sizes():
+    assert size("24GiB") == 24 * 2**30 and size("1.5 gb") == 1.5e9
+    assert amount("100M") == 10**8 and amount("2b") == 2 * 10**9 and amount("4k") == 4096

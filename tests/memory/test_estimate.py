@@ -1,0 +1,102 @@
+"""What `longlora plan` expects, from a shape alone, against peaks and times that were measured on GPUs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from transformers import LlamaConfig, MambaConfig
+
+from peft_longlora.memory.estimate import SHAPES, Shape, Training, best_estimate, estimate, flops, longest
+from peft_longlora.memory.plan import GIB, MEANS
+from peft_longlora.memory.rates import MEASURED, seconds
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny import EXPERTS, make
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def measured():
+    """Each measured step: what it was, its options of `checkpoint_blocks`, its peak and its speed."""
+    for file in [*sorted(RESULTS.glob("training_[78]*.json")), RESULTS / "training_32k_h100.json"]:
+        data = json.loads(file.read_text())
+        shape, about = SHAPES[data["about"]["shape"]], data["about"]
+        for row in data["results"]:
+            known = row["row"] in ("half low rank", "attention kept", "liger", "memory filled", "as planned")
+            if row.get("seconds") and known and "h100" in file.name:
+                options = row.get("options") or options_of(row, shape.blocks)
+                training = Training(
+                    embeddings=not about.get("no_embeddings"),
+                    four_bit=bool(about.get("four_bit")),
+                    fused_loss=row["row"] not in ("half low rank", "attention kept"),
+                )
+                yield pytest.param(shape, training, options, row, id=f"{file.stem} {row['row']} {row['length']}")
+
+
+def options_of(row: dict, blocks: int) -> dict:
+    """Of results written before rows held their options."""
+    free = row.get("free_blocks", 0)
+    keeps = row.get("means", {}).get("keep", row["row"] != "half low rank")
+    return dict(free=free, keep=blocks - free if keeps else 0, keep_in_host=0)
+
+
+@pytest.mark.parametrize(("shape", "training", "options", "row"), measured())
+def test_the_peak_is_the_measured_one_within_a_tenth(shape, training, options, row):
+    counts = {name: options[name] for name in ("free", "keep", "keep_in_host")}
+    means = {name: options[name] for name in ("offload", "tile_tokens") if options.get(name)}
+    plan = replace(estimate(shape, training, row["length"], 10**15, 10**15, means), **counts)
+    assert plan.peak / GIB == pytest.approx(row["peak_gib"], rel=0.1)
+
+
+def test_rates_are_rows_of_results_and_give_their_seconds_back():
+    found = {(row.values[0], row.values[3]["length"], round(row.values[3]["tokens_per_second"])) for row in measured()}
+    for rate in MEASURED:
+        shape = SHAPES[rate.shape]
+        assert (shape, rate.length, round(rate.tokens_per_second)) in found
+        plan = estimate(shape, Training(), rate.length, 10**15, 10**15, dict(rate.means))
+        plan = replace(plan, free=rate.free, keep=rate.keep, keep_in_host=0)
+        expected = seconds(shape, plan, rate.group_size, rate.gpu, rate.four_bit)
+        assert expected == pytest.approx(rate.length / rate.tokens_per_second, rel=0.15)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_work_is_that_of_six_flops_a_weight_less_the_frozen_third(name):
+    """Forward and the gradient of the input are 4 FLOPs a weight; attention within one token is nothing."""
+    shape = SHAPES[name]
+    weights = shape.linear_weights + shape.table
+    assert flops(shape, 1000, 2) == pytest.approx(4000 * weights, rel=1e-3)
+    assert weights + shape.table == pytest.approx(float(name.split("-")[-1][:-1]) * 1e9, rel=0.07)
+
+
+def test_a_longer_row_needs_more_and_the_longest_is_the_last_that_fits():
+    shape, training, budget = SHAPES["llama-3.1-8b"], Training(four_bit=True), 24 * GIB
+    most = longest(shape, training, budget, 96 * GIB)
+    assert best_estimate(shape, training, most, budget, 96 * GIB).fits
+    assert not best_estimate(shape, training, most + 1024, budget, 96 * GIB).fits
+    assert longest(shape, Training(), budget, 96 * GIB) < most < longest(shape, training, 80 * GIB, 96 * GIB)
+    assert longest(shape, Training(), 10 * GIB, 96 * GIB) == 0  # the weights alone do not fit
+    assert longest(shape, replace(training, shards=4), budget, 96 * GIB) > most
+
+
+def test_means_that_need_less_are_estimated_so():
+    shape = SHAPES["llama-3.1-8b"]
+    tokens = [estimate(shape, Training(), 10**5, 0, 0, means).a_token for means in MEANS]
+    assert tokens[0] > tokens[1] > tokens[2] == tokens[3]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "mixtral"])
+def test_weights_are_the_models_own(family):
+    model = make(family, **EXPERTS.get(family, {}))
+    shape = Shape.of(model.config)
+    layers = model.model.layers
+    gates = sum(p.numel() for n, p in layers.named_parameters() if n.endswith("gate.weight"))
+    assert shape.linear_weights == sum(p.numel() for p in layers.parameters() if p.dim() > 1) - gates
+    assert shape.table == model.get_input_embeddings().weight.numel()
+
+
+def test_a_shape_is_read_from_a_config():
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8
+    )
+    assert Shape.of(config) == SHAPES["llama-3.1-8b"]
+    with pytest.raises(ValueError, match="model_type='mamba': its config lacks a size of a decoder"):
+        Shape.of(MambaConfig())

@@ -2,6 +2,6 @@
 
 Read `main.py` first, then a command (`evaluate.py` with its `tasks.py`, `compare.py`, `chat.py`, `push.py`, `plan.py`).
 `arguments.py` holds what the commands share. No other room imports this one. Nothing here imports torch before the
-command line is parsed, so `--help` and a wrong option are answered at once. The files import each other relatively, because the console script
-loads this folder without the rest of the package (`longlora_command.py`).
+command line is parsed, so `--help` and a wrong option are answered at once. The files import each other relatively,
+because the console script loads this folder without the rest of the package (`longlora_command.py`).
 """

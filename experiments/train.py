@@ -24,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from work import attention_share, dense_step_numbers, layer_share, shape_of
 
 from peft_longlora import LongLoraConfig, use_attention
+from peft_longlora.rope.learned import STRETCH
 
 
 class LongRowTrainer(Trainer):
@@ -158,8 +159,9 @@ def steady_mean(seconds: list[float], period: int) -> float:
 def _parameter_groups(model: nn.Module, options: dict[str, Any]) -> list[dict[str, Any]]:
     """LoRA's weights at one learning rate, embeddings and norms at another."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    lora = [parameter for name, parameter in trained if "lora_" in name]
-    other = [parameter for name, parameter in trained if "lora_" not in name]
+    is_lora = {name: "lora_" in name or name.endswith(STRETCH) for name, _ in trained}  # factors of a learned RoPE too
+    lora = [parameter for name, parameter in trained if is_lora[name]]
+    other = [parameter for name, parameter in trained if not is_lora[name]]
     pairs = (lora, options["learning_rate"]), (other, options["embedding_learning_rate"])
     return [{"params": params, "lr": lr} for params, lr in pairs if params]
 

@@ -30,7 +30,8 @@ class LongLoraConfig(LoraConfig):
     Args:
         context_length: The window to extend to, in tokens. If None or not above the base's window, RoPE is not changed.
         rope_type: How RoPE is rescaled: 'linear' (Position Interpolation, as in the paper), 'ntk' (theta raised once),
-            'dynamic', 'yarn', 'llama3', 'longrope' (needs rope_parameters).
+            'dynamic', 'yarn', 'llama3', 'longrope' (needs rope_parameters), 'learned' (a trained factor for each
+            frequency, which starts as yarn's; merged models hold it as 'longrope').
         rope_parameters: The dict of transformers' configs, used unchanged. Excludes rope_type.
         group_size: Tokens in a group: even, 2 or more. None: group_size_ratio of the window, made even.
         group_size_ratio: Group size as a fraction, in (0, 1], of context_length, or of the base's own window if that is
@@ -69,7 +70,8 @@ class LongLoraConfig(LoraConfig):
         default="yarn",
         metadata={
             "help": "How RoPE is rescaled: 'linear' (Position Interpolation, as in the paper), 'ntk' (theta raised "
-            "once), 'dynamic', 'yarn', 'llama3', 'longrope' (needs rope_parameters)."
+            "once), 'dynamic', 'yarn', 'llama3', 'longrope' (needs rope_parameters), 'learned' (a trained factor for "
+            "each frequency, which starts as yarn's; merged models hold it as 'longrope')."
         },
     )
     rope_parameters: dict[str, Any] | None = field(
@@ -209,7 +211,7 @@ class LongLoraConfig(LoraConfig):
         applied, base = self.applied_rope_parameters, self.base_context_length
         if applied is None or self.rope_parameters is not None or None in (base, self.context_length):
             return
-        kind = "default" if self.rope_type == "ntk" else self.rope_type
+        kind = {"ntk": "default", "learned": "yarn"}.get(self.rope_type, self.rope_type)
         factor = applied.get("factor", self.context_length / base)
         fits = applied.get("rope_type") == kind and abs(factor * base - self.context_length) <= 1
         filled_in = (

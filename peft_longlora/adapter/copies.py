@@ -8,6 +8,9 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_longlora.architecture import find_rotary_modules
+from peft_longlora.rope.learned import LearnedRotary, learn
+
 
 def wrappers_of(model: nn.Module) -> list[ModulesToSaveWrapper]:
     """The wrappers of modules that have trained copies."""
@@ -80,6 +83,27 @@ def tie(model: PreTrainedModel) -> None:
     head.original_module.weight = embeddings.original_module.weight
     for name, copy in head.modules_to_save.items():
         copy.weight = embeddings.modules_to_save[name].weight
+
+
+def learn_rope(model: PreTrainedModel, adapter_name: str, is_trained: bool) -> None:
+    """Put a rotary module that learns in the place of an adapter's copy.
+
+    Raises: NotImplementedError: this model's RoPE cannot be learned.
+    """
+    for wrapper in wrappers_of(model):
+        if adapter_name in wrapper.modules_to_save and wrapper.original_module in find_rotary_modules(model):
+            module = learn(model, wrapper.original_module)
+            module.requires_grad_(is_trained).train(wrapper.training)
+            wrapper.modules_to_save[adapter_name] = module
+
+
+def learned_rotary(model: nn.Module) -> LearnedRotary | None:
+    """The active adapter's rotary module that learns, or None."""
+    for wrapper in wrappers_of(model):
+        for name in wrapper.active_adapters:
+            if name in wrapper.modules_to_save and isinstance(wrapper.modules_to_save[name], LearnedRotary):
+                return wrapper.modules_to_save[name]
+    return None
 
 
 def state_tied_sizes(model: nn.Module, adapter_name: str) -> None:

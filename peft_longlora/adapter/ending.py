@@ -17,6 +17,7 @@ from peft_longlora.adapter.probe import Probe
 from peft_longlora.adapter.state import AdapterState
 from peft_longlora.rope import scale as rope
 from peft_longlora.rope import state as rotary
+from peft_longlora.rope.learned import settle
 
 
 class EndingLoraModel(LoraModel):
@@ -118,10 +119,13 @@ class EndingLoraModel(LoraModel):
         is_as_used = adapter_names is None and not any(each.disable_adapters for each in merged.layers_of(self.model))
         probe = Probe.of(self.model) if check and is_as_used else None
         merged.untie(self.model)
+        learned = copies.learned_rotary(self.model)
         model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         merged.tie_if_equal(model)
         for module in model.modules():
             precision.round_to_half(module)
+        if learned is not None:
+            settle(model, learned)
         rope.keep_rope(model)
         if self._state is not None:
             self._state.set_aside.clear()

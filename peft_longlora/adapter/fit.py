@@ -21,6 +21,7 @@ from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.count import without_count
 from peft_longlora.adapter.patterns import check_patterns
 from peft_longlora.architecture import rows_of
+from peft_longlora.rope import learned
 from peft_longlora.rope import state as rotary
 from peft_longlora.rope.parameters import is_nested
 
@@ -51,6 +52,7 @@ def check_before(
     _check_base(config, model)
     if not is_for_conversion:
         _check_alone(configs)
+    _check_learned(config, model)
     _warn_of_changes(config)
     _check_loader(config)
     if config.train_embeddings:
@@ -89,6 +91,19 @@ def _check_base(config: LongLoraConfig, model: nn.Module) -> None:
             f"({config.base_model_name_or_path}). For a new adapter make a new LongLoraConfig: this one was filled in "
             f"for another model."
         )
+
+
+def _check_learned(config: LongLoraConfig, model: PreTrainedModel) -> None:
+    """Refuse to learn a RoPE that is not rescaled."""
+    window = rotary.rope_of(model, scaled=False).window
+    if config.rope_type == "learned" and (config.context_length or 0) <= window:
+        raise ValueError(
+            f"rope_type='learned' starts from yarn's factors for a longer window, and context_length="
+            f"{config.context_length} is not above the base's {window} tokens. Give a longer one, or leave rope_type "
+            f"out."
+        )
+    if config.rope_type == "learned":
+        learned.check(model, list(trainable.find_rotary(model).values()))
 
 
 def _check_embeddings(config: LongLoraConfig, model: PreTrainedModel, tied: list[str]) -> None:

@@ -76,6 +76,8 @@ class LongLoraModel(EndingLoraModel):
         try:
             self._resolve(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if config.rope_type == "learned":
+                copies.learn_rope(model, adapter_name, is_trained=not config.inference_mode)
             fit.check_after(config, self._shapes(adapter_name), fit.embedding_shapes(model))
             copies.state_tied_sizes(model, adapter_name)
         except Exception:
@@ -111,6 +113,8 @@ class LongLoraModel(EndingLoraModel):
             config.ensure_weight_tying = config.ensure_weight_tying or bool(tied)
         if config.train_norms:
             names += trainable.find_norms(model)
+        if config.rope_type == "learned":
+            names += trainable.find_rotary(model)
         config.modules_to_save = list(dict.fromkeys(names)) or None
         config.resolved_for = model.config.model_type
 
@@ -140,7 +144,7 @@ class LongLoraModel(EndingLoraModel):
             applied = rope.scale_rope(
                 model,
                 peft_config.context_length,
-                rope_type="yarn" if wanted else peft_config.rope_type,
+                rope_type="yarn" if wanted or peft_config.rope_type == "learned" else peft_config.rope_type,
                 rope_parameters=wanted or peft_config.rope_parameters,
             )
         else:  # a second adapter; `fit` has checked that it wants the same

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_longlora.architecture import find_attention_modules, find_text_model
+from peft_longlora.architecture import find_attention_modules, find_rotary_modules, find_text_model
 
 
 def find_projections(model: PreTrainedModel) -> list[str]:
@@ -26,6 +26,12 @@ def find_projections(model: PreTrainedModel) -> list[str]:
 def find_embeddings(model: PreTrainedModel) -> list[str]:
     """Full name of the module that `get_input_embeddings()` returns. PEFT uses this name when it ties the module."""
     return [name for name, _ in find_module(model, model.get_input_embeddings())]
+
+
+def find_rotary(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The base's own rotary modules by their full names."""
+    rotary = set(find_rotary_modules(model))
+    return {name: module for name, module in named_modules(model) if module in rotary}
 
 
 def find_module(model: nn.Module, wanted: nn.Module | None) -> list[tuple[str, nn.Module]]:

@@ -234,6 +234,7 @@ def _variables(config: LongLoraConfig, adapter: str, base: str | None, name: str
         "window": window,
         "is_extended": bool(window and config.base_context_length and window > config.base_context_length),
         "rope_json": literal(rope) if rope else None,
+        "is_learned": config.rope_type == "learned",
         "pattern_text": _pattern_text(config, window),
         "targets": ", ".join(map(code, sorted(modules) if isinstance(modules, set | list) else [modules])),
         "modules_to_save": ", ".join(map(code, config.modules_to_save or ())),

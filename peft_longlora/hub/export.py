@@ -79,6 +79,11 @@ def export_lora(
             f"init_lora_weights={config.init_lora_weights!r} changed the base's own weights, which a server would not "
             f"do. Merge instead: model.merge_and_unload().save_pretrained(folder)."
         )
+    if config.rope_type == "learned":
+        raise ValueError(
+            "rope_type='learned': a server takes a base's RoPE from its config, and the learned factors are in the "
+            "adapter. Merge instead: model.merge_and_unload().save_pretrained(folder)."
+        )
     if merged.is_merged(model):
         raise ValueError(
             "The adapter is merged into the base's weights, so it would be exported twice: in the base and as LoRA. "

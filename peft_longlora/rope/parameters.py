@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from peft_longlora.rope.values import ORIGINAL, check_values
 
-ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "longrope")
+ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "longrope", "learned")
 ROUNDING = 0.01  # people write factors with two or three digits, which is about this inexact
 
 

@@ -58,6 +58,11 @@ def scale_rope(
     model = _without_owner(model)
     config = model.config.get_text_config()
     check_rope(rope_type, rope_parameters)
+    if rope_type == "learned":
+        raise ValueError(
+            "rope_type='learned' trains factors, which an adapter holds: use LongLoraConfig(rope_type='learned'). "
+            "Without an adapter use 'yarn', with whose factors the training starts."
+        )
     if context_length is not None and (type(context_length) is not int or context_length < 1):
         raise ValueError(f"context_length={context_length!r} must be a positive number of tokens, or None.")
     if not find_rotary_modules(model):
@@ -119,6 +124,11 @@ def keep_rope(model: PreTrainedModel) -> None:
     if hasattr(model, STATES):
         getattr(model, STATES)[1].let_go()
         delattr(model, STATES)
+
+
+def rewrite_rope(model: PreTrainedModel, new: dict[str, Any]) -> None:
+    """Replace the scaling in force by another one for the same window."""
+    _apply(model, new, model.config.get_text_config().max_position_embeddings)
 
 
 def switch_rope(model: PreTrainedModel, *, scaled: bool) -> None:

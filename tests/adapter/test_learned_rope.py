@@ -67,19 +67,18 @@ def test_a_gradient_reaches_every_frequency(is_checkpointed):
         model.enable_input_require_grads()
 
     def loss():
-        return model(input_ids=IDS[:, :90], labels=IDS[:, :90], use_cache=False).loss
+        return model(input_ids=IDS[:, :30], labels=IDS[:, :30], use_cache=False).loss
 
     weight = stretch(model)
     (found,) = torch.autograd.grad(loss(), [weight])
-    # The slope of the loss, measured; angles are float32, so a short step is noisy and a long one is not straight.
-    for i, step, noise in ((0, 0.003, 5e-3), (1, 0.02, 1e-3), (len(weight) - 1, 0.1, 1e-4)):
+    for i, step in ((0, 0.002), (1, 0.005), (2, 0.03)):  # the slope of the loss, measured
         sides = []
         for change in (step, -step):
             with torch.no_grad():
                 weight[i] += change
                 sides.append(loss().item())
                 weight[i] -= change
-        assert found[i].item() == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=0.05, abs=noise)
+        assert found[i].item() == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=0.03, abs=1e-4)
     assert found.abs().max() > 1e-2
 
 

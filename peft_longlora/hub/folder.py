@@ -5,13 +5,13 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import httpx
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, get_session
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
@@ -107,7 +107,7 @@ def push_folder(
         try:
             remote = Remote.create(api, repo_id, revision, private)
             begin_draft(remote, "", folder, draft)
-        except httpx.TransportError as error:
+        except transport_error() as error:
             raise ValueError(f"The Hub is not reached ({error}). Nothing is pushed; try again.") from error
         _copy_results(folder, Path(results) if results else None, draft)
         config.card = CardOptions(None, license, as_list(datasets), as_list(language), adapter=remote.repo_id)
@@ -129,11 +129,16 @@ def push_folder(
                 revision=revision,
                 create_pr=create_pr,
             )
-        except httpx.TransportError as error:
+        except transport_error() as error:
             raise ValueError(
                 f"The Hub was lost while files went there ({error}). Nothing is committed; the same call completes it."
             ) from error
     return Pushed(commit, sorted(files), left_out, notes)
+
+
+def transport_error() -> type[Exception]:
+    """The class of errors if the Hub is not reached: httpx's with huggingface_hub 1, httpx2's with 2."""
+    return sys.modules[type(get_session()).__module__.partition(".")[0]].TransportError
 
 
 def choose_files(folder: Path, include: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:

@@ -6,10 +6,11 @@ import hashlib
 import json
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from peft import AutoPeftModelForCausalLM
 from transformers import Trainer, TrainingArguments
 
@@ -112,6 +113,17 @@ def test_text_of_the_disk_and_of_the_hub_is_kept(hub, pusher, measured, tmp_path
     card = ModelCard(hub.files("me/theirs")["README.md"].decode())
     assert card.text.strip() == "# Mine\n\nWritten on the Hub." and card.data.language == ["en"]
     assert {"theirs", "longlora"} <= set(card.data.tags) and card.data.eval_results[0].metric_value == 7.5
+
+
+def push_nowhere(folder):
+    with mock.patch("peft_longlora.hub.folder.writing_api", lambda token: HfApi("http://127.0.0.1:9", token="t")):
+        return push_both(folder, "me/nowhere")
+
+
+def test_a_hub_that_is_not_reached_is_said(pusher, measured):
+    """With the client of the installed huggingface_hub: httpx in its releases 1, httpx2 in its releases 2."""
+    failure = pusher(push_nowhere, measured)
+    assert failure.types[0] == "ValueError" and "The Hub is not reached" in failure.message
 
 
 def test_results_on_the_hub_are_not_lost_to_a_folder_without(hub, pusher, measured, tmp_path):

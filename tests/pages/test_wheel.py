@@ -114,6 +114,6 @@ def test_the_sdist_brings_its_own_tests_and_pages(dist, tmp_path):
         file.extractall(tmp_path, filter="data")
     [folder] = tmp_path.iterdir()
     found = run(sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", cwd=folder)
-    assert int(re.search(r"(\d+)(/\d+)? tests collected", found)[1]) > 1000 and "error" not in found.splitlines()[-1]
+    assert sum(map(int, re.findall(r"^tests/\S+: (\d+)$", found, re.MULTILINE))) > 1000
     for page in (ROOT / "docs").glob("*.md"):
         assert (folder / "docs" / page.name).read_bytes() == page.read_bytes()

@@ -15,8 +15,35 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 HALF = (torch.float16, torch.bfloat16)
+ROWS = 4096  # rows of embeddings that are float32 at a time
+
+
+class _HalfRows(torch.autograd.Function):
+    """Rows of a float32 matrix in half precision. A row of 131072 tokens has 2 GiB in float32, so parts are rounded."""
+
+    @staticmethod
+    def forward(ctx, ids, weight, padding_idx, dtype):
+        ctx.save_for_backward(ids)
+        ctx.size, ctx.dtype, ctx.padding_idx = weight.shape, weight.dtype, padding_idx
+        rows = weight.new_empty(ids.numel(), weight.shape[1], dtype=dtype)
+        for part, some in zip(ids.reshape(-1).split(ROWS), rows.split(ROWS), strict=True):
+            some.copy_(weight[part])
+        return rows.view(*ids.shape, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (ids,) = ctx.saved_tensors
+        total = grad.new_zeros(ctx.size, dtype=ctx.dtype)
+        parts = zip(ids.reshape(-1).split(ROWS), grad.reshape(-1, ctx.size[1]).split(ROWS), strict=True)
+        for part, some in parts:
+            if ctx.padding_idx is not None:
+                some = some.masked_fill((part == ctx.padding_idx)[:, None], 0)
+            total.index_add_(0, part, some.to(ctx.dtype))
+        return None, total, None, None
 
 
 class Float32Weights:
@@ -36,6 +63,9 @@ class Float32Weights:
         weights = {**self._parameters, **self.__dict__.get("_former_parameters", {})}
         if kind.forward is nn.Embedding.forward and self.max_norm is None:
             # Look the rows up first: rounding all of the matrix for one token of an answer would take a second.
+            if not (self.scale_grad_by_freq or self.sparse or torch.compiler.is_compiling()):
+                ids = args[0] if args else kwargs["input"]
+                return _HalfRows.apply(ids, weights["weight"], self.padding_idx, self.compute_dtype)
             rows = nn.functional.embedding(
                 args[0] if args else kwargs["input"],
                 weights["weight"],

@@ -1,11 +1,14 @@
 """What fits into a GPU's memory, and how to make a step fit: which blocks are computed twice, and what they keep.
 
-Read `blocks`, `keep`, `offload`, `tile`, then `plan`, `estimate` and `fit`. Imports `attention` and `architecture`.
+Read `blocks`, `keep`, `offload`, `tile` and `kernels`, which are the means; then `plan`, the formula of memory, and who
+fills it with numbers: `fit` measures them, `estimate` and `rates` compute them from a shape; then `advice`. Imports
+`attention` and `architecture`.
 """
 
+from peft_longlora.memory.advice import explain_out_of_memory
 from peft_longlora.memory.blocks import checkpoint_blocks
 from peft_longlora.memory.fit import fit_memory
 from peft_longlora.memory.keep import keep_attention
 from peft_longlora.memory.plan import MemoryPlan
 
-__all__ = ["MemoryPlan", "checkpoint_blocks", "fit_memory", "keep_attention"]
+__all__ = ["MemoryPlan", "checkpoint_blocks", "explain_out_of_memory", "fit_memory", "keep_attention"]

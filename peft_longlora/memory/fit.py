@@ -18,6 +18,7 @@ from transformers.utils import logging
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import schedule_of
 from peft_longlora.memory.blocks import checkpoint_blocks, find_blocks
+from peft_longlora.memory.kernels import kernels_of, use_liger
 from peft_longlora.memory.plan import AGAIN_KEPT, FILLED, MEANS, OWN_FILLED, MemoryPlan, fill, host_budget
 
 logger = logging.get_logger(__name__)
@@ -37,6 +38,7 @@ def fit_memory(
     budget: int | None = None,
     *,
     loss: Loss | None = None,
+    liger: bool = True,
 ) -> MemoryPlan:
     """Choose the fastest way to compute a step of `length` tokens that fits on this GPU.
 
@@ -50,7 +52,9 @@ def fit_memory(
         length: tokens of a step on this GPU: rows times their length.
         budget: bytes that may be used. None: 94% of the GPU's memory, minus the memory of other programs.
         loss: computes the loss of the training, from the model and ids (1, S). None: the model's own loss; its logits,
-            (1, S, V) float32, are then a part of the plan.
+            (1, S, V) float32, are then a part of the plan if Liger is missing.
+        liger: whether Liger's kernels are switched on if Liger is installed and knows the model; with the model's own
+            loss also its fused loss. TRL's trainers bring a fused loss of their own.
 
     Returns: the plan that is now in use; it is also logged.
 
@@ -60,6 +64,8 @@ def fit_memory(
     """
     device = next(model.parameters()).device
     _check(device, length)
+    if liger:
+        use_liger(model, fused_loss=loss is None)
     loss = loss or (lambda model, ids: model(input_ids=ids, labels=ids).loss)
     if budget is None:
         budget = _budget(device)
@@ -117,7 +123,7 @@ def _measure(model: nn.Module, length: int, budget: int, loss: Loss, means: dict
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     fixed = round(bare) + ADAM_BYTES * trained
     plan = MemoryPlan(length, budget, fixed, a_token, 0.0, 0.0, 0.0, _input_bytes(model), blocks, means=means)
-    plan = replace(plan, host_budget=host_budget(), kernels=_kernels(model))
+    plan = replace(plan, host_budget=host_budget(), kernels=kernels_of(model))
     if plan.peak > budget:
         return plan
     with_attention = _with(model, tokens, loss, dict(means, keep=True))
@@ -128,12 +134,6 @@ def _measure(model: nn.Module, length: int, budget: int, loss: Loss, means: dict
     a_loss = (with_some - bare) / tokens - some * a_block
     a_keep = (with_attention - peak) / blocks / tokens
     return fill(replace(plan, a_loss=a_loss, a_block=a_block, a_keep=a_keep))
-
-
-def _kernels(model: nn.Module) -> tuple[str, ...]:
-    """Libraries whose kernels compute the model's norms or feed-forward layers."""
-    names = {type(module).__module__.partition(".")[0] for module in model.modules()}
-    return ("Liger",) if "liger_kernel" in names else ()
 
 
 def _input_bytes(model: nn.Module) -> int:

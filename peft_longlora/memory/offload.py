@@ -72,6 +72,12 @@ class _Away:
         tensor, self.here = self.here, None
         return tensor
 
+    def __del__(self):
+        # A graph was dropped: nobody else waits for its copies before the memory is used again.
+        for tensor, event in ((self.leaving, self.copied), (self.here, self.arrived)):
+            if tensor is not None:
+                torch.cuda.current_stream(self.device).wait_event(event)
+
     def _pairs(self, tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each piece of pinned memory, and the part of the tensor that it holds, as bytes."""
         parts = tensor.view(-1).view(torch.uint8).split(CHUNK)
@@ -191,6 +197,10 @@ class Offload:
         if self.before is not None:
             self.before._last = None
         return out
+
+    def forget(self) -> None:
+        """Drop what a step has left that ended with an error."""
+        self._last = None
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not isinstance(packed, _Again):

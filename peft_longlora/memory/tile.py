@@ -34,17 +34,20 @@ def _same(x: torch.Tensor) -> torch.Tensor:
 
 
 class Tiled:
-    """Mixed into a module's class: its forward computes `tile_tokens` tokens at a time, each again in the backward."""
+    """Mixed into a module's class: a call computes `tile_tokens` tokens at a time, each again in the backward.
+
+    The call is changed and not the forward, because Liger gives single modules a forward of their own.
+    """
 
     tile_tokens: int
     untiled_class: type[nn.Module]
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, S, hidden) -> (B, S, hidden)."""
         is_trained = self.training and torch.is_grad_enabled() and hidden.requires_grad
         if not is_trained or hidden.shape[1] <= self.tile_tokens:
-            return super().forward(hidden)
-        tiles = _Tiles(super().forward, _Save.apply(hidden), self.tile_tokens)
+            return super().__call__(hidden)
+        tiles = _Tiles(super().__call__, _Save.apply(hidden), self.tile_tokens)
         # A tile is named by a number, and what torch saves to enter a tile is kept from the block's own checkpoint:
         # otherwise the last tile's would be the last tensor that the block saves.
         with saved_tensors_hooks(_same, _same):

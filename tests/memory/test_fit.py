@@ -60,6 +60,7 @@ class Machine:
         monkeypatch.setattr(fit, "host_budget", lambda: host)
         monkeypatch.setattr(fit.torch.cuda, "mem_get_info", lambda device: (10**11, 10**11))
         monkeypatch.setattr(fit, "_check", lambda *_: None)
+        monkeypatch.setattr(fit, "use_liger", lambda *_, **__: ())
 
     def peak(self, model, tokens, loss):
         options = {**self.now}

@@ -1,0 +1,85 @@
+"""If a step runs out of memory all the same: the switch that would have made it fit. Called by users."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_longlora.memory.blocks import find_blocks
+from peft_longlora.memory.keep import keep_attention
+from peft_longlora.memory.kernels import kernels_of
+from peft_longlora.memory.offload import Offload
+from peft_longlora.memory.plan import TILE
+from peft_longlora.memory.tile import Tiled
+
+
+@contextmanager
+def explain_out_of_memory(model: nn.Module) -> Iterator[None]:
+    """Within this context, an error for lack of GPU memory names the switch that would have made the step fit.
+
+    Weights and optimiser stay as they were before the step: its gradients are dropped, and the same model can go on
+    with a shorter row or other switches.
+
+    Args:
+        model: the model that is trained, bare or PEFT.
+
+    Yields: nothing; put `trainer.train()`, or a loop of steps, inside.
+
+    Raises:
+        torch.OutOfMemoryError: in place of PyTorch's, which it holds as its cause.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        switch = _next_switch(model)
+        for block in find_blocks(model):
+            if isinstance(function := block.__dict__.get("_gradient_checkpointing_func"), Offload):
+                function.forget()
+        model.zero_grad(set_to_none=True)
+        raise torch.OutOfMemoryError(f"The step does not fit into the GPU's memory. {switch}\n{error}") from error
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """The switches of `checkpoint_blocks` that are on.
+
+    Args:
+        model: as above.
+
+    Returns: `checkpointed`: whether any block is; `free`, `keep` (on the GPU), `offload` (0, 1 or 2) and `tiled`.
+    """
+    blocks = find_blocks(model)
+    functions = [block._gradient_checkpointing_func for block in blocks if block.gradient_checkpointing]
+    offloads = [function for function in functions if isinstance(function, Offload)]
+    inner = [function.checkpoint if isinstance(function, Offload) else function for function in functions]
+    kept = [getattr(function, "keywords", {}).get("context_fn") is keep_attention for function in inner]
+    return dict(
+        checkpointed=bool(functions),
+        free=len(blocks) - len(functions),
+        keep=sum(kept),
+        offload=(2 if any(one.before for one in offloads) else 1) if offloads else 0,
+        tiled=any(isinstance(module, Tiled) for module in model.modules()),
+    )
+
+
+def _next_switch(model: nn.Module) -> str:
+    """The cheapest switch that is still off."""
+    on = state_of(model)
+    call = "peft_longlora.memory.checkpoint_blocks"
+    now = f"tile_tokens={TILE}" if on["tiled"] else ""
+    if not on["checkpointed"]:
+        return f"No block is checkpointed: call {call}(model), or fit_memory(model, length), which chooses."
+    if on["free"]:
+        return f"{on['free']} blocks keep everything: call {call}(model, free=0), or fit_memory(model, length)."
+    if not on["tiled"]:
+        return f"Feed-forward layers compute whole rows: call {call}(model, tile_tokens={TILE})."
+    if not kernels_of(model):
+        return "Norms and loss make float32 copies of the row: install liger-kernel, and call fit_memory again."
+    if not on["offload"]:
+        return f"The inputs of all blocks stay on the GPU: call {call}(model, offload=True, {now})."
+    if on["keep"]:
+        return f"{on['keep']} blocks keep attention on the GPU: call {call}(model, keep=False, offload=True, {now})."
+    return "Every switch is on: use shorter rows, a 4-bit base, or more GPUs that share a row (peft_longlora.sequence)."

@@ -1,0 +1,74 @@
+"""A step that runs out of memory: the switch that is named, and the training that goes on."""
+
+import pytest
+import torch
+
+from peft_longlora.memory import checkpoint_blocks, explain_out_of_memory
+from peft_longlora.memory.advice import state_of
+from tests.helpers.tiny import IDS, extend, make
+
+
+@pytest.fixture
+def model(monkeypatch):
+    monkeypatch.setattr("peft_longlora.memory.advice.kernels_of", lambda model: ("Liger",))
+    return extend(make(num_hidden_layers=4), group_size=16).train()
+
+
+def message(model) -> str:
+    with pytest.raises(torch.OutOfMemoryError) as caught, explain_out_of_memory(model):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert "Tried to allocate 2.00 GiB" in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_switches_come_one_after_the_other(model):
+    assert "No block is checkpointed" in message(model)
+    seen = []
+    for options in (
+        dict(free=2),
+        dict(),
+        dict(tile_tokens=40),
+        dict(tile_tokens=40, offload=True),
+        dict(tile_tokens=40, offload=True, keep=False),
+    ):
+        checkpoint_blocks(model, **options)
+        seen.append(message(model))
+    named = ("free=0", "tile_tokens=4096", "offload=True", "keep=False", "Every switch is on")
+    assert all(name in text for name, text in zip(named, seen, strict=True))
+
+
+def test_what_is_on_is_seen(model):
+    checkpoint_blocks(model, free=1, keep=1, keep_in_host=1, offload=2, tile_tokens=40)
+    assert state_of(model) == dict(checkpointed=True, free=1, keep=1, offload=2, tiled=True)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("offload", [False, 2])
+def test_training_goes_on_after_an_error(model, where, offload):
+    """The next step is the one that another model, which had no error, takes."""
+    other = extend(make(num_hidden_layers=4), group_size=16).train()
+    checkpoint_blocks(model, offload=offload, tile_tokens=40, keep=False)
+    runs_out = True
+
+    def fail(*_):
+        if runs_out:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    block = model.get_base_model().model.layers[2]
+    add = block.mlp.down_proj.register_forward_hook if where == "forward" else block.register_full_backward_hook
+    handle = add(fail)
+    with pytest.raises(torch.OutOfMemoryError, match="The step does not fit"), explain_out_of_memory(model):
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    runs_out = False
+    handle.remove()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    short = IDS[:, :48]
+    losses = []
+    for one in (model, other):
+        loss = one(input_ids=short, labels=short, use_cache=False).loss
+        loss.backward()
+        losses.append(loss.detach())
+    assert torch.equal(*losses)
+    for (name, mine), (_, theirs) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, msg=name)

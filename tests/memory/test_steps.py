@@ -1,5 +1,6 @@
-"""Whole steps with all means together: fifty of them, and what they allocate."""
+"""Whole steps with all means together: many of them, and what they allocate."""
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -9,7 +10,7 @@ from tests.helpers.tiny import IDS, extend, make
 ALL = dict(keep=1, keep_in_host=1, offload=2, tile_tokens=20)
 
 
-def curve(options, steps=50):
+def curve(options, steps):
     model = extend(make(dtype=torch.bfloat16, num_hidden_layers=2), group_size=16, lora_dropout=0.1).train()
     if options is not None:
         checkpoint_blocks(model, **options)
@@ -26,10 +27,11 @@ def curve(options, steps=50):
     return losses
 
 
-def test_fifty_steps_lie_on_each_other(monkeypatch):
+@pytest.mark.parametrize("steps", [8, pytest.param(50, marks=pytest.mark.slow)])
+def test_the_losses_of_many_steps_lie_on_each_other(steps, monkeypatch):
     monkeypatch.setattr("peft_longlora.memory.offload.LEAST_BYTES", 1)
-    plain, together = curve(None), curve(ALL)
-    assert plain[-1] < 0.8 * plain[0]
+    plain, together = curve(None, steps), curve(ALL, steps)
+    assert plain[-1] < 0.9 * plain[0]
     assert max(abs(a - b) / a for a, b in zip(plain, together, strict=True)) < 2e-2
 
 
@@ -51,13 +53,13 @@ class _Rows(TorchDispatchMode):
 def test_no_step_makes_a_float32_row():
     """With norms that keep the dtype, as Liger's do; the logits of this vocabulary are smaller than the row."""
     sizes = dict(vocab_size=97, hidden_size=128, num_attention_heads=8)
-    ids = torch.randint(97, (1, 8192), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(97, (1, 4096), generator=torch.Generator().manual_seed(0))
     found = {}
-    for family, options in (("starcoder2", None), ("starcoder2", ALL | dict(tile_tokens=3000)), ("llama", None)):
-        model = extend(make(family, dtype=torch.bfloat16, **sizes), group_size=256, context_length=4096).train()
+    for family, options in (("starcoder2", None), ("starcoder2", ALL | dict(tile_tokens=1500)), ("llama", None)):
+        model = extend(make(family, dtype=torch.bfloat16, **sizes), group_size=256, context_length=2048).train()
         if options:
             checkpoint_blocks(model, **options)
-        with _Rows(8192 * 128) as rows:
+        with _Rows(4096 * 128) as rows:
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         found[family, bool(options)] = rows.found
     assert found["starcoder2", False] == found["starcoder2", True] == set()

@@ -7,6 +7,7 @@ feed-forward layers without float32 copies, and the loss without logits of the w
 from __future__ import annotations
 
 from torch import nn
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
 
@@ -33,7 +34,5 @@ def use_liger(model: nn.Module, fused_loss: bool) -> tuple[str, ...]:
     Returns: as `kernels_of`.
     """
     if not kernels_of(model) and is_liger_kernel_available():
-        from transformers.integrations.liger import apply_liger_kernel
-
         apply_liger_kernel(model, {"fused_linear_cross_entropy": fused_loss, "cross_entropy": False})
     return kernels_of(model)

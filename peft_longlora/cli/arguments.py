@@ -22,6 +22,7 @@ class Command:
         add_options: adds its options to a parser. run: is called with the parsed options and returns the exit code.
         interrupted: the text that is printed if the user stops it.
         options: the option for a parameter of the library, if their names differ.
+        takes_more: it reads options that the parser does not know; they are `more` of the parsed options.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Command:
     epilog: str | None = None
     interrupted: str = "Stopped."
     options: Mapping[str, str] = field(default_factory=dict)
+    takes_more: bool = False
 
 
 class Parser(argparse.ArgumentParser):

@@ -10,10 +10,10 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
-from . import app, chat, compare, evaluate, plan, push
+from . import app, chat, compare, evaluate, plan, push, train
 from .arguments import Command, Parser, say_options
 
-MODULES = (evaluate, compare, chat, app, push, plan)
+MODULES = (train, evaluate, compare, chat, app, push, plan)
 COMMANDS = {module.COMMAND.name: module.COMMAND for module in MODULES}
 BAD_INPUT = (ValueError, NotImplementedError, ImportError, OSError)
 
@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     parser = Parser(
         prog="longlora",
-        description="Measure language models with long windows, read with them, and push their adapters.",
+        description="Train, measure, read with and push language models with long windows.",
     )
     parser.add_argument(
         "--version", action=Version, help="show the version, and those of Python, torch, transformers and peft"
@@ -53,8 +53,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args, more = parser.parse_known_args(argv)
     command = COMMANDS[args.command]
+    if more and not command.takes_more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    args.more = more
     # A user of a command cannot change names that one of its libraries calls old and another one needs.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:

@@ -63,11 +63,15 @@ class Counts:
         files = f" of {self.kept:,} files" if self.kept else ""
         text = (
             f"{self.documents:,} read{files}, {self.tokens:,} tokens -> {self.rows:,} rows; {self.longer:,} longer "
-            f"than the window{_named(self.names, self.longer)}: {self.cut_tokens:,} tokens cut out, {self.dropped:,} "
-            f"({self.dropped_tokens:,} tokens) dropped"
+            f"than the window{_named(self.names, self.longer)}; left out: "
         )
         reasons = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
-        text += f"; left out: {', '.join(f'{count:,} {reason}' for reason, count in reasons) or 'nothing else'}"
+        parts = [f"{count:,} {reason}" for reason, count in reasons]
+        if self.cut_tokens:
+            parts.append(f"{self.cut_tokens:,} tokens in the middle of long prompts")
+        if self.dropped:
+            parts.append(f"{self.dropped:,} long records ({self.dropped_tokens:,} tokens)")
+        text += ", ".join(parts) or "nothing"
         if self.restored:
             text += (
                 f"; {self.restored} answers that the chat template would have cut, such as thoughts before </think>, "

@@ -63,7 +63,7 @@ def test_truncation_keeps_both_ends_and_is_counted(tokenizer, log):
     lengths = [len(row["input_ids"]) for row in whole]
     assert (counts.documents, counts.rows, counts.tokens, counts.longer) == (3, 3, sum(lengths), 2)
     assert (counts.cut_tokens, counts.dropped, counts.names) == (sum(lengths[1:]) - 128, 0, ["r:2", "r:3"])
-    assert f"2 longer than the window (r:2, r:3): {counts.cut_tokens} tokens cut out" in log.text
+    assert f"2 longer than the window (r:2, r:3); left out: {counts.cut_tokens} tokens in the middle" in log.text
 
 
 def test_dropping_is_counted(tokenizer, log):
@@ -72,7 +72,7 @@ def test_dropping_is_counted(tokenizer, log):
     lengths = [len(tokenize_record(record, tokenizer)["input_ids"]) for record in long_records()]
     assert len(rows) == counts.rows == 1
     assert (counts.dropped, counts.dropped_tokens, counts.cut_tokens) == (2, sum(lengths[1:]), 0)
-    assert f"(r:2, r:3): 0 tokens cut out, 2 ({sum(lengths[1:])} tokens) dropped" in log.text
+    assert f"(r:2, r:3); left out: 2 long records ({sum(lengths[1:])} tokens)" in log.text
 
 
 def test_too_long_refusals(tokenizer):

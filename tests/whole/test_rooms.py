@@ -31,14 +31,15 @@ ARROWS = {
     "chat": {"hub", "rope", "data", "architecture"},
     "app": {"chat", "hub"},
     "register": {"hub", "adapter", "attention"},
-    "cli": {"eval", "chat", "app", "hub", "memory", "__init__"},
+    "training": {"eval", "hub", "data", "memory", "adapter", "attention"},
+    "cli": {"training", "eval", "chat", "app", "hub", "memory", "__init__"},
     "__main__": {"cli"},
     "__init__": {"register", "hub", "adapter", "attention", "rope", "kernels"},
 }
 # Imports inside functions. Of this package: a command's parser answers --help without what the command runs, and
 # matplotlib is an extra. Of others: extras, and what costs seconds or is not everywhere.
 LATE = {
-    "cli": {"eval", "chat", "app", "hub", "memory", "__init__"},
+    "cli": {"training", "eval", "chat", "app", "hub", "memory", "__init__"},
     "eval.report.tables": {"eval.report.plots"},
     "eval.report.side_by_side": {"eval.report.style"},
 }

@@ -1,0 +1,96 @@
+"""Where a run goes on: its last whole checkpoint, and whether the recipe is still the one that made it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peft_longlora.training.recipe import ADAPTER, Recipe, keys
+
+RECIPE = "recipe.yaml"
+# Keys of the Trainer that change what is learned, so they must stay when a run goes on.
+TRAINED_WITH = {
+    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
+    "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "max_length",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "packing_strategy", "padding_free",
+    "label_smoothing_factor", "neftune_noise_alpha", "loss_type",
+}  # fmt: skip
+# Keys of ours that change it.
+TRAINED_ON = {
+    "model", "model_revision", "tokenizer", "dtype", "four_bit", "data", "kind", "split", "data_config", "text_field",
+    "skip_empty", "repositories", "too_long",
+}  # fmt: skip
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint of a Trainer's output folder; None if there is none.
+
+    The Trainer writes its state last, so a checkpoint without it was cut short by a full disk or a killed process.
+    """
+    whole = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def open_output(recipe: Recipe) -> Path | None:
+    """The checkpoint from which the run goes on; None if it begins.
+
+    Raises:
+        ValueError: the output folder is a file, holds an adapter of another kind of run, or a run whose recipe differs
+            in a key that changes what is learned.
+    """
+    folder = recipe.output_dir
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"output_dir={str(folder)!r}: {path} is a file. Give a folder.")
+    last = last_checkpoint(folder)
+    if recipe.run.overwrite:
+        return None
+    if last is None:
+        if (folder / "adapter_config.json").exists():
+            raise ValueError(
+                f"output_dir={str(folder)!r} holds an adapter and no checkpoint to go on from. Give another "
+                f"output_dir, or --overwrite to train it anew."
+            )
+        return None
+    if not (folder / RECIPE).is_file():
+        raise ValueError(
+            f"output_dir={str(folder)!r} holds {last.name} of a run without a {RECIPE}. Give another output_dir, or "
+            f"--overwrite to begin anew."
+        )
+    before = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    now = _plain(recipe.values)
+    fixed = {name for name, key in keys().items() if key.owner == ADAPTER} | TRAINED_WITH | TRAINED_ON
+    for name in sorted(fixed & (before.keys() | now.keys())):
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"output_dir={str(folder)!r} holds a run with {name}={before.get(name)!r}, and the recipe says "
+                f"{now.get(name)!r}. Give another output_dir, the same value, or --overwrite to begin anew."
+            )
+    return last
+
+
+def begin_output(recipe: Recipe) -> None:
+    """Write the recipe into the output folder; with `overwrite`, delete the checkpoints of the run before."""
+    folder = recipe.output_dir
+    if recipe.run.overwrite:
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {name: value for name, value in _plain(recipe.values).items() if name not in ("overwrite", "hub_token")}
+    (folder / RECIPE).write_text(yaml.safe_dump(values, sort_keys=True, allow_unicode=True), encoding="utf-8")
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as they come back from YAML."""
+    return yaml.safe_load(yaml.safe_dump({key: _listed(value) for key, value in values.items()}))
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_listed(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _listed(each) for key, each in value.items()}
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

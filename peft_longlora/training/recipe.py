@@ -1,0 +1,233 @@
+"""A recipe: a YAML file and `--key value` pairs become checked options, before anything slow begins."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from peft_longlora.adapter.config import LongLoraConfig
+from peft_longlora.training.options import RunOptions
+from peft_longlora.training.values import convert
+
+RUN, ADAPTER, TRAINER = "run", "adapter", "trainer"
+# Defaults of a long-context run where those of TRL's SFTConfig are others. docs/training.md says why.
+DEFAULTS = {
+    "packing": True,
+    "packing_strategy": "bfd_split",
+    "eval_packing": False,
+    "num_train_epochs": 1.0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "learning_rate": 2e-4,
+    "adam_beta2": 0.95,
+    "logging_steps": 1.0,
+    "save_steps": 100.0,
+    "save_total_limit": 2,
+}
+FILLED_IN = "is filled in by the command"
+NO_KEYS = {
+    **dict.fromkeys(
+        ("base_context_length", "applied_rope_parameters", "applied_context_length", "applied_group_size", "vocab_size",
+         "format_version", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode",
+         "task_type", "runtime_config", "local_rank", "do_train", "do_eval", "do_predict", "model_init_kwargs"),
+        FILLED_IN,
+    ),
+    "revision": "is LoraConfig's; the base's is model_revision",
+    "dataset_text_field": "is named text_field here",
+    "dataset_kwargs": "does not apply: the rows are ready",
+    "completion_only_loss": "does not apply: with kind: records the loss is on answers only",
+    "assistant_only_loss": "does not apply: with kind: records the loss is on answers only",
+    "resume_from_checkpoint": "is not needed: a run goes on from the last checkpoint in output_dir",
+}  # fmt: skip
+ABOVE_ZERO = (
+    "learning_rate",
+    "num_train_epochs",
+    "logging_steps",
+    "save_steps",
+    "eval_steps",
+    "per_device_train_batch_size",
+)
+ABOVE_ZERO += ("per_device_eval_batch_size", "gradient_accumulation_steps", "eval_windows", "save_total_limit")
+NOT_BELOW_ZERO = ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon", "lora_dropout", "seed")
+
+
+@dataclass
+class Recipe:
+    """Checked options of a run, by their keys.
+
+    Attributes:
+        name: the file's name without suffix. values: the keys that were given, and DEFAULTS.
+    """
+
+    name: str
+    values: dict[str, Any]
+
+    @property
+    def run(self) -> RunOptions:
+        """The options of model, data and evaluation."""
+        return RunOptions(**self.of(RUN))
+
+    @property
+    def config(self) -> LongLoraConfig:
+        """The adapter's config. Raises: ValueError, as LongLoraConfig."""
+        return LongLoraConfig(task_type="CAUSAL_LM", **self.of(ADAPTER))
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run writes."""
+        return Path(self.values["output_dir"])
+
+    def of(self, owner: str) -> dict[str, Any]:
+        """The values of one owner's keys."""
+        return {key: value for key, value in self.values.items() if keys()[key].owner == owner}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: who owns it, its type, default and help."""
+
+    name: str
+    owner: str
+    kind: Any
+    default: Any
+    help: str
+
+
+@cache
+def keys() -> dict[str, Key]:
+    """All keys of recipes, by name.
+
+    Raises: ImportError: trl is not installed.
+    """
+    try:
+        from trl import SFTConfig
+    except ImportError:
+        raise ImportError("Training needs trl: pip install 'peft-longlora[trl]'") from None
+    found: dict[str, Key] = {}
+    for owner, kind in ((RUN, RunOptions), (ADAPTER, LongLoraConfig), (TRAINER, SFTConfig)):
+        hints = get_type_hints(kind)
+        for each in dataclasses.fields(kind):
+            if each.init and each.name not in NO_KEYS and each.name not in found:
+                has_factory = each.default_factory is not dataclasses.MISSING
+                default = each.default_factory() if has_factory else each.default
+                default = DEFAULTS.get(each.name, default)
+                help = " ".join(str(each.metadata.get("help", "")).split())
+                found[each.name] = Key(each.name, owner, hints[each.name], default, help)
+    return found
+
+
+def read_recipe(path: str | Path | None, words: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a YAML file and the pairs of the command line, which win.
+
+    Args:
+        path: None: only the pairs.
+        words: such as ["--learning-rate", "1e-4", "--data", "a.txt", "b.txt", "--no-packing"].
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not YAML; an unknown key (the message names the nearest); a value of a wrong type or outside its
+            rule; a required key is missing.
+    """
+    name = "run" if path is None else Path(path).stem
+    values: dict[str, Any] = {}
+    for key, value in [*(_read_file(Path(path)).items() if path else ()), *_read_words(words)]:
+        known = _find(key)
+        values[known.name] = convert(known.name, value, known.kind)
+    values = {**DEFAULTS, "output_dir": f"runs/{name}", **values}
+    _check(values)
+    recipe = Recipe(name, values)
+    recipe.config  # noqa: B018  refuses what LongLoraConfig refuses
+    return recipe
+
+
+def _find(key: Any) -> Key:
+    name = str(key).replace("-", "_")
+    if reason := NO_KEYS.get(name):
+        raise ValueError(f"{key}: this key {reason}. Leave it out.")
+    if name not in keys():
+        near = difflib.get_close_matches(name, keys(), n=1, cutoff=0.5)
+        raise ValueError(f"{key}: no such key.{f' Did you mean {near[0]}?' if near else ''} --keys lists all.")
+    return keys()[name]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML, but a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """The mapping of a node."""
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise yaml.MarkedYAMLError(problem=f"{name} stands twice", problem_mark=node.value[place][0].start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe. Give a .yaml file.")
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{path}: not YAML{where}: {getattr(error, 'problem', None) or error}.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: a recipe is a list of `key: value` lines.")
+    return found
+
+
+def _read_words(words: list[str] | tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """(key, value) pairs of a command line."""
+    key, values = None, []
+    for word in [*words, None]:
+        if word is None or word.startswith("--"):
+            if key is not None:
+                yield _pair(key, values)
+            key, values = word, []
+            if word is not None and "=" in word:
+                key, _, value = word.partition("=")
+                values = [value]
+        elif key is None:
+            raise ValueError(f"{word}: a value without a key. Write --key value.")
+        else:
+            values.append(word)
+
+
+def _pair(key: str, words: list[str]) -> tuple[str, Any]:
+    name = key[2:].replace("-", "_")
+    if not words:
+        if name.startswith("no_") and name[3:] in keys():
+            return name[3:], False
+        return name, True
+    try:
+        values = [yaml.safe_load(word) for word in words]
+    except yaml.YAMLError:
+        values = list(words)
+    return name, values if len(values) > 1 else values[0]
+
+
+def _check(values: dict[str, Any]) -> None:
+    for name in ("model", "data"):
+        if not values.get(name):
+            raise ValueError(f"{name} is missing. Write it into the recipe, or give --{name}.")
+    if values.get("context_length") is None:
+        raise ValueError("context_length is missing: the window to extend to, in tokens. Give it, such as 32k.")
+    for names, least, rule in ((ABOVE_ZERO, 0, "above 0"), (NOT_BELOW_ZERO, -1e-30, "0 or more")):
+        for name in names:
+            value = values.get(name)
+            if value is not None and not value > least:
+                raise ValueError(f"{name}={value!r} must be {rule}.")
+    if values.get("max_steps", -1) != -1 and values["max_steps"] < 1:
+        raise ValueError(f"max_steps={values['max_steps']} must be 1 or more. Leave it out to count epochs.")
+    window, length = values["context_length"], values.get("max_length")
+    if length is not None and not 3 <= length <= window:
+        raise ValueError(f"max_length={length}, the tokens of a row, must be 3 to context_length={window}.")
+    if any(length < 2 for length in values.get("eval_lengths") or ()):
+        raise ValueError(f"eval_lengths={values['eval_lengths']} must be 2 tokens or more.")

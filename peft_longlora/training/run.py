@@ -1,0 +1,240 @@
+"""`train`: a recipe's run from its data to its results. Everything that can be refused is refused before the weights.
+
+recipe -> arguments -> tokenizer -> sketch (model without weights) -> rows -> model -> trainer -> finish.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from peft_longlora.data.loading import load_rows
+from peft_longlora.eval.corpus import Corpus
+from peft_longlora.hub.loading import is_out_of_memory
+from peft_longlora.hub.trainers import use_longlora_card
+from peft_longlora.memory.fit import SHORTEST, fit_memory
+from peft_longlora.training.checkpoints import begin_output, open_output
+from peft_longlora.training.finish import finish
+from peft_longlora.training.meter import Meter, MeteredMixin
+from peft_longlora.training.model import Sketch, as_float, load_adapted, load_tokenizer, sketch
+from peft_longlora.training.recipe import TRAINER, Recipe
+from peft_longlora.training.stopping import StopCallback
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+STOPPED = 130
+
+
+@dataclass
+class Plan:
+    """A run that was checked and can begin.
+
+    Attributes:
+        fits: whether `fit_memory` chooses what is checkpointed. last: the checkpoint from which the run goes on.
+        held_out: for kind "records", and for text if the Trainer evaluates while it trains.
+    """
+
+    recipe: Recipe
+    arguments: SFTConfig
+    fits: bool
+    tokenizer: PreTrainedTokenizerBase
+    sketch: Sketch
+    rows: Dataset
+    held_out: Dataset | None
+    corpus: Corpus | None
+    last: Path | None
+
+    def __str__(self) -> str:
+        """The recipe, what the data holds, and what is trained."""
+        recipe = self.recipe
+        lines = [f"{name}: {value}" for name, value in sorted(recipe.values.items()) if name != "hub_token"]
+        lines += [f"Data: {self.rows.info.description}"]
+        if self.corpus is not None:
+            lines.append(f"Held out: {self.corpus.summary().documents:,} documents")
+        elif self.held_out is not None:
+            lines.append(f"Held out: {self.held_out.info.description}")
+        share = self.sketch.trained / self.sketch.total
+        lines.append(f"Trained: {self.sketch.trained:,} of {self.sketch.total:,} parameters ({share:.2%})")
+        if self.last is not None:
+            lines.append(f"Goes on from {self.last}")
+        return "\n".join(lines)
+
+
+def train(recipe: Recipe, *, dry_run: bool = False, say: Callable[[str], None] = print) -> int:
+    """Train, evaluate, write card and results, and push if the recipe says so.
+
+    Args:
+        dry_run: check everything, say what would be done, and load no weights.
+        say: prints a line, in the main process only.
+
+    Returns: 0, or 130 if a signal stopped the run; then a checkpoint is kept, and the same recipe goes on from it.
+
+    Raises:
+        ValueError, NotImplementedError, ImportError, OSError: the recipe, its data or its model is refused, or a step
+            does not fit into memory.
+    """
+    plan = make_plan(recipe)
+    if plan.arguments.process_index != 0:
+        say = _silent
+    if dry_run:
+        say(str(plan))
+        return 0
+    say(f"Data: {plan.rows.info.description}")
+    if plan.arguments.process_index == 0:
+        begin_output(recipe)
+    try:
+        return _run(plan, say)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) and str(error):  # fit_memory says what fits
+            raise ValueError(str(error)) from error
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"Out of memory ({' '.join(str(error).split())[:120]} ...). Use a smaller context_length, four_bit, "
+            f"gradient_checkpointing, or more GPUs."
+        ) from error
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Check a recipe and prepare its rows; loads no weights.
+
+    Raises: ValueError, NotImplementedError, ImportError, OSError: as `train`.
+    """
+    options = recipe.run
+    trained = {_place(name) for name in options.data}
+    for name in options.eval_data or ():
+        if _place(name) in trained and (not _is_on_hub(name) or options.split == options.eval_split):
+            raise ValueError(f"eval_data holds {name!r}, which is training data. Hold other data out.")
+    last = open_output(recipe)
+    arguments, fits = make_arguments(recipe)
+    tokenizer = load_tokenizer(options)
+    made = sketch(options, recipe.config)
+    read: dict[str, Any] = dict(kind=options.kind, config=options.data_config)
+    if options.kind == "text":
+        read |= dict(field=options.text_field, skip_empty=options.skip_empty, repositories=options.repositories)
+    else:
+        read |= dict(too_long=options.too_long)
+    held_out = corpus = None
+    with arguments.main_process_first(desc="making rows"):
+        rows = load_rows(options.data, tokenizer, arguments.max_length, split=options.split, **read)
+        is_evaluating = arguments.eval_strategy != "no" or arguments.eval_on_start
+        if options.eval_data and (options.kind == "records" or is_evaluating):
+            held_out = load_rows(options.eval_data, tokenizer, arguments.max_length, split=options.eval_split, **read)
+    if is_evaluating and held_out is None:
+        raise ValueError("eval_strategy and eval_on_start need eval_data: the held-out data. Give it.")
+    if options.eval_data and options.kind == "text":
+        where = (options.eval_split, options.data_config, options.text_field, options.repositories)
+        corpus = Corpus(options.eval_data, *where)
+        corpus.summary()  # refuses what cannot be read
+    return Plan(recipe, arguments, fits, tokenizer, made, rows, held_out, corpus, last)
+
+
+def make_arguments(recipe: Recipe) -> tuple[SFTConfig, bool]:
+    """TRL's arguments, and whether `fit_memory` chooses what is checkpointed.
+
+    Raises: ValueError: a value is refused, or fit_memory has no GPU.
+    """
+    from trl import SFTConfig
+
+    options, given = recipe.run, dict(recipe.of(TRAINER))
+    has_gpu = torch.cuda.is_available() and not given.get("use_cpu")
+    given["max_length"] = given.get("max_length") or recipe.config.context_length
+    if not has_gpu and (given.get("bf16") or given.get("fp16")):
+        raise ValueError("bf16 and fp16 are for GPUs, and there is none here. Leave them out.")
+    given.setdefault("bf16", has_gpu and not given.get("fp16"))
+    given.setdefault("dataloader_pin_memory", has_gpu)
+    names = ("gradient_checkpointing", "activation_checkpointing")
+    is_chosen = any(name in given for name in names)
+    tokens = given["max_length"] * given["per_device_train_batch_size"]
+    try:
+        arguments = SFTConfig(**given)
+    except Exception as error:  # transformers and TRL raise errors of many kinds
+        raise ValueError(" ".join(str(error).split())) from error
+    fits = options.fit_memory
+    if fits is None:
+        fits = has_gpu and arguments.world_size == 1 and tokens >= 2 * SHORTEST and not is_chosen
+    elif fits and not has_gpu:
+        raise ValueError("fit_memory=True measures on a GPU, and there is none here. Leave it out.")
+    if fits:
+        arguments.gradient_checkpointing = False
+    elif arguments.gradient_checkpointing and not arguments.gradient_checkpointing_kwargs:
+        arguments.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    return arguments, fits
+
+
+def make_trainer(plan: Plan) -> SFTTrainer:
+    """Load the model, and make the trainer with its log, its card and its end."""
+    from trl import SFTTrainer
+
+    class MeteredTrainer(MeteredMixin, SFTTrainer):
+        """TRL's trainer, whose log holds the loss by position and tokens per second."""
+
+    options, arguments = plan.recipe.run, plan.arguments
+    model = load_adapted(options, plan.recipe.config, arguments.device.type == "cuda")
+    trainer = MeteredTrainer(
+        model,
+        arguments,
+        train_dataset=plan.rows,
+        eval_dataset=plan.held_out,
+        processing_class=plan.tokenizer,
+        callbacks=[StopCallback()],
+        meter=Meter(arguments.max_length),
+    )
+    if options.four_bit:
+        as_float(model)
+    on_hub = [name for name in options.data if _is_on_hub(name)]
+    facts = dict(license=options.license, datasets=on_hub or None, language=options.language, tags=options.tags)
+    use_longlora_card(trainer, **facts)
+    if plan.fits:
+        tokens = arguments.max_length * arguments.per_device_train_batch_size
+        fit_memory(trainer.model, tokens, loss=_fused_loss(arguments))
+    return trainer
+
+
+def _run(plan: Plan, say: Callable[[str], None]) -> int:
+    trainer = make_trainer(plan)
+    stop = next(one for one in trainer.callback_handler.callbacks if isinstance(one, StopCallback))
+    if plan.last is not None:
+        say(f"Going on from {plan.last}.")
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=str(plan.last) if plan.last else None)
+    step = trainer.state.global_step
+    if stop.signal is not None and step < trainer.state.max_steps:
+        say(
+            f"Stopped after step {step}. {trainer.args.output_dir}/checkpoint-{step} is kept; the same command goes on."
+        )
+        return STOPPED
+    finish(trainer, plan.recipe, plan.corpus, say)
+    return 0
+
+
+def _fused_loss(arguments: SFTConfig) -> Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]:
+    """The loss of a step as the trainer computes it: without the logits of a whole row."""
+    from trl.trainer import utils
+
+    fused = {"fused_lm_head": True} if hasattr(utils, "add_fused_lm_head") else {}
+
+    def loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=arguments.bf16):
+            return model(input_ids=ids, labels=ids, use_cache=False, **fused).loss
+
+    return loss
+
+
+def _place(name: str) -> str:
+    return name if _is_on_hub(name) else str(Path(name).resolve())
+
+
+def _is_on_hub(name: str) -> bool:
+    return not Path(name).exists()
+
+
+def _silent(text: str) -> None:
+    """Says nothing: only the main process speaks."""

@@ -1,0 +1,119 @@
+"""Turns a value of a recipe, or a word of the command line, into the type that a field is annotated with."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import re
+import types
+from typing import Any, Literal, Union, get_args, get_origin
+
+THOUSANDS = re.compile(r"(\d+)k", re.IGNORECASE)
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """The value as this type.
+
+    Numbers may be text ("2e-4", which YAML reads as text), whole numbers may end with k ("32k" is 32768), and a single
+    value stands for a list of one.
+
+    Args:
+        name: the field's name, for errors.
+        kind: an annotation: a class, Literal, Optional, Union, list, dict, an Enum or a dataclass.
+
+    Raises: ValueError: the value is not of this type.
+    """
+    options = list(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else [kind]
+    if any(isinstance(option, type) and issubclass(option, enum.Enum) for option in options):
+        options = [option for option in options if option is not str]  # which transformers adds, and does not take
+    # The member that has the value's own type comes first, so that "1" stays text where text is allowed.
+    for option in sorted(options, key=lambda option: not _is_own(value, option)):
+        try:
+            return _convert(name, value, option)
+        except (TypeError, ValueError):
+            continue
+    raise ValueError(f"{name}={value!r} is not {_words(options)}.{_near(value, options)}")
+
+
+def _near(value: Any, options: list[Any]) -> str:
+    """The value that was probably meant."""
+    allowed = [each for option in options if get_origin(option) is Literal for each in get_args(option)]
+    enums = [option for option in options if isinstance(option, type) and issubclass(option, enum.Enum)]
+    allowed += [each.value for option in enums for each in option]
+    near = difflib.get_close_matches(str(value), map(str, allowed), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _is_own(value: Any, kind: Any) -> bool:
+    plain = get_origin(kind) or kind
+    return isinstance(plain, type) and type(value) is plain
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    origin = get_origin(kind)
+    if kind is Any:
+        return value
+    if kind is None or kind is type(None):
+        return _check(value, value is None)
+    if origin is Literal:
+        # A placeholder such as "pissa_niter_[number of iters]" stands for any number.
+        patterns = [re.sub(r"\\\[.*?\\\]", r"\\d+", re.escape(str(each))) for each in get_args(kind)]
+        return _check(value, any(re.fullmatch(pattern, str(value)) for pattern in patterns))
+    if origin in (list, tuple):
+        members = get_args(kind)
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        if origin is tuple and Ellipsis not in members:
+            return tuple(convert(name, each, member) for each, member in zip(values, members, strict=True))
+        return [convert(name, each, members[0]) for each in values]
+    if origin is dict or kind is dict:
+        return _check(value, isinstance(value, dict))
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return kind(value).value
+    if dataclasses.is_dataclass(kind):
+        return kind(**_check(value, isinstance(value, dict)))
+    return _plain(value, kind)
+
+
+def _plain(value: Any, kind: type) -> Any:
+    if kind is bool:
+        return _check(value, isinstance(value, bool))
+    if kind is int:
+        if isinstance(value, str) and (thousands := THOUSANDS.fullmatch(value)):
+            return int(thousands[1]) * 1024
+        number = float(value)
+        return _check(int(number), number == int(number) and not isinstance(value, bool))
+    if kind is float:
+        number = float(value)
+        return _check(number, number == number and not isinstance(value, bool))
+    if kind is str:
+        return str(_check(value, isinstance(value, str | int | float) and not isinstance(value, bool)))
+    return _check(value, isinstance(value, kind))
+
+
+def _check(value: Any, is_right: bool) -> Any:
+    if not is_right:
+        raise ValueError
+    return value
+
+
+def _words(options: list[Any]) -> str:
+    """What a type allows, in words."""
+    words = []
+    for option in options:
+        origin = get_origin(option)
+        if origin is Literal:
+            words += [repr(each) for each in get_args(option)]
+        elif isinstance(option, type) and issubclass(option, enum.Enum):
+            words.append(f"one of {', '.join(str(each.value) for each in option)}")
+        elif option is None or option is type(None):
+            words.append("null")
+        elif origin in (list, tuple):
+            words.append(f"a list of {' or '.join(getattr(each, '__name__', str(each)) for each in get_args(option))}")
+        else:
+            plain = origin or option
+            words.append(_NAMES.get(plain, getattr(plain, "__name__", str(plain))))
+    return " or ".join(dict.fromkeys(words))
+
+
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}

@@ -29,6 +29,7 @@ class Counts:
         left_out: the number of files and empty texts that are not read, by reason.
         kept: files of repositories that are read.
         pieces: of documents, in rows. The first token of a piece is read, and no token predicts it.
+        is_stopped: reading ended at a number of rows that was asked for, so later data is not counted.
     """
 
     documents: int = 0
@@ -44,6 +45,7 @@ class Counts:
     left_out: dict[str, int] = field(default_factory=dict)
     kept: int = 0
     pieces: int = 0
+    is_stopped: bool = False
 
     def add_longer(self, name: str) -> None:
         """Count a document or record that is longer than the window."""
@@ -71,6 +73,8 @@ class Counts:
             parts.append(f"{self.cut_tokens:,} tokens in the middle of long prompts")
         if self.dropped:
             parts.append(f"{self.dropped:,} long records ({self.dropped_tokens:,} tokens)")
+        if self.is_stopped:
+            parts.append("everything after these rows, as asked for")
         text += ", ".join(parts) or "nothing"
         if self.restored:
             text += (
@@ -81,7 +85,7 @@ class Counts:
 
     def report(self) -> None:
         """Log the counts: as a warning if tokens were left out, or if an answer differs from the chat template's."""
-        is_odd = self.cut_tokens or self.dropped or self.restored or self.left_out
+        is_odd = self.cut_tokens or self.dropped or self.restored or self.left_out or self.is_stopped
         logger.log(logging.WARNING if is_odd else logging.INFO, str(self))
 
 

@@ -46,6 +46,7 @@ def load_rows(
     repositories: bool = False,
     too_long: Literal["truncate", "drop", "error"] = "truncate",
     pack: bool = False,
+    max_rows: int | None = None,
     cache: str | Path | None = None,
 ) -> Dataset:
     """Rows of at most `length` tokens, for TRL's SFTTrainer or a plain Trainer. Logs one line on what they hold.
@@ -68,6 +69,7 @@ def load_rows(
         too_long: for records longer than a row, as `tokenize_records`.
         pack: fill rows with the ends of several documents, for a plain Trainer (`to_windows` says more). Leave it False
             for SFTTrainer with packing=True and max_length=length, which fills rows itself.
+        max_rows: stop after so many rows, for a dataset that is larger than what you train on. The line says so.
         cache: the folder for the file with the rows. None: "longlora-rows" in the cache of `datasets`.
 
     Returns:
@@ -94,9 +96,11 @@ def load_rows(
     sources = [str(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
     where = dict(split=split, config=config)
     read = dict(field=field, skip_empty=skip_empty, repositories=repositories) if kind == "text" else {}
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows={max_rows} must be 1 or more. None reads everything.")
     made = dict(pack=pack) if kind == "text" else dict(too_long=too_long)
     folder = Path(cache or Path(settings.HF_DATASETS_CACHE) / "longlora-rows")
-    key = _key(sources, tokenizer, dict(where, **read, **made, kind=kind, length=length))
+    key = _key(sources, tokenizer, dict(where, **read, **made, kind=kind, length=length, max_rows=max_rows))
     path = folder / f"{key}.arrow"
     if path.exists():
         counts = Counts(**json.loads(path.with_suffix(".json").read_text()))
@@ -109,7 +113,7 @@ def load_rows(
         else:
             records = read_records(sources, **where, counts=counts)
             rows = tokenize_records(records, tokenizer, length, **made, counts=counts)
-        _write(rows, path, counts)
+        _write(islice(rows, max_rows), path, counts, max_rows)
     dataset = Dataset.from_file(str(path))
     dataset.info.description = str(counts)
     return dataset
@@ -141,7 +145,7 @@ def _commit(name: str) -> str:
         return os.urandom(8).hex()
 
 
-def _write(rows: Iterator[dict[str, list[int]]], path: Path, counts: Counts) -> None:
+def _write(rows: Iterator[dict[str, list[int]]], path: Path, counts: Counts, max_rows: int | None) -> None:
     """Write rows into a file that `Dataset.from_file` reads, and beside it what they hold.
 
     Raises: ValueError: there is no row.
@@ -160,6 +164,9 @@ def _write(rows: Iterator[dict[str, list[int]]], path: Path, counts: Counts) -> 
         if writer is None:
             raise ValueError("No row is left to train on: every record was dropped. Use longer rows, or other data.")
         writer.close()
+        if counts.rows == max_rows:
+            counts.is_stopped = True
+            counts.report()
         path.with_suffix(".json").write_text(json.dumps(asdict(counts)))
         part.replace(path)  # last, so that a file under this name is whole
     finally:

@@ -21,7 +21,7 @@ TRAINED_WITH = {
 # Keys of ours that change it.
 TRAINED_ON = {
     "model", "model_revision", "tokenizer", "dtype", "four_bit", "data", "kind", "split", "data_config", "text_field",
-    "skip_empty", "repositories", "too_long",
+    "skip_empty", "repositories", "too_long", "max_rows", "sequence_parallel",
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from peft_longlora.eval.tasks.perplexity import Perplexity
 from peft_longlora.hub.card import write_card
 from peft_longlora.hub.folder import push_folder
 from peft_longlora.hub.results import copy_results
+from peft_longlora.sequence.switch import unshared
 from peft_longlora.training.options import RunOptions
 from peft_longlora.training.recipe import Recipe
 
@@ -64,14 +65,15 @@ def _measure(trainer: Trainer, options: RunOptions, corpus: Corpus, folder: Path
         Perplexity(corpus, lengths, max_windows=options.eval_windows),
         Perplexity(corpus, None, with_base=True, name="native", max_windows=options.eval_windows),
     ]
-    state, count = trainer.accelerator.state, trainer.args.world_size
+    count = trainer.args.world_size
     processes = Processes(device=model.device)
     with ExitStack() as stack:
         output = folder / EVALUATION
         if count > 1 and not _is_sharded(trainer):  # every process has the whole model, so they share the windows
-            processes = Processes(trainer.args.process_index, count, model.device, state._shared_state_holder)
+            processes = Processes(trainer.args.process_index, count, model.device, trainer.accelerator)
         elif count > 1 and not trainer.is_world_process_zero():  # all run every forward, and one writes
             output = Path(stack.enter_context(TemporaryDirectory()))
+        stack.enter_context(unshared(model))
         stack.enter_context(trainer.compute_loss_context_manager())
         results = evaluate(subject, tasks, output, processes=processes, overwrite=True)
     if results is not None and trainer.is_world_process_zero():

@@ -90,7 +90,8 @@ class Meter:
             return
         with torch.no_grad():
             losses = -log_probs.detach().float()
-            positions = self._positions[:, 1 : losses.shape[1] + 1].expand_as(losses)
+            # A token predicts the next one, which may belong to the next rank's stretch.
+            positions = (self._positions[:, : losses.shape[1]] + 1).expand_as(losses)
             counted = output.label_mask
             edges = torch.tensor(self.edges, device=losses.device)
             numbers = torch.bucketize(positions.contiguous(), edges, right=True).flatten()

@@ -55,6 +55,12 @@ class RunOptions:
         default="truncate",
         metadata=_help("Of records longer than a row: cut the middle of their prompt, leave them out, or stop."),
     )
+    max_rows: int | None = field(
+        default=None, metadata=_help("Stop reading after so many rows, for a dataset larger than what is trained on.")
+    )
+    sequence_parallel: int = field(
+        default=1, metadata=_help("How many processes share each row, for rows that are too long for one GPU.")
+    )
     eval_data: list[str] | None = field(
         default=None, metadata=_help("Held-out data of the same kind, measured after training.")
     )

@@ -46,15 +46,9 @@ NO_KEYS = {
     "assistant_only_loss": "does not apply: with kind: records the loss is on answers only",
     "resume_from_checkpoint": "is not needed: a run goes on from the last checkpoint in output_dir",
 }  # fmt: skip
-ABOVE_ZERO = (
-    "learning_rate",
-    "num_train_epochs",
-    "logging_steps",
-    "save_steps",
-    "eval_steps",
-    "per_device_train_batch_size",
-)
-ABOVE_ZERO += ("per_device_eval_batch_size", "gradient_accumulation_steps", "eval_windows", "save_total_limit")
+ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "save_total_limit")
+ABOVE_ZERO += ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+ABOVE_ZERO += ("eval_windows", "max_rows", "sequence_parallel")
 NOT_BELOW_ZERO = ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon", "lora_dropout", "seed")
 
 

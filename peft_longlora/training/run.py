@@ -5,19 +5,21 @@ recipe -> arguments -> tokenizer -> sketch (model without weights) -> rows -> mo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from peft_longlora.data.loading import load_rows
 from peft_longlora.eval.corpus import Corpus
 from peft_longlora.hub.loading import is_out_of_memory
 from peft_longlora.hub.trainers import use_longlora_card
 from peft_longlora.memory.fit import SHORTEST, fit_memory
+from peft_longlora.sequence.trainer import SequenceParallelMixin
 from peft_longlora.training.checkpoints import begin_output, open_output
 from peft_longlora.training.finish import finish
 from peft_longlora.training.meter import Meter, MeteredMixin
@@ -123,7 +125,8 @@ def make_plan(recipe: Recipe) -> Plan:
         read |= dict(too_long=options.too_long)
     held_out = corpus = None
     with arguments.main_process_first(desc="making rows"):
-        rows = load_rows(options.data, tokenizer, arguments.max_length, split=options.split, **read)
+        most = dict(split=options.split, max_rows=options.max_rows)
+        rows = load_rows(options.data, tokenizer, arguments.max_length, **most, **read)
         is_evaluating = arguments.eval_strategy != "no" or arguments.eval_on_start
         if options.eval_data and (options.kind == "records" or is_evaluating):
             held_out = load_rows(options.eval_data, tokenizer, arguments.max_length, split=options.eval_split, **read)
@@ -150,6 +153,8 @@ def make_arguments(recipe: Recipe) -> tuple[SFTConfig, bool]:
         raise ValueError("bf16 and fp16 are for GPUs, and there is none here. Leave them out.")
     given.setdefault("bf16", has_gpu and not given.get("fp16"))
     given.setdefault("dataloader_pin_memory", has_gpu)
+    if not has_gpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        given["use_cpu"] = True  # otherwise transformers looks for as many GPUs
     names = ("gradient_checkpointing", "activation_checkpointing")
     is_chosen = any(name in given for name in names)
     tokens = given["max_length"] * given["per_device_train_batch_size"]
@@ -158,6 +163,11 @@ def make_arguments(recipe: Recipe) -> tuple[SFTConfig, bool]:
     except Exception as error:  # transformers and TRL raise errors of many kinds
         raise ValueError(" ".join(str(error).split())) from error
     fits = options.fit_memory
+    if arguments.world_size % options.sequence_parallel:
+        raise ValueError(
+            f"sequence_parallel={options.sequence_parallel} does not divide the {arguments.world_size} processes. Use "
+            f"accelerate launch --num_processes {options.sequence_parallel} -m peft_longlora train, or a multiple."
+        )
     if fits is None:
         fits = has_gpu and arguments.world_size == 1 and tokens >= 2 * SHORTEST and not is_chosen
     elif fits and not has_gpu:
@@ -173,12 +183,13 @@ def make_trainer(plan: Plan) -> SFTTrainer:
     """Load the model, and make the trainer with its log, its card and its end."""
     from trl import SFTTrainer
 
-    class MeteredTrainer(MeteredMixin, SFTTrainer):
-        """TRL's trainer, whose log holds the loss by position and tokens per second."""
+    class RecipeTrainer(MeteredMixin, SequenceParallelMixin, SFTTrainer):
+        """TRL's trainer, whose log holds the loss by position and tokens per second; processes may share rows."""
 
     options, arguments = plan.recipe.run, plan.arguments
+    set_seed(arguments.seed)  # the adapter's random numbers are the same whatever came before
     model = load_adapted(options, plan.recipe.config, arguments.device.type == "cuda")
-    trainer = MeteredTrainer(
+    trainer = RecipeTrainer(
         model,
         arguments,
         train_dataset=plan.rows,
@@ -186,6 +197,7 @@ def make_trainer(plan: Plan) -> SFTTrainer:
         processing_class=plan.tokenizer,
         callbacks=[StopCallback()],
         meter=Meter(arguments.max_length),
+        sequence_parallel_size=options.sequence_parallel,
     )
     if options.four_bit:
         as_float(model)

@@ -31,7 +31,7 @@ ARROWS = {
     "chat": {"hub", "rope", "data", "architecture"},
     "app": {"chat", "hub"},
     "register": {"hub", "adapter", "attention"},
-    "training": {"eval", "hub", "data", "memory", "adapter", "attention"},
+    "training": {"eval", "hub", "data", "memory", "sequence", "adapter", "attention"},
     "cli": {"training", "eval", "chat", "app", "hub", "memory", "__init__"},
     "__main__": {"cli"},
     "__init__": {"register", "hub", "adapter", "attention", "rope", "kernels"},

@@ -6,8 +6,7 @@ Read `recipe` (which keys there are, and how they are checked), `run` (what happ
 
 from peft_longlora.training.checkpoints import last_checkpoint
 from peft_longlora.training.meter import Meter, MeteredMixin
-from peft_longlora.training.options import RunOptions
 from peft_longlora.training.recipe import Recipe, read_recipe
 from peft_longlora.training.run import train
 
-__all__ = ["Meter", "MeteredMixin", "Recipe", "RunOptions", "last_checkpoint", "read_recipe", "train"]
+__all__ = ["Meter", "MeteredMixin", "Recipe", "last_checkpoint", "read_recipe", "train"]

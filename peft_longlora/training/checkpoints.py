@@ -29,6 +29,9 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest whole checkpoint of a Trainer's output folder; None if there is none.
 
     The Trainer writes its state last, so a checkpoint without it was cut short by a full disk or a killed process.
+
+    Args:
+        folder: the output folder.
     """
     whole = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)

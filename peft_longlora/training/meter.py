@@ -105,6 +105,10 @@ class Meter:
 class MeteredMixin:
     """Before a TRL trainer in the list of bases: its log holds what a `Meter` reads.
 
+    Args:
+        meter: for rows of this training.
+        args, kwargs: arguments of the trainer.
+
     Example:
         >>> class MeteredTrainer(MeteredMixin, SFTTrainer): ...
         >>> trainer = MeteredTrainer(model, args=args, train_dataset=rows, meter=Meter(32768))

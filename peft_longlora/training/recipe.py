@@ -57,7 +57,8 @@ class Recipe:
     """Checked options of a run, by their keys.
 
     Attributes:
-        name: the file's name without suffix. values: the keys that were given, and DEFAULTS.
+        name: the file's name without suffix.
+        values: the keys that were given, and DEFAULTS.
     """
 
     name: str

@@ -73,6 +73,7 @@ def train(recipe: Recipe, *, dry_run: bool = False, say: Callable[[str], None] =
     """Train, evaluate, write card and results, and push if the recipe says so.
 
     Args:
+        recipe: as `read_recipe` gives it.
         dry_run: check everything, say what would be done, and load no weights.
         say: prints a line, in the main process only.
 

@@ -19,7 +19,7 @@ from functools import partial
 
 import torch
 from measure import Case, error, inputs, measure, replay, versions
-from options import Parser, count, device_here, new_file, positive, seconds
+from options import Parser, above_zero, count, device_here, new_file, positive
 from ways import permute_varlen, roll, two_calls_fa4
 
 from peft_longlora.kernels import backends
@@ -202,7 +202,9 @@ def main() -> None:
     parser.add_argument("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backends", nargs="+", choices=backends.BACKENDS, help="default: all that run here")
     parser.add_argument("--cases", type=count, nargs="+", help="numbers of the cases to run, from 0")
-    parser.add_argument("--seconds", type=seconds, help="of warming and of measuring a method (default 0.4; tiny 0.01)")
+    parser.add_argument(
+        "--seconds", type=above_zero, help="of warming and of measuring a method (default 0.4; tiny 0.01)"
+    )
     parser.add_argument("--rounds", type=positive, default=1)
     parser.add_argument("--graphs", action="store_true", help="time FlashAttention-4 as a CUDA graph too")
     parser.add_argument("--no-growth", action="store_true")

@@ -11,7 +11,7 @@ import sys
 
 import torch
 from measure import Case, error, inputs, measure, versions
-from options import Parser, device_here, new_file, seconds
+from options import Parser, above_zero, device_here, new_file
 
 from peft_longlora.kernels import backends
 from peft_longlora.kernels.attend import attend
@@ -90,7 +90,9 @@ def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument("--tiny", action="store_true", help="small shapes, float32 off the GPU")
     parser.add_argument("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=seconds, help="of warming and of measuring a method (default 0.3; tiny 0.01)")
+    parser.add_argument(
+        "--seconds", type=above_zero, help="of warming and of measuring a method (default 0.3; tiny 0.01)"
+    )
     parser.add_argument("--json", type=new_file, default="blocks.json", help="where the numbers go")
     args = parser.parse_args()
     device = torch.device(args.device)

@@ -22,7 +22,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from options import Parser, new_file, numbers, positive, seconds
+from options import Parser, above_zero, new_file, numbers, positive
 from peft import get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.generation.streamers import BaseStreamer
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--caches", nargs="+", default=CACHES[:-1], choices=CACHES)
     parser.add_argument("--new-tokens", type=positive, default=17, help="the first one, and those that are timed")
     parser.add_argument("--chunk", type=positive, default=4096, help="tokens of one forward in prefill")
-    parser.add_argument("--limit", type=seconds, default=1e9, help="seconds after which no row is begun")
+    parser.add_argument("--limit", type=above_zero, default=1e9, help="seconds after which no row is begun")
     parser.add_argument("--tiny", action="store_true", help="a model and lengths for a CPU")
     parser.add_argument("--output", type=new_file, help="results as JSON")
     args = parser.parse_args()

@@ -15,7 +15,7 @@ import torch
 from peft_longlora.cli.arguments import Parser as OneLine
 from peft_longlora.cli.arguments import count, numbers, positive
 
-__all__ = ["Parser", "count", "device_here", "new_file", "numbers", "old_file", "positive", "seconds"]
+__all__ = ["Parser", "above_zero", "count", "device_here", "new_file", "numbers", "old_file", "positive"]
 
 
 class Parser(OneLine):
@@ -33,7 +33,7 @@ class Parser(OneLine):
             self.error(" ".join(str(error).split()))
 
 
-def seconds(text: str) -> float:
+def above_zero(text: str) -> float:
     """A number above 0, such as 0.4."""
     try:
         number = float(text)

@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 import training_others
 from float8 import freeze_in_float8
+from options import Parser, above_zero, count, new_file, positive
 from shapes import LLAMA_2_7B, LLAMA_3_8B, LLAMA_3_70B, TINY
 from training_model import make_model
 from transformers import LlamaConfig
@@ -187,21 +188,21 @@ def versions() -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="llama-2-7b")
-    add("--lengths", type=int, nargs="+", default=[32768])
-    add("--group-size", type=int, default=8192)
+    add("--lengths", type=positive, nargs="+", default=[32768])
+    add("--group-size", type=positive, default=8192)
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS[:5]))
     add("--four-bit", action="store_true", help="a base in NF4")
     add("--no-embeddings", action="store_true", help="train LoRA and norms alone")
-    add("--limit-gib", type=float, help="memory that this process may use, as if the GPU had no more")
-    add("--losses", type=int, default=0, help="steps whose losses are written (default: those that are timed)")
-    add("--repeats", type=int, default=3)
-    add("--warm-up", type=int, default=2, help="steps before those that are timed (%(default)s)")
+    add("--limit-gib", type=above_zero, help="memory that this process may use, as if the GPU had no more")
+    add("--losses", type=count, default=0, help="steps whose losses are written (default: those that are timed)")
+    add("--repeats", type=positive, default=3)
+    add("--warm-up", type=count, default=2, help="steps before those that are timed (%(default)s)")
     add("--profile", action="store_true", help="print where the time goes, kernel by kernel")
     add("--tiny", action="store_true", help="a toy shape on the CPU, to see that it runs")
-    add("--output", help="write the numbers here as JSON, after every row")
+    add("--output", type=new_file, help="write the numbers here as JSON, after every row")
     args = parser.parse_args()
     if args.tiny:
         args.shape, args.lengths, args.group_size = "tiny", [256], 64

@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import torch
 from measure import Case, error, inputs, measure, replay, versions
-from options import Parser, device_here, new_file, positive, seconds
+from options import Parser, above_zero, device_here, new_file, positive
 from ways import two_calls_fa4
 
 from peft_longlora.kernels.cuts import Plan, tensors_of
@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument("--kernel", default="flash_attention_4", choices=KERNELS)
     parser.add_argument("--shape", type=positive, nargs=5, help="H, H_kv, D, N, G", default=[32, 8, 128, 32768, 8192])
     parser.add_argument("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=seconds, default=0.15, help="of warming and of measuring a way in a round")
+    parser.add_argument("--seconds", type=above_zero, default=0.15, help="of warming and of measuring a way in a round")
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--graphs", action="store_true", help="time the replay of a CUDA graph too")
     parser.add_argument("--profile", action="store_true", help="add the time of each GPU kernel to the JSON")

@@ -41,6 +41,8 @@ CASES = [
     ("benchmarks/scaling_model.py", "{here}/none.json", "no such file"),
     ("benchmarks/tables.py", "{here}/none.json", "no such file"),
     ("benchmarks/tables.py", "{odd}", "none of these scripts wrote it"),
+    ("benchmarks/training.py", "--rows magic", "invalid choice: 'magic'"),
+    ("benchmarks/training.py", "--tiny --output {here}/no/x.json", "does not exist. Make it first"),
     ("benchmarks/training_step.py", "--attention flash", "invalid choice: 'flash'"),
     ("benchmarks/training_step.py", "--tiny --repeats -1", "'-1' is not a number of 1 or more"),
     ("benchmarks/variants.py", "--shape 9 2 64 1024 256", "H=9 is to be a multiple of H_kv=2"),
@@ -61,7 +63,8 @@ CASES = [
 ]  # fmt: skip
 # Imported by scripts, or run only without arguments.
 LIBRARIES = {
-    "command_line.py", "stdlib_text.py", "measure.py", "options.py", "shapes.py", "ways.py", "training.py",
+    "command_line.py", "stdlib_text.py", "measure.py", "options.py", "shapes.py", "ways.py",
+    "float8.py", "float8_kernel.py", "training_model.py", "training_others.py",
     "cells.py", "figures.py", "losses.py", "metrics.py", "plots.py", "records.py", "train.py", "work.py",
 }  # fmt: skip
 

@@ -75,6 +75,8 @@ def s2_attention_reference(
     chosen_blocks: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """S2-Attn by its definition (LongLoRA, arXiv:2309.12307, section 3.2; groups as in the original's flash path).
 
@@ -110,8 +112,13 @@ def s2_attention_reference(
         for row, one in ((row, one) for row in range(batch) for one in range(kv_heads)):
             own, same = slice(one * heads // kv_heads, (one + 1) * heads // kv_heads), mask[row, 0].clone()
             mask[row, own] &= seen_by_blocks(query[row, own], key[row, own.start], same, g, pattern, chosen_blocks)
+    if window is not None:
+        mask = mask & torch.ones_like(causal).triu(1 - window)
     scores = query @ key.transpose(-1, -2) * (dim**-0.5 if scaling is None else scaling)
     scores = scores.masked_fill(~mask, float("-inf"))
     # A padding row has no key. Softmax would give NaN, but the definition says 0.
-    weights = scores.masked_fill(~mask.any(-1, keepdim=True), 0.0).softmax(-1).masked_fill(~mask, 0.0)
+    scores = scores.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    if sinks is not None:  # a logit of each head, whose weight has no value
+        scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], dim=-1)
+    weights = scores.softmax(-1)[..., :length].masked_fill(~mask, 0.0)
     return (torch.nn.functional.dropout(weights, dropout) @ value).transpose(1, 2)

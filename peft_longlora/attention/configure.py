@@ -101,7 +101,7 @@ def configure_attention(
         sharing=known.sharing if known else None,
         schedule=Schedule(dense_every, known.training_forwards if known else 0),
     )
-    _check_backend(config, layers, settings.backend)
+    _check_backend(config, settings.backend)
     if layers and all(is_local_layer(module, config) for module in layers.values()):
         logger.warning(
             f"Every layer of this model has its own window (sliding_window="
@@ -115,16 +115,12 @@ def configure_attention(
     return settings
 
 
-def _check_backend(config: PreTrainedConfig, layers: dict[str, nn.Module], backend: str | None) -> None:
+def _check_backend(config: PreTrainedConfig, backend: str | None) -> None:
     """Refuse, before anything runs, a model whose attention needs something that the backend cannot do.
 
     Raises: NotImplementedError. ValueError: an unknown backend.
     """
     check_backend(backend)
-    if any(hasattr(module, "sinks") for module in layers.values()):
-        raise NotImplementedError(
-            "This model's attention has sinks, which no backend of S2-Attn can do. Use another model."
-        )
     softcap = getattr(config, "attn_logit_softcapping", None)
     if softcap is not None and backend in ("sdpa", "cudnn", "varlen"):
         raise NotImplementedError(

@@ -13,7 +13,6 @@ from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.kernels.attend import attend as attend_in_groups
 from peft_longlora.kernels.cuts import Cuts
-from peft_longlora.kernels.groups import Groups
 from peft_longlora.kernels.kernel import Options
 
 
@@ -21,9 +20,9 @@ def attend(call: LayerCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(B, S, H, D_v) and the attention weights or None. If the settings say so, the fastest kernel computes it."""
     settings, options, query = call.settings, call.options, call.query
     is_fastest = settings.is_fastest and settings.is_enabled
-    if is_fastest and (groups := _whole_rows(call)) is not None:
-        chosen = Options(scaling=options.scaling, dropout=options.dropout)
-        return attend_in_groups(query, call.key, call.value, Cuts.of(groups), chosen), None
+    if is_fastest and (cuts := _whole_rows(call)) is not None:
+        chosen = Options(scaling=options.scaling, dropout=options.dropout, sinks=options.sinks)
+        return attend_in_groups(query, call.key, call.value, cuts, chosen), None
     name, mask = settings.dense_attention, call.mask
     if isinstance(mask, S2Mask):
         mask = mask.dense(name, query.device, call.positions, call.is_sparse)
@@ -40,11 +39,15 @@ def attend(call: LayerCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     return function(call.module, query, call.key, call.value, mask, **how, **call.more)
 
 
-def _whole_rows(call: LayerCall) -> Groups | None:
-    """The plan of a dense call that every kernel can run: whole rows, causal, no special features; otherwise None."""
-    own = ("sliding_window", "softcap", "s_aux")
-    is_plain = isinstance(call.mask, S2Mask) and not call.cached and not any(call.more.get(x) is not None for x in own)
-    return call.mask.whole_documents() if is_plain and call.is_causal else None
+def _whole_rows(call: LayerCall) -> Cuts | None:
+    """The cuts of a dense call that kernels can run: whole rows, causal, without a softcap; otherwise None."""
+    is_plain = isinstance(call.mask, S2Mask) and not call.cached and call.options.softcap is None
+    if not is_plain or not call.is_causal:
+        return None
+    if call.is_local:
+        return call.local_cuts(None)
+    groups = call.mask.whole_documents()
+    return None if groups is None else Cuts.of(groups)
 
 
 def _flash(

@@ -7,6 +7,7 @@ transformers finds `s2_attention_forward` under the name "s2_attn" (register.py)
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.attention.settings import settings_of
 from peft_longlora.kernels.attend import attend
+from peft_longlora.kernels.backends import windowed
 from peft_longlora.kernels.groups import refuse_bidirectional
 from peft_longlora.kernels.kernel import Options
 
@@ -64,7 +66,10 @@ def s2_attention_forward(
     if settings.sharing is not None:
         return settings.sharing.attend(call, call.pattern if is_sparse else "full"), None
     if not is_sparse:
-        return dense.attend(call)
+        own = call.local_cuts(call.positions) if call.is_sparse and call.is_local else None
+        if own is None:
+            return dense.attend(call)
+        return attend(query, key, value, own, replace(options, backend=windowed(options.backend))), None
     pattern = call.pattern
     cuts, order = call.cuts(pattern), call.order
     if order is None:

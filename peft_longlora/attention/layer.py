@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from peft_longlora.architecture import is_causal_layer
+from peft_longlora.attention.local import Local, cuts_of, find_local
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.attention.settings import AttentionSettings
 from peft_longlora.kernels.cuts import Cuts, plan
@@ -113,6 +114,21 @@ class LayerCall:
         # A ready plan is kept in the mask. It must not refer to the mask: that cycle would keep memory until
         # collection.
         return Cuts.of(mask.groups(size, pattern, positions))
+
+    def local(self, positions: torch.Tensor | None) -> Local | None:
+        """The layer's own window or chunks, if a kernel can run them."""
+        if not isinstance(self.mask, S2Mask) or torch.compiler.is_compiling():
+            return None
+        local = self.mask.once(("local", positions is None), lambda: find_local(self.mask, positions))
+        told = self.more.get("sliding_window")
+        return None if local and told is not None and local != ("window", told) else local
+
+    def local_cuts(self, positions: torch.Tensor | None) -> Cuts | None:
+        """Where the attention of a layer with its own window or chunks is cut; None if only its dense mask says it."""
+        local = self.local(positions)
+        if local is None:
+            return None
+        return self.mask.once(("local cuts", positions is None), lambda: cuts_of(self.mask, positions, local))
 
     def _compiled_cuts(self, pattern: str, mask: S2Mask) -> Cuts:
         if pattern in BLOCK_PATTERNS:

@@ -35,6 +35,7 @@ class S2Mask:
         batch, length: B and S, tokens.
         is_local: whether it belongs to layers with their own window or chunks, which are not changed.
         is_causal: False if transformers was told to let tokens see later ones, or if the model's rule does so.
+        arguments: of transformers' mask functions.
     """
 
     def __init__(self, arguments: dict[str, Any]):
@@ -42,14 +43,14 @@ class S2Mask:
         self.length: int = arguments["q_length"]
         self.is_local = arguments.get("local_size") is not None
         self.is_causal = "allow_is_bidirectional_skip" not in arguments
-        self._arguments = arguments
+        self.arguments = arguments
         self._dense: dict[tuple[str, bool], Any] = {}
         self._made: dict[Any, Any] = {}
 
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return self._arguments["device"]
+        return self.arguments["device"]
 
     # transformers takes a mask that is not 2-D as ready, which this one is.
     ndim = 4
@@ -87,22 +88,22 @@ class S2Mask:
         """
         key = implementation, is_sparse
         if key not in self._dense:
-            arguments = self._separated(position_ids) if is_sparse else self._arguments
+            arguments = self._separated(position_ids) if is_sparse else self.arguments
             self._dense[key] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**arguments)
         mask = self._dense[key]
         return mask.to(device) if isinstance(mask, torch.Tensor) else mask
 
     def _separated(self, position_ids: torch.Tensor | None) -> dict[str, Any]:
         """The arguments of a mask function, with a rule that keeps documents apart."""
-        if not self._has_positions(position_ids) or self._arguments["kv_length"] != self.length:
-            return self._arguments
+        if not self._has_positions(position_ids) or self.arguments["kv_length"] != self.length:
+            return self.arguments
         # Only the device knows whether a position restarts. Layers with a window get a mask in any case; the others use
         # numbers that the groups of other layers need on the host too.
         if not self.is_local and len(self.runs(position_ids)) <= self.batch:
-            return self._arguments
+            return self.arguments
         document, _ = self._number_documents(position_ids)
-        rule = and_masks(self._arguments["mask_function"], lambda b, h, q, k: document[b, q] == document[b, k])
-        return {**self._arguments, "mask_function": rule, "allow_is_causal_skip": False}
+        rule = and_masks(self.arguments["mask_function"], lambda b, h, q, k: document[b, q] == document[b, k])
+        return {**self.arguments, "mask_function": rule, "allow_is_causal_skip": False}
 
     def groups(self, group_size: int, pattern: str, position_ids: torch.Tensor | None = None) -> Groups:
         """The groups of this forward, made once for each (group_size, pattern).
@@ -144,13 +145,13 @@ class S2Mask:
                 ids = ids.gather(1, order)
                 documents = find_documents(ids)
             groups = plan_groups(self.batch, self.length, group_size, pattern, documents=documents, padding=ids == 0)
-        tensors_of(groups, self._arguments["device"])
+        tensors_of(groups, self.arguments["device"])
         return groups
 
     def _is_plain(self, position_ids: torch.Tensor | None) -> bool:
         """Whether every row is one document without padding, because no argument says otherwise."""
-        is_causal = self._arguments.get("allow_is_causal_skip", True)
-        return is_causal and position_ids is None and self._arguments.get("attention_mask") is None
+        is_causal = self.arguments.get("allow_is_causal_skip", True)
+        return is_causal and position_ids is None and self.arguments.get("attention_mask") is None
 
     def positions(self, cu_seq_lens: torch.Tensor) -> torch.Tensor:
         """(B, S) positions that restart where a document starts, from cumulative lengths."""
@@ -189,7 +190,7 @@ class S2Mask:
         A group consists of consecutive tokens, so such rows are attended to in this order. Compiled code cannot look
         into rows, and orders all rows that have a padding mask.
         """
-        if self._arguments.get("attention_mask") is None:
+        if self.arguments.get("attention_mask") is None:
             return None
 
         def find() -> torch.Tensor | None:
@@ -223,7 +224,7 @@ class S2Mask:
         """The plan of dense attention by the model's own rule; None if a token may see a later one, or if a cache
         stands in front.
         """
-        if not self.is_causal or self.is_local or self._arguments["kv_length"] != self.length:
+        if not self.is_causal or self.is_local or self.arguments["kv_length"] != self.length:
             return None
         try:
             return self.groups(2, "full", None) if self.order(None) is None else None
@@ -244,7 +245,7 @@ class S2Mask:
         documents. Only neighbours are checked, so memory is O(S), and every architecture has such a rule. A neighbour
         is the last token before that is not padding: padding inside a document does not end it, as in evaluation.
         """
-        device, padding_mask = self._arguments["device"], self._arguments.get("attention_mask")
+        device, padding_mask = self.arguments["device"], self.arguments.get("attention_mask")
         row = torch.arange(self.batch, device=device)[:, None]
         here = torch.arange(self.length, device=device).expand(self.batch, -1)
         last = here
@@ -254,8 +255,8 @@ class S2Mask:
         here, left = here[:, 1:], last[:, :-1]
         is_start = torch.zeros(self.batch, self.length, dtype=torch.bool, device=device)
         sees_later = torch.zeros_like(is_start)
-        if not self._arguments.get("allow_is_causal_skip", True):  # else the rule is plain causality
-            rule = self._arguments["mask_function"]
+        if not self.arguments.get("allow_is_causal_skip", True):  # else the rule is plain causality
+            rule = self.arguments["mask_function"]
             is_start[:, 1:] |= ~rule(row, 0, here, left)
             sees_later[:, 1:] |= rule(row, 0, here - 1, here)
         if self._has_positions(position_ids):

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 
-from peft_longlora.kernels.flash import fa2_cuts
+from peft_longlora.kernels.flash import fa2_cuts, window_sizes
 from peft_longlora.kernels.kernel import Kernel, Needs, Pieces, is_deterministic
 
 
@@ -23,8 +23,10 @@ class TorchVarlen(Kernel):
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
         """As `Kernel.forward`."""
-        cuts = fa2_cuts(pieces)
-        result = torch.ops.aten._flash_attention_forward(q, k, v, *cuts, 0.0, pieces.is_causal, False, scale=scaling)
+        how = dict(scale=scaling, **window_sizes(pieces))
+        result = torch.ops.aten._flash_attention_forward(
+            q, k, v, *fa2_cuts(pieces), 0.0, pieces.is_causal, False, **how
+        )
         out.copy_(result[0])
         lse.copy_(result[1])
 
@@ -33,7 +35,19 @@ class TorchVarlen(Kernel):
         cuts = fa2_cuts(pieces)
         no_dropout = torch.empty(0, dtype=torch.uint64, device=q.device)
         grads = torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse, *cuts, 0.0, pieces.is_causal, no_dropout, no_dropout, scale=scaling
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            *cuts,
+            0.0,
+            pieces.is_causal,
+            no_dropout,
+            no_dropout,
+            scale=scaling,
+            **window_sizes(pieces),
         )
         for grad, given in zip((dq, dk, dv), grads, strict=True):
             grad.copy_(given)
@@ -48,6 +62,7 @@ class CudnnAttention(Kernel):
     ties_layouts = True
     most_dim = 128
     has_softcap = False
+    has_window = False
 
     def lacks(self, needs: Needs) -> str | None:
         """As `Kernel.lacks`."""
@@ -108,7 +123,7 @@ class CpuAttention(Kernel):
 
     def lacks(self, needs: Needs) -> str | None:
         """As `Kernel.lacks`."""
-        lacks = {"dropout": needs.dropout, "softcap": needs.softcap, "attention sinks": needs.has_sinks}
+        lacks = {"dropout": needs.dropout, "softcap": needs.softcap, "sliding window": needs.has_window}
         if needs.dim != needs.value_dim:
             return f"its value heads are as wide as its query heads, not {needs.value_dim} and {needs.dim}"
         return next((f"it has no {what}" for what, is_wanted in lacks.items() if is_wanted), None)

@@ -9,7 +9,7 @@ import torch
 from peft_longlora.kernels.backends import check_backend, pick_backend
 from peft_longlora.kernels.blocks import BlockPlan
 from peft_longlora.kernels.cuts import Cuts, find_groups, plan
-from peft_longlora.kernels.groups import BLOCK_PATTERNS, check_blocks, check_pattern, find_documents
+from peft_longlora.kernels.groups import BLOCK_PATTERNS, check_blocks, check_pattern, find_documents, whole_number
 from peft_longlora.kernels.kernel import Options
 
 DEFAULTS = Options()
@@ -32,7 +32,8 @@ def attend(
         return query.new_zeros(batch, length, heads, value.shape[-1]) + query.sum() + key.sum() + value.sum()
     if cuts.blocks is not None:
         return _attend_blocks(query, key, value, cuts.blocks, options)
-    return pick_backend(query, key, value, cuts.is_regular, options).attend(query, key, value, cuts, options)
+    backend = pick_backend(query, key, value, cuts.is_regular, options, has_window=bool(cuts.window))
+    return backend.attend(query, key, value, cuts, options)
 
 
 @torch.compiler.disable(reason="a pattern that sees blocks of keys compiles its own kernel: use fullgraph=False")
@@ -54,6 +55,8 @@ def checked(
     if not 0 <= options.dropout <= 1:
         raise ValueError(f"dropout={options.dropout!r} is outside [0, 1]: it is the probability of dropping a weight.")
     check_tensors(query, key, value)
+    if options.sinks is not None and tuple(options.sinks.shape) != (query.shape[1],):
+        raise ValueError(f"sinks has shape {tuple(options.sinks.shape)}: it must be (H,), ({query.shape[1]},).")
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -93,6 +96,8 @@ def s2_attention(
     chosen_blocks: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    window: int | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Shifted sparse attention: causal attention inside groups; for half of the heads the groups start half a group
@@ -111,6 +116,8 @@ def s2_attention(
         chosen_blocks: how many blocks "adaptive" chooses; None for as many as cost what S2-Attn costs.
         scaling: factor on the scores; None for D ** -0.5.
         dropout: probability at which attention weights are dropped.
+        sinks: (H,) learned logits that every softmax counts, without a value (gpt_oss).
+        window: with pattern="full" only: a query sees so many keys of its document, itself included; None for all.
         backend: one of `backends.BACKENDS`; None for the fastest.
 
     Returns:
@@ -130,6 +137,8 @@ def s2_attention(
     batch, _, length, _ = query.shape
     if segment_ids is not None:
         _check_segment_ids(segment_ids, batch, length)
+    if window is not None and (pattern != "full" or (whole_number(window) or 0) < 1):
+        raise ValueError(f"window={window!r}, pattern={pattern!r}: a window is 1 token or more, and needs 'full'.")
     where = segment_ids, batch, length, group_size, pattern
     if pattern in BLOCK_PATTERNS:
         documents = _documents(segment_ids, batch, length)
@@ -137,7 +146,8 @@ def s2_attention(
         cuts = Cuts.by_blocks(BlockPlan.of(batch, length, documents, group_size, pattern, chosen_blocks))
     else:
         cuts = Cuts(batch, length, partial(find_groups, *where), partial(plan, *where, query.device))
-    return attend(query, key, value, cuts, Options(scaling=scaling, dropout=dropout, backend=backend))
+        cuts.window = 0 if window is None or window >= length else int(window)
+    return attend(query, key, value, cuts, Options(scaling, dropout, sinks=sinks, backend=backend))
 
 
 @torch.compiler.disable

@@ -31,6 +31,11 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"backend={backend!r} is unknown. Use None or one of {', '.join(map(repr, BACKENDS))}.")
 
 
+def windowed(backend: str | None) -> str | None:
+    """The backend for a layer with a sliding window: the named one, or None if that has no windows."""
+    return None if backend in KERNELS and not KERNELS[backend].has_window else backend
+
+
 def pick_backend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -38,10 +43,11 @@ def pick_backend(
     is_regular: bool,
     options: Options,
     blocks: str | None = None,
+    has_window: bool = False,
 ) -> Backend:
     """The backend for a call on these tensors; `blocks`: as in `Needs`. Errors as `choose_backend`."""
     needs = _needs(query, key, value, options)
-    return BACKENDS[choose_backend(options.backend, is_regular, *needs, blocks)]
+    return BACKENDS[choose_backend(options.backend, is_regular, *needs, blocks, has_window)]
 
 
 def _needs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> tuple:
@@ -49,7 +55,7 @@ def _needs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options:
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     shape = query.shape[3], value.shape[3], query.shape[1] > key.shape[1]
     # torch.compile keeps a 0.0 as a symbol; `or` makes it a constant.
-    numbers = options.dropout or 0.0, options.softcap or 0.0, options.sinks is not None
+    numbers = options.dropout or 0.0, options.softcap or 0.0
     return query.device, query.dtype, *shape, *numbers, needs_grad
 
 

@@ -138,6 +138,7 @@ class Cuts:
         make_groups: makes the plan as numbers, outside compiled code.
         make_tensors: makes it as tensors, inside compiled code, with the operator `plan`.
         blocks: in place of groups, the plan of a pattern that sees blocks of keys.
+        window: keys that a query sees of its piece, itself included; 0 for all.
     """
 
     batch: int
@@ -145,12 +146,13 @@ class Cuts:
     make_groups: Callable[[], Groups] | None
     make_tensors: Callable[[], Pair] | None = None
     blocks: BlockPlan | None = None
+    window: int = 0
     _groups: Groups | None = field(default=None, init=False)
 
     @classmethod
-    def of(cls, groups: Groups) -> Cuts:
-        """The cuts of a ready plan."""
-        return cls(groups.batch, groups.length, lambda: groups)
+    def of(cls, groups: Groups, window: int = 0) -> Cuts:
+        """The cuts of a ready plan. A window that holds every piece is none."""
+        return cls(groups.batch, groups.length, lambda: groups, window=window if window < groups.max_length else 0)
 
     @classmethod
     def by_blocks(cls, plan: BlockPlan) -> Cuts:

@@ -82,6 +82,11 @@ def _cuts(pieces: Pieces) -> dict:
     )
 
 
+def window_sizes(pieces: Pieces) -> dict[str, int]:
+    """A sliding window as the flash kernels take it; nothing without one."""
+    return dict(window_size_left=pieces.window - 1, window_size_right=0) if pieces.window else {}
+
+
 class FlashAttention4(PackagedKernel):
     """flash-attn-4: CuTe kernels for Hopper and Blackwell, compiled at the first call of each kind."""
 
@@ -112,7 +117,7 @@ class FlashAttention4(PackagedKernel):
     @staticmethod
     def _where(pieces: Pieces) -> dict:
         cuts = {} if pieces.cu_seqlens is None else _cuts(pieces)
-        return dict(causal=pieces.is_causal, **cuts)
+        return dict(causal=pieces.is_causal, **window_sizes(pieces), **cuts)
 
 
 class FlashAttention3(PackagedKernel):
@@ -126,14 +131,14 @@ class FlashAttention3(PackagedKernel):
 
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
         """As `Kernel.forward`. It copies, because the package's operator declares that it writes into no input."""
-        more = dict(softmax_scale=scaling, causal=pieces.is_causal, softcap=softcap)
+        more = dict(softmax_scale=scaling, causal=pieces.is_causal, softcap=softcap, **window_sizes(pieces))
         result = self.load()._flash_attn_forward(q, k, v, **_cuts(pieces), **more)
         out.copy_(result[0])
         lse.copy_(result[1])
 
     def backward(self, dout, q, k, v, out, lse, dq, dk, dv, pieces, scaling, softcap):
         """As `Kernel.backward`."""
-        more = dict(softmax_scale=scaling, is_causal=pieces.is_causal, softcap=softcap)
+        more = dict(softmax_scale=scaling, is_causal=pieces.is_causal, softcap=softcap, **window_sizes(pieces))
         more.update(_cuts(pieces), deterministic=is_deterministic())
         self.load()._flash_attn_backward(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, **more)
 
@@ -156,7 +161,7 @@ class FlashAttention2(PackagedKernel):
     def forward(self, q, k, v, out, lse, pieces, scaling, softcap):
         """As `Kernel.forward`."""
         cuts = fa2_cuts(pieces)
-        more = dict(causal=pieces.is_causal, softcap=softcap)
+        more = dict(causal=pieces.is_causal, softcap=softcap, **window_sizes(pieces))
         result = self.load()._flash_attn_varlen_forward(q, k, v, *cuts, 0.0, scaling, **more)
         out.copy_(result[0])
         lse.copy_(result[1])
@@ -165,7 +170,7 @@ class FlashAttention2(PackagedKernel):
         """As `Kernel.backward`."""
         cuts = fa2_cuts(pieces)
         more = dict(causal=pieces.is_causal, softcap=softcap, alibi_slopes=None)
-        more.update(window_size_left=-1, window_size_right=-1)
+        more.update(window_sizes(pieces) or dict(window_size_left=-1, window_size_right=-1))
         self.load()._flash_attn_varlen_backward(
             dout, q, k, v, out, lse, dq, dk, dv, *cuts, 0.0, scaling, **more, deterministic=is_deterministic()
         )

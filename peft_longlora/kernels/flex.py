@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from peft_longlora.kernels.blocks import BLOCK, BlockPlan
 from peft_longlora.kernels.cuts import Cuts
 from peft_longlora.kernels.groups import Groups, split_heads
 from peft_longlora.kernels.kernel import Backend, Needs, Options
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class Flex(Backend):
@@ -26,8 +30,6 @@ class Flex(Backend):
         """As `Backend.lacks`."""
         if needs.dropout:
             return f"it has no dropout, and dropout={needs.dropout} was asked for"
-        if needs.has_sinks:
-            return "it is called without attention sinks here"
         if needs.device.type != "cuda" and needs.requires_grad:
             return f"it has no backward on {needs.device.type!r}"
         if needs.device.type == "cuda" and min(needs.dim, needs.value_dim) < 16:
@@ -38,13 +40,13 @@ class Flex(Backend):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cuts: Cuts, options: Options
     ) -> torch.Tensor:
         """As `Backend.attend`."""
-        return attend(query, key, value, cuts.groups(), options.scaling, options.softcap or 0.0)
+        return attend(query, key, value, cuts.groups(), options, cuts.window)
 
     def attend_blocks(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: BlockPlan, options: Options
     ) -> torch.Tensor:
         """As `Backend.attend_blocks`."""
-        return attend_blocks(query, key, value, plan, options.scaling, options.softcap or 0.0)
+        return attend_blocks(query, key, value, plan, options)
 
 
 @cache
@@ -56,13 +58,39 @@ def _flex_attention(is_compiled: bool) -> Callable:
     return torch.compile(flex_attention, dynamic=True, fullgraph=True) if is_compiled else flex_attention
 
 
+def _call(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score_mod: Callable | None,
+    mask: BlockMask,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """(1, H, N, D), (1, H_kv, N, D) -> (1, H, N, D_v)."""
+    found = _flex_attention(query.device.type == "cuda")(
+        query,
+        key,
+        value,
+        score_mod=score_mod,
+        block_mask=mask,
+        enable_gqa=query.shape[1] != key.shape[1],
+        # the kernel for few queries behind a cache has no tiles for blocks of 128 queries
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+        **({} if sinks is None else {"return_lse": True}),
+    )
+    if sinks is None:
+        return found
+    out, lse = found
+    return out * torch.sigmoid(lse - sinks[:, None]).unsqueeze(-1).to(out.dtype)  # see `sinks`
+
+
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     groups: Groups,
-    scaling: float | None = None,
-    softcap: float = 0.0,
+    options: Options,
+    window: int = 0,
 ) -> torch.Tensor:
     """Causal attention inside the groups: (B, H, S, D), (B, H_kv, S, D) -> (B, S, H, D_v), 0 at padding."""
     batch, heads, length, _ = query.shape
@@ -74,64 +102,65 @@ def attend(
         is_token = groups.once(("flex tokens", q.device), lambda: ~groups.padding.to(q.device).view(1, 1, -1, 1))
         q, k, v = (x.where(is_token, 0) for x in (q, k, v))
     if not groups.is_split:
-        halves = [("straight", q, k, v)]
+        halves = [("straight", q, k, v, options.sinks)]
     else:
         h, h_kv = split_heads(heads, kv_heads)
         queries = q.split((h, heads - h), dim=1)
         keys, values = (x.split((h_kv, kv_heads - h_kv), dim=1) if h_kv else (x, x) for x in (k, v))
-        halves = [x for x in zip(("straight", "shifted"), queries, keys, values, strict=True) if x[1].shape[1]]
-    attend_blocks = _flex_attention(query.device.type == "cuda")
-    factor = 1.0 if scaling is None else scaling * query.shape[3] ** 0.5
-    made = ("score_mod", round(factor, 6), softcap, q.device)
-    score_mod = groups.once(made, lambda: _score_mod(factor, softcap, q.device))
-    outputs = [
-        attend_blocks(
-            q,
-            k,
-            v,
-            score_mod=score_mod,
-            block_mask=groups.once(("flex", half, q.device), lambda half=half: block_mask(groups, half, query.device)),
-            enable_gqa=q.shape[1] != k.shape[1],
-            # the kernel for few queries behind a cache has no tiles for blocks of 128 queries
-            kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
-        )
-        for half, q, k, v in halves
-    ]
+        sinks = (None, None) if options.sinks is None else options.sinks.split((h, heads - h))
+        every = zip(("straight", "shifted"), queries, keys, values, sinks, strict=True)
+        halves = [half for half in every if half[1].shape[1]]
+    score_mod = _score_mod(groups, options, query)
+
+    def mask_of(half: str) -> BlockMask:
+        made = "flex", half, window, query.device
+        return groups.once(made, lambda: block_mask(groups, half, query.device, window))
+
+    outputs = [_call(*tensors, score_mod, mask_of(half), sinks) for half, *tensors, sinks in halves]
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     if is_token is not None:
         out = out.where(is_token, 0)  # so that its gradient is 0 too
     return out.transpose(1, 2).view(batch, length, heads, -1)
 
 
-def _score_mod(factor: float, softcap: float, device: torch.device) -> Callable | None:
-    """The change of scores that were scaled by D ** -0.5, or None if there is none.
+def _score_mod(plan: Groups | BlockPlan, options: Options, query: torch.Tensor) -> Callable | None:
+    """The change of scores that were scaled by D ** -0.5, or None if there is none; made once for a plan.
 
     Numbers are given as tensors: torch.compile with dynamic shapes turns a number into something FlexAttention refuses.
     """
-    scale, cap = (torch.tensor(x, dtype=torch.float32, device=device) for x in (factor, softcap))
+    dim, device, softcap = query.shape[-1], query.device, options.softcap or 0.0
+    factor = options.scale(dim) * dim**0.5
 
-    def soften(score, b, h, q, k):
-        return cap * torch.tanh(score * scale / cap)
+    def make() -> Callable | None:
+        scale, cap = (torch.tensor(x, dtype=torch.float32, device=device) for x in (factor, softcap))
 
-    def rescale(score, b, h, q, k):
-        return score * scale
+        def soften(score, b, h, q, k):
+            return cap * torch.tanh(score * scale / cap)
 
-    if softcap:
-        return soften
-    return None if abs(factor - 1) < 1e-6 else rescale
+        def rescale(score, b, h, q, k):
+            return score * scale
+
+        if softcap:
+            return soften
+        return None if abs(factor - 1) < 1e-6 else rescale
+
+    return plan.once(("score_mod", round(factor, 6), softcap, device), make)
 
 
-def block_mask(groups: Groups, half: str, device: torch.device):
+def block_mask(groups: Groups, half: str, device: torch.device, window: int = 0) -> BlockMask:
     """The BlockMask of one half, from its boundaries: memory is O((S / 128)^2), not O(S^2)."""
     from torch.nn.attention.flex_attention import BlockMask
 
     tokens = groups.batch * groups.length
     boundaries = getattr(groups, half)
     pieces = list(pairwise(boundaries))
-    # A token sees its piece from the start up to itself. Padding, and tokens before the first piece, see nothing.
+    # A token sees its piece from the start, or from the window's, up to itself. Padding, and tokens before the first
+    # piece, see nothing.
     first = [tokens, *(tokens if start in groups.padding_starts else start for start, _ in pieces)]
     lengths = torch.tensor([boundaries[0], *(end - start for start, end in pieces)])
     start = torch.repeat_interleave(torch.tensor(first), lengths).to(device)
+    if window:
+        start = torch.maximum(start, torch.arange(tokens, device=device) - window + 1)
     blocks = -(-tokens // BLOCK)
     padded = torch.nn.functional.pad(start, (0, blocks * BLOCK - tokens), value=tokens).view(blocks, BLOCK)
     q, kv = torch.arange(blocks, device=device)[:, None], torch.arange(blocks, device=device)
@@ -156,8 +185,7 @@ def attend_blocks(
     key: torch.Tensor,
     value: torch.Tensor,
     plan: BlockPlan,
-    scaling: float | None = None,
-    softcap: float = 0.0,
+    options: Options,
 ) -> torch.Tensor:
     """Attention to blocks of keys: (B, H, S, D), (B, H_kv, S, D) -> (B, S, H, D_v), 0 at padding."""
     if not plan.documents:
@@ -165,17 +193,7 @@ def attend_blocks(
         return nothing + (query.sum() + key.sum() + value.sum()) * 0
     q, k, v = (plan.arrange(x) for x in (query, key, value))
     mask = _mask_of_seen(plan, plan.find_seen(q, k), len(q))
-    factor = 1.0 if scaling is None else scaling * query.shape[3] ** 0.5
-    made = ("score_mod", round(factor, 6), softcap, q.device)
-    out = _flex_attention(query.device.type == "cuda")(
-        q[None],
-        k[None],
-        v[None],
-        score_mod=plan.once(made, lambda: _score_mod(factor, softcap, q.device)),
-        block_mask=mask,
-        enable_gqa=len(q) != len(k),
-        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
-    )
+    out = _call(q[None], k[None], v[None], _score_mod(plan, options, q), mask, options.sinks)
     return plan.restore(out[0])
 
 

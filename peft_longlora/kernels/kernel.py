@@ -46,7 +46,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Needs:
-    """The needs of a call that a backend may lack; is_grouped: H > H_kv; blocks: its pattern, if `blocks` has it."""
+    """The needs of a call that a backend may lack.
+
+    Attributes:
+        is_grouped: H > H_kv. blocks: its pattern, if `blocks` has it. has_window: queries see their last keys only.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -55,9 +59,9 @@ class Needs:
     is_grouped: bool = False
     dropout: float = 0.0
     softcap: float = 0.0
-    has_sinks: bool = False
     requires_grad: bool = False
     blocks: str | None = None
+    has_window: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,14 @@ class Pieces:
 
     Without `far`, attention is causal among the tokens of a piece. With `far`, keys and values are those of other
     tokens, cut into the same number of pieces, and each query attends to all keys of its piece.
+
+    With `window` a query sees only so many keys, itself included; 0 for all.
     """
 
     cu_seqlens: torch.Tensor | None
     max_length: int
     far: Pieces | None = None
+    window: int = 0
 
     @property
     def is_causal(self) -> bool:
@@ -127,7 +134,8 @@ class Kernel:
         ties_layouts: whether its backward needs q, out and the gradient of out in the same memory layout.
         capabilities: the first and the last major compute capability that it runs on.
         most_dim: its largest head dim.
-        has_softcap: whether it can do softcap. may_differ: whether D_v may differ from D if H == H_kv.
+        has_softcap, has_window: whether it can do softcap, and a sliding window.
+        may_differ: whether D_v may differ from D if H == H_kv.
     """
 
     name: ClassVar[str]
@@ -138,6 +146,7 @@ class Kernel:
     capabilities: ClassVar[tuple[int, int]] = (8, 99)
     most_dim: ClassVar[int] = 256
     has_softcap: ClassVar[bool] = True
+    has_window: ClassVar[bool] = True
     may_differ: ClassVar[bool] = False
 
     def missing(self, device: torch.device) -> str | None:
@@ -164,8 +173,8 @@ class Kernel:
             return f"it is called without dropout here, and dropout={needs.dropout} was asked for"
         if needs.softcap and not self.has_softcap:
             return f"it has no softcap, and softcap={needs.softcap} was asked for"
-        if needs.has_sinks:
-            return "it is called without attention sinks here"
+        if needs.has_window and not self.has_window:
+            return "it has no sliding window"
         for dim in (needs.dim, needs.value_dim):
             if dim % 8 or not 8 <= dim <= self.most_dim:
                 return f"its head dim is a multiple of 8 up to {self.most_dim}, not {dim}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Optional
 
 import torch
 
@@ -18,6 +19,7 @@ from peft_longlora.kernels.cuts import Cuts, Plan
 from peft_longlora.kernels.flash import FlashAttention2, FlashAttention3, FlashAttention4
 from peft_longlora.kernels.kernel import Backend, Kernel, Needs, Options, Pieces
 from peft_longlora.kernels.launches import Launch, plan_launches
+from peft_longlora.kernels.sinks import add_sinks_, sinks_gradient
 
 # By name, because an operator cannot take an object as an argument.
 KERNELS: dict[str, Kernel] = {
@@ -60,10 +62,10 @@ def run_launches(launches: Sequence[Launch], call: Callable[[Launch], None], dev
             current.wait_stream(stream)
 
 
-def _pieces(launch: Launch, plan: Plan, cu_seqlens: torch.Tensor) -> Pieces:
+def _pieces(launch: Launch, plan: Plan, cu_seqlens: torch.Tensor, window: int) -> Pieces:
     if launch.count:
-        return Pieces(None, launch.piece)
-    return Pieces(cu_seqlens[plan.span(launch.half)], plan.max_length(launch.half))
+        return Pieces(None, launch.piece, window=window)
+    return Pieces(cu_seqlens[plan.span(launch.half)], plan.max_length(launch.half), window=window)
 
 
 def _launches(plan: Plan, q: torch.Tensor, k: torch.Tensor, kernel: Kernel) -> tuple[Launch, ...]:
@@ -88,6 +90,8 @@ def attend_halves(
     scaling: float,
     softcap: float,
     backend: str,
+    window: int = 0,
+    sinks: Optional[torch.Tensor] = None,  # noqa: UP045 (torch 2.11 reads no `|` here)
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention inside the pieces of each half.
 
@@ -96,6 +100,7 @@ def attend_halves(
         layout, cu_seqlens: from `Cuts.tensors`.
         scaling: factor on the scores. softcap: 0 for no softcap.
         backend: a name in `KERNELS`; the caller has checked that this kernel can run the call.
+        window: keys that a query sees, itself included; 0 for all of its piece. sinks: (H,), counted in every softmax.
 
     Returns: (N, H, D_v), 0 at padding, and the log-sum-exp of the scores, (H, N) float32.
     """
@@ -106,15 +111,17 @@ def attend_halves(
     def call(x: Launch) -> None:
         kv = x.kv_heads
         tensors = x.tokens(q, x.heads), x.tokens(k, kv), x.tokens(v, kv), x.tokens(out, x.heads), x.sums(lse)
-        kernel.forward(*tensors, _pieces(x, plan, cu_seqlens), scaling, softcap)
+        kernel.forward(*tensors, _pieces(x, plan, cu_seqlens, window), scaling, softcap)
 
     run_launches(_launches(plan, q, k, kernel), call, q.device)
+    if sinks is not None:
+        add_sinks_(out, lse, sinks)
     _clear(plan, out)
     return out, lse
 
 
 @attend_halves.register_fake
-def _(q, k, v, layout, cu_seqlens, scaling, softcap, backend):
+def _(q, k, v, layout, cu_seqlens, scaling, softcap, backend, window=0, sinks=None):
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
@@ -131,6 +138,7 @@ def attend_halves_backward(
     scaling: float,
     softcap: float,
     backend: str,
+    window: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v. They are 0 at padding, whatever the gradient of the output is there."""
     kernel, plan = KERNELS[backend], Plan.read(layout)
@@ -156,7 +164,7 @@ def attend_halves_backward(
             x.tokens(dq, x.heads),
             x.tokens(to_k, kv),
             x.tokens(to_v, kv),
-            _pieces(x, plan, cu_seqlens),
+            _pieces(x, plan, cu_seqlens, window),
             scaling,
             softcap,
         )
@@ -170,21 +178,26 @@ def attend_halves_backward(
 
 
 @attend_halves_backward.register_fake
-def _(dout, q, k, v, out, lse, layout, cu_seqlens, scaling, softcap, backend):
+def _(dout, q, k, v, out, lse, layout, cu_seqlens, scaling, softcap, backend, window=0):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 
 
 def _save(ctx, inputs, output):
-    q, k, v, layout, cu_seqlens, ctx.scaling, ctx.softcap, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, *output, layout, cu_seqlens)
+    q, k, v, layout, cu_seqlens, *ctx.how, sinks = inputs
+    ctx.save_for_backward(q, k, v, *output, layout, cu_seqlens, sinks)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, _):
     if dout is None:
-        return (None,) * 8
-    grads = attend_halves_backward(dout, *ctx.saved_tensors, ctx.scaling, ctx.softcap, ctx.backend)
-    return *grads, None, None, None, None, None
+        return (None,) * 10
+    *tensors, sinks = ctx.saved_tensors
+    grads = attend_halves_backward(dout, *tensors, *ctx.how)
+    dsinks = None
+    if sinks is not None and ctx.needs_input_grad[-1]:
+        _, _, _, out, lse, layout, _ = tensors
+        dsinks = sinks_gradient(dout, out, lse, sinks, layout)
+    return *grads, None, None, None, None, None, None, dsinks
 
 
 attend_halves.register_autograd(_backward, setup_context=_save)
@@ -213,6 +226,6 @@ class Launched(Backend):
         batch, heads, length, dim = query.shape
         # (B, H, S, D) -> (B * S, H, D); a view, because projections give (B, S, H, D)
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        how = options.scale(dim), options.softcap or 0.0, self.name
+        how = options.scale(dim), options.softcap or 0.0, self.name, cuts.window, options.sinks
         out, _ = attend_halves(q, k, v, *cuts.tensors(query.device), *how)
         return out.view(batch, length, heads, value.shape[3])

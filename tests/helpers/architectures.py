@@ -130,8 +130,8 @@ CASES = [
     Case(
         "gpt_oss",
         dict(head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=1e4), **MOE),
-        "attention sinks",
-        refused="sinks",
+        "attention sinks, sliding layers",
+        local=(0,),
     ),
     Case("gpt2", GPT2, "learned positions", refused=NO_ROPE),
     Case("opt", dict(word_embed_proj_dim=64, ffn_dim=48), "learned positions", refused=NO_ROPE),
@@ -179,10 +179,13 @@ class Truth:
 
 
 def truth_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    if not Truth.is_sparse or module.layer_idx in Truth.local:
+    how = dict(segment_ids=Truth.segment_ids, scaling=scaling, sinks=kwargs.get("s_aux"))
+    if Truth.is_sparse and module.layer_idx not in Truth.local:
+        return s2_attention_reference(query, key, value, GROUP, **how), None
+    if how["sinks"] is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    out = s2_attention_reference(query, key, value, GROUP, segment_ids=Truth.segment_ids, scaling=scaling)
-    return out, None
+    window = kwargs.get("sliding_window")
+    return s2_attention_reference(query, key, value, 2, pattern="full", window=window, **how), None
 
 
 AttentionInterface.register("truth", truth_attention)

@@ -113,7 +113,7 @@ def test_what_a_backend_lacks_is_said_before_it_runs():
     assert fa2.lacks(Needs(**call)) is None
     assert "float32" in fa2.lacks(Needs(**{**call, "dtype": torch.float32}))
     assert "dropout=0.1" in fa2.lacks(Needs(**call, dropout=0.1))
-    assert "sinks" in fa2.lacks(Needs(**call, has_sinks=True))
+    assert "window" in cudnn.lacks(Needs(**call, has_window=True)) and fa2.lacks(Needs(**call, has_window=True)) is None
     assert "up to 256, not 512" in fa2.lacks(Needs(**{**call, "dim": 512, "value_dim": 512}))
     assert "not 60" in fa2.lacks(Needs(**{**call, "dim": 60, "value_dim": 60}))
     assert "not 32 and 64" in fa2.lacks(Needs(**{**call, "value_dim": 32}))
@@ -137,13 +137,11 @@ def test_dropout_runs_where_it_can_and_keeps_the_mean():
     assert out.unique().numel() > 2 and abs(out.mean() - 1) < 0.05
 
 
-def test_softcap_and_sinks_are_refused_where_nothing_can_do_them():
+def test_softcap_is_refused_where_nothing_can_do_it():
     q, k, v = inputs()
     cuts = Cuts.of(plan_groups(1, 40, 16))
     with pytest.raises(NotImplementedError, match="not sdpa: it has no softcap; not flex: it has no backward on 'cpu'"):
         attend(q, k, v, cuts, Options(softcap=30.0))
-    with pytest.raises(NotImplementedError, match="sinks"):
-        attend(q, k, v, cuts, Options(sinks=torch.zeros(4)))
     with pytest.raises(NotImplementedError, match="backend='sdpa' cannot run this call: it has no softcap"):
         attend(q, k, v, cuts, Options(softcap=30.0, backend="sdpa"))
 

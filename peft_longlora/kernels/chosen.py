@@ -14,6 +14,7 @@ from peft_longlora.kernels.blocks import BLOCK, BlockPlan
 from peft_longlora.kernels.flash import import_module
 from peft_longlora.kernels.kernel import Needs, Options, is_deterministic
 from peft_longlora.kernels.operators import KERNELS, Launched
+from peft_longlora.kernels.sinks import add_sinks_, gradient_of_sinks
 
 LISTS = "flash_attn.cute.block_sparsity"
 
@@ -49,28 +50,40 @@ def _for_heads(heads: int, counts: torch.Tensor, numbers: torch.Tensor) -> tuple
 
 
 class _AttendSeen(torch.autograd.Function):
-    """(1, N, H, D), (1, N, H_kv, D), seen (H_kv, blocks, width) -> (1, N, H, D)."""
+    """(1, N, H, D), (1, N, H_kv, D), seen (H_kv, blocks, width), sinks (H,) or None -> (1, N, H, D)."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scaling: float):
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        seen: torch.Tensor,
+        sinks: torch.Tensor | None,
+        scaling: float,
+    ):
         heads = q.shape[2]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = q.new_empty(1, heads, q.shape[1], dtype=torch.float32)
         lists = _lists(*key_blocks(seen, heads))
         more = dict(softmax_scale=scaling, causal=True, out=out, lse=lse, pack_gqa=False)
         _interface()._flash_attn_fwd(q, k, v, block_sparse_tensors=lists, **more)
-        ctx.save_for_backward(q, k, v, out, lse, seen)
+        if sinks is not None:
+            add_sinks_(out[0], lse[0], sinks)
+        ctx.save_for_backward(q, k, v, out, lse, seen, sinks)
         ctx.scaling = scaling
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor):
-        q, k, v, out, lse, seen = ctx.saved_tensors
+        q, k, v, out, lse, seen, sinks = ctx.saved_tensors
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         lists = _lists(*query_blocks(seen, q.shape[2]))
         more = dict(softmax_scale=ctx.scaling, causal=True, dq=dq, dk=dk, dv=dv)
         _interface()._flash_attn_bwd(q, k, v, out, dout.contiguous(), lse, block_sparse_tensors=lists, **more)
-        return dq, dk, dv, None, None
+        is_trained = sinks is not None and ctx.needs_input_grad[4]
+        dsinks = gradient_of_sinks(dout[0], out[0], lse[0], sinks) if is_trained else None
+        return dq, dk, dv, None, dsinks, None
 
 
 def _interface() -> Any:
@@ -111,5 +124,5 @@ class ChosenBlocks(Launched):
         seen = plan.find_seen(q, k)
         # (H, N, D) -> (1, N, H, D), a view
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = _AttendSeen.apply(q, k, v, seen, options.scale(query.shape[-1]))
+        out = _AttendSeen.apply(q, k, v, seen, options.sinks, options.scale(query.shape[-1]))
         return plan.restore(out[0].transpose(0, 1))

@@ -8,6 +8,8 @@ log-sum-exp, attends to one more key instead.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from peft_longlora.kernels.cuts import Plan
@@ -29,18 +31,29 @@ def add_sinks_(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> Non
 def sinks_gradient(
     dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor, layout: torch.Tensor
 ) -> torch.Tensor:
+    """As `gradient_of_sinks`, as an operator; layout: from `Cuts.tensors`, for the padding."""
+    return gradient_of_sinks(dout, out, lse, sinks, Plan.read(layout).padding)
+
+
+def gradient_of_sinks(
+    dout: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    sinks: torch.Tensor,
+    padding: Sequence[tuple[int, int]] = (),
+) -> torch.Tensor:
     """The gradient of the sinks, (H,).
 
     Args:
         dout, out: (N, H, D_v). lse: (H, N). Both out and lse count the sinks.
-        layout: from `Cuts.tensors`, for the padding, whose gradients do not count.
+        padding: tokens [from, to) whose gradients do not count.
     """
     grads = torch.empty_like(lse)
     for first in range(0, out.shape[0], CHUNK):
         own = slice(first, first + CHUNK)
         value = (dout[own].to(lse.dtype) * out[own]).sum(2).T
         grads[:, own] = -(sinks.to(lse.dtype)[:, None] - lse[:, own]).exp() * value
-    for start, end in Plan.read(layout).padding:
+    for start, end in padding:
         grads[:, start:end] = 0
     return grads.sum(1).to(sinks.dtype)
 

@@ -276,7 +276,7 @@ def examine(case: Case) -> dict[str, object]:
         loaded.merge_and_unload().save_pretrained(f"{folder}/merged")
         merged, truth = (
             AutoModelForCausalLM.from_pretrained(f"{folder}/merged", attn_implementation=name)
-            for name in ("sdpa", "truth")
+            for name in ("sdpa" if base._supports_sdpa else "eager", "truth")
         )
     Truth.local = case.local
     found["sparse_error"] = distance(model, truth, training=True)

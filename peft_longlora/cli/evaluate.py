@@ -39,6 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--lengths", type=numbers, default=[4096], help="tokens of windows and prompts, as 4096,8192 or 4k,8k (4k)")
     add("--output", required=True, type=folder, help="folder for results; if it holds the same run, that run continues")
     add("--overwrite", action="store_true", help="delete the old results in --output first")
+    add("--with-base", action="store_true", help="measure the base too: both in one table and in one plot a task")
     add("--card", action="store_true", help="show the results in the adapter's card (README.md)")
     add("--seed", type=int, default=0, help="seed of generated prompts and of intervals (%(default)s)")
     add_model_options(parser)
@@ -106,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.card and (args.adapter is None or not Path(args.adapter).is_dir()):
         raise ValueError(f"--card needs an adapter in a folder, not {args.adapter!r}.")
+    if args.with_base and args.adapter is None and args.context_length is None:
+        raise ValueError("--with-base needs --adapter or --context-length: without them the model is the base.")
     tasks = make_tasks(args)
     refuse_file(args.output, WRITTEN)
     for task in tasks:

@@ -60,11 +60,13 @@ class TaskEntry:
     Attributes:
         make: makes the library's tasks, from the options and the task's name.
         reads: options that it reads, besides those of every task. needs: options that must be given.
+        with_base: whether --with-base changes it. Some tasks measure the base in any case, and a cost is a machine's.
     """
 
     make: Callable[[Options, str], list[Task]]
     reads: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    with_base: bool = True
 
 
 def make_tasks(args: Namespace) -> list[Task]:
@@ -78,10 +80,17 @@ def make_tasks(args: Namespace) -> list[Task]:
         for option in entry.needs:
             if getattr(args, option) is None:
                 raise ValueError(f"Task {name!r} needs --{option}.")
-        tasks += entry.make(options, name)
+        made = entry.make(options, name)
+        tasks += [_beside_base(task) for task in made] if args.with_base and entry.with_base else made
     if not tasks:
         raise ValueError(f"--tasks {args.tasks!r} names no task.")
     return tasks
+
+
+def _beside_base(task: Task) -> Task:
+    from peft_longlora.eval import BesideBase
+
+    return BesideBase(task)
 
 
 def tasks_that_read(option: str) -> list[str]:
@@ -170,16 +179,16 @@ def _harness(options: Options, name: str) -> list[Task]:
 
 TASKS = {
     "perplexity": TaskEntry(_perplexity, ("protocol", "stride", "buckets", "max_windows"), needs=("data",)),
-    "native": TaskEntry(_native, ("max_windows",), needs=("data",)),
-    "memorised": TaskEntry(_memorised, ("unseen", "samples"), needs=("data",)),
+    "native": TaskEntry(_native, ("max_windows",), needs=("data",), with_base=False),
+    "memorised": TaskEntry(_memorised, ("unseen", "samples"), needs=("data",), with_base=False),
     "passkey": TaskEntry(_passkey, ("depths", "seeds", "chat")),
     "needle": TaskEntry(_passkey, ("depths", "seeds", "chat"), needs=("data",)),
     "ruler": TaskEntry(_ruler, ("data", "samples", "chat")),
     "topics": TaskEntry(_topics, ("samples", "chat"), needs=("topics",)),
     "multidoc": TaskEntry(_multidoc, ("samples", "places", "chat"), needs=("multidoc",)),
     "longqa": TaskEntry(_longqa, ("samples", "longqa_prompts", "chat"), needs=("longqa",)),
-    "cost": TaskEntry(_cost),
+    "cost": TaskEntry(_cost, with_base=False),
 }
 OWN_TASKS = tuple(TASKS)
 _RULER_TASK = TASKS["ruler"]  # for a single RULER task, such as ruler_vt
-_HARNESS_TASK = TaskEntry(_harness, ("limit", "include_path", "num_fewshot"))
+_HARNESS_TASK = TaskEntry(_harness, ("limit", "include_path", "num_fewshot"), with_base=False)

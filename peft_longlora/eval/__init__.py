@@ -22,6 +22,7 @@ from peft_longlora.eval.processes import Processes
 from peft_longlora.eval.report.comparison import compare
 from peft_longlora.eval.run import Settings
 from peft_longlora.eval.subject import Subject, load_subject
+from peft_longlora.eval.tasks.beside_base import BesideBase
 from peft_longlora.eval.tasks.cost import Cost
 from peft_longlora.eval.tasks.harness import Harness
 from peft_longlora.eval.tasks.haystack import Books
@@ -35,6 +36,7 @@ from peft_longlora.eval.tasks.topics import Topics
 from peft_longlora.hub.results import Results
 
 __all__ = [
+    "BesideBase",
     "Books",
     "Corpus",
     "Cost",

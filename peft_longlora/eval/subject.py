@@ -162,10 +162,14 @@ class Subject:
             finally:
                 self.model.train(was_training)
 
+    def base(self) -> Subject:
+        """The base as a subject. It is the base only within `as_base`."""
+        return Subject(self.model, self.tokenizer, "base", self.native_window, self.native_window)
+
     @contextmanager
     def as_base(self) -> Iterator[Subject]:
         """Within the block: the base as a subject, without adapter and with its own RoPE."""
-        base = Subject(self.model, self.tokenizer, "base", self.native_window, self.native_window)
+        base = self.base()
         if isinstance(self.model, PeftModel):
             with self.model.disable_adapter():
                 yield base

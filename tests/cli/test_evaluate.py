@@ -74,6 +74,40 @@ def test_a_model_without_room_ends_with_code_2(tmp_path, monkeypatch, capsys):
     assert line.startswith("longlora eval: error: The model does not fit into memory (CUDA out of memory.")
 
 
+def test_one_command_measures_the_base_too(tmp_path, base, adapter, text, capsys):
+    """Its numbers are those of a run of the base alone; a run without the base is continued, not repeated."""
+    common = ["--data", text, "--lengths", "256,384", "--stride", 0, "--dtype", "float32", "--device", "cpu"]
+    common += ["--tasks", "perplexity,passkey", "--seeds", 1, "--depths", "50"]
+    command = ["eval", "--model", base, "--adapter", adapter, *common, "--output", tmp_path / "both"]
+    assert longlora("eval", "--model", base, *common, "--output", tmp_path / "base") == 0
+    assert longlora(*command) == 0
+    alone = Results.load(tmp_path / "both")
+    assert {row.variant for row in alone.results} == {"adapter"}
+    assert longlora(*command, "--with-base") == 0
+    out = capsys.readouterr().out
+    both, plain = Results.load(tmp_path / "both"), Results.load(tmp_path / "base")
+    assert not both.unmeasured and "did not ask for" not in " ".join(both.notes)
+    for rows, kind in ((both.results, "results"), (both.details, "details")):
+        assert [row for row in rows if row.variant == "adapter"] == getattr(alone, kind)
+        assert [row for row in rows if row.variant == "base"] == getattr(plain, kind)
+    assert all("passkey" not in label or "base" in label for label in both.speed), "nothing is measured twice"
+    table = [[part.strip() for part in line.split("|")] for line in out.splitlines() if line.startswith("| perplexity ")]
+    values = {row.variant: row for row in both.results if (row.metric, row.length) == ("perplexity", 256)}
+    [line] = [line for line in table if line[4:6] == ["256", "perplexity"] and len(line) == 10]
+    assert line[6].startswith(f"{values['base'].value:.5g}† [") and line[7].startswith(f"{values['adapter'].value:.5g} [")
+    native = both.model["native_window"]
+    assert f"Above the base's window of {native} tokens: 256, 384 tokens (marked †)." in both.notes
+    differences, _ = compare(tmp_path / "base", tmp_path / "both")
+    assert differences and all(d.second.variant == "adapter" for d in differences)
+    assert {"passkey.png", "perplexity_documents.png"} <= {p.name for p in (tmp_path / "both").iterdir()}
+
+
+def test_a_base_beside_itself_is_refused(tmp_path, base, text, capsys):
+    command = ["eval", "--model", base, "--data", text, "--with-base", "--output", tmp_path / "out"]
+    assert longlora(*command) == 2
+    assert "--with-base needs --adapter or --context-length" in capsys.readouterr().err
+
+
 def test_adapter_and_base_from_the_command_line(tmp_path, base, adapter, text, capsys):
     """Perplexity equals the plain computation with transformers and peft; a card shows it; compare finds the base."""
     common = ["--data", text, "--lengths", "128,512", "--stride", 128, "--dtype", "float32", "--device", "cpu"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,7 @@ def write_plots(results: Results, folder: Path) -> list[str]:
             parts = [row for row in details if (row.task, row.protocol) == (task, protocol)]
             figures[f"{task}_{protocol}"] = draw_perplexity(ours, parts, results.model)
     for task in ("passkey", "needle"):
-        for variant in dict.fromkeys(row.variant for row in details if row.task == task):
-            ours = [row for row in details if (row.task, row.variant) == (task, variant)]
+        if ours := [row for row in details if row.task == task]:
             figures[task] = draw_heat_map(ours, f"{task}: exact match, %")
     if ruler := [row for row in rows if row.task.startswith("ruler_")]:
         figures["ruler"] = draw_task_map(ruler)
@@ -105,36 +105,37 @@ def _mark_window(ax: Any, model: dict[str, Any], ticks: list[int]) -> None:
 
 
 def draw_heat_map(rows: list[Row], title: str) -> Figure:
-    """Accuracy by length across and depth down."""
-    lengths = sorted({row.length for row in rows})
-    depths = sorted({float(re.findall(r"[\d.]+", row.group)[0]) for row in rows})
-    values = {(float(re.findall(r"[\d.]+", row.group)[0]), row.length): row for row in rows}
-    figure, (ax,) = axes(title, 2.2 + 0.9 * max(3, len(lengths)), 1.6 + 0.42 * max(4, len(depths)))
-    _draw_map(
-        ax,
-        [[values.get((depth, length)) for length in lengths] for depth in depths],
-        [tokens(n) + ("†" if values[depths[0], n].beyond_window else "") for n in lengths],
-        [f"{depth:g}%" for depth in depths],
-    )
-    ax.set(xlabel="length (tokens)", ylabel="depth")
-    return figure
+    """Accuracy by length across and depth down; a panel a model."""
+
+    def depth_of(row: Row) -> str:
+        (depth,) = re.findall(r"[\d.]+", row.group)
+        return f"{float(depth):g}%"
+
+    depths = sorted({depth_of(row) for row in rows}, key=lambda depth: float(depth[:-1]))
+    return _draw_maps(rows, title, depth_of, depths, "depth")
 
 
 def draw_task_map(rows: list[Row]) -> Figure:
-    """RULER tasks down, lengths across."""
+    """RULER tasks down, lengths across; a panel a model."""
+    tasks = list(dict.fromkeys(row.task.removeprefix("ruler_") for row in rows))
+    title = "RULER tasks: part of the answers found, %"
+    return _draw_maps(rows, title, lambda row: row.task.removeprefix("ruler_"), tasks, "")
+
+
+def _draw_maps(rows: list[Row], title: str, line_of: Callable[[Row], str], lines: list[str], label: str) -> Figure:
+    """Numbers by length across and something else down: a panel a model, all with the same lengths and lines."""
     lengths = sorted({row.length for row in rows})
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    values = {(row.task, row.length): row for row in rows}
-    figure, (ax,) = axes(
-        "RULER tasks: part of the answers found, %", 3.4 + 0.9 * max(3, len(lengths)), 1.6 + 0.42 * max(3, len(tasks))
-    )
-    _draw_map(
-        ax,
-        [[values.get((task, length)) for length in lengths] for task in tasks],
-        [tokens(n) + ("†" if any(r.length == n and r.beyond_window for r in rows) else "") for n in lengths],
-        [task.removeprefix("ruler_") for task in tasks],
-    )
-    ax.set(xlabel="length (tokens)")
+    variants = list(dict.fromkeys(row.variant for row in sorted(rows, key=lambda row: row.variant != "base")))
+    width = (1.6 + 0.1 * max(map(len, lines)) + 0.9 * max(3, len(lengths))) * len(variants)
+    figure, panels = axes(title, width, 1.6 + 0.42 * max(3, len(lines)) + 0.3 * (len(variants) > 1), len(variants))
+    for ax, variant in zip(panels, variants, strict=True):
+        ours = {(line_of(row), row.length): row for row in rows if row.variant == variant}
+        beyond = {row.length for row in ours.values() if row.beyond_window}
+        grid = [[ours.get((line, length)) for length in lengths] for line in lines]
+        _draw_map(ax, grid, [tokens(n) + ("†" if n in beyond else "") for n in lengths], lines)
+        ax.set(xlabel="length (tokens)", ylabel=label)
+        if len(variants) > 1:
+            ax.set_title(variant, fontsize=10, color=color_of(variant), loc="left")
     return figure
 
 

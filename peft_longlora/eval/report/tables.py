@@ -13,6 +13,7 @@ from peft_longlora.hub.results import Results, Row
 from peft_longlora.hub.writing import write_whole
 
 REPORT = "results.md"
+VARIANTS = ("base", "rescaled", "adapter")  # before, and after
 logger = logging.get_logger(__name__)
 
 
@@ -46,17 +47,53 @@ def make_report(results: Results) -> str:
         f"that the model was made for.",
         "",
     ]
-    head = ["task", "protocol", "data", "model", "length", "metric", "value", "interval", "n"]
-    body = [
-        [r.task, r.protocol, r.dataset, r.variant, show_length(r), show_metric(r), show(r), show_interval(r), r.units]
-        for r in results.results
-    ]
-    lines += [*table(head, [list(map(str, row)) for row in body]), ""]
+    lines += [*_main_table(results.results), ""]
     for title, rows in _by_title(results.details).items():
         lines += [f"## {cell(title)}", "", *_grid(rows), ""]
     if results.notes:
         lines += ["## Notes", "", *(f"- {cell(note)}" for note in results.notes), ""]
     return "\n".join(lines)
+
+
+def _main_table(rows: list[Row]) -> list[str]:
+    """A line a row; if there are several models, they stand beside each other, and a line is a thing measured."""
+    variants = [name for name in VARIANTS if any(row.variant == name for row in rows)]
+    variants += sorted({row.variant for row in rows} - set(variants))
+    if len(variants) < 2:
+        head = ["task", "protocol", "data", "model", "length", "metric", "value", "interval", "n"]
+        body = [
+            [
+                r.task,
+                r.protocol,
+                r.dataset,
+                r.variant,
+                show_length(r),
+                show_metric(r),
+                show(r),
+                show_interval(r),
+                r.units,
+            ]
+            for r in rows
+        ]
+        return table(head, [list(map(str, row)) for row in body])
+    found: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row.name, {})[row.variant] = row
+    head = ["task", "protocol", "data", "length", "metric", *variants, "n"]
+    body = []
+    for by_variant in found.values():
+        row = next(iter(by_variant.values()))
+        values = [_cell(by_variant.get(variant)) for variant in variants]
+        length = "" if row.length is None else str(row.length)
+        body.append([row.task, row.protocol, row.dataset, length, show_metric(row), *values, str(row.units)])
+    return table(head, body)
+
+
+def _cell(row: Row | None) -> str:
+    """A value with its interval, marked where the length is above the model's window."""
+    if row is None:
+        return ""
+    return " ".join(filter(None, (show(row) + ("†" if row.beyond_window else ""), show_interval(row))))
 
 
 def table(head: list[str], body: list[list[str]]) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from peft_longlora.eval.report.comparison import Difference
-from peft_longlora.eval.report.plots import draw_cost, draw_perplexity, draw_places
+from peft_longlora.eval.report.plots import draw_cost, draw_heat_map, draw_perplexity, draw_places, draw_task_map
 from peft_longlora.eval.report.side_by_side import make_comparison, plot_comparison
 from peft_longlora.eval.report.style import AFTER, BEFORE
 from peft_longlora.eval.report.units import show
@@ -114,3 +114,27 @@ def test_axes_do_not_exaggerate(spread):
 )
 def test_numbers_are_written_out(value, shown):
     assert show(row(value)) == shown
+
+
+def test_maps_of_base_and_adapter_stand_beside_each_other():
+    """Each number is in the panel of its model, at its length and depth or task."""
+
+    def shown(figure) -> dict[str, list[str]]:
+        return {ax.get_title(loc="left"): [text.get_text() for text in ax.texts] for ax in figure.axes}
+
+    def accuracy(value, length, variant, task="passkey", group=None):
+        return row(value, length, task, "accuracy", variant, group, beyond_window=variant == "base" and length > 512)
+
+    depths = [
+        accuracy(value, length, variant, group=f"depth {depth}%")
+        for variant, values in (("adapter", (1.0, 0.9, 0.8, 0.7)), ("base", (0.6, 0.5, 0.4, 0.3)))
+        for value, (length, depth) in zip(values, itertools.product((512, 1024), (0, 100)), strict=True)
+    ]
+    figure = draw_heat_map(depths, "passkey")
+    assert shown(figure) == {"base": ["60", "40", "50", "30"], "adapter": ["100", "80", "90", "70"]}
+    labels = [[label.get_text() for label in ax.get_xticklabels()] for ax in figure.axes]
+    assert labels == [["512", "1k†"], ["512", "1k"]]
+    assert [ax._left_title.get_color() for ax in figure.axes] == [BEFORE, AFTER]
+    tasks = [accuracy(0.5, 512, "base", "ruler_vt"), accuracy(0.7, 512, "adapter", "ruler_vt")]
+    assert shown(draw_task_map(tasks)) == {"base": ["50"], "adapter": ["70"]}
+    assert shown(draw_task_map(tasks[:1])) == {"": ["50"]}

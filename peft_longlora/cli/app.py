@@ -79,7 +79,7 @@ COMMAND = Command(
     "ask questions of a document in the browser",
     add_options,
     run,
-    interrupted="",
+    interrupted="Ended.",
     description="Serve a page on which readers drop a .txt, .md or .pdf file and ask about it. Readers share one model "
     "and take turns. Files are deleted once they are read; nothing is kept when a reader leaves.",
     epilog="Example: longlora app --model meta-llama/Llama-2-7b-hf --adapter my-32k-adapter. Needs gradio: pip install "

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from . import app, chat, compare, evaluate, plan, push, train
 from .arguments import Command, Parser, say_options
+from .completion import INSTALL, Completion
 
 MODULES = (train, evaluate, compare, chat, app, push, plan)
 COMMANDS = {module.COMMAND.name: module.COMMAND for module in MODULES}
@@ -43,6 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--version", action=Version, help="show the version, and those of Python, torch, transformers and peft"
+    )
+    parser.add_argument(
+        "--completion", action=Completion, help=f"print a script for the Tab key: {INSTALL['bash']}; zsh and fish too"
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS.values():

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from peft import LoraConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import nn
 
+from peft_longlora.adapter.consistency import check_filled_in, check_together
 from peft_longlora.adapter.files import AdapterFile, FileMissing, find, read_json
 from peft_longlora.adapter.rules import FORMAT_VERSION, RULES, plain
+from peft_longlora.attention.effect import RATIO
 from peft_longlora.attention.schedule import check_dense_every
 from peft_longlora.kernels.groups import check_blocks, check_pattern, group_size_of
 from peft_longlora.rope.parameters import check_rope
@@ -82,7 +85,7 @@ class LongLoraConfig(LoraConfig):
         metadata={"help": "Tokens in a group: even, 2 or more. None: group_size_ratio of the window, made even."},
     )
     group_size_ratio: float = field(
-        default=0.25,
+        default=RATIO,
         metadata={
             "help": "Group size as a fraction, in (0, 1], of context_length, or of the base's own window if that is "
             "None. It is never a fraction of the row, so a short document stays dense."
@@ -131,6 +134,10 @@ class LongLoraConfig(LoraConfig):
         default=None,
         metadata={"help": "Filled in when the adapter is made: the group size in use, for the card."},
     )
+    base_rope_parameters: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Filled in when the adapter is made: the base's own rope_parameters, checked when loaded."},
+    )
     vocab_size: int | None = field(
         default=None,
         metadata={"help": "Filled in when the adapter is made: rows of the input embeddings, checked when loaded."},
@@ -176,7 +183,8 @@ class LongLoraConfig(LoraConfig):
             check_rope("yarn", self.applied_rope_parameters)  # as `rope_parameters`, whatever its type
         if self.dense_every is not None:
             self.dense_every = check_dense_every(self.dense_every)
-        self._refuse_what_excludes_each_other()
+        check_together(self)
+        self._register_custom_module({nn.Module: refuse_other_tuner})
         self.refuse_second_use()
 
     def _refuse_newer(self) -> None:
@@ -186,43 +194,12 @@ class LongLoraConfig(LoraConfig):
                 f"reads versions up to {FORMAT_VERSION}. Update it: pip install -U peft-longlora."
             )
 
-    def _refuse_what_excludes_each_other(self) -> None:
-        if self.layer_replication and self.dense_layers:
-            raise ValueError(
-                f"dense_layers={self.dense_layers!r} and layer_replication={self.layer_replication!r} cannot be used "
-                f"together: replication changes the numbers of layers. Leave one of them out."
-            )
-        if self.bias != "none" and self.train_norms:
-            raise ValueError(
-                f"bias={self.bias!r} and train_norms=True would train the biases of norms twice. Use bias='none', or "
-                f"train_norms=False."
-            )
-        if self.trainable_token_indices is not None and self.train_embeddings:
-            raise ValueError(
-                "trainable_token_indices trains some rows of the embeddings, but train_embeddings=True trains all. Set "
-                "train_embeddings=False, or leave trainable_token_indices out."
-            )
-
     def refuse_second_use(self) -> None:
-        """Refuse a config that was filled in for one window and then edited, because it holds the old RoPE.
+        """Refuse a config that was filled in for one RoPE and then edited.
 
         Raises: ValueError.
         """
-        applied, base = self.applied_rope_parameters, self.base_context_length
-        if applied is None or self.rope_parameters is not None or None in (base, self.context_length):
-            return
-        kind = {"ntk": "default", "learned": "yarn"}.get(self.rope_type, self.rope_type)
-        factor = applied.get("factor", self.context_length / base)
-        fits = applied.get("rope_type") == kind and abs(factor * base - self.context_length) <= 1
-        filled_in = (
-            f"applied_context_length={self.applied_context_length}" if fits else f"applied_rope_parameters={applied}"
-        )
-        if not fits or (self.applied_context_length or self.context_length) != self.context_length:
-            raise ValueError(
-                f"context_length={self.context_length} and rope_type={self.rope_type!r} do not fit "
-                f"{filled_in}, which was filled in when this config made an adapter. Make a new "
-                f"LongLoraConfig, or set applied_rope_parameters=None."
-            )
+        check_filled_in(self)
 
     def group_size_on(self, window: int) -> int:
         """The group size G in tokens, on a base with this window."""
@@ -272,6 +249,19 @@ class LongLoraConfig(LoraConfig):
             config.file = AdapterFile.read(find(pretrained_model_name_or_path, SAFETENSORS_WEIGHTS_NAME, **place))
             config.folder = str(config.file.path.parent)
         return config
+
+
+def refuse_other_tuner(target: nn.Module, adapter_name: str, **_: Any) -> NoReturn:
+    """What a tuner other than `LongLoraModel` gets if it asks the config how to make a layer.
+
+    Raises: NotImplementedError.
+    """
+    raise NotImplementedError(
+        f"Adapter {adapter_name!r} is a LONGLORA adapter, and the tuner that loads it (X-LoRA, or peft's LoraModel) "
+        f"knows only LoRA: it would drop the RoPE scaling, the trained embeddings and norms, and S2-Attn. Make a "
+        f"plain LoRA adapter of it with peft_longlora.export_lora(model, folder), and load the base again: this one "
+        f"is half made."
+    )
 
 
 _NOT_SAVED = {each.name for each in fields(LongLoraConfig) if not each.init}

@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from peft.tuners.lora import LoraModel
 from torch import nn
+from transformers.utils import logging
 
-from peft_longlora.adapter import copies, merged, precision
+from peft_longlora.adapter import copies, merged, mixed, precision
 from peft_longlora.adapter.probe import Probe
 from peft_longlora.adapter.state import AdapterState
 from peft_longlora.rope import scale as rope
-from peft_longlora.rope import state as rotary
 from peft_longlora.rope.learned import settle
+
+logger = logging.get_logger(__name__)
 
 
 class EndingLoraModel(LoraModel):
@@ -44,14 +46,21 @@ class EndingLoraModel(LoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.get("adapter_names")
-        if names is not None and "__base__" in names and hasattr(self.model, rotary.STATES):
-            raise ValueError(
-                f"adapter_names={list(names)!r}: rows of the base and rows of the adapter need different RoPE, and a "
-                f"batch has one. Run the rows of '__base__' by themselves, inside model.disable_adapter()."
-            )
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
+        names, beams = kwargs.get("adapter_names"), kwargs.get("num_beams")
+        with ExitStack() as stack:
+            if names is not None:
+                mixed.check_mixed(self.model, names)
+                repeats = beams if isinstance(beams, int) else 1
+                stack.enter_context(mixed.base_rows(self.model, names, repeats))
+            stack.enter_context(super()._enable_peft_forward_hooks(*args, **kwargs))
             yield
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters active. Merged ones are unmerged first, as in PEFT, but bit for bit."""
+        if merged.is_merged(self.model):
+            logger.warning("The model was merged: its adapters are unmerged before another one becomes active.")
+            self.unmerge_adapter()
+        super().set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter; with the last one goes everything that adapters changed."""
@@ -73,7 +82,7 @@ class EndingLoraModel(LoraModel):
 
         Args: as PEFT's.
 
-        If the model is on a GPU, the base's own weights wait in the host's memory.
+        Only the weights that change are copied. If the model is on a GPU, the base's own wait in the host's memory.
 
         Raises:
             ValueError: an adapter does not exist, or has other copies of embeddings and norms than the active ones.
@@ -82,8 +91,9 @@ class EndingLoraModel(LoraModel):
         if adapter_names and not isinstance(adapter_names, str):  # PEFT refuses a string
             self._check_names(adapter_names)
             copies.check_active(self.model, adapter_names)
-        if self._state is not None and not self._state.set_aside:
-            self._state.set_aside = merged.set_aside(self.model)
+        if self._state is not None:
+            names = [adapter_names] if isinstance(adapter_names, str) else adapter_names or self.active_adapters
+            self._state.set_aside += merged.set_aside(self.model, names, self._state.set_aside)
         super().merge_adapter(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:

@@ -12,18 +12,17 @@ from typing import Any
 import transformers
 from packaging.version import Version
 from peft.tuners.tuners_utils import check_target_module_exists
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from peft_longlora.adapter import trainable
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.count import without_count
+from peft_longlora.adapter.made_for import check_base
+from peft_longlora.adapter.merged import is_merged
 from peft_longlora.adapter.patterns import check_patterns
-from peft_longlora.architecture import rows_of
 from peft_longlora.rope import learned
 from peft_longlora.rope import state as rotary
-from peft_longlora.rope.parameters import is_nested
 
 RopeWish = dict[str, Any] | tuple[Any, ...] | None
 logger = logging.get_logger(__name__)
@@ -49,7 +48,7 @@ def check_before(
     """
     check_patterns(config, model)
     config.refuse_second_use()
-    _check_base(config, model)
+    check_base(config, model)
     if not is_for_conversion:
         _check_alone(configs)
     _check_learned(config, model)
@@ -58,39 +57,6 @@ def check_before(
     if config.train_embeddings:
         _check_embeddings(config, model, tied)
     _check_others(config, model, configs)
-
-
-def _check_base(config: LongLoraConfig, model: nn.Module) -> None:
-    """Refuse an adapter that was made for another base, by the sizes that its config names."""
-    made_for = config.resolved_for
-    if made_for not in (None, model.config.model_type):
-        raise ValueError(
-            f"This LongLoraConfig was filled in for {made_for}: its target_modules and modules_to_save are not those "
-            f"of {model.config.model_type}. Make a new LongLoraConfig for each model."
-        )
-    base = rotary.rope_of(model, scaled=False)
-    rows = rows_of(model.get_input_embeddings())
-    if config.vocab_size is not None and config.train_embeddings and rows != config.vocab_size:
-        raise ValueError(
-            f"The adapter was made for a vocabulary of {config.vocab_size} tokens, but this model has {rows}. The "
-            f"vocabulary is never resized: load the base that the adapter names "
-            f"({config.base_model_name_or_path}), or call model.resize_token_embeddings({config.vocab_size}) "
-            f"yourself if you know the extra tokens."
-        )
-    if _is_applied(config, base.rope_parameters) and config.base_context_length != base.window:
-        raise ValueError(
-            f"This model's RoPE is already scaled as the adapter scales it, to a window of {base.window} tokens: the "
-            f"adapter was merged into it. Load the base that the adapter names ({config.base_model_name_or_path}), or "
-            f"use this model without the adapter."
-        )
-    # Older adapters may hold the base's max_position_embeddings, which is not its window if it has linear scaling.
-    if config.base_context_length not in (None, base.window, base.max_position_embeddings):
-        raise ValueError(
-            f"The adapter was made for a base with a window of {config.base_context_length} tokens "
-            f"(max_position_embeddings), but this model has {base.window}. Load the base that the adapter names "
-            f"({config.base_model_name_or_path}). For a new adapter make a new LongLoraConfig: this one was filled in "
-            f"for another model."
-        )
 
 
 def _check_learned(config: LongLoraConfig, model: PreTrainedModel) -> None:
@@ -131,14 +97,6 @@ def _check_embeddings(config: LongLoraConfig, model: PreTrainedModel, tied: list
             f"{tied[0]} is tied to the embeddings and has a bias, which PEFT drops from the copy it trains. Use "
             f"train_embeddings=False, or untie the model."
         )
-
-
-def _is_applied(config: LongLoraConfig, parameters: dict[str, Any] | None) -> bool:
-    """Whether a model's rope_parameters are those of the adapter."""
-    applied = config.applied_rope_parameters
-    if applied is None or config.base_context_length is None or not parameters:
-        return False
-    return applied == (parameters if is_nested(applied) else parameters.get("full_attention", parameters))
 
 
 def _changes_of_base(config: LongLoraConfig) -> list[str]:
@@ -192,9 +150,11 @@ def _check_loader(config: LongLoraConfig) -> None:
         )
 
 
-def _check_others(config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig]) -> None:
+def _check_others(
+    config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig], called: str = "the new one"
+) -> None:
     """Refuse an adapter that wants another RoPE or attention than an adapter on the model."""
-    new_name = next((name for name, each in configs.items() if each is config), "new")
+    new_name = next((repr(name) for name, each in configs.items() if each is config), called)
     for name, other in configs.items():
         if other is config:
             continue
@@ -204,21 +164,34 @@ def _check_others(config: LongLoraConfig, model: PreTrainedModel, configs: dict[
         }
         for what, (there, new) in wishes.items():
             if there != new:
+                if isinstance(there, dict) and isinstance(new, dict):
+                    there, new = _without_equal(there, new), _without_equal(new, there)
                 raise ValueError(
-                    f"Adapters {name!r} and {new_name!r} want different {what} of one model: {there} and {new}. A "
+                    f"Adapters {name!r} and {new_name} want different {what} of one model: {there} and {new}. A "
                     f"model can have only one. Give both adapters the same settings, or load each on its own model."
                 )
 
 
-def check_again(name: str, config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig]) -> None:
-    """Refuse to fill an adapter that is there from a file of an adapter with another RoPE or attention.
+def _without_equal(wish: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in wish.items() if name not in other or other[name] != value}
+
+
+def check_again(
+    name: str, config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig], place: str
+) -> None:
+    """Refuse to fill an adapter that is merged, or from a file of an adapter with another RoPE or attention.
 
     Args:
-        name: of the adapter that is there. config: of the file.
+        name: of the adapter that is there. config: of the file. place: the file's folder or repository.
 
     Raises: ValueError.
     """
-    _check_others(config, model, {name: configs[name]})
+    if is_merged(model):
+        raise ValueError(
+            f"Adapter {name!r} is merged into the base's weights, where other weights from {place} would not arrive. "
+            f"Call unmerge_adapter() first."
+        )
+    _check_others(config, model, {name: configs[name]}, f"the one in {place}")
 
 
 def rope_of(config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig]) -> RopeWish:
@@ -240,12 +213,13 @@ def _fields_of(config: LongLoraConfig) -> tuple[Any, ...]:
 
 def attention_of(config: LongLoraConfig, model: PreTrainedModel) -> dict[str, Any]:
     """The attention that an adapter wants, as arguments of `configure_attention`; equal if two mean the same."""
+    is_full = config.attention_pattern == "full"  # then nothing else has an effect
     return dict(
-        group_size=config.group_size_on(rotary.rope_of(model, scaled=False).window),
+        group_size=None if is_full else config.group_size_on(rotary.rope_of(model, scaled=False).window),
         pattern=config.attention_pattern,
-        dense_layers=sorted(set(config.dense_layers or ())),
-        dense_every=config.dense_every or 0,
-        chosen_blocks=config.chosen_blocks,
+        dense_layers=[] if is_full else sorted(set(config.dense_layers or ())),
+        dense_every=0 if is_full else config.dense_every or 0,
+        chosen_blocks=config.chosen_blocks if config.attention_pattern == "adaptive" else None,
     )
 
 

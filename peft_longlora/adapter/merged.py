@@ -8,6 +8,7 @@ not reach the other.
 from __future__ import annotations
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,8 +26,11 @@ def is_merged(model: nn.Module) -> bool:
     return any(layer.merged for layer in layers_of(model))
 
 
-def set_aside(model: nn.Module) -> Weights:
+def set_aside(model: nn.Module, adapter_names: list[str], already: Weights = ()) -> Weights:
     """Put copies in place of the weights that merging is about to change.
+
+    Args:
+        adapter_names: the adapters that will be merged. already: weights that an earlier merge set aside.
 
     Returns: (module, name of its parameter, the base's own parameter, its device). On a GPU the base's own wait in the
     host's memory, unless another layer shares them. Weights on the meta device (offloaded ones) are left alone.
@@ -37,10 +41,14 @@ def set_aside(model: nn.Module) -> Weights:
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     weights: Weights = []
-    for module in dict.fromkeys(layer.get_base_layer() for layer in layers_of(model)):
-        for name, parameter in module._parameters.items():
-            if parameter is None or parameter.is_meta:
+    done = {(module, name) for module, name, *_ in already}
+    for layer in layers_of(model):
+        module = layer.get_base_layer()
+        for name in _changed_by(layer, adapter_names):
+            parameter = module._parameters[name]
+            if parameter is None or parameter.is_meta or (module, name) in done:
                 continue
+            done.add((module, name))
             weights.append((module, name, parameter, parameter.device))
             if not parameter.is_floating_point():  # quantised: merging replaces the parameter itself
                 continue
@@ -48,6 +56,19 @@ def set_aside(model: nn.Module) -> Weights:
             if owners[id(parameter)] == 1 and parameter.is_cuda:
                 parameter.data = parameter.data.cpu()
     return weights
+
+
+def _changed_by(layer: BaseTunerLayer, adapter_names: list[str]) -> list[str]:
+    """The names of the base layer's parameters that merging these adapters changes."""
+    names = [name for name in adapter_names if name in layer._all_available_adapter_names()]
+    parameters = layer.get_base_layer()._parameters
+    if not names:
+        return []
+    if isinstance(layer, ParamWrapper):
+        return [layer.parameter_name]
+    has_bias = any(layer.lora_bias.get(name) for name in names)
+    changed = ["weight", "bias"] if has_bias else ["weight"]
+    return [name for name in changed if name in parameters] or list(parameters)
 
 
 def put_back(weights: Weights) -> None:

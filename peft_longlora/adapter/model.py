@@ -20,7 +20,7 @@ from peft.utils.transformers_weight_conversion import (
 from torch import nn
 
 from peft_longlora.adapter import copies, count, fit, lowrank, precision, trainable
-from peft_longlora.adapter.config import LongLoraConfig
+from peft_longlora.adapter.config import LongLoraConfig, refuse_other_tuner
 from peft_longlora.adapter.ending import EndingLoraModel
 from peft_longlora.adapter.files import check_whole
 from peft_longlora.adapter.state import AdapterState, check_place
@@ -90,7 +90,12 @@ class LongLoraModel(EndingLoraModel):
 
     @staticmethod
     def _create_new_module(config: LongLoraConfig, adapter_name: str, target: nn.Module, **options: Any) -> nn.Module:
-        layer = LoraModel._create_new_module(config, adapter_name, target, **options)
+        others = config._custom_modules
+        config._custom_modules = {kind: make for kind, make in others.items() if make is not refuse_other_tuner} or None
+        try:
+            layer = LoraModel._create_new_module(config, adapter_name, target, **options)
+        finally:
+            config._custom_modules = others
         lowrank.compute_in_half(layer)
         return layer
 
@@ -156,7 +161,8 @@ class LongLoraModel(EndingLoraModel):
         window = rotary.rope_of(model, scaled=True).window
         # RoPE may leave room beyond the requested length, but nothing is trained there.
         peft_config.applied_context_length = min(window, peft_config.context_length or window) if applied else window
-        peft_config.base_context_length = rotary.rope_of(model, scaled=False).window
+        base = rotary.rope_of(model, scaled=False)
+        peft_config.base_context_length, peft_config.base_rope_parameters = base.window, base.rope_parameters
         model.add_model_tags(["longlora"])
         peft_config.model_tags = model.model_tags
 

@@ -66,9 +66,12 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     **dict.fromkeys(_LENGTHS, ("must be a positive number of tokens, or None", _is_length)),
     **dict.fromkeys(_SWITCHES, ("must be True or False", lambda value: isinstance(value, bool))),
-    "applied_rope_parameters": (
-        "must be the dict that was filled in when the adapter was made, or None",
-        lambda value: isinstance(value, dict | None),
+    **dict.fromkeys(
+        ("applied_rope_parameters", "base_rope_parameters"),
+        (
+            "must be the dict that was filled in when the adapter was made, or None",
+            lambda value: isinstance(value, dict | None),
+        ),
     ),
     "group_size_ratio": (
         "is outside (0, 1]: it is a fraction of the window. Use group_size for a number of tokens",

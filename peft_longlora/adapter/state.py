@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -63,7 +64,13 @@ class AdapterState:
         """PyTorch calls this before each forward of the model."""
         if not getattr(self.model, "peft_config", None):
             self.end()
-        elif self.layer is not None and self.layer.disable_adapters == self.is_enabled:
+            return
+        if self.set_aside and self.model.training and torch.is_grad_enabled():
+            raise ValueError(
+                "The adapter is merged into the base's weights, so its LoRA would not be trained. Call "
+                "unmerge_adapter() before training, or model.eval()."
+            )
+        if self.layer is not None and self.layer.disable_adapters == self.is_enabled:
             self.switch(not self.is_enabled)
             for module in self.model.modules():  # transformers' enable_adapters forgets these
                 if isinstance(module, AuxiliaryTrainingWrapper):

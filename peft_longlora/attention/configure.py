@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -14,11 +16,13 @@ from peft_longlora.architecture import (
     find_attention_modules,
     is_local_layer,
 )
+from peft_longlora.attention.effect import RATIO, check_effect
 from peft_longlora.attention.schedule import Schedule, check_dense_every
 from peft_longlora.attention.settings import _SETTINGS, S2_ATTN, AttentionSettings, Mode, _replace_settings, settings_of
 from peft_longlora.kernels.backends import check_backend
 from peft_longlora.kernels.groups import check_blocks, check_pattern, group_size_of
 from peft_longlora.rope.parameters import window_of
+from peft_longlora.rope.state import OWNER
 
 logger = logging.get_logger(__name__)
 
@@ -30,8 +34,8 @@ def configure_attention(
     model: PreTrainedModel,
     *,
     group_size: int | None = None,
-    group_size_ratio: float = 0.25,
-    pattern: str = "s2",
+    group_size_ratio: float | None = None,
+    pattern: str | None = None,
     chosen_blocks: int | None = None,
     dense_layers: list[int] | None = None,
     dense_every: int | None = None,
@@ -40,11 +44,15 @@ def configure_attention(
 ) -> AttentionSettings:
     """Switch a model to S2-Attn: sparse in training, dense otherwise. No adapter is needed.
 
+    If the model has a LongLoRA adapter, the adapter's config says how layers attend in training. Then only
+    dense_attention and backend can be changed here.
+
     Args:
         model: a rotary causal language model of transformers.
         group_size: G in tokens, even, 2 or more. None: `group_size_ratio` of the model's window.
-        group_size_ratio: a fraction in (0, 1] of the model's window, also if `scale_rope` changes the window later.
-        pattern: "s2", "local", "full", "window" or "adaptive", as explained in `s2_attention`.
+        group_size_ratio: a fraction in (0, 1] of the model's window, also if `scale_rope` changes the window later;
+            None: 0.25.
+        pattern: "s2", "local", "full", "window" or "adaptive", as explained in `s2_attention`; None: "s2".
         chosen_blocks: for "adaptive", as in `s2_attention`.
         dense_layers: indices of layers that stay dense in training.
         dense_every: n: one training forward in n (the n-th, the 2n-th, ...) is dense in every layer, on the kernel of
@@ -61,12 +69,24 @@ def configure_attention(
         The settings that are now on every attention layer.
 
     Raises:
-        ValueError: a value outside its rule. NotImplementedError: an architecture that does not take its attention
-            from transformers' interface, or has no rotary embeddings. The model is not changed then.
+        ValueError: a value outside its rule, without an effect, or other than the adapter's.
+        NotImplementedError: an architecture that does not take its attention from transformers' interface, or has no
+            rotary embeddings. The model is not changed then.
     """
     check_architecture(model)
     config = model.config.get_text_config()
     layers = find_attention_modules(model)
+    asked = dict(
+        group_size=group_size, group_size_ratio=group_size_ratio, chosen_blocks=chosen_blocks, dense_layers=dense_layers
+    )
+    check_effect(pattern or "s2", **asked, dense_every=dense_every)
+    if owned := _of_adapter(model):
+        _refuse_other(owned, dict(**asked, pattern=pattern, dense_every=dense_every), window_of(config))
+        group_size, group_size_ratio, pattern = owned.given_size, owned.group_size_ratio, owned.pattern
+        chosen_blocks, dense_layers = owned.chosen_blocks, sorted(owned.dense_layers)
+        dense_every = owned.schedule.dense_every
+    group_size_ratio = RATIO if group_size_ratio is None else group_size_ratio
+    pattern = "s2" if pattern is None else pattern
     indices = {module.layer_idx for module in layers.values()}
     if unknown := sorted(set(dense_layers or ()) - indices):
         raise ValueError(
@@ -99,6 +119,7 @@ def configure_attention(
         is_fastest,
         chosen_blocks=check_blocks(chosen_blocks),
         sharing=known.sharing if known else None,
+        is_enabled=known.is_enabled if owned else True,
         schedule=Schedule(dense_every, known.training_forwards if known else 0),
     )
     _check_backend(config, settings.backend)
@@ -113,6 +134,39 @@ def configure_attention(
     model.set_attn_implementation({"": S2_ATTN, parts[0]: S2_ATTN} if parts else S2_ATTN)
     _replace_settings(model, dict.fromkeys(layers, settings))
     return settings
+
+
+def _of_adapter(model: PreTrainedModel) -> AttentionSettings | None:
+    """The settings that a LongLoRA adapter put on a model."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not hasattr(base, OWNER):
+        return None
+    return next((getattr(m, _SETTINGS) for m in find_attention_modules(base).values() if hasattr(m, _SETTINGS)), None)
+
+
+def _refuse_other(owned: AttentionSettings, asked: dict[str, Any], window: int) -> None:
+    """Refuse settings other than the adapter's, because its config and its card would not say them.
+
+    Raises: ValueError.
+    """
+    if asked["group_size_ratio"] is not None:
+        asked["group_size"] = group_size_of(None, asked["group_size_ratio"], window)
+    there = dict(
+        group_size=owned.group_size,
+        pattern=owned.pattern,
+        chosen_blocks=owned.chosen_blocks,
+        dense_layers=sorted(owned.dense_layers),
+        dense_every=owned.schedule.dense_every,
+    )
+    if asked["dense_layers"] is not None:
+        asked["dense_layers"] = sorted(set(asked["dense_layers"]))
+    for name, has in there.items():
+        if asked[name] is not None and asked[name] != has:
+            raise ValueError(
+                f"{name}={asked[name]!r}, but this model's LongLoRA adapter has {name}={has!r}, and its config and "
+                f"card say so. Give it to LongLoraConfig when you make the adapter; here only dense_attention and "
+                f"backend can be changed."
+            )
 
 
 def _check_backend(config: PreTrainedConfig, backend: str | None) -> None:

@@ -20,6 +20,7 @@ from peft_longlora.architecture import (
     find_attention_modules,
     is_causal_layer,
 )
+from peft_longlora.attention.effect import RATIO
 from peft_longlora.attention.inputs import ModelInputs
 from peft_longlora.attention.schedule import Schedule
 from peft_longlora.attention.states import StateLayers
@@ -64,7 +65,7 @@ class AttentionSettings:
 
     config: PreTrainedConfig = field(repr=False)
     given_size: int | None = None
-    group_size_ratio: float = 0.25
+    group_size_ratio: float = RATIO
     pattern: str = "s2"
     dense_layers: frozenset[int] = frozenset()
     dense_attention: str = "sdpa"

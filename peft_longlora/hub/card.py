@@ -24,7 +24,7 @@ from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import hub_id
 from peft_longlora.hub.beside import carry_results, is_of_other_weights
 from peft_longlora.hub.markdown import cell, code, literal
-from peft_longlora.hub.readme import README, is_free, read_readme, with_our_part, write_readme
+from peft_longlora.hub.readme import README, check_metadata, is_free, read_readme, with_our_part, write_readme
 from peft_longlora.hub.results import Row, copy_results, read_results
 
 TEMPLATE = Path(__file__).parent / "templates" / "adapter_card.md"
@@ -96,14 +96,8 @@ def write_card(
     results, plots = read_results(folder)
     is_stale = is_of_other_weights(folder, weights)
     place, subfolder = options.adapter or str(folder), options.subfolder or subfolder
-    try:
-        card = make_card(config, place, results, plots, read_readme(path), subfolder, is_stale)
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"The metadata at the top of {path} cannot be read: {' '.join(str(error).split())}. Correct it, or delete "
-            f"the file."
-        ) from error
-    write_readme(path, str(card))
+    check_metadata(old := read_readme(path), path)
+    write_readme(path, str(make_card(config, place, results, plots, old, subfolder, is_stale)))
     return path
 
 
@@ -127,8 +121,9 @@ def try_card(config: LongLoraConfig, folder: str | os.PathLike, subfolder: str |
     """`write_card`, but an error is only a warning, so that a bad README does not end a training."""
     try:
         write_card(config, folder, subfolder)
-    except (OSError, ValueError) as error:
-        logger.warning_once(f"The adapter in {folder} is saved, but has no new card. {error}")
+    except Exception as error:  # whatever a file holds that a person wrote
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        logger.warning_once(f"The adapter in {folder} is saved, but has no new card. {kind}{error}")
 
 
 def make_card(
@@ -166,7 +161,7 @@ def make_card(
     options = CardOptions.of(config)
     base = hub_id(config.base_model_name_or_path)
     name = Path(adapter).name or "adapter"
-    tags = {tag for tag in kept.get("tags") or () if not tag.startswith("base_model:adapter:")}
+    tags = {tag for tag in as_list(kept.get("tags")) or () if not tag.startswith("base_model:adapter:")}
     tags |= {"longlora", "lora", "peft", "transformers", *options.tags, *(config.model_tags or ())}
     data = {
         **kept,

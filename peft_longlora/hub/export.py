@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper, get_peft_model_state_dict
 from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -27,15 +27,17 @@ from transformers.utils import logging
 from peft_longlora.adapter import merged
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.count import without_count
+from peft_longlora.adapter.files import read_json
 from peft_longlora.adapter.probe import Probe
 from peft_longlora.adapter.trainable import named_modules
 from peft_longlora.hub.card import CardOptions, make_card
 from peft_longlora.hub.markdown import literal, one_line
-from peft_longlora.hub.readme import README
+from peft_longlora.hub.readme import README, check_metadata, read_readme, write_readme
 from peft_longlora.rope.state import attributes_of
 
 LORA_TEMPLATE = Path(__file__).parent / "templates" / "lora_card.md"
 PREFIX = "base_model.model."
+WRITTEN = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, README, "config.json", "model.safetensors")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes (vllm/config/lora.py, 0.32)
 NOT_IN_VLLM = ("use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
 # In a tensor's name: it belongs to an adapter, or to what an adapter's copy stands for.
@@ -64,8 +66,9 @@ def export_lora(
         The adapter's folder.
 
     Raises:
-        ValueError: there is no active LongLoRA adapter; it is merged; embeddings, norms or other whole modules were
-            trained and fold_into is None; an init changed the base; or the export computes something else.
+        ValueError: there is no active LongLoRA adapter; it is merged or switched off; embeddings, norms or other whole
+            modules were trained and fold_into is None; a folder is a file or holds another adapter; an init changed
+            the base; or the export computes something else.
     """
     name = model.active_adapter if isinstance(model, PeftModel) else None
     config = model.peft_config.get(name) if isinstance(name, str) else None
@@ -84,6 +87,11 @@ def export_lora(
             "rope_type='learned': a server takes a base's RoPE from its config, and the learned factors are in the "
             "adapter. Merge instead: model.merge_and_unload().save_pretrained(folder)."
         )
+    if any(layer.disable_adapters for layer in merged.layers_of(model)):
+        raise ValueError(
+            "The adapter is switched off, so the model has its base's RoPE and computes what its base does. Export "
+            "outside of model.disable_adapter(), or call enable_adapter_layers() first."
+        )
     if merged.is_merged(model):
         raise ValueError(
             "The adapter is merged into the base's weights, so it would be exported twice: in the base and as LoRA. "
@@ -100,6 +108,7 @@ def export_lora(
             f"base, merge the model, or train with train_embeddings=False, train_norms=False."
         )
     folder = Path(folder)
+    _check_places(folder, fold_into)
     folder.mkdir(parents=True, exist_ok=True)
     plain = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
     plain |= {"modules_to_save": None, "trainable_token_indices": None, "ensure_weight_tying": False}
@@ -114,6 +123,30 @@ def export_lora(
     if probe is not None:
         probe.compare(PeftModel.from_pretrained(_rebuilt(base, folded), folder), "What was exported")
     return folder
+
+
+def _check_places(folder: Path, fold_into: str | os.PathLike | None) -> None:
+    """Refuse folders that cannot be written, and those in which the export would replace something else.
+
+    Raises: ValueError.
+    """
+    places = {"folder": folder} | ({} if fold_into is None else {"fold_into": Path(fold_into)})
+    for name, place in places.items():
+        if blocking := next((path for path in (place, *place.parents) if path.exists() and not path.is_dir()), None):
+            raise ValueError(f"{name}={str(place)!r}: {blocking} is a file. Give a folder.")
+        if found := next((path for path in map(place.joinpath, WRITTEN) if path.is_dir()), None):
+            raise ValueError(f"{name}={str(place)!r}: {found} is a folder, but a file of this name is written there.")
+        config = place / CONFIG_NAME
+        if config.is_file() and read_json(config).get("peft_type") != PeftType.LORA.value:
+            raise ValueError(
+                f"{name}={str(place)!r} holds an adapter of another type, which would be overwritten. Give another "
+                f"folder, or move that adapter."
+            )
+    if fold_into is not None and folder.resolve() == Path(fold_into).resolve():
+        raise ValueError(
+            f"folder and fold_into are both {str(folder)!r}. Give two folders: transformers loads the adapter in a "
+            f"folder, so the base must be in one of its own."
+        )
 
 
 def _folded_state(base: PreTrainedModel, adapter: str) -> dict[str, torch.Tensor]:
@@ -177,7 +210,8 @@ def _write_lora_card(
         "name_shell": shlex.quote(one_line(folder.name)),
         "adapter_shell": shlex.quote(one_line(folder)),
     }
-    (folder / README).write_text(str(make_card(config, str(folder), extra=extra)), encoding="utf-8")
+    check_metadata(old := read_readme(folder / README), folder / README)
+    write_readme(folder / README, str(make_card(config, str(folder), extra=extra, old=old)))
 
 
 def _not_in_vllm(config: LongLoraConfig, rank: int) -> str:

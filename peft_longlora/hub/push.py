@@ -277,5 +277,5 @@ def _load_adapter(model: PeftModel, model_id: str, adapter_name: str, *args: Any
     if isinstance(model.peft_config.get(adapter_name), LongLoraConfig):
         config = PeftConfig.from_pretrained(model_id, **model._split_kwargs(kwargs)[0])
         if isinstance(config, LongLoraConfig):
-            check_again(adapter_name, config, model.get_base_model(), model.peft_config)
+            check_again(adapter_name, config, model.get_base_model(), model.peft_config, str(model_id))
     return type(model).load_adapter(model, model_id, adapter_name, *args, **kwargs)

@@ -19,18 +19,40 @@ _LIBRARY_LINE = re.compile(
     r"- PEFT \S+|### Framework versions|## Training procedure|The following `bitsandbytes` quantization config .*"
     r"|- (_?load_in_|quant_method|llm_int8_|bnb_4bit_)\w*: .*|This is the model card of a \S+ transformers model .*"
 )
+_LISTS = ("tags", "datasets", "language")  # each holds a text or a list of texts
 _TRL_HEADINGS = {"Quick start", "Training procedure", "Framework versions", "Citations"}
 
 
 def read_readme(path: Path) -> str:
     """The text of a README, empty if there is none.
 
-    Raises: ValueError: it is not UTF-8.
+    Raises: ValueError: it is not UTF-8, or a folder has its name.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, but the card is a file of this name. Move the folder.")
     try:
         return path.read_text(encoding="utf-8-sig") if path.is_file() else ""
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Convert it.") from error
+
+
+def check_metadata(text: str, place: Path) -> None:
+    """Refuse a README whose metadata, the YAML between two lines of ---, cannot be kept.
+
+    Raises: ValueError.
+    """
+    try:
+        kept = ModelCard(text or "---\n{}\n---\n").data.to_dict()
+        for name in _LISTS:
+            value = kept.get(name)
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            if wrong := next((each for each in values if not isinstance(each, str)), None):
+                raise ValueError(f"{name} holds {wrong!r}, which is not a text")
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"The metadata at the top of {place} cannot be read: {' '.join(str(error).split())}. Correct it, or delete "
+            f"the file."
+        ) from error
 
 
 def write_readme(path: Path, text: str) -> None:
@@ -68,7 +90,7 @@ def is_free(path: Path) -> bool:
         return True
     try:
         return is_draft(ModelCard(read_readme(path), ignore_metadata_errors=True).text)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
         return False
 
 

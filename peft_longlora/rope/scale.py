@@ -160,6 +160,11 @@ def _scaled_parameters(model: PreTrainedModel, context_length: int, rope_type: s
     if rope_type == "ntk":
         buffers = dict(find_rotary_modules(model)[0].named_buffers())
         dim = 2 * buffers.get("full_attention_inv_freq", buffers.get("inv_freq")).numel()
+        if dim <= 2:
+            raise ValueError(
+                f"rope_type='ntk' raises theta by factor ** (d / (d - 2)), and only d={dim} numbers of each head "
+                f"rotate in this model. Use another rope_type, such as 'linear'."
+            )
         theta = base_rope(config)["rope_theta"] * factor ** (dim / (dim - 2))
         return {"rope_type": "default", "rope_theta": theta}, context_length
     new = {"rope_type": rope_type, "factor": factor, "original_max_position_embeddings": window}

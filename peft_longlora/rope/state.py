@@ -50,13 +50,24 @@ class RopeState:
 
     def put_on(self, model: PreTrainedModel) -> None:
         """Give `model` this RoPE."""
-        config = model.config.get_text_config()
+        self._write(model.config.get_text_config())
+        for module, buffers, attributes in self.modules:
+            transplant(module, buffers, attributes)
+
+    def _write(self, config: PreTrainedConfig) -> None:
         config.rope_parameters = copy.deepcopy(self.rope_parameters)
         config.max_position_embeddings = self.max_position_embeddings
         if hasattr(config, "head_dim"):
             config.head_dim = self.head_dim
+
+    def twins_on(self, model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
+        """Each rotary module of `model`, and another one beside it that has this RoPE."""
+        self._write(config := copy.deepcopy(model.config.get_text_config()))
+        twins = []
         for module, buffers, attributes in self.modules:
-            transplant(module, buffers, attributes)
+            twins.append((module, fresh(module, config).to(next(module.buffers()).device)))
+            transplant(twins[-1][1], buffers, attributes)
+        return twins
 
     def keep(self) -> None:
         """Put the frequencies back before each use if `model.to(torch.bfloat16)` or the like has rounded them."""

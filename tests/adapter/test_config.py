@@ -70,7 +70,10 @@ def test_every_new_field_has_a_help_text():
         dict(target_modules="all-linear"),
         dict(rope_type="longrope", rope_parameters=LONGROPE),
         dict(rope_parameters={"rope_type": "linear", "factor": 4.0}),
-        dict(context_length=1, group_size=2, group_size_ratio=1, dense_layers=[]),
+        dict(context_length=1, group_size=2, dense_layers=[]),
+        dict(group_size_ratio=1),
+        dict(attention_pattern="full", dense_layers=[], dense_every=0, group_size_ratio=0.25),
+        dict(attention_pattern="adaptive", group_size=16, chosen_blocks=3),
         *(dict(rope_type=kind) for kind in ("linear", "ntk", "dynamic", "yarn", "llama3")),
         *(dict(attention_pattern=pattern) for pattern in PATTERNS),
     ],
@@ -216,10 +219,11 @@ NUMBERS = {"int64": np.int64, "int32": np.int32, "tensor": torch.tensor, "array"
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
 def test_numbers_of_numpy_and_torch_become_pythons(number, tmp_path):
     config = LongLoraConfig(
-        context_length=number(256), group_size=number(8), dense_layers=[number(0)], group_size_ratio=np.float32(0.5)
+        context_length=number(256), group_size=number(8), dense_layers=[number(0)], lora_dropout=np.float32(0.5)
     )
     assert (config.context_length, config.group_size, config.dense_layers) == (256, 8, [0])
-    assert type(config.group_size) is type(config.dense_layers[0]) is int and type(config.group_size_ratio) is float
+    assert type(config.group_size) is type(config.dense_layers[0]) is int and type(config.lora_dropout) is float
+    assert type(LongLoraConfig(group_size_ratio=np.float32(0.5)).group_size_ratio) is float
     config.save_pretrained(tmp_path)
     assert LongLoraConfig.from_pretrained(str(tmp_path)).group_size == 8
     for wrong in (np.float32(8.5), np.bool_(True), torch.tensor(8.0), np.array([8])):

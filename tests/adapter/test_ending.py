@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, convert_to_lora, get_peft_model
+from peft import PeftModel, convert_to_lora
 from transformers import AutoModelForCausalLM
 
 from peft_longlora import LongLoraConfig, export_lora
@@ -92,19 +92,6 @@ def test_the_probe_says_nothing_of_what_it_cannot_see():
     model = make()
     assert probe.Probe.of(model).tokens.shape == (1, probe.TOKENS)
     assert probe.Probe.of(model.to("meta")) is None
-
-
-def test_base_rows_of_a_mixed_batch_are_refused_if_rope_is_scaled():
-    model = adapted(train_embeddings=False, train_norms=False)
-    two = ROWS.repeat(2, 1)
-    with pytest.raises(ValueError, match=r"different RoPE.*model.disable_adapter\(\)"):
-        model(input_ids=two, adapter_names=["__base__", "default"])
-    plain = make()
-    wanted = logits(plain)
-    same = train(get_peft_model(plain, LongLoraConfig(r=4, train_embeddings=False, train_norms=False)))
-    with torch.no_grad():
-        out = same.eval()(input_ids=two, adapter_names=["__base__", "default"], use_cache=False).logits
-    assert torch.allclose(out[:1], wanted, atol=1e-5) and not torch.allclose(out[1:], wanted, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["yarn", "ntk", "llama3", "linear", "dynamic"])

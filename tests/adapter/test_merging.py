@@ -65,3 +65,61 @@ def test_a_model_cast_while_merged_gets_weights_of_that_precision(end, tied):
         found, wanted = base.state_dict(), wanted.state_dict()
         assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
         assert (base.lm_head.weight is base.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("fields", [{}, dict(train_embeddings=False, train_norms=False)], ids=["copies", "lora"])
+def test_another_adapter_made_active_while_one_is_merged_is_computed_alone(fields):
+    model = two(**fields)
+    wanted = logits(model)
+    model.set_adapter("default")
+    of_default = logits(model)
+    model.merge_adapter()
+    model.set_adapter("b")
+    assert torch.equal(logits(model), wanted), "bit for bit, which PEFT's own unmerging is not"
+    model.merge_adapter()
+    model.set_adapter("default")
+    assert torch.equal(logits(model), of_default)
+
+
+def test_merging_again_sets_aside_what_the_first_merge_did_not():
+    base = make()
+    wanted = copy.deepcopy(base).state_dict()
+    fields = dict(train_embeddings=False, train_norms=False)
+    model = train(extend(base, target_modules=["q_proj"], **fields))
+    model.add_adapter("b", LongLoraConfig(r=4, context_length=128, target_modules=["q_proj", "o_proj"], **fields))
+    model.merge_adapter(["default"])
+    weights = model.base_model._state.set_aside
+    assert len(weights) == 2, "one q_proj a layer, no bias and no o_proj"
+    model.merge_adapter(["b"])
+    assert len(model.base_model._state.set_aside) == 4
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.unload().state_dict().items())
+
+
+def test_a_bias_that_merging_changes_is_set_aside_too():
+    base = make("qwen2")
+    wanted = copy.deepcopy(base).state_dict()
+    model = train(extend(base, lora_bias=True, target_modules=["q_proj", "v_proj"]))
+    before = logits(model)
+    model.merge_adapter()
+    assert torch.allclose(logits(model), before, atol=1e-4)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.unload().state_dict().items())
+
+
+def test_a_merged_adapter_is_not_trained_in_part():
+    """LoRA is in the base's weights, so only embeddings and norms would learn."""
+    model = train(extend(make()))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"LoRA would not be trained.*unmerge_adapter\(\)"):
+        model.train()(input_ids=torch.arange(3, 40)[None])
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 40)[None])
+    model.unmerge_adapter()
+    train(model)
+
+
+def test_weights_are_not_loaded_into_a_merged_adapter(tmp_path):
+    model = train(extend(make()))
+    model.save_pretrained(tmp_path)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"'default' is merged.*unmerge_adapter\(\)"):
+        model.load_adapter(tmp_path, "default")

@@ -38,6 +38,9 @@ def reference(request):
     del AttentionMaskInterface._global_mapping["s2_test_blocks"]
 
 
+CHOSEN = {"adaptive": dict(chosen_blocks=1)}
+
+
 def logits_and_gradients(model, real, **inputs):
     logits = model(input_ids=TOKENS, use_cache=False, **inputs).logits[real]
     model.zero_grad()
@@ -52,7 +55,7 @@ def test_training_equals_the_reference(pattern, row, reference):
     reference.update(segment_ids=ids.long(), pattern=pattern, chosen_blocks=1)
     plain, model = make(max_position_embeddings=1024).train(), make(max_position_embeddings=1024).train()
     plain.set_attn_implementation("s2_test_blocks")
-    configure_attention(model, group_size=G, pattern=pattern, chosen_blocks=1)
+    configure_attention(model, group_size=G, pattern=pattern, **CHOSEN.get(pattern, {}))
     expected, found = (logits_and_gradients(one, ids > 0, **inputs) for one in (plain, model))
     torch.testing.assert_close(found[0], expected[0], rtol=1e-3, atol=1e-3)
     for name, gradient in expected[1].items():
@@ -66,7 +69,7 @@ def test_training_equals_the_reference(pattern, row, reference):
 def test_padding_inside_a_document_is_left_out(pattern):
     """The positions go on over it, so tokens behind it are as if the padding held anything."""
     model = make(max_position_embeddings=1024).train()
-    configure_attention(model, group_size=G, pattern=pattern, chosen_blocks=1)
+    configure_attention(model, group_size=G, pattern=pattern, **CHOSEN.get(pattern, {}))
     first = model(input_ids=TOKENS, attention_mask=PADDED, use_cache=False).logits[PADDED > 0]
     other = TOKENS.masked_fill(PADDED == 0, 5)
     torch.testing.assert_close(model(input_ids=other, attention_mask=PADDED, use_cache=False).logits[PADDED > 0], first)

@@ -71,7 +71,7 @@ def build(name: str, attention: str = "sdpa", **kwargs):
 
 def sparse(name: str, **kwargs):
     model = build(name)
-    configure_attention(model, group_size=G, **kwargs)
+    configure_attention(model, group_size=None if kwargs.get("pattern") == "full" else G, **kwargs)
     return model.train()
 
 

@@ -201,3 +201,62 @@ def test_what_is_missing_is_said(original, tmp_path):
 
 def test_the_default_rope_theta_is_that_of_transformers_llama():
     assert convert_original_adapter.__kwdefaults__["rope_theta"] == LlamaConfig().rope_parameters["rope_theta"]
+
+
+def test_an_adapter_that_is_switched_off_is_not_exported(base_folder, tmp_path):
+    """Inside the block the model has its base's RoPE, which the card and the folded base would get."""
+    model = adapt(base_folder, train_embeddings=False, train_norms=False)
+    with (
+        model.disable_adapter(),
+        pytest.raises(ValueError, match=r"switched off.*outside of model.disable_adapter\(\)"),
+    ):
+        export_lora(model, tmp_path / "lora", fold_into=tmp_path / "whole")
+    assert not (tmp_path / "lora").exists() and not (tmp_path / "whole").exists()
+
+
+def _file(path):
+    path.write_text("a person's notes")
+
+
+def _longlora(path):
+    LongLoraConfig().save_pretrained(path)
+
+
+PLACES = {
+    "a file": (_file, r"folder='.*place': .*place is a file"),
+    "inside a file": (lambda path: _file(path.parent), r"folder='.*place': .* is a file"),
+    "a folder named as a file": (lambda path: (path / "README.md").mkdir(parents=True), r"README.md is a folder"),
+    "our adapter": (_longlora, r"holds an adapter of another type, which would be overwritten"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+@pytest.mark.parametrize("name", ["folder", "fold_into"])
+def test_a_place_that_cannot_take_the_export_is_refused_and_kept(base_folder, tmp_path, case, name):
+    make, message = PLACES[case]
+    place = tmp_path / "in" / "place"
+    place.parent.parent.mkdir(exist_ok=True)
+    if case != "inside a file":
+        place.parent.mkdir()
+    make(place)
+    before = sorted(tmp_path.rglob("*"))
+    model = adapt(base_folder, train_embeddings=False, train_norms=False)
+    places = {"folder": tmp_path / "lora", "fold_into": tmp_path / "base", name: place}
+    with pytest.raises(ValueError, match=message.replace("folder=", f"{name}=")):
+        export_lora(model, **places)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_one_folder_is_not_both_adapter_and_base(base_folder, tmp_path):
+    model = adapt(base_folder, train_embeddings=False, train_norms=False)
+    with pytest.raises(ValueError, match="folder and fold_into are both"):
+        export_lora(model, tmp_path / "one", fold_into=tmp_path / "one")
+
+
+def test_a_persons_readme_stays_in_the_folder_of_an_export(base_folder, tmp_path):
+    (tmp_path / "README.md").write_text("# Notes of a person\n")
+    export_lora(adapt(base_folder, train_embeddings=False, train_norms=False), tmp_path)
+    assert "# Notes of a person" in (tmp_path / "README.md").read_text()
+    export_lora(adapt(base_folder, train_embeddings=False, train_norms=False), tmp_path / "new")
+    export_lora(adapt(base_folder, train_embeddings=False, train_norms=False), tmp_path / "new")  # the same again
+    assert "Notes of a person" not in (tmp_path / "new" / "README.md").read_text()

@@ -70,3 +70,11 @@ def test_entries_that_are_no_scaling_are_kept():
     for kind in ("yarn", "linear", "ntk", "dynamic", "llama3"):
         scale_rope(copy := make(rope_parameters={**model.config.rope_parameters}), 128, rope_type=kind)
         assert own.items() <= copy.config.rope_parameters.items()
+
+
+def test_ntk_needs_more_than_one_pair_that_rotates():
+    """Its exponent d / (d - 2) has no value for d = 2."""
+    model = make("gpt_neox", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25})
+    with pytest.raises(ValueError, match=r"rope_type='ntk' .* only d=2 numbers of each head rotate"):
+        scale_rope(model, 128, rope_type="ntk")
+    assert scale_rope(model, 128, rope_type="linear")["factor"] == 2.0

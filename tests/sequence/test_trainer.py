@@ -430,7 +430,7 @@ def test_another_adapter_does_not_part_the_ranks():
     model, ranks = extend(make(), group_size=16), object()
     for module in find_attention_modules(model).values():
         settings_of(module).sharing = ranks
-    configure_attention(model.get_base_model(), group_size=8)
+    configure_attention(model.get_base_model(), backend="sdpa")
     assert {settings_of(module).sharing for module in find_attention_modules(model).values()} == {ranks}
 
 

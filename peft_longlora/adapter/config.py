@@ -52,6 +52,8 @@ class LongLoraConfig(LoraConfig):
             loaded.
         applied_context_length: Filled in when the adapter is made: the window in use, for the card.
         applied_group_size: Filled in when the adapter is made: the group size in use, for the card.
+        base_rope_parameters: Filled in when the adapter is made: the base's own rope_parameters, checked when it is
+            loaded.
         vocab_size: Filled in when the adapter is made: rows of the input embeddings, checked when loaded.
         format_version: Filled in: the version of the adapter's format. A version newer than the package's is refused.
 
@@ -136,7 +138,9 @@ class LongLoraConfig(LoraConfig):
     )
     base_rope_parameters: dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "Filled in when the adapter is made: the base's own rope_parameters, checked when loaded."},
+        metadata={
+            "help": "Filled in when the adapter is made: the base's own rope_parameters, checked when it is loaded."
+        },
     )
     vocab_size: int | None = field(
         default=None,

@@ -32,7 +32,8 @@ def check_together(config: LongLoraConfig) -> None:
         dense_every=config.dense_every,
         name="attention_pattern",
     )
-    if config.rope_type != "yarn" and config.rope_parameters is None and config.context_length is None:
+    # `fit` says more about "learned", which no window below the base's can begin.
+    if config.rope_type not in ("yarn", "learned") and config.rope_parameters is None and config.context_length is None:
         raise ValueError(
             f"rope_type={config.rope_type!r} has no effect without context_length: RoPE would not be changed. Give the "
             f"window to extend to, or leave rope_type out."

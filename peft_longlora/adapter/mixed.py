@@ -31,8 +31,8 @@ def check_mixed(model: PreTrainedModel, names: Sequence[str]) -> None:
     """
     if copies.learned_rotary(model) is not None:
         raise ValueError(
-            f"adapter_names={list(names)!r}: the adapters learned their RoPE (rope_type='learned'), and a batch has one. "
-            f"Run the rows of each adapter by themselves, after model.set_adapter(name)."
+            f"adapter_names={list(names)!r}: the adapters learned their RoPE (rope_type='learned'), and a batch has "
+            f"one. Run the rows of each adapter by themselves, after model.set_adapter(name)."
         )
     for wrapper in copies.wrappers_of(model):
         if not isinstance(wrapper.original_module, MIXABLE) and not wrapper.disable_adapters:

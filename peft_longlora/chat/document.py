@@ -73,6 +73,8 @@ def read_document(
     path = Path(path).expanduser()
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give one file ({', '.join(SUFFIXES)}).")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file but a pipe or a device: save the text as a file.")
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
     if path.suffix.lower() not in SUFFIXES:

@@ -24,7 +24,6 @@ from .tasks import OWN_TASKS, make_tasks, tasks_that_read
 if TYPE_CHECKING:
     from peft_longlora import LongLoraConfig
 
-WRITTEN = ("run.json", "samples*.jsonl", "digests.json", "results.json", "results.md", "*.png", ".lock")
 INCOMPLETE = 3  # exit code of an evaluation without the lengths that ran out of memory
 
 
@@ -37,7 +36,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"any of {', '.join(OWN_TASKS)}; a RULER task such as ruler_vt; a task of lm-eval (%(default)s)",
     )
     add("--lengths", type=numbers, default=[4096], help="tokens of windows and prompts, as 4096,8192 or 4k,8k (4k)")
-    add("--output", required=True, type=folder, help="folder for results; if it holds the same run, that run continues")
+    add(
+        "--output",
+        required=True,
+        type=folder,
+        help="folder for results; the same run in it continues, another that has ended moves to earlier-1 in it",
+    )
     add("--overwrite", action="store_true", help="delete the old results in --output first")
     add("--with-base", action="store_true", help="measure the base too: both in one table and in one plot a task")
     add("--card", action="store_true", help="show the results in the adapter's card (README.md)")
@@ -103,6 +107,7 @@ def _add_harness(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, write the results and print the table."""
     from peft_longlora import eval as suite
+    from peft_longlora.eval.journal import Journal
     from peft_longlora.eval.report.tables import make_report
 
     if args.card and (args.adapter is None or not Path(args.adapter).is_dir()):
@@ -110,10 +115,12 @@ def run(args: argparse.Namespace) -> int:
     if args.with_base and args.adapter is None and args.context_length is None:
         raise ValueError("--with-base needs --adapter or --context-length: without them the model is the base.")
     tasks = make_tasks(args)
-    refuse_file(args.output, WRITTEN)
+    refuse_file(args.output)
+    processes = suite.Processes.of_environment(args.device)
+    if processes.is_main:
+        Journal(args.output).check()
     for task in tasks:
         task.data()  # refuses bad data before a model is loaded
-    processes = suite.Processes.of_environment(args.device)
     window = {name: getattr(args, name) for name in ("attention", "context_length", "rope_type")}
     subject = suite.load_subject(**model_options(args), **window, device=processes.device)
     config = _config_of_card(args.adapter) if args.card else None

@@ -31,6 +31,7 @@ PACKED = (".pdf", ".parquet")  # compressed already, so never also .gz
 ABOUT = re.compile(r"(readme|licen[cs]e|changelog)\b", re.IGNORECASE)  # files about a folder, not in its subject
 PARQUET_ROWS = 16  # read at once; a row may be a book
 BLANK = b"\xef\xbb\xbf \t\r\n"  # white space, and the mark that some editors begin a file with
+NO_FILE = "neither a file nor a folder (a pipe, or a device), and data are read several times. Save them as a file."
 NO_DATA = "If the file does not hold data, move it out of the folder."
 
 
@@ -114,10 +115,14 @@ def _files(path: Path, counts: Counts | None) -> list[Path]:
         if _kind(path) not in SUFFIXES:
             raise ValueError(f"{path}: cannot read {path.suffix!r} files. Use {known}.")
         return [path]
+    if not path.is_dir():
+        raise ValueError(f"{path}: {NO_FILE}")
     left_out: dict[Path, str] = {}
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+    for file in sorted(file for file in path.rglob("*") if not file.is_dir()):
         place = file.relative_to(path)
-        if any(part.startswith(".") for part in place.parts):
+        if not file.is_file():
+            left_out[file] = "pipes and devices" if file.exists() else "broken links"
+        elif any(part.startswith(".") for part in place.parts):
             left_out[file] = "hidden files"
         elif ABOUT.match(file.name):
             left_out[file] = "files about the folder"

@@ -30,7 +30,7 @@ def evaluate(
     Args:
         subject: the model.
         tasks: what to measure.
-        output: a folder; if it holds the same run, that run continues.
+        output: a folder. The same run in it continues; another run that has ended moves to a folder in it.
         settings: how intervals are computed.
         overwrite: delete what the folder holds.
         processes: the processes that share the work. None: this process alone.
@@ -40,7 +40,8 @@ def evaluate(
         The results in the main process; None in the others.
 
     Raises:
-        ValueError: the folder holds another run, or another run writes into it, or the model computes NaN.
+        ValueError: the folder holds another run that has not ended, or another run writes into it, or the model
+            computes NaN.
 
     If a task or length runs out of memory, it is left out and the results name it; the others continue.
     """

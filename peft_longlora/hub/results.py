@@ -241,6 +241,8 @@ def read_results(folder: Path) -> tuple[list[Row], list[str]]:
     if not path.exists():
         return [], plots
     refuse_link(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file, and results are read from a file of this name. Move it.")
     try:
         return _read(path)["results"], plots
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:

@@ -107,39 +107,54 @@ def test_where_one_process_has_no_room_the_length_is_left_out(tmp_path):
 
 
 def test_a_folder_holds_one_run(tmp_path):
+    """The last one that was asked for; those that ended before it stay beside it, whole."""
     subject, corpus = letter_subject(), letters(tmp_path)
     out = tmp_path / "out"
     evaluate(subject, [Perplexity(corpus, [8], stride=4)], out)
-    with pytest.raises(ValueError, match=r"holds another run.*stride was 4 and is now 8"):
-        evaluate(subject, [Perplexity(corpus, [8], stride=8)], out)
     more = evaluate(subject, [Perplexity(corpus, [8, 16], stride=4)], out)
     assert [row.length for row in more.results if row.metric == "perplexity"] == [8, 16], "lengths may be added"
+    other = evaluate(subject, [Perplexity(corpus, [8], stride=8)], out)
+    assert [row.length for row in other.results if row.metric == "perplexity"] == [8]
+    assert Results.load(out).results == other.results and Results.load(out / "earlier-1").results == more.results
     (tmp_path / "0.txt").write_text("abab" * 9)
-    with pytest.raises(ValueError, match="another run"):
-        evaluate(subject, [Perplexity(Corpus(tmp_path / "0.txt"), [8], stride=4)], out)
+    evaluate(subject, [Perplexity(Corpus(tmp_path / "0.txt"), [8], stride=8)], out)
+    assert Results.load(out / "earlier-2").results == other.results
     evaluate(subject, [Perplexity(corpus, [8], stride=8)], out, overwrite=True)
+    assert sorted(path.name for path in out.glob("earlier-*")) == ["earlier-1", "earlier-2"]
+
+
+def test_a_run_that_was_stopped_is_not_given_up_for_another(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(letter_subject(), [Killed(letters(tmp_path), [8], at=1)], out)
+    with pytest.raises(ValueError, match=r"holds another run.*stride was .* and is now 8.*has not ended"):
+        evaluate(letter_subject(), [Killed(letters(tmp_path), [8], stride=8)], out)
+    assert evaluate(letter_subject(), [Killed(letters(tmp_path), [8])], out).results
 
 
 def test_a_run_is_of_one_tokenizer_and_one_model(tmp_path):
-    """What changes a number is another run, also where its name is the same."""
+    """What changes a number is another run, also where its name is the same. No number of one is shown for another."""
 
-    def run(subject) -> None:
-        evaluate(subject, [Perplexity(letters(tmp_path), [8])], tmp_path / "out")
+    def run(subject) -> float:
+        return evaluate(subject, [Perplexity(letters(tmp_path), [8])], tmp_path / "out").results[0].value
+
+    def moved(number: int) -> dict:
+        return json.loads((tmp_path / "out" / f"earlier-{number}" / "run.json").read_text())["model"]
 
     def with_letters(order: str) -> Subject:
         return Subject.of(Bigrams(P), letter_tokenizer(order))
 
-    run(with_letters("abcd"))
-    run(with_letters("abcd"))
-    with pytest.raises(ValueError, match="holds another run: in its model, tokenizer_sha256 was"):
-        run(with_letters("badc"))
-    with pytest.raises(ValueError, match="holds another run: in its model, fingerprint was"):
-        run(letter_subject(Bigrams(P.flip(0))))
+    first = run(with_letters("abcd"))
+    assert run(with_letters("abcd")) == first and not list((tmp_path / "out").glob("earlier-*"))
+    second = run(with_letters("badc"))
+    third = run(letter_subject(Bigrams(P.flip(0))))
+    assert len({first, second, third}) == 3
     templated = with_letters("abcd")
     templated.tokenizer.chat_template = "{{ messages }}"
-    with pytest.raises(ValueError, match="in its model, chat_template_sha256 was None"):
-        run(templated)
-    run(with_letters("abcd"))
+    assert run(templated) == first
+    assert run(with_letters("abcd")) == first
+    for number, key in enumerate(["tokenizer_sha256", "fingerprint", "chat_template_sha256"], 1):
+        assert moved(number)[key] != moved(number + 1)[key], key
 
 
 def test_a_run_is_of_the_versions_and_the_device_that_it_began_with(tmp_path, monkeypatch):
@@ -149,6 +164,7 @@ def test_a_run_is_of_the_versions_and_the_device_that_it_began_with(tmp_path, mo
     assert began["versions"].keys() >= {"peft_longlora", "transformers", "torch", "peft", "tokenizers"}
     for key, other in {"versions": {**began["versions"], "torch": "1.0"}, "device": "NVIDIA H100"}.items():
         (tmp_path / "out" / "run.json").write_text(json.dumps({**began, key: other}))
+        (tmp_path / "out" / "results.json").unlink(missing_ok=True)
         with pytest.raises(ValueError, match=f"another run: in its {key}, .*was ('1.0'|'NVIDIA H100') and is now"):
             evaluate(letter_subject(), tasks, tmp_path / "out")
 

@@ -57,8 +57,10 @@ class LongQA(RecordTask):
         self._templates: dict[str, str] = {}
         if self.prompts:
             try:
-                self._templates = json.loads(Path(self.prompts).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
+                if not Path(self.prompts).is_file():
+                    raise ValueError("no such file")
+                self._templates = json.loads(Path(self.prompts).read_text(encoding="utf-8-sig"))
+            except (OSError, ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{self.prompts}: not a JSON file of prompts ({error}). Use LongBench's dataset2prompt.json."
                 ) from error

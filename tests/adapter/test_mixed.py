@@ -89,3 +89,9 @@ def test_names_that_do_not_fit_the_rows_are_pefts_to_refuse():
     model = train(extend(make(), train_norms=False))
     with pytest.raises(ValueError, match=r"adapter_names.*should be the same as"):
         logits(model, adapter_names=NAMES[:2])
+
+
+def test_learned_ropes_are_not_mixed():
+    model = train(extend(make(), rope_type="learned", train_norms=False))
+    with pytest.raises(ValueError, match="learned their RoPE"):
+        logits(model, adapter_names=NAMES)

@@ -1,0 +1,84 @@
+"""A step of gpt_oss and one of a hybrid model on a GPU, in bfloat16, against the definition in float32.
+
+Run with `pytest -m gpu tests/whole/test_gpu_hybrids.py`. The layers of the hybrid that do not attend run on
+flash-linear-attention's kernels if it is installed.
+"""
+
+import pytest
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import sdpa_mask
+
+from peft_longlora import configure_attention
+from peft_longlora.reference import s2_attention_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch.cuda.is_available() is False"),
+]
+G, WINDOW, LENGTHS = 256, 128, (700, 300, 1, 523)
+SIZES = dict(vocab_size=97, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8)
+SIZES |= dict(num_key_value_heads=2, max_position_embeddings=2048, pad_token_id=0)
+DEFAULT = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4))
+DELTA = dict(linear_key_head_dim=64, linear_value_head_dim=64, linear_num_key_heads=2, linear_num_value_heads=4)
+TYPES = {
+    "gpt_oss": dict(  # one expert, so that rounding cannot choose another
+        **DEFAULT, num_local_experts=1, num_experts_per_tok=1, sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "qwen3_5_text": {**DELTA, "layer_types": ["linear_attention", "full_attention"]},
+}  # fmt: skip
+
+
+def truth(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """The definition, for one document in a row."""
+    how = dict(scaling=scaling, sinks=kwargs.get("s_aux"))
+    if kwargs.get("sliding_window"):
+        return s2_attention_reference(query, key, value, 2, pattern="full", window=WINDOW, **how), None
+    return s2_attention_reference(query, key, value, G, **how), None
+
+
+def make(name: str, head_dim: int, dtype: torch.dtype):
+    AttentionInterface.register("truth_on_gpu", truth)
+    AttentionMaskInterface.register("truth_on_gpu", sdpa_mask)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**SIZES, **TYPES[name], "head_dim": head_dim})
+    how = "truth_on_gpu" if dtype == torch.float32 else None
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=how).float()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_((p + torch.randn_like(p) * 0.05).bfloat16())
+    model = model.to("cuda", dtype).train()
+    if dtype != torch.float32:
+        configure_attention(model, group_size=G)
+    return model
+
+
+def step(model, calls):
+    """Logits, and the gradients of their mean square: of one row, or of several calls."""
+    outs = []
+    for call in calls:
+        logits = model(**call, use_cache=False).logits[0].float()
+        (logits.square().sum() / sum(LENGTHS)).backward()
+        outs.append(logits.detach())
+    return {"logits": torch.cat(outs), **{n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", TYPES)
+def test_a_packed_step_is_the_definition_of_each_document(name, head_dim):
+    ids = torch.randint(3, 97, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(1)).cuda()
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None].cuda()
+    alone = [dict(input_ids=part) for part in ids.split(LENGTHS, dim=1)]
+    wanted = step(make(name, head_dim, torch.float32), alone)
+    found = step(make(name, head_dim, torch.bfloat16), [dict(input_ids=ids, position_ids=positions)])
+    whole = step(make(name, head_dim, torch.bfloat16), [dict(input_ids=ids)])  # what it would be as one document
+    assert found.keys() == wanted.keys()
+    errors = {n: ((found[n] - x).norm() / x.norm().clamp(min=1e-6)).item() for n, x in wanted.items()}
+    worst = max(errors, key=errors.get)
+    leak = ((whole["logits"] - wanted["logits"]).norm() / wanted["logits"].norm()).item()
+    print(name, head_dim, f"logits {errors['logits']:.1e}, worst {worst} {errors[worst]:.1e}, as one row {leak:.1e}")
+    assert errors["logits"] < 0.03 and errors[worst] < 0.1
+    assert leak > 3 * errors["logits"]
+    if name == "gpt_oss":
+        assert any("sinks" in n for n in errors)

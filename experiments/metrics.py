@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import random
+import tempfile
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from peft_longlora import use_attention
+from peft_longlora.eval import Corpus, Memorised, Subject
 
 BEFORE = "There is a pass key hidden in the book below. Find it and memorize it.\n\n"
 NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
@@ -26,13 +29,20 @@ QUESTION = "\n\nWhat is the pass key? The pass key is "
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, books: Books, window: int, evaluation: dict[str, Any]
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    books: Books,
+    window: int,
+    evaluation: dict[str, Any],
+    trained: list[list[int]],
 ) -> dict[str, Any]:
     """All metrics of a cell, through the fastest dense attention there is.
 
     Args:
         books: for validation. window: tokens of a row.
-        evaluation: `edges` of the positions reported apart, `native_window`, `passkey_lengths`, `passkeys` a length.
+        evaluation: `edges` of the positions reported apart, `native_window`, `passkey_lengths`, `passkeys` a length,
+            `memorised` passages.
+        trained: the rows that the model was trained on, each once.
     """
     model.eval()
     with use_attention(model, "dense", dense_attention="fastest"):
@@ -47,7 +57,45 @@ def measure(
         for length in evaluation["passkey_lengths"]:
             found = passkeys(model, tokenizer, books, length, evaluation["passkeys"], rng)
             metrics["passkey"][str(length)] = found
+    if count := evaluation["memorised"]:
+        unseen = [book[:window].tolist() for book in books]
+        metrics["memorised"] = recited(model, tokenizer, trained, unseen, count)
     return metrics
+
+
+def recited(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, trained: list[list[int]], unseen: list[list[int]], count: int
+) -> dict[str, Any]:
+    """Passages that a model and its base continue word for word, by `longlora eval`'s task "memorised".
+
+    Args:
+        trained, unseen: rows that were trained on, and others. count: passages of each.
+
+    Returns: {"trained" or "unseen": {"50", "200" or "window": {"base" or "adapter": {"verbatim": passages, "of",
+        "tokens": the mean number before the first other one}}}}.
+    """
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, use_attention(model, "dense", dense_attention="fastest"):
+        for name, rows in (("trained", trained), ("unseen", unseen)):
+            Path(folder, name).mkdir()
+            for number, row in enumerate(rows):
+                Path(folder, name, f"{number:04d}.txt").write_text(tokenizer.decode(row), encoding="utf-8")
+        corpora = Corpus(Path(folder, "trained")), Corpus(Path(folder, "unseen"))
+        task, subject = Memorised(*corpora, passages=count), Subject.of(model, tokenizer)
+        task.check(subject)
+        for item in task.items(subject):
+            sample = item.measure()
+            prefix = {100: "50", 250: "200"}.get(sample["length"], "window")
+            cell = (
+                found.setdefault(sample["dataset"], {})
+                .setdefault(prefix, {})
+                .setdefault(sample["variant"], dict(verbatim=0, of=0, tokens=0.0))
+            )
+            (_, _, is_whole, _), (_, _, tokens, _) = sample["measures"]
+            cell["verbatim"] += int(is_whole)
+            cell["of"] += 1
+            cell["tokens"] += (tokens - cell["tokens"]) / cell["of"]
+    return found
 
 
 def perplexity(model: nn.Module, books: Books, window: int, edges: list[int]) -> dict[str, float]:

@@ -23,7 +23,9 @@ from peft_longlora.eval import LongQA, Subject
 from peft_longlora.eval.tasks.metrics import rouge_l
 
 KEPT = 10  # one record in ten is scored
-ANSWER = 128  # tokens that an answer may have
+# Tokens that an answer may have: those of one question are a few words, a summary is a paragraph.
+ANSWERS = {"qmsum": 128}
+ANSWER = 32
 
 
 def split_records(folder: str | Path) -> tuple[list[dict[str, str]], dict[str, list[dict[str, str]]]]:
@@ -77,30 +79,36 @@ def measure_records(
 ) -> dict[str, Any]:
     """Losses of the written answers, and scores of the model's own, through dense attention.
 
+    The adapter is merged for the latter, as for serving: the model is not usable afterwards.
+
     Args:
         window: tokens of prompt and answer, at most; a longer prompt loses its middle.
 
     Returns: for each file "loss" and "tokens" (of each answer, with its end), "f1" and "rougeL", a list each.
     """
     model.eval()
-    subject, found = Subject.of(model, tokenizer), {}
+    device = next(model.parameters()).device
+    losses = {}
+    for name, records in scored.items():
+        rows = tokenize_records(records, tokenizer, window)
+        tensors = ({key: torch.tensor([value], device=device) for key, value in row.items()} for row in rows)
+        losses[name] = [answer_losses(model, row) for row in tensors]
+    found, subject = (
+        {},
+        Subject.of(model.merge_and_unload() if hasattr(model, "merge_and_unload") else model, tokenizer),
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name, records in scored.items():
             lines = [json.dumps({**record, "input": record["input"] or ""}) for record in records]
             file = Path(folder, f"{name}.jsonl")
             file.write_text("\n".join(lines), encoding="utf-8")
-            task = LongQA(source=str(file), max_length=window, max_new_tokens=ANSWER)
+            most = ANSWERS.get(name.removesuffix("_train"), ANSWER)
+            task = LongQA(source=str(file), max_length=window, max_new_tokens=most)
             samples = [item.measure() for item in task.items(subject)]
-            device = next(model.parameters()).device
-            rows = (
-                {key: torch.tensor([value], device=device) for key, value in row.items()}
-                for row in tokenize_records(records, tokenizer, window)
-            )
-            losses = [answer_losses(model, row) for row in rows]
             scores = [{metric: round(value, 4) for metric, _, value, _ in one["measures"]} for one in samples]
             found[name] = dict(
-                loss=[round(one.mean().item(), 4) for one in losses],
-                tokens=[len(one) for one in losses],
+                loss=[round(one.mean().item(), 4) for one in losses[name]],
+                tokens=[len(one) for one in losses[name]],
                 **{metric: [score[metric] for score in scores] for metric in ("f1", "rougeL")},
             )
     return {"records": found}

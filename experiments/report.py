@@ -72,6 +72,23 @@ def answer_table(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]
     return table(head, rows)
 
 
+def recited_table(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
+    """Passages that continue word for word, of the training text and of unseen text; none if nobody measured them."""
+    head, rows = [], []
+    for name, budget, label in study.rows:
+        for text, prefixes in _recited(found.get((name, budget), [])).items():
+            for variant in ("base", "adapter"):
+                cells = {prefix: each[variant] for prefix, each in prefixes.items()}
+                head = ["", "text", "model", *(f"verbatim after {prefix}" for prefix in cells)]
+                shown = [f"{cell['verbatim']} of {cell['of']} ({cell['tokens']:.1f})" for cell in cells.values()]
+                rows.append([label, text, variant, *shown])
+    return table(head, rows) if rows else []
+
+
+def _recited(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    return lines[0]["metrics"].get("memorised", {}) if lines else {}
+
+
 def cost_table(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
     """What each cell cost."""
     rows = []
@@ -110,7 +127,8 @@ def block(study: Study, lines: list[dict[str, Any]]) -> list[str]:
     if study.data == "records":
         parts = [answer_table(study, found), cost_table(study, found)]
     else:
-        parts = [quality_table(study, found), difference_table(study, found), cost_table(study, found)]
+        quality = [quality_table(study, found), difference_table(study, found), recited_table(study, found)]
+        parts = [*quality, cost_table(study, found)]
     if study.data == "books" and len(found) > 1 and differences(study, found):
         parts.append([f"![{study.title}](images/results_{study.name}.png)"])
     return [line for part in parts if part for line in (*part, "")][:-1]

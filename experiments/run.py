@@ -188,13 +188,14 @@ def finish_cell(cell: Cell, steps: int, args: argparse.Namespace, kernels: Kerne
     else:
         rows = train_rows(Books.read(args.tokens, "train"), cell.window, count, cell.seed, cell.training["rows"])
         held = Books.read(args.tokens, "validation")
-        scores = partial(measure, model, tokenizer, held, cell.window, cell.evaluation)
+        distinct = list({tuple(row["input_ids"]): row["input_ids"] for row in rows}.values())
+        scores = partial(measure, model, tokenizer, held, cell.window, cell.evaluation, distinct)
     if steps:
         training = train(cell, model, rows, args.device)
     trained_at = time.monotonic()
-    metrics = scores()
-    if args.save:
+    if args.save:  # before the scores: a merge ends the adapter
         model.save_pretrained(args.save / "-".join((cell.study, cell.name, cell.budget, str(cell.seed))))
+    metrics = scores()
     return dict(
         study=cell.study, cell=cell.name, budget=cell.budget, seed=cell.seed, steps=steps,
         fingerprint=cell.fingerprint, settings=cell.settings, metrics=metrics, **training,

@@ -145,6 +145,20 @@ def test_the_picture_is_drawn(small, tmp_path):
     assert (tmp_path / "images" / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_recited_by_hand(small):
+    study, lines = small
+    cell = dict(verbatim=3, of=100, tokens=4.25), dict(verbatim=60, of=100, tokens=41.0)
+    both = dict(zip(("base", "adapter"), cell, strict=True))
+    lines[0]["metrics"]["memorised"] = {"trained": {"50": both, "window": both}}
+    assert report.recited_table(study, report.lines_by_row(study, lines[:1])) == [
+        "|  | text | model | verbatim after 50 | verbatim after window |",
+        "| --- | --- | --- | --- | --- |",
+        "| full attention | trained | base | 3 of 100 (4.2) | 3 of 100 (4.2) |",
+        "| full attention | trained | adapter | 60 of 100 (41.0) | 60 of 100 (41.0) |",
+    ]
+    assert report.recited_table(study, report.lines_by_row(study, lines[2:])) == []
+
+
 def test_answers_by_hand(tmp_path):
     """Two seeds of three records: scores 0.1, 0.3, 0.5 on average; losses weigh by the tokens of the answers."""
     head, cells = SMALL.split("cells:")

@@ -86,7 +86,7 @@ def checkpoint_blocks(
             options["context_fn"] = partial(in_host, host, number)
         call = partial(checkpoint, **options)
         if offload:
-            call = before = Offload(call, host, number, before if number % int(offload) else None)
+            call = before = Offload(call, host, number, block, before if number % int(offload) else None)
         block._gradient_checkpointing_func = call
         block.gradient_checkpointing = number < checkpointed
         for module in find_feed_forwards(block):

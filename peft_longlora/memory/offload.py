@@ -166,13 +166,21 @@ class Offload:
         checkpoint: `torch.utils.checkpoint.checkpoint` with its options; not reentrant.
         host: the place where inputs wait.
         block: number of the block.
+        module: the block itself.
         before: the `Offload` of the block before, if that block computes this block's input again; None: the input
             waits in the host's memory. If every second block has one, this needs half the host's memory and half a
             forward more.
     """
 
-    def __init__(self, checkpoint: Callable[..., Any], host: HostMemory, block: int = 0, before: Offload | None = None):
-        self.checkpoint, self.host, self.block, self.before = checkpoint, host, block, before
+    def __init__(
+        self,
+        checkpoint: Callable[..., Any],
+        host: HostMemory,
+        block: int,
+        module: torch.nn.Module,
+        before: Offload | None = None,
+    ):
+        self.checkpoint, self.host, self.block, self.module, self.before = checkpoint, host, block, module, before
         self._is_followed = False
         self._last: _Again | None = None  # for the next block, until it has run
         if before is not None:
@@ -205,6 +213,8 @@ class Offload:
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not isinstance(packed, _Again):
             return self.host.get(packed)
+        if unshard := getattr(self.before.module, "unshard", None):  # FSDP2 brings weights for a block's own backward
+            unshard()
         tensor = self._unpack(packed.packed)
         devices = [tensor.device] if tensor.is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices):

@@ -88,8 +88,8 @@ class _Attend(torch.autograd.Function):
         is_first = not kept.far
         travelling = _start(halo, halo.sends, halo.receives, _by_half(q, k, v)) if is_first else None
         out, lse = attend_halves(q, k, v, *tensors_of(halo.groups, q.device), *ctx.how)
-        # Rows at borders are written in place, the same each time. So a checkpointed block may keep `out` and `lse`, and
-        # torch, which refuses kept tensors that were changed, is not told (`data` has a version of its own).
+        # Rows at borders are written in place, the same each time, so a checkpointed block may keep `out` and `lse`.
+        # torch refuses kept tensors that were changed; it is not told, because `data` has a version of its own.
         borders = _borders(halo, q, k)
         rows = [(half, q[own, heads], out.data[own, heads], lse.data[heads, own]) for half, own, heads in borders]
         if is_first:

@@ -10,7 +10,9 @@ import yaml
 
 from peft_longlora.training.recipe import ADAPTER, Recipe, keys
 
-RECIPE = "recipe.yaml"
+RUN = "run.yaml"  # all values, to go on from
+RECIPE = "recipe.yaml"  # the same for others, without paths of this machine; a push takes it along
+PRIVATE = {"output_dir", "overwrite", "hub_token", "hub_model_id", "push_to_hub", "logging_dir"}
 # Keys of the Trainer that change what is learned, so they must stay when a run goes on.
 TRAINED_WITH = {
     "seed", "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
@@ -58,12 +60,12 @@ def open_output(recipe: Recipe) -> Path | None:
                 f"output_dir, or --overwrite to train it anew."
             )
         return None
-    if not (folder / RECIPE).is_file():
+    if not (folder / RUN).is_file():
         raise ValueError(
-            f"output_dir={str(folder)!r} holds {last.name} of a run without a {RECIPE}. Give another output_dir, or "
+            f"output_dir={str(folder)!r} holds {last.name} of a run without a {RUN}. Give another output_dir, or "
             f"--overwrite to begin anew."
         )
-    before = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    before = yaml.safe_load((folder / RUN).read_text(encoding="utf-8"))
     now = _plain(recipe.values)
     fixed = {name for name, key in keys().items() if key.owner == ADAPTER} | TRAINED_WITH | TRAINED_ON
     for name in sorted(fixed & (before.keys() | now.keys())):
@@ -76,14 +78,24 @@ def open_output(recipe: Recipe) -> Path | None:
 
 
 def begin_output(recipe: Recipe) -> None:
-    """Write the recipe into the output folder; with `overwrite`, delete the checkpoints of the run before."""
+    """Write the values into the output folder; with `overwrite`, delete the checkpoints of the run before."""
     folder = recipe.output_dir
     if recipe.run.overwrite:
         for path in folder.glob("checkpoint-*"):
             shutil.rmtree(path)
     folder.mkdir(parents=True, exist_ok=True)
     values = {name: value for name, value in _plain(recipe.values).items() if name not in ("overwrite", "hub_token")}
-    (folder / RECIPE).write_text(yaml.safe_dump(values, sort_keys=True, allow_unicode=True), encoding="utf-8")
+    public = {name: _without_path(value) for name, value in values.items() if name not in PRIVATE}
+    for name, content in ((RUN, values), (RECIPE, public)):
+        (folder / name).write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+
+
+def _without_path(value: Any) -> Any:
+    """A file's or folder's name in place of its path."""
+    if isinstance(value, list):
+        return [_without_path(each) for each in value]
+    is_path = isinstance(value, str) and "/" in value and Path(value).exists()
+    return Path(value).name if is_path else value
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def finish(trainer: Trainer, recipe: Recipe, corpus: Corpus | None, say: Callabl
         say(f"Loss of held-out answers, dense attention: {trainer.evaluate()['eval_loss']:.4f}")
     else:
         say("Nothing was measured, because the recipe names no eval_data.")
-    if trainer.args.push_to_hub:
+    if recipe.values.get("push_to_hub"):
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
             _push(trainer, recipe.run, folder, say)

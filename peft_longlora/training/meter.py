@@ -107,7 +107,8 @@ class MeteredMixin:
 
     Args:
         meter: for rows of this training.
-        args, kwargs: arguments of the trainer.
+        args: of the trainer.
+        kwargs: of the trainer.
 
     Example:
         >>> class MeteredTrainer(MeteredMixin, SFTTrainer): ...

@@ -31,6 +31,11 @@ DEFAULTS = {
     "save_steps": 100.0,
     "save_total_limit": 2,
 }
+REQUIRED = {
+    "model": "the base, a folder or an id on the Hub",
+    "data": "files, folders or ids of datasets",
+    "context_length": "the window to extend to, in tokens, such as 32k",
+}
 FILLED_IN = "is filled in by the command"
 NO_KEYS = {
     **dict.fromkeys(
@@ -41,6 +46,8 @@ NO_KEYS = {
     ),
     "revision": "is LoraConfig's; the base's is model_revision",
     "dataset_text_field": "is named text_field here",
+    "hub_strategy": "does not apply: the adapter is pushed once, after it was measured",
+    "hub_always_push": "does not apply: the adapter is pushed once, after it was measured",
     "dataset_kwargs": "does not apply: the rows are ready",
     "completion_only_loss": "does not apply: with kind: records the loss is on answers only",
     "assistant_only_loss": "does not apply: with kind: records the loss is on answers only",
@@ -134,6 +141,8 @@ def read_recipe(path: str | Path | None, words: list[str] | tuple[str, ...] = ()
     values: dict[str, Any] = {}
     for key, value in [*(_read_file(Path(path)).items() if path else ()), *_read_words(words)]:
         known = _find(key)
+        if value is None and known.name in REQUIRED:
+            continue  # `model:` without a value
         values[known.name] = convert(known.name, value, known.kind)
     values = {**DEFAULTS, "output_dir": f"runs/{name}", **values}
     _check(values)
@@ -209,11 +218,10 @@ def _pair(key: str, words: list[str]) -> tuple[str, Any]:
 
 
 def _check(values: dict[str, Any]) -> None:
-    for name in ("model", "data"):
+    for name, what in REQUIRED.items():
         if not values.get(name):
-            raise ValueError(f"{name} is missing. Write it into the recipe, or give --{name}.")
-    if values.get("context_length") is None:
-        raise ValueError("context_length is missing: the window to extend to, in tokens. Give it, such as 32k.")
+            option = name.replace("_", "-")
+            raise ValueError(f"{name} is missing: {what}. Write it into the recipe, or give --{option}.")
     for names, least, rule in ((ABOVE_ZERO, 0, "above 0"), (NOT_BELOW_ZERO, -1e-30, "0 or more")):
         for name in names:
             value = values.get(name)

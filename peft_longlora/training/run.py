@@ -149,6 +149,7 @@ def make_arguments(recipe: Recipe) -> tuple[SFTConfig, bool]:
 
     options, given = recipe.run, dict(recipe.of(TRAINER))
     has_gpu = torch.cuda.is_available() and not given.get("use_cpu")
+    given.pop("push_to_hub", None)  # finish.py pushes, after the adapter was measured
     given["max_length"] = given.get("max_length") or recipe.config.context_length
     if not has_gpu and (given.get("bf16") or given.get("fp16")):
         raise ValueError("bf16 and fp16 are for GPUs, and there is none here. Leave them out.")

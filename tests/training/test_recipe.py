@@ -1,0 +1,115 @@
+"""What a recipe may say: every key and value is checked, and the error names the key, the value and the cure."""
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from peft_longlora.training import read_recipe
+from peft_longlora.training.recipe import keys
+from peft_longlora.training.values import convert
+
+pytest.importorskip("trl")
+LEAST = {"model": "base", "data": "books", "context_length": 1024}
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "mine.yaml").write_text(text)
+    return folder / "mine.yaml"
+
+
+def words(**given) -> list[str]:
+    return [word for name, value in {**LEAST, **given}.items() for word in (f"--{name}", str(value))]
+
+
+def test_a_file_and_the_command_line(tmp_path):
+    path = write(
+        tmp_path,
+        "model: base\ndata: [a.txt, b.txt]\ncontext_length: 32k\nr: 4\nlearning_rate: 2e-5\nlr_scheduler_type: cosine\n"
+        "rope_parameters: {rope_type: yarn, factor: 4.0, original_max_position_embeddings: 8192}\nreport_to: wandb\n",
+    )
+    recipe = read_recipe(
+        path, ["--learning-rate", "1e-3", "--data", "c", "d", "--no-packing", "--use-rslora", "--r=16"]
+    )
+    assert (recipe.name, recipe.output_dir) == ("mine", Path("runs/mine"))
+    assert recipe.values["learning_rate"] == 1e-3 and recipe.values["packing"] is False
+    assert recipe.run.data == ["c", "d"] and recipe.run.model == "base"
+    config = recipe.config
+    assert (config.r, config.context_length, config.use_rslora, config.task_type) == (16, 32768, True, "CAUSAL_LM")
+    assert config.rope_parameters["factor"] == 4.0
+
+
+def test_the_command_line_alone():
+    assert read_recipe(None, words()).run.data == ["books"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(learning_rat=1), "learning_rat: no such key. Did you mean learning_rate"),
+        (dict(zzzzzz=1), "zzzzzz: no such key. --keys lists all"),
+        (dict(learning_rate="fast"), "learning_rate='fast' is not a number"),
+        (dict(learning_rate=-1), "learning_rate=-1.0 must be above 0"),
+        (dict(context_length=1.5), "context_length=1.5 is not a whole number"),
+        (dict(max_steps=0), "max_steps=0 must be 1 or more"),
+        (dict(max_length=2048), "max_length=2048, the tokens of a row, must be 3 to context_length=1024"),
+        (dict(lr_scheduler_type="cosin"), "Did you mean 'cosine'"),
+        (dict(kind="recods"), "kind='recods' is not 'text' or 'records'. Did you mean 'records'"),
+        (dict(packing="maybe"), "packing='maybe' is not true or false"),
+        (dict(use_dora="1"), "use_dora=1 is not true or false"),
+        (dict(group_size=3), "group_size=3 cannot be used: it must be an even number"),
+        (dict(rope_type="yam"), "rope_type='yam' is unknown"),
+        (dict(vocab_size=5), "this key is filled in by the command"),
+        (dict(resume_from_checkpoint="x"), "goes on from the last checkpoint"),
+        (dict(model=""), "model is missing"),
+        (dict(eval_lengths=1), r"eval_lengths=\[1\] must be 2 tokens or more"),
+        (dict(sequence_parallel=0), "sequence_parallel=0 must be above 0"),
+    ],
+)
+def test_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        read_recipe(None, words(**given))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: a\nmodel: b\n", r"mine\.yaml: not YAML at line 2, column 1: model stands twice"),
+        ("model: [a\n", r"mine\.yaml: not YAML at line 2"),
+        ("- model\n", "a recipe is a list of `key: value` lines"),
+        ("", "a recipe is a list of `key: value` lines"),
+        ("3: 4\n", "3: no such key"),
+        ("model: a\ndata: b\n", "context_length is missing"),
+    ],
+)
+def test_files_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_recipe(write(tmp_path, text))
+
+
+def test_no_such_file_and_no_key():
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml: no such recipe"):
+        read_recipe("none.yaml")
+    with pytest.raises(ValueError, match="5: a value without a key"):
+        read_recipe(None, ["5"])
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        ("2e-4", float, 2e-4), ("8k", int, 8192), ("8K", int | None, 8192), (3.0, int, 3), (None, int | None, None),
+        ("x", list[str], ["x"]), ([1, "2"], list[int], [1, 2]), ("1", str | list[str] | None, "1"),
+        (True, str | bool, True), ({"a": 1}, dict[str, int] | None, {"a": 1}),
+        ([[0, 4]], list[tuple[int, int]], [(0, 4)]),
+        ("pissa_niter_4", bool | Literal["pissa", "pissa_niter_[number of iters]"], "pissa_niter_4"),
+    ],
+)  # fmt: skip
+def test_values(value, kind, expected):
+    assert convert("key", value, kind) == expected
+
+
+def test_every_default_is_of_its_type():
+    """So that a recipe may write any default down."""
+    for key in keys().values():
+        if type(key.default).__module__ == "builtins" and key.default not in ("", []):
+            convert(key.name, key.default, key.kind)

@@ -1,0 +1,242 @@
+"""A run from its recipe to its results: what is trained, logged, kept, refused and pushed."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import datasets
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_longlora.cli.main import main
+from peft_longlora.training import Meter, last_checkpoint
+from peft_longlora.training.meter import bucket_edges
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_base import prose, save_base
+
+pytest.importorskip("trl", minversion="1.16")  # older trainers give no losses of tokens
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    save_base(folder / "base")
+    (folder / "books").mkdir()
+    for seed, count in enumerate((300, 200)):
+        (folder / f"books/{seed}.txt").write_text(prose(count, seed))
+    (folder / "held.txt").write_text(prose(300, 9))
+    records = [{"instruction": "Say it.", "input": prose(40, n), "output": prose(6, n)} for n in range(6)]
+    for name, part in (("records", records[:4]), ("answers", records[4:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in part))
+    recipe = dict(model=str(folder / "base"), data=str(folder / "books"), context_length=128, max_steps=4)
+    recipe |= dict(r=4, learning_rate=1e-2)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture
+def run(place, tmp_path, monkeypatch, capsys):
+    """Run the command in this process; returns its exit code, what it printed, and its output folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(place / "cache"))
+
+    def run(*more, out="out"):
+        code = main(["train", str(place / "recipe.yaml"), "--output-dir", str(tmp_path / out), *map(str, more)])
+        said = capsys.readouterr()
+        return code, said.out, said.err, tmp_path / out
+
+    return run
+
+
+def logged(folder) -> list[dict]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+def test_a_run_ends_with_an_adapter_its_results_and_its_card(run, place):
+    code, said, _, folder = run("--eval-data", place / "held.txt", "--eval-lengths", 64, 128, "--language", "en")
+    assert code == 0 and "2 read" in said
+    losses = [entry["loss"] for entry in logged(folder)]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    for entry in logged(folder):
+        assert {"loss_0_32", "loss_32_64", "loss_64_128", "tokens_per_second"} <= entry.keys()
+    results = json.loads((folder / "results.json").read_text())
+    value = next(r["value"] for r in results["results"] if (r["task"], r["length"]) == ("perplexity", 128))
+    assert value == pytest.approx(perplexity(place, folder, 128), rel=1e-3)
+    card = (folder / "README.md").read_text()
+    assert f"{value:.1f}" in card and "language: en" in card.replace("language:\n- en", "language: en")
+    # Everything is there, so the same command trains no further.
+    weights = load_file(folder / "adapter_model.safetensors")
+    code, said, _, _ = run("--eval-data", place / "held.txt", "--eval-lengths", 64, 128, "--language", "en")
+    assert code == 0 and "Going on from" in said
+    assert all(
+        torch.equal(weights[name], tensor) for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+    )
+
+
+@torch.no_grad()
+def perplexity(place, adapter, length: int) -> float:
+    """Of every token but the first, in windows that move by half a window, by plain transformers and PEFT."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "base"), adapter).eval()
+    ids = torch.tensor(AutoTokenizer.from_pretrained(place / "base")((place / "held.txt").read_text())["input_ids"])
+    total, scored = 0.0, 0
+    for start in range(0, len(ids), length // 2):
+        stop = min(start + length, len(ids) - 1)
+        logits = model(input_ids=ids[None, start:stop]).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits, ids[start + 1 : stop + 1], reduction="none")
+        total += losses[scored - start :].sum().item()
+        scored = stop
+        if stop == len(ids) - 1:
+            break
+    return torch.tensor(total / scored).exp().item()
+
+
+def test_losses_by_position_are_those_of_the_tokens(run, place):
+    """The buckets' means, weighted by their tokens, are the logged loss: every target is in one bucket."""
+    sequential = ("--no-packing", "--train-sampling-strategy", "sequential")
+    _, _, _, folder = run("--max-steps", 1, *sequential, "--report-to", "tensorboard")
+    (entry,) = logged(folder)
+    assert entry["loss"] == pytest.approx(
+        (31 * entry["loss_0_32"] + 32 * entry["loss_32_64"] + 64 * entry["loss_64_128"]) / 127, rel=1e-3
+    )
+    (events,) = folder.rglob("events.out.tfevents.*")
+    assert all(name in events.read_bytes() for name in (b"train/loss_32_64", b"train/tokens_per_second"))
+    assert bucket_edges(32768) == [512, 1024, 2048, 4096, 8192, 16384]
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(run):
+    """Of a recipe with other values, it says so and refuses."""
+    _, _, _, whole = run(out="whole")
+    run("--save-steps", 2, "--max-steps", 4, out="parts")
+    parts = whole.parent / "parts"
+    for name in ("checkpoint-4", "adapter_model.safetensors"):
+        shutil.rmtree(parts / name) if (parts / name).is_dir() else (parts / name).unlink()
+    code, said, _, _ = run("--save-steps", 2, out="parts")
+    assert code == 0 and f"Going on from {parts / 'checkpoint-2'}" in said
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (parts, whole))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor)
+    code, _, err, _ = run("--r", 8, out="parts")
+    assert code == 2 and re.search(r"holds a run with r=4, and the recipe says 8.*--overwrite", err)
+    assert run("--r", 8, "--overwrite", out="parts")[0] == 0
+    assert [path.name for path in parts.glob("checkpoint-*")] == ["checkpoint-4"]
+    (parts / "checkpoint-9").mkdir()  # cut short: without a trainer's state
+    assert last_checkpoint(parts).name == "checkpoint-4"
+
+
+def test_records_train_on_answers_and_are_measured_on_held_out_ones(run, place):
+    given = ("--data", place / "records.jsonl", "--kind", "records", "--eval-data", place / "answers.jsonl")
+    code, said, _, folder = run(*given, "--max-steps", 2)
+    assert code == 0 and "4 read" in said
+    measured = float(re.search(r"Loss of held-out answers, dense attention: ([\d.]+)", said)[1])
+    assert 0 < measured < 20 and len(logged(folder)) == 2
+
+
+def test_dry_run_loads_no_weights_and_writes_nothing(run, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    code, said, _, folder = run("--dry-run")
+    assert code == 0 and not folder.exists()
+    assert "learning_rate: 0.01" in said and re.search(r"Data: 2 read, [\d,]+ tokens -> \d+ rows", said)
+    assert re.search(r"Trained: [\d,]+ of [\d,]+ parameters \(\d+\.\d+%\)", said)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data", "missing.txt"], "missing.txt: no such file or folder"),
+        (["--model", "/nowhere"], "tokenizer='/nowhere': no such folder"),
+        (["--context-length", "128", "--dense-layers", "7"], "dense_layers=.* names .*7"),
+        (["--eval-strategy", "steps"], "eval_strategy and eval_on_start need eval_data"),
+        (["--bf16"], "bf16 and fp16 are for GPUs"),
+        (["--fit-memory"], "fit_memory=True measures on a GPU"),
+        (["--sequence-parallel", "2"], "sequence_parallel=2 does not divide the 1 processes"),
+        (["--attn-backend", "fast"], "backend='fast' is unknown"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2_before_the_weights(run, monkeypatch, more, message):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err, folder = run(*more)
+    lines = [line for line in err.splitlines() if line.startswith("longlora train: error: ")]
+    assert code == 2 and len(lines) == 1 and re.search(message, lines[0])
+    assert not folder.exists()
+
+
+def test_training_data_is_not_held_out_data(run, place):
+    code, _, err, _ = run("--eval-data", place / "books")
+    assert code == 2 and "which is training data" in err
+
+
+def test_a_folder_with_an_adapter_is_not_written_over(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/adapter_config.json").write_text("{}")
+    code, _, err, _ = run()
+    assert code == 2 and "holds an adapter and no checkpoint to go on from" in err
+
+
+def test_a_signal_ends_training_after_the_step_with_a_checkpoint(run, monkeypatch):
+    begin, steps = Meter.begin, []
+
+    def begin_and_stop(self, inputs):
+        steps.append(1)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        begin(self, inputs)
+
+    monkeypatch.setattr(Meter, "begin", begin_and_stop)
+    code, said, err, folder = run("--max-steps", 50)
+    assert code == 130 and len(steps) == 2
+    assert "Stopped after step 2." in said and "checkpoint-2 is kept" in said and "Stopping after this step" in err
+    assert last_checkpoint(folder).name == "checkpoint-2"
+    code, said, _, _ = run("--max-steps", 3)
+    assert code == 0 and len(steps) == 3 and "Going on from" in said
+
+
+def test_a_second_ctrl_c_ends_at_once(run, monkeypatch):
+    def stop(self, inputs):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Meter, "begin", stop)
+    code, _, err, folder = run()
+    assert code == 130 and "Stopped at once. Checkpoints in output_dir are kept" in err
+    assert last_checkpoint(folder) is None
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal(place, tmp_path):
+    command = [sys.executable, "-m", "peft_longlora", "train", str(place / "recipe.yaml"), "--max-steps", "500"]
+    command += ["--output-dir", str(tmp_path / "out"), "--disable-tqdm"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith("{'loss'") and "Stopping" not in said:
+            process.send_signal(signal.SIGINT)
+            break
+    said += process.communicate(timeout=120)[0]
+    assert process.returncode == 130, said
+    step = int(re.search(r"Stopped after step (\d+)", said)[1])
+    assert step < 500 and last_checkpoint(tmp_path / "out").name == f"checkpoint-{step}"
+
+
+def test_a_meter_counts_tokens_of_all_processes():
+    meter = Meter(64)
+    meter.begin({"input_ids": torch.zeros(1, 10, dtype=torch.long)})
+    meter.begin(
+        {"input_ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])}
+    )
+    seen = []
+    meter.read(lambda sums: seen.append(sums[-1].item()) or sums * 2, torch.device("cpu"))
+    assert seen == [17.0]

@@ -64,7 +64,12 @@ def _add_documents(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(f"documents ({', '.join(tasks_that_read('data'))})").add_argument
     add("--data", nargs="+", help=".txt, .md, .pdf, .jsonl, .json, .parquet, folders of such files, or a Hub id")
     add("--repositories", action="store_true", help="folders are source trees: each repository is a document")
-    add("--unseen", nargs="+", help="for memorised: text like --data's that the adapter was not trained on")
+    add(
+        "--trained-on",
+        nargs="+",
+        help="for memorised: the training text, beside --data that was not trained on (--data)",
+    )
+    add("--unseen", nargs="+", help="for memorised: text that was not trained on, if --data was")
     add("--split", default="train", help="split of a dataset on the Hub (%(default)s)")
     add("--data-config", help="configuration of a dataset on the Hub")
     add("--text-field", default="text", help="the field of a record that holds the document (%(default)s)")

@@ -35,9 +35,12 @@ class Options:
         return self._corpus(self.args.data)
 
     @cached_property
-    def unseen(self) -> Corpus | None:
-        """The documents of --unseen; None if it was not given."""
-        return self._corpus(self.args.unseen)
+    def trained_and_unseen(self) -> tuple[Corpus | None, Corpus | None]:
+        """The text that was trained on, and other text: --trained-on beside --data, or --data beside --unseen."""
+        args = self.args
+        if args.trained_on is None:
+            return self.corpus, self._corpus(args.unseen)
+        return self._corpus(args.trained_on), self._corpus(args.unseen) or self.corpus
 
     def _corpus(self, sources: list[str] | None) -> Corpus | None:
         from peft_longlora.eval import Corpus
@@ -122,7 +125,7 @@ def _native(options: Options, name: str) -> list[Task]:
 def _memorised(options: Options, name: str) -> list[Task]:
     from peft_longlora.eval import Memorised
 
-    return [Memorised(options.corpus, options.unseen, options.args.samples or 100)]
+    return [Memorised(*options.trained_and_unseen, options.args.samples or 100)]
 
 
 def _passkey(options: Options, name: str) -> list[Task]:
@@ -180,7 +183,7 @@ def _harness(options: Options, name: str) -> list[Task]:
 TASKS = {
     "perplexity": TaskEntry(_perplexity, ("protocol", "stride", "buckets", "max_windows"), needs=("data",)),
     "native": TaskEntry(_native, ("max_windows",), needs=("data",), with_base=False),
-    "memorised": TaskEntry(_memorised, ("unseen", "samples"), needs=("data",), with_base=False),
+    "memorised": TaskEntry(_memorised, ("unseen", "trained_on", "samples"), needs=("data",), with_base=False),
     "passkey": TaskEntry(_passkey, ("depths", "seeds", "chat")),
     "needle": TaskEntry(_passkey, ("depths", "seeds", "chat"), needs=("data",)),
     "ruler": TaskEntry(_ruler, ("data", "samples", "chat")),

@@ -159,6 +159,23 @@ def test_it_is_what_greedy_decoding_writes(adapted, tmp_path):
     assert recited == [1.0] * 3
 
 
+def test_the_command_line_names_both_texts(tmp_path):
+    from peft_longlora.cli.main import make_parser
+    from peft_longlora.cli.tasks import make_tasks
+
+    def texts(*options):
+        common = ["eval", "--model", "x", "--output", "y", "--tasks", "memorised"]
+        (task,) = make_tasks(make_parser().parse_args([*common, *options]))
+        return task.corpus.sources, task.unseen and task.unseen.sources, task.passages
+
+    assert texts("--data", "a") == (["a"], None, 100)
+    assert texts("--data", "a", "--unseen", "b", "--samples", "7") == (["a"], ["b"], 7)
+    assert texts("--data", "b", "--trained-on", "a") == (["a"], ["b"], 100)
+    assert texts("--data", "c", "--trained-on", "a", "--unseen", "b") == (["a"], ["b"], 100)
+    with pytest.raises(ValueError, match="needs --data"):
+        texts()
+
+
 def test_the_card_shows_it(adapted, tmp_path):
     subject = Subject.of(adapted, letter_tokenizer())
     task = Memorised(corpus(tmp_path, "seen", letters(3, 600)), corpus(tmp_path, "unseen", letters(4, 600)), passages=4)

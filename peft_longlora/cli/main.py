@@ -10,11 +10,11 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
-from . import app, chat, compare, evaluate, plan, push, train
+from . import app, chat, compare, evaluate, plan, push, reach, train
 from .arguments import Command, Parser, say_options
 from .completion import INSTALL, Completion
 
-MODULES = (train, evaluate, compare, chat, app, push, plan)
+MODULES = (train, evaluate, compare, chat, app, push, plan, reach)
 COMMANDS = {module.COMMAND.name: module.COMMAND for module in MODULES}
 BAD_INPUT = (ValueError, NotImplementedError, ImportError, OSError)
 

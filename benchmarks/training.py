@@ -39,7 +39,7 @@ from transformers import LlamaConfig
 from peft_longlora.adapter.lowrank import HalfLowRank
 from peft_longlora.memory import checkpoint_blocks, fit_memory
 from peft_longlora.memory.estimate import Shape, Training, best_estimate, flops
-from peft_longlora.memory.plan import FILLED, MemoryPlan, host_budget
+from peft_longlora.memory.plan import ESTIMATED_FILLED, MemoryPlan, host_budget
 
 SHAPES = {"llama-2-7b": LLAMA_2_7B, "llama-3.1-8b": LLAMA_3_8B, "llama-3.3-70b": LLAMA_3_70B, "tiny": TINY}
 PEAK_TFLOPS = 989  # dense bf16 of an H100 or H200, by the datasheet
@@ -164,7 +164,7 @@ def expected(args: argparse.Namespace, length: int) -> MemoryPlan:
     """The estimate of `longlora plan` for a GPU of this size, from the shape alone."""
     training = Training(embeddings=not args.no_embeddings, four_bit=args.four_bit)
     size = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 80 * GIB
-    budget = int(FILLED * min(size, (args.limit_gib or 1000) * GIB))
+    budget = int(ESTIMATED_FILLED * min(size, (args.limit_gib or 1000) * GIB))
     return best_estimate(Shape.of(LlamaConfig(**SHAPES[args.shape])), training, length, budget, host_budget())
 
 

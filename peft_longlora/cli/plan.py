@@ -54,7 +54,7 @@ def amount(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Print the plan; returns 0 if the step fits and 1 if it does not."""
     from peft_longlora.memory.estimate import Training, best_estimate, find_shape, longest
-    from peft_longlora.memory.plan import FILLED, HOST_FILLED
+    from peft_longlora.memory.plan import ESTIMATED_FILLED, HOST_FILLED
     from peft_longlora.memory.rates import check_gpu
 
     for name in ("tokens_per_second", "price_per_hour"):
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         check_gpu(args.gpu)
     shape = find_shape(args.model)
     training = Training(args.rank, not args.no_embeddings, args.four_bit, not args.logits)
-    budget, host = int(args.gpu_memory * FILLED), int(args.host_memory * HOST_FILLED)
+    budget, host = int(args.gpu_memory * ESTIMATED_FILLED), int(args.host_memory * HOST_FILLED)
     length = -(-args.context // args.gpus)
     for shards in sorted({1, args.gpus}):  # weights whole on each GPU, then shared
         shared = Training(args.rank, not args.no_embeddings, args.four_bit, not args.logits, shards)

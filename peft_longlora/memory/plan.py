@@ -20,6 +20,7 @@ EVERY_SECOND = 0.5  # with offload=2, half of the blocks run forward once more
 
 # The share of a GPU's memory that a plan fills: the allocator loses some to fragments, and cuBLAS and NCCL need some.
 FILLED = 0.94
+ESTIMATED_FILLED = 0.9  # if nothing was measured
 OWN_FILLED = 0.97  # of a limit that is this process's alone
 TILE = 4096  # tokens of a tile, if feed-forward layers of whole rows do not fit
 HOST_FILLED = 0.75  # the share of the host's memory that may be used

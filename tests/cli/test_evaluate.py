@@ -91,10 +91,14 @@ def test_one_command_measures_the_base_too(tmp_path, base, adapter, text, capsys
         assert [row for row in rows if row.variant == "adapter"] == getattr(alone, kind)
         assert [row for row in rows if row.variant == "base"] == getattr(plain, kind)
     assert all("passkey" not in label or "base" in label for label in both.speed), "nothing is measured twice"
-    table = [[part.strip() for part in line.split("|")] for line in out.splitlines() if line.startswith("| perplexity ")]
+    table = [
+        [part.strip() for part in line.split("|")] for line in out.splitlines() if line.startswith("| perplexity ")
+    ]
     values = {row.variant: row for row in both.results if (row.metric, row.length) == ("perplexity", 256)}
     [line] = [line for line in table if line[4:6] == ["256", "perplexity"] and len(line) == 10]
-    assert line[6].startswith(f"{values['base'].value:.5g}† [") and line[7].startswith(f"{values['adapter'].value:.5g} [")
+    assert line[6].startswith(f"{values['base'].value:.5g}† [") and line[7].startswith(
+        f"{values['adapter'].value:.5g} ["
+    )
     native = both.model["native_window"]
     assert f"Above the base's window of {native} tokens: 256, 384 tokens (marked †)." in both.notes
     differences, _ = compare(tmp_path / "base", tmp_path / "both")

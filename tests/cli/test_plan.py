@@ -29,7 +29,7 @@ def test_weights_adapter_and_optimiser_of_a_known_model(capsys):
     trained = lora + 128256 * 4096 + 65 * 4096
     assert gib(text, "adapter") == pytest.approx(trained * 4 / 2**30, abs=0.02)
     assert gib(text, "optimiser") == pytest.approx(trained * 8 / 2**30, abs=0.02)
-    assert gib(text, "peak expected") <= gib(text, "budget") == pytest.approx(0.94 * 80, abs=0.01)
+    assert gib(text, "peak expected") <= gib(text, "budget") == pytest.approx(0.9 * 80, abs=0.01)
     assert "free=" in text and "an estimate from measured steps on one H100" in text
 
 

@@ -1,10 +1,11 @@
-"""How often the passages shown for an answer hold the place where the book says it: three novels, ten questions each.
+"""How often the passages shown for an answer hold the place where the book says it: six novels, ten questions each.
 
-Each question of passages.json has its right answer, in the words of the question's author, and the lines of the book
-that give it. A question counts as found if one of the first three passages touches those lines. Rows:
-the ranking by the words of question and answer as `longlora chat` does it, and by those of the question alone. With
---model also by attention: the model reads the whole book, and the passages are those that it attends to while it is
-given the right answer.
+The ranking was chosen by the three novels of passages.json; the questions about those of passages_held_out.json were
+written before a ranking was run on them. Each question has its right answer, in the words of the question's author, and
+the lines of the book that give it. A question counts as found if one of the first three passages touches those lines.
+Rows: the ranking by the words of question and answer as `longlora chat` does it, and by those of the question alone.
+With --model also by attention: the model reads the whole book, and the passages are those that it attends to while it
+is given the right answer.
 
     python benchmarks/passages.py --books FOLDER --tokenizer HuggingFaceTB/SmolLM2-135M --output passages.json
 
@@ -28,7 +29,8 @@ from peft_longlora.chat.dialogue import Dialogue, Turn
 from peft_longlora.chat.words import WordIndex
 from peft_longlora.hub import load_model
 
-QUESTIONS = Path(__file__).with_suffix(".json")
+HERE = Path(__file__).parent
+QUESTIONS = [HERE / "passages.json", HERE / "passages_held_out.json"]
 SHOWN = 3
 
 
@@ -64,14 +66,14 @@ def by_attention(conversation: Conversation, question: dict) -> list[Passage]:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--books", type=Path, required=True)
-    parser.add_argument("--questions", type=old_file, default=QUESTIONS)
+    parser.add_argument("--questions", type=old_file, nargs="+", default=QUESTIONS)
     parser.add_argument("--tokenizer", required=True, help="whose tokens a passage is counted in")
     parser.add_argument("--model", help="also rank by this model's attention")
     parser.add_argument("--adapter")
     parser.add_argument("--output", type=new_file)
     args = parser.parse_args()
     with parser.refusing():
-        books = json.loads(args.questions.read_text(encoding="utf-8"))
+        books = [book for path in args.questions for book in json.loads(path.read_text(encoding="utf-8"))]
         documents = [read_book(args.books, book) for book in books]
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     loaded = load_model(args.model, args.adapter, tokenizer=args.tokenizer) if args.model else None

@@ -1,14 +1,16 @@
 """Passages that hold the rare words of an answer and of its question, ranked by BM25.
 
 This looks for evidence: a passage that gives the answer shares words with it. It does not look into the model, so a
-passage shows where the document says something, not why the model said it. Called by
-conversation.py; imports bm25s when an index is made.
+passage shows where the document says something, not why the model said it. Words count by their stems ("buried" is
+"bury"), and words that are in every English text do not count; words of other languages stay as they are, or lose an
+ending everywhere. Called by conversation.py; imports bm25s and snowballstemmer when an index is made.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import lru_cache
 from types import ModuleType
 
 from peft_longlora.chat.dialogue import Dialogue
@@ -36,16 +38,17 @@ def split_words(text: str) -> list[str]:
     return words
 
 
-def import_bm25s() -> ModuleType:
-    """The package that ranks.
+def import_rankers() -> tuple[ModuleType, ModuleType]:
+    """The packages that rank and that find stems.
 
-    Raises: ImportError: it is not installed.
+    Raises: ImportError: one is not installed.
     """
     try:
         import bm25s
-    except ImportError:
-        raise ImportError("Passages by their words need bm25s: pip install 'peft-longlora[chat]'") from None
-    return bm25s
+        import snowballstemmer
+    except ImportError as error:
+        raise ImportError(f"Passages by their words need {error.name}: pip install 'peft-longlora[chat]'") from None
+    return bm25s, snowballstemmer
 
 
 class WordIndex:
@@ -54,25 +57,36 @@ class WordIndex:
     def __init__(self, dialogue: Dialogue) -> None:
         """Index the document.
 
-        Raises: ImportError: bm25s is not installed.
+        Args:
+            dialogue: it has the document, and the places of its tokens.
+
+        Raises: ImportError: bm25s or snowballstemmer is not installed.
         """
-        bm25s = import_bm25s()
+        bm25s, snowball = import_rankers()
         self.dialogue = dialogue
+        self.common = frozenset(bm25s.stopwords.STOPWORDS_EN_PLUS)
+        self.stem = lru_cache(None)(snowball.stemmer("english").stemWord)
         self.width = min(SPAN, len(dialogue.offsets))
         last = len(dialogue.offsets) - self.width
         self.firsts = sorted({*range(0, last, STRIDE), last})
         ends = [(dialogue.offsets[i][0], dialogue.offsets[i + self.width - 1][1]) for i in self.firsts]
         self.words = [split_words(dialogue.document.text[start:end]) for start, end in ends]
-        self.spans_with = Counter(word for words in self.words for word in set(words))
+        stems = [[self.stem(word) for word in words] for words in self.words]
+        self.spans_with = Counter(stem for found in stems for stem in set(found))
         self.bm25 = bm25s.BM25()
         # Without any word the index would be empty, which bm25s refuses.
-        self.bm25.index(self.words if self.spans_with else [["-"]], show_progress=False)
+        self.bm25.index(stems if self.spans_with else [["-"]], show_progress=False)
+
+    def stems(self, text: str) -> list[str]:
+        """The stems of a question's or an answer's words that tell passages apart."""
+        stems = (self.stem(word) for word in split_words(text) if word not in self.common)
+        return [stem for stem in stems if stem in self.spans_with]
 
     def find(self, question: str, answer: str, count: int) -> list[Passage]:
         """The passages that share the rarest words with the answer and the question; no two of them overlap."""
-        asked, answered = ([w for w in split_words(text) if w in self.spans_with] for text in (question, answer))
+        asked, answered = self.stems(question), self.stems(answer)
         scores = sum(
-            weight * self.bm25.get_scores(words) for words, weight in ((asked, 1.0), (answered, ANSWER)) if words
+            weight * self.bm25.get_scores(stems) for stems, weight in ((asked, 1.0), (answered, ANSWER)) if stems
         )
         found: list[Passage] = []
         if not asked and not answered:
@@ -83,7 +97,11 @@ class WordIndex:
             for i, other in enumerate(self.firsts):
                 if abs(other - first) < self.width:
                     scores[i] = 0
-            held = sorted({*asked, *answered} & set(self.words[best]), key=lambda word: (self.spans_with[word], word))
-            passage = make_passage(self.dialogue, first, self.width, f"holds {', '.join(held[:NAMED])}")
+            passage = make_passage(self.dialogue, first, self.width, f"holds {self._named(best, {*asked, *answered})}")
             found += [passage] if passage else []
         return found
+
+    def _named(self, span: int, wanted: set[str]) -> str:
+        """The rarest of the wanted words in a span, in the forms that stand there."""
+        forms = {self.stem(word): word for word in reversed(self.words[span]) if self.stem(word) in wanted}
+        return ", ".join(forms[stem] for stem in sorted(forms, key=lambda stem: (self.spans_with[stem], stem))[:NAMED])

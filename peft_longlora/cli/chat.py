@@ -45,13 +45,13 @@ def run(args: argparse.Namespace) -> int:
         ValueError, ImportError, OSError: a file, model or cache cannot be used.
     """
     from peft_longlora.chat.document import read_document
-    from peft_longlora.chat.words import import_bm25s
+    from peft_longlora.chat.words import import_rankers
     from peft_longlora.hub.loading import is_out_of_memory, load_model
 
     # A user learns nothing from pypdf's warnings that an error does not say.
     logging.getLogger("pypdf").setLevel(logging.ERROR)
     if args.passages:
-        import_bm25s()  # an error before the model is loaded, and not after the first answer
+        import_rankers()  # an error before the model is loaded, and not after the first answer
     if any(not question.strip() for question in args.ask or []):
         raise ValueError("--ask is empty.")
     document = read_document(args.file)  # refuses a bad file before a model is loaded

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-pytest.importorskip("bm25s", reason="needs bm25s: pip install 'peft-longlora[chat]'")
+pytest.importorskip("snowballstemmer", reason="needs snowballstemmer: pip install 'peft-longlora[chat]'")
 
 from peft_longlora.app import Page, View, views
 from peft_longlora.chat import Limits

@@ -52,7 +52,7 @@ def chat(folder, *options, model="base", file="book.txt") -> int:
         return error.code
 
 
-PASSAGES = ["--passages", 2] if importlib.util.find_spec("bm25s") else []
+PASSAGES = ["--passages", 2] if importlib.util.find_spec("snowballstemmer") else []
 
 
 def answers_of(folder, model, adapter, questions, file="book.txt") -> str:

@@ -198,7 +198,7 @@ def test_plot_step(tmp_path):
 
 def test_passages(tmp_path, capsys):
     """A book of ten places: the answer's words are found, and those of the question alone are somewhere else."""
-    pytest.importorskip("bm25s")
+    pytest.importorskip("snowballstemmer")
     lines = [f"On day {i} nobody spoke of anything that mattered to them." for i in range(400)]
     lines[100] = "Cannons lie beneath a chapel."
     lines[200] = lines[250] = lines[300] = "Where did they hide the weapons? Where?"

@@ -44,7 +44,7 @@ LATE = {
     "eval.report.side_by_side": {"eval.report.style"},
 }
 EXTRAS = {"accelerate", "bitsandbytes", "bm25s", "datasets", "flash_attn", "gradio", "lm_eval", "matplotlib"}
-EXTRAS |= {"pyarrow", "pypdf", "rouge_score", "shtab", "trl"}
+EXTRAS |= {"pyarrow", "pypdf", "rouge_score", "shtab", "snowballstemmer", "trl"}
 LATE_OTHERS = EXTRAS | {
     "kernels",  # of Hugging Face, for FlashAttention 3
     "msvcrt",  # on Windows alone

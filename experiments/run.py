@@ -146,7 +146,7 @@ def run_cell(cell: Cell, study: Study, args: argparse.Namespace, start: float, k
     if steps is None:
         print(f"{cell}: waits for {cell.name} and {study.reference} with equal tokens on {device!r}", flush=True)
         return False
-    needed, left = guess_seconds(cell, steps, study, lines), args.stop_after - (time.monotonic() - start)
+    needed, left = guess_seconds(cell, steps, args.results, device), args.stop_after - (time.monotonic() - start)
     print(f"{cell}: {steps} steps, about {needed:.0f} s of {left:.0f} s left", flush=True)
     if args.list or needed > left:
         print("  not started" + ("" if args.list else ": no time"), flush=True)
@@ -206,13 +206,26 @@ def finish_cell(cell: Cell, steps: int, args: argparse.Namespace, kernels: Kerne
     )  # fmt: skip
 
 
-def guess_seconds(cell: Cell, steps: int, study: Study, lines: list[dict[str, Any]]) -> float:
-    """How long a cell will take: by its own line of another seed or budget, else by the reference's, else a guess."""
-    mine = [line for line in lines if line["cell"] == cell.name and "mean_step_seconds" in line]
-    like = mine or [line for line in lines if line["cell"] == study.reference]
+def guess_seconds(cell: Cell, steps: int, folder: Path, device: str) -> float:
+    """How long a cell will take, by the lines of all studies on this device with rows of this kind.
+
+    Its steps are like its own of another seed or budget; else like those with the same config; else like the slowest of
+    all. Without a line it is a guess.
+    """
+    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in read_lines(file)]
+    same = cell.data, cell.window, device
+    lines = [line for line in lines if _kind_of(line) == same]
+    timed = [line for line in lines if "mean_step_seconds" in line]
+    mine = [line for line in timed if (line["study"], line["cell"]) == (cell.study, cell.name)]
+    like = mine or [line for line in timed if line["settings"]["config"] == cell.config] or timed
     step = max((line["mean_step_seconds"] for line in like), default=GUESS["step"])
-    measuring = max((line["measuring_seconds"] for line in lines), default=GUESS["measuring"])
+    measuring = max((line["measuring_seconds"] for line in mine or lines), default=GUESS["measuring"])
     return GUESS["loading"] + 1.1 * (steps * step + measuring)
+
+
+def _kind_of(line: dict[str, Any]) -> tuple[str, int, str]:
+    settings = line["settings"]
+    return settings.get("data", "books"), settings["window"], line["hardware"]["device"]
 
 
 def device_name(device: str) -> str:

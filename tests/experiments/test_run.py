@@ -114,6 +114,29 @@ def test_no_cell_is_started_that_will_not_finish(place, tmp_path, capsys):
     assert not list(tmp_path.iterdir()) and "no time" in capsys.readouterr().out
 
 
+def test_the_time_of_a_cell_is_guessed_from_the_lines_of_all_studies(lines, place, tmp_path):
+    cells = {cell.name: cell for cell in read_study(place / "tiny.yaml").cells if cell.budget == "tokens"}
+    device = lines["full", "tokens"]["hardware"]["device"]
+    assert run.guess_seconds(cells["full"], 10, tmp_path, device) == pytest.approx(15 + 1.1 * (10 * 0.7 + 45))
+    other = {**lines["last", "tokens"], "study": "other", "mean_step_seconds": 3.0, "measuring_seconds": 2.0}
+    slow = {
+        **lines["full", "tokens"],
+        "study": "other",
+        "cell": "x",
+        "mean_step_seconds": 5.0,
+        "measuring_seconds": 4.0,
+    }
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, (other, slow))))
+    assert run.guess_seconds(cells["last"], 10, tmp_path, device) == pytest.approx(15 + 1.1 * (30 + 4))  # its config
+    assert run.guess_seconds(cells["unknown"], 10, tmp_path, device) == pytest.approx(
+        15 + 1.1 * (50 + 4)
+    )  # the slowest
+    own = {**lines["last", "tokens"], "mean_step_seconds": 1.0, "measuring_seconds": 1.0}
+    (tmp_path / "tiny.jsonl").write_text(json.dumps(own))
+    assert run.guess_seconds(cells["last"], 10, tmp_path, device) == pytest.approx(15 + 1.1 * (10 + 1))
+    assert run.guess_seconds(cells["last"], 10, tmp_path, "a GPU") == pytest.approx(15 + 1.1 * (10 * 0.7 + 45))
+
+
 def test_an_unknown_field_is_named(place, tmp_path, capsys):
     command = [str(place / "tiny.yaml"), "--model", str(place / "base"), "--tokens", str(place), "--device", "cpu"]
     assert run.main([*command, "--results", str(tmp_path), "--only", "unknown"]) == 1

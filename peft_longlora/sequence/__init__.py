@@ -1,6 +1,7 @@
 """Sequence parallelism: the ranks of a mesh share each sequence.
 
-Read `switch`, `batch`, `trainer`. Then follow a layer: `layer`, `edges`, and `halo` (sparse) or `ulysses` (dense).
+Read `switch`, `batch`, `trainer`. Then follow a layer: `layer`, `edges`, and `halo` (sparse), `ulysses` (dense) or
+`window`.
 """
 
 from peft_longlora.sequence.batch import shard_batch

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from peft_longlora.kernels.groups import PATTERNS, Groups, plan_groups, shift_of, tokens_before
 
-# For each rank and half of the heads: tokens [from, to).
-Ranges = tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+# For each rank and half of the heads (or for all heads at once): tokens [from, to).
+Ranges = tuple[tuple[tuple[int, int], ...], ...]
 Documents = list[tuple[int, int, int]]
 
 
@@ -108,7 +108,7 @@ def is_continued(edges: list[Edges], rank: int) -> bool:
     return bool(rank and before.tail and here.head and here.first == before.last + 1)
 
 
-def _tokens_elsewhere(edges: list[Edges]) -> tuple[list[int], list[int]]:
+def tokens_elsewhere(edges: list[Edges]) -> tuple[list[int], list[int]]:
     """For each rank, tokens of its first document on earlier ranks, and of its last one on later ranks."""
     before, after = [0] * len(edges), [0] * len(edges)
     for rank in range(1, len(edges)):
@@ -162,7 +162,7 @@ def plan_halo(
     """
     group_size, pattern = edges[0].group_size, PATTERNS[edges[0].pattern]
     shifts = 0, shift_of(group_size, pattern)
-    before, after = _tokens_elsewhere(edges)
+    before, after = tokens_elsewhere(edges)
     starts = [0, *accumulate(edge.length for edge in edges)]
     needs = []
     for one, edge in enumerate(edges):

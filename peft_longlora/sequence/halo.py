@@ -15,19 +15,20 @@ recomputation exchanges nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
 from peft_longlora.kernels.attend import DEFAULTS, checked
 from peft_longlora.kernels.backends import pick_kernel
-from peft_longlora.kernels.cuts import regular_groups, tensors_of
+from peft_longlora.kernels.cuts import Plan, regular_groups, tensors_of
 from peft_longlora.kernels.kernel import Kernel, Options, Pieces
 from peft_longlora.kernels.launches import head_halves
 from peft_longlora.kernels.operators import KERNELS, attend_halves, attend_halves_backward
+from peft_longlora.kernels.sinks import add_sinks_, gradient_of_sinks
 from peft_longlora.sequence.edges import Halo, Ranges
 
 # Keys and values of the straight and of the shifted half of the heads.
@@ -75,15 +76,15 @@ def attend(
     # (1, H, S, D) -> (S, H, D); a view, because projections give (1, S, H, D)
     tensors = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     how = options.scale(query.shape[3]), options.softcap or 0.0, name
-    return _Attend.apply(*tensors, halo, kept or Kept(), *how)[None]
+    return _Attend.apply(*tensors, options.sinks, halo, Kept() if kept is None else kept, *how)[None]
 
 
 class _Attend(torch.autograd.Function):
     """The kernels' forward and backward, and the exchanges, in an order in which they overlap."""
 
     @staticmethod
-    def forward(ctx, q, k, v, halo: Halo, kept: Kept, scaling: float, softcap: float, name: str) -> torch.Tensor:
-        """(S, H, D), (S, H_kv, D), (S, H_kv, D_v) -> (S, H, D_v)."""
+    def forward(ctx, q, k, v, sinks, halo: Halo, kept: Kept, scaling: float, softcap: float, name: str) -> torch.Tensor:
+        """(S, H, D), (S, H_kv, D), (S, H_kv, D_v) and (H,) or None -> (S, H, D_v)."""
         ctx.halo, ctx.how = halo, (scaling, softcap, name)
         is_first = not kept.far
         travelling = _start(halo, halo.sends, halo.receives, _by_half(q, k, v)) if is_first else None
@@ -93,7 +94,7 @@ class _Attend(torch.autograd.Function):
         borders = _borders(halo, q, k)
         rows = [(half, q[own, heads], out.data[own, heads], lse.data[heads, own]) for half, own, heads in borders]
         if is_first:
-            kept.far = [_zeros(pair, needs) for pair, needs in zip(_by_half(q, k, v), halo.needs, strict=True)]
+            kept.far = _room(_by_half(q, k, v), halo.needs)
             _add(halo.receives, kept.far, travelling)
             for half, near_q, near_out, near_lse in rows:
                 merge(near_out, near_lse, *attend_far(near_q, *kept.far[half], *ctx.how))
@@ -102,14 +103,18 @@ class _Attend(torch.autograd.Function):
             for (_, _, near_out, near_lse), (kept_out, kept_lse) in zip(rows, kept.rows, strict=True):
                 near_out.copy_(kept_out)
                 near_lse.copy_(kept_lse)
-        ctx.save_for_backward(q, k, v, out, lse, *(x for pair in kept.far for x in pair))
+        if sinks is not None:
+            add_sinks_(out, lse, sinks)
+            for start, end in Plan.of(halo.groups).padding:
+                out[start:end].zero_()
+        ctx.save_for_backward(q, k, v, out, lse, sinks, *(x for pair in kept.far for x in pair))
         return out
 
     @staticmethod
     def backward(ctx, dout: torch.Tensor):
         """The far keys and values come first: their gradients travel while the rest is computed."""
         halo = ctx.halo
-        q, k, v, out, lse, k_straight, v_straight, k_shifted, v_shifted = ctx.saved_tensors
+        q, k, v, out, lse, sinks, k_straight, v_straight, k_shifted, v_shifted = ctx.saved_tensors
         far = [(k_straight, v_straight), (k_shifted, v_shifted)]
         q, dout = q.contiguous(), dout.contiguous()  # so that slices of them and of out have one layout
         gradients, near = list(far), []
@@ -121,8 +126,11 @@ class _Attend(torch.autograd.Function):
         dq, dk, dv = attend_halves_backward(dout, q, k, v, out, lse, *tensors_of(halo.groups, q.device), *ctx.how)
         for own, heads, dq_far in near:
             dq[own, heads] += dq_far
+        dsinks = None
+        if sinks is not None and ctx.needs_input_grad[3]:
+            dsinks = gradient_of_sinks(dout, out, lse, sinks, Plan.of(halo.groups).padding)
         _add(halo.sends, _by_half(q, dk, dv), travelling)
-        return dq, dk, dv, None, None, None, None, None
+        return dq, dk, dv, dsinks, None, None, None, None, None
 
 
 def _borders(halo: Halo, q: torch.Tensor, k: torch.Tensor) -> list[tuple[int, slice, slice]]:
@@ -183,14 +191,35 @@ def _one_call(q: torch.Tensor, k: torch.Tensor, backend: str) -> tuple[Kernel, C
     return kernel, lambda x: x, replace(queries, far=keys)
 
 
-def _zeros(pair: tuple[torch.Tensor, ...], tokens: int) -> tuple[torch.Tensor, ...]:
-    return tuple(x.new_zeros(tokens, *x.shape[1:]) for x in pair)
+def _room(halves: Pairs, needs: Sequence[int]) -> Pairs:
+    return [tuple(x.new_zeros(n, *x.shape[1:]) for x in pair) for pair, n in zip(halves, needs, strict=True)]
+
+
+def bring(plan: Exchange, own: Pairs, needs: Sequence[int]) -> Pairs:
+    """The keys and values of earlier ranks, `needs` tokens for each pair; `own`: those of this rank."""
+    far = _room(own, needs)
+    _add(plan.receives, far, _start(plan, plan.sends, plan.receives, own))
+    return far
+
+
+def send_back(plan: Exchange, far: Pairs, own: Pairs) -> None:
+    """Return the gradients of what `bring` brought, and add those of other ranks to `own`."""
+    _add(plan.sends, own, _start(plan, plan.receives, plan.sends, far))
 
 
 def _by_half(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Pairs:
     """Keys and values of the straight and of the shifted half; views."""
     _, kv_heads = head_halves(q.shape[1], k.shape[1])
     return [(k[:, first:last], v[:, first:last]) for first, last in kv_heads]
+
+
+class Exchange(Protocol):
+    """Who sends what to whom: `edges.Halo`, or `window.Window`."""
+
+    sends: Ranges
+    receives: Ranges
+    is_needed: bool
+    group: dist.ProcessGroup | None
 
 
 class _Travelling(NamedTuple):
@@ -212,7 +241,7 @@ def _views(ranges: Ranges, halves: Pairs) -> list[torch.Tensor]:
     ]
 
 
-def _start(halo: Halo, sends: Ranges, receives: Ranges, halves: Pairs) -> _Travelling | None:
+def _start(halo: Exchange, sends: Ranges, receives: Ranges, halves: Pairs) -> _Travelling | None:
     """Start an all-to-all, or nothing if no rank needs anything."""
     if not halo.is_needed:
         return None

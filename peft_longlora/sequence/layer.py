@@ -1,4 +1,5 @@
-"""A layer's attention if ranks share each sequence: S2-Attn with a halo, dense attention through Ulysses.
+"""A layer's attention if ranks share each sequence: S2-Attn with a halo, dense attention through Ulysses, a layer's own
+window with a halo of its size.
 
 Attention's `forward` calls it instead of its own attention; `switch` puts it into a model's settings.
 """
@@ -6,15 +7,18 @@ Attention's `forward` calls it instead of its own attention; `switch` puts it in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from peft_longlora.attention.layer import LayerCall
+from peft_longlora.attention.local import documents_of
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.kernels.groups import BLOCK_PATTERNS
-from peft_longlora.sequence import halo, ulysses
+from peft_longlora.sequence import halo, ulysses, window
 from peft_longlora.sequence.edges import Edges, exchange_edges, plan_halo
 
 
@@ -38,9 +42,12 @@ class SharedSequence:
 
         Raises:
             ValueError: more than one row, no position_ids, stretches that do not make up one sequence.
-            NotImplementedError: a cache, a sliding window, an attention that is not causal.
+            NotImplementedError: a cache, a rule of the layer's own that is neither a window nor chunks, an attention
+                that is not causal.
         """
         _check(call, pattern)
+        if call.is_local:
+            return self._attend_local(call)
         mask, size, group = call.s2_mask, call.settings.group_size, self.mesh.get_group()
         position_ids = call.settings.inputs.position_ids
         documents = mask.documents(position_ids)
@@ -56,6 +63,24 @@ class SharedSequence:
         rank = dist.get_rank(group)
         plan = mask.once(("halo", size, pattern), lambda: plan_halo(edges, rank, documents, group))
         return halo.attend(*tensors, plan, call.options, _kept(call, mask))
+
+    def _attend_local(self, call: LayerCall) -> torch.Tensor:
+        """Attention of a layer with a window or chunks of its own; as `attend`."""
+        group, positions = self.mesh.get_group(), call.settings.inputs.position_ids
+        mask, local = call.mask, call.local(positions)
+        is_chunks = local is not None and local.kind == "chunks"
+        size, pattern = mask.arguments["local_size"], "local" if is_chunks else "full"
+        documents = mask.once("plain", lambda: documents_of(mask)).documents(positions)
+        # Before an error that only this rank may raise: here all ranks raise theirs.
+        edges = mask.once("own edges", lambda: exchange_edges(documents, positions, size, pattern, group))
+        if local is None:
+            refuse_window(call.module)
+        rank, tensors = dist.get_rank(group), (call.query, call.key, call.value)
+        if is_chunks:
+            plan = mask.once("own halo", lambda: plan_halo(edges, rank, documents, group))
+            return halo.attend(*tensors, plan, call.options, _kept(call, mask))
+        plan = mask.once("own halo", lambda: window.plan_window(edges, rank, documents, local.size, group))
+        return window.attend(*tensors, plan, call.options, _kept(call, mask))
 
 
 def _kept(call: LayerCall, mask: S2Mask) -> halo.Kept:
@@ -84,13 +109,14 @@ def _check(call: LayerCall, pattern: str) -> None:
             f"{call.query.shape[2]} queries), which cannot be split over ranks. Generate within `with "
             f"unshared(model):` of peft_longlora.sequence."
         )
-    if call.is_local:
-        refuse_window([call.module.layer_idx])
+    if call.is_local and not isinstance(call.mask, S2Mask):
+        refuse_window(call.module)
     if not call.is_causal:
         raise NotImplementedError(
             "Only causal attention can be split over ranks. Train this model without sequence parallelism."
         )
-    refuse_blocks(pattern)
+    if not call.is_local:
+        refuse_blocks(pattern)
     if call.query.shape[0] != 1:
         raise ValueError(
             f"A rank got {call.query.shape[0]} rows: with sequence parallelism it holds one stretch of all rows, laid "
@@ -103,11 +129,12 @@ def _check(call: LayerCall, pattern: str) -> None:
         )
 
 
-def refuse_window(layers: list[int]) -> None:
-    """Refuse layers with a sliding window. Raises: NotImplementedError."""
+def refuse_window(module: nn.Module) -> NoReturn:
+    """Refuse a layer whose own rule is neither a window nor chunks. Raises: NotImplementedError."""
     raise NotImplementedError(
-        f"Layers {layers} have a sliding window, which would end at the border of a rank. Use a model without one "
-        f"(sliding_window=None), or train it without sequence parallelism."
+        f"Layer {module.layer_idx} ({type(module).__name__}) sees only a part of the tokens before it, by a rule that "
+        f"is neither a sliding window nor chunks, and would end at the border of a rank. Train this model without "
+        f"sequence parallelism."
     )
 
 

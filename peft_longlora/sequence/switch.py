@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from peft_longlora.architecture import find_attention_modules, find_rotary_modules, find_state_layers, is_local_layer
+from peft_longlora.architecture import find_attention_modules, find_rotary_modules, find_state_layers
 from peft_longlora.attention.settings import S2_ATTN, settings_of
-from peft_longlora.sequence.layer import SharedSequence, refuse_blocks, refuse_window
+from peft_longlora.sequence.layer import SharedSequence, refuse_blocks
 
 
 def parallelize_sequence(model: nn.Module, mesh: DeviceMesh | None) -> None:
@@ -19,7 +19,8 @@ def parallelize_sequence(model: nn.Module, mesh: DeviceMesh | None) -> None:
 
     Call it on every rank, after the adapter was added. S2-Attn exchanges a halo of at most 3/2 groups for half of the
     heads. If attention is dense (evaluation, `dense_layers`, pattern "full"), the whole sequence of each head is
-    gathered on one rank. DDP or FSDP over all ranks handles the weights and their gradients.
+    gathered on one rank. Layers with a sliding window exchange its tokens. DDP or FSDP over all ranks handles the
+    weights and their gradients.
 
     Args:
         model: a model with S2-Attn, bare or PEFT.
@@ -27,7 +28,7 @@ def parallelize_sequence(model: nn.Module, mesh: DeviceMesh | None) -> None:
 
     Raises:
         ValueError: a mesh of several dimensions, or a model without S2-Attn.
-        NotImplementedError: RoPE that depends on the length of a forward, or layers with a sliding window.
+        NotImplementedError: RoPE that depends on the length of a forward, or layers with a state along the sequence.
     """
     layers = find_attention_modules(model).values()
     if not layers or any(module.config._attn_implementation != S2_ATTN for module in layers):
@@ -77,5 +78,3 @@ def _check_model(model: nn.Module, layers: Any) -> None:
                 f"rope_type={lengthy[0]!r} chooses its frequencies by the longest position of a forward, which differs "
                 f"between the ranks of a sequence. Use 'yarn', 'linear', 'ntk' or 'llama3'."
             )
-    if local := [module.layer_idx for module in layers if is_local_layer(module, module.config)]:
-        refuse_window(local)

@@ -6,6 +6,8 @@ Called by `layer`. Source: DeepSpeed-Ulysses, arXiv:2309.14509.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -53,6 +55,9 @@ def attend(
         groups: from `plan_whole`.
     """
     ranks, heads, kv_heads = mesh.size(), query.shape[1], key.shape[1]
+    if options.sinks is not None:  # of this rank's heads, as DTensor cuts them
+        own = [*options.sinks.chunk(ranks), *[options.sinks[:0]] * ranks]
+        options = replace(options, sinks=own[mesh.get_local_rank()])
     if heads % ranks or kv_heads % ranks:  # then KV heads are repeated, and go with their query heads
         key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
     # (1, H, S, D) -> (1, H / n, n S, D)
@@ -61,6 +66,8 @@ def attend(
         out = attend_in_groups(query, key, value, Cuts.of(groups), options)
     else:  # fewer heads than ranks: this rank has none, but takes part in the exchanges of the backward
         out = value.transpose(1, 2) + query.sum() + key.sum()
+        if options.sinks is not None:
+            out = out + options.sinks.sum()
     # (1, n S, H / n, D_v) -> (1, S, H, D_v)
     return _reshard(out, mesh, 2, 1, heads)
 

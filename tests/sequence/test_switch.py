@@ -26,11 +26,7 @@ def test_layers_that_carry_a_state_over_a_border_are_refused(name):
         parallelize_sequence(model, MESH)
 
 
-def test_windows_and_meshes_of_two_dimensions_are_refused():
-    model = make("gemma3_text", head_dim=8, sliding_window=16, num_hidden_layers=6)
-    configure_attention(model, group_size=16)
-    with pytest.raises(NotImplementedError, match=r"Layers \[0, 1, 2, 3, 4\] have a sliding window"):
-        parallelize_sequence(model, MESH)
+def test_a_mesh_of_two_dimensions_is_refused():
     model = make()
     configure_attention(model, group_size=16)
     with pytest.raises(ValueError, match="mesh has 2 dimensions"):

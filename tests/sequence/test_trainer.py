@@ -381,7 +381,6 @@ def refusals(folder: str) -> dict:
         positions=no_positions,
         rows=two_rows,
         dynamic=lambda: of_model(rope_type="dynamic"),
-        window=lambda: of_model(model_type="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1),
         stock=lambda: of_model(configured=False),
         mesh=lambda: parallelize_sequence(extend(make()), init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))),
     )
@@ -414,7 +413,6 @@ EXPECTED = dict(
     positions="ValueError: The model was called without position_ids",
     rows="ValueError: A rank got 2 rows",
     dynamic="NotImplementedError: rope_type='dynamic' chooses its frequencies by the longest position",
-    window="NotImplementedError: Layers [1] have a sliding window",
     stock="ValueError: This model does not use S2-Attn",
     mesh="ValueError: mesh has 2 dimensions ('a', 'b')",
 )

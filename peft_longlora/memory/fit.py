@@ -12,11 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers.utils import logging
 
 from peft_longlora.architecture import find_attention_modules
-from peft_longlora.attention.settings import schedule_of
+from peft_longlora.attention.settings import schedule_of, settings_of
 from peft_longlora.memory.blocks import checkpoint_blocks, find_blocks
 from peft_longlora.memory.kernels import kernels_of, use_liger
 from peft_longlora.memory.plan import AGAIN_KEPT, FILLED, MEANS, OWN_FILLED, MemoryPlan, fill, host_budget
@@ -45,7 +46,8 @@ def fit_memory(
     If memory is left with every block checkpointed, blocks keep the output of attention, then everything. If memory is
     short, feed-forward layers work by tiles, then the inputs of blocks (and attention's outputs, if the host has room)
     wait in the host's memory. Give the Trainer gradient_checkpointing=False; otherwise it would checkpoint all blocks
-    again.
+    again. With several GPUs call it on every rank, before the model is wrapped by DDP or FSDP2 and before ranks share a
+    sequence; `length` is then the tokens of one rank. Ranks that are connected take the plan of the first.
 
     Args:
         model: a model of transformers with its adapter, on its GPU, ready to train with AdamW.
@@ -59,11 +61,11 @@ def fit_memory(
     Returns: the plan that is now in use; it is also logged.
 
     Raises:
-        ValueError: the model is not on a CUDA device, or has no blocks to checkpoint.
+        ValueError: the model is not on a CUDA device, has no blocks to checkpoint, or is wrapped or shared already.
         MemoryError: no means suffice; the message says which length fits. All blocks are then checkpointed.
     """
     device = next(model.parameters()).device
-    _check(device, length)
+    _check(model, device, length)
     if liger:
         use_liger(model, fused_loss=loss is None)
     loss = loss or (lambda model, ids: model(input_ids=ids, labels=ids).loss)
@@ -80,6 +82,7 @@ def fit_memory(
             continue
         if last.fits and (best is None or last.work < best.work):
             best = last
+    best, last = _of_first_rank(best, last)
     if best is not None:
         checkpoint_blocks(model, **best.options)
         logger.info(f"fit_memory:\n{best}")
@@ -99,11 +102,41 @@ def fit_memory(
     )
 
 
-def _check(device: torch.device, length: int) -> None:
+def _check(model: nn.Module, device: torch.device, length: int) -> None:
     if device.type != "cuda":
         raise ValueError(f"The model is on {device.type!r}: fit_memory measures on a GPU. Move the model to one.")
     if length < 2 * SHORTEST:
         raise ValueError(f"length={length} is below {2 * SHORTEST} tokens: such a short step needs no plan.")
+    check_alone(model)
+
+
+def check_alone(model: nn.Module) -> None:
+    """Refuse a model whose steps need other ranks: they might measure different numbers of steps, and wait forever.
+
+    Args:
+        model: the model that is to be measured.
+
+    Raises:
+        ValueError: it is wrapped by DDP or FSDP2, or its ranks share sequences.
+    """
+    names = {type(module).__name__ for module in model.modules()}
+    if "DistributedDataParallel" in names or any(name.startswith(("FSDP", "FullySharded")) for name in names):
+        raise ValueError(
+            "The model is wrapped by DDP or FSDP. Call fit_memory before it is wrapped (before the Trainer trains), or "
+            "take the switches of `longlora plan --gpus N` and give them to checkpoint_blocks."
+        )
+    settings = [settings_of(module) for module in find_attention_modules(model).values()]
+    if any(one is not None and one.sharing is not None for one in settings):
+        raise ValueError("Ranks share this model's sequences. Call fit_memory before parallelize_sequence.")
+
+
+def _of_first_rank(*plans: MemoryPlan | None) -> tuple[MemoryPlan | None, ...]:
+    """The plans of rank 0, on every rank, so that all compute the same second time."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return plans
+    shared = list(plans)
+    dist.broadcast_object_list(shared)
+    return tuple(shared)
 
 
 def _budget(device: torch.device) -> int:

@@ -151,9 +151,9 @@ def fill(plan: MemoryPlan) -> MemoryPlan:
 
 
 def host_budget() -> int:
-    """Bytes of the host's memory that may be used, in this container."""
+    """Bytes of the host's memory that a process may use: of this container, shared by the ranks of this machine."""
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         size = min(size, int(text))
-    return int(size * HOST_FILLED)
+    return int(size * HOST_FILLED / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

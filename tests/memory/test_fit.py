@@ -113,6 +113,25 @@ def test_the_table_holds_the_numbers():
     assert "2.00 GiB" in text and "more for 8 blocks that keep everything" in text
 
 
+class DistributedDataParallel(torch.nn.Module):
+    """By name as torch's, which needs other processes."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def test_a_model_that_needs_other_ranks_is_refused(monkeypatch):
+    model = extend(make())
+    fit.check_alone(model)
+    with pytest.raises(ValueError, match=r"wrapped by DDP or FSDP\. Call fit_memory before"):
+        fit.check_alone(DistributedDataParallel(model))
+    settings = settings_of(next(iter(find_attention_modules(model).values())))
+    monkeypatch.setattr(settings, "sharing", object())
+    with pytest.raises(ValueError, match="Call fit_memory before parallelize_sequence"):
+        fit.check_alone(model)
+
+
 def test_it_measures_on_a_gpu_only():
     with pytest.raises(ValueError, match="The model is on 'cpu'"):
         fit_memory(extend(make()), 4096)

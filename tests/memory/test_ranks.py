@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_longlora.memory import checkpoint_blocks
+from peft_longlora.memory import MemoryPlan, checkpoint_blocks, fit
 from peft_longlora.sequence import parallelize_sequence, shard_batch
 from tests.helpers.batches import batch_of
 from tests.helpers.ranks import run_ranks
@@ -43,6 +44,18 @@ def step(way: str, ranks: int) -> float:
     found = gradients(wrapped)
     assert found.keys() == truth.keys()
     return max(((found[n] - g).abs().max() / g.abs().max().clamp(min=1e-6)).item() for n, g in truth.items())
+
+
+def plans(_: int) -> MemoryPlan:
+    """A plan that differs from rank to rank, as measurements do."""
+    mine = MemoryPlan(1000 + dist.get_rank(), 10**9, 0, 1.0, 1.0, 1.0, 1.0, 1.0, 4)
+    return fit._of_first_rank(mine, None)
+
+
+@pytest.mark.slow
+def test_ranks_take_the_plan_of_the_first():
+    for found in run_ranks(2, plans, 0):
+        assert found[0].length == 1000 and found[1] is None
 
 
 def ways(ranks: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a run logs beside the loss: the loss by position in the document, and tokens per second.
+"""What a run logs beside the loss: the loss by position in the document, tokens per second, and the peak of memory.
 
 A long window is worth its price if tokens far from the start of their document are predicted better than near ones, and
 one mean loss cannot show that.
@@ -64,7 +64,7 @@ class Meter:
             self._paused += time.perf_counter() - start
 
     def read(self, reduce: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, float]:
-        """{"loss_0_512": ..., "tokens_per_second": ...} since the last call; sums of all processes.
+        """{"loss_0_512": ..., "tokens_per_second": ...} since the last call, of all processes; on a GPU "peak_gib" too.
 
         Args:
             reduce: sums a tensor over the processes.
@@ -82,6 +82,8 @@ class Meter:
             for low, high, loss, count in zip(bounds, bounds[1:], losses, counts, strict=False)
             if count
         }
+        if device.type == "cuda":
+            logs["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         return {**logs, "tokens_per_second": flat[-1].item() / max(seconds, 1e-9)}
 
     def _read(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

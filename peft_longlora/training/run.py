@@ -181,7 +181,7 @@ def make_arguments(recipe: Recipe) -> tuple[SFTConfig, bool]:
     return arguments, fits
 
 
-def make_trainer(plan: Plan) -> SFTTrainer:
+def make_trainer(plan: Plan, say: Callable[[str], None]) -> SFTTrainer:
     """Load the model, and make the trainer with its log, its card and its end."""
     from trl import SFTTrainer
 
@@ -208,12 +208,12 @@ def make_trainer(plan: Plan) -> SFTTrainer:
     use_longlora_card(trainer, **facts)
     if plan.fits:
         tokens = arguments.max_length * arguments.per_device_train_batch_size
-        fit_memory(trainer.model, tokens, loss=_fused_loss(arguments))
+        say(f"Memory:\n{fit_memory(trainer.model, tokens, loss=_fused_loss(arguments))}")
     return trainer
 
 
 def _run(plan: Plan, say: Callable[[str], None]) -> int:
-    trainer = make_trainer(plan)
+    trainer = make_trainer(plan, say)
     stop = next(one for one in trainer.callback_handler.callbacks if isinstance(one, StopCallback))
     if plan.last is not None:
         say(f"Going on from {plan.last}.")

@@ -40,6 +40,7 @@ from peft_longlora.adapter.lowrank import HalfLowRank
 from peft_longlora.memory import checkpoint_blocks, fit_memory
 from peft_longlora.memory.estimate import Shape, Training, best_estimate, flops
 from peft_longlora.memory.plan import ESTIMATED_FILLED, MemoryPlan, host_budget
+from peft_longlora.mixing import unmix
 
 SHAPES = {"llama-2-7b": LLAMA_2_7B, "llama-3.1-8b": LLAMA_3_8B, "llama-3.3-70b": LLAMA_3_70B, "tiny": TINY}
 PEAK_TFLOPS = 989  # dense bf16 of an H100 or H200, by the datasheet
@@ -75,7 +76,7 @@ def apply(row: str, model: torch.nn.Module, length: int, estimate: MemoryPlan) -
     if row == "float32 low rank":  # PEFT's own layers
         for layer in model.modules():
             if isinstance(layer, HalfLowRank):
-                layer.__class__ = layer.original_class
+                unmix(layer)
     if row == "float8":
         freeze_in_float8(model)
         free_memory(str(model.device.type))

@@ -56,14 +56,6 @@ def _check_layers_and_weights(config: LongLoraConfig) -> None:
             "trainable_token_indices trains some rows of the embeddings, but train_embeddings=True trains all. Set "
             "train_embeddings=False, or leave trainable_token_indices out."
         )
-    if config.alora_invocation_tokens:
-        for name in ("train_embeddings", "train_norms", "context_length", "rope_parameters"):
-            if value := getattr(config, name):
-                raise ValueError(
-                    f"alora_invocation_tokens={config.alora_invocation_tokens!r} promises that the model is its base "
-                    f"before these tokens, but {name}={value!r} changes every token. Set {name}="
-                    f"{False if value is True else None}, or leave alora_invocation_tokens out."
-                )
 
 
 def check_filled_in(config: LongLoraConfig) -> None:

@@ -132,6 +132,12 @@ def _warn_of_changes(config: LongLoraConfig) -> None:
             f"{change}. disable_adapter(), unload() and the reference of DPO then give the changed base; load the "
             f"base again to get it unchanged."
         )
+    changing = ("train_embeddings", "train_norms", "context_length", "rope_parameters")
+    if config.alora_invocation_tokens and (names := [name for name in changing if getattr(config, name)]):
+        logger.warning(
+            f"alora_invocation_tokens={config.alora_invocation_tokens!r}: LoRA begins at these tokens, but "
+            f"{', '.join(names)} change every token, so the base's keys and values before them cannot be used."
+        )
 
 
 def _check_loader(config: LongLoraConfig) -> None:

@@ -12,7 +12,6 @@ evaluation, generation and merged weights give the same results as without it. `
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ from peft.tuners.lora import Linear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from peft_longlora.mixing import Mixin, mix
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -62,12 +63,15 @@ def add_low_rank(
     """The output of an adapted projection: result + scaling * (x @ a.T) @ b.T.
 
     Args:
-        result: (..., out) float16 or bfloat16, the base projection's output; it is changed in place and returned.
-        x: (..., in) of the same dtype. a: (r, in), b: (out, r), float32 or the same dtype.
+        result: (..., out), the base projection's output; it is changed in place and returned, if it has the dtype of x.
+        x: (..., in) float16 or bfloat16. a: (r, in), b: (out, r), float32 or the same dtype.
         scaling: LoRA's alpha / r.
 
     Returns: (..., out), dtype of result.
     """
+    if result.dtype != x.dtype:  # the base computes in another precision, as under autocast: as PEFT does
+        low = nn.functional.linear(x.to(a.dtype), a)
+        return (result + nn.functional.linear(low, b) * scaling).to(result.dtype)
     if torch.compiler.is_compiling() or not result.is_contiguous() or result._is_view():
         # A compiler fuses by itself, and a view must not be changed in place.
         low = nn.functional.linear(x, a.to(x.dtype))
@@ -75,18 +79,14 @@ def add_low_rank(
     return _AddLowRank.apply(result, x, a, b, scaling)
 
 
-class HalfLowRank:
+class HalfLowRank(Mixin):
     """Mixed into a LoRA layer's class: in training its forward uses `add_low_rank`."""
-
-    original_class: type[LoraLayer]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The projection with its active adapters."""
         if args or not is_plain(self, x, kwargs):
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x)
-        if result.dtype != x.dtype:  # the base computes in another precision
-            return super().forward(x)
         for name in self.active_adapters:
             if name in self.lora_A:
                 a, b = self.lora_A[name].weight, self.lora_B[name].weight
@@ -102,10 +102,6 @@ class HalfLowRank:
             "convert_to_lora would drop the RoPE scaling and the trained embeddings and norms of a LongLoRA adapter. "
             "Use peft_longlora.export_lora(model, folder), which writes a plain LoRA adapter and says what it needs."
         )
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickle and copy must be told how to make it again.
-        return _rebuild, (self.original_class,), self.__getstate__()
 
 
 def is_plain(layer: LoraLayer, x: torch.Tensor, options: dict[str, Any]) -> bool:
@@ -130,15 +126,6 @@ def _is_bare(part: nn.Module) -> bool:
     return type(part) is nn.Linear and part.bias is None and not is_hooked and is_whole
 
 
-@cache
-def _class_of(kind: type[LoraLayer]) -> type[LoraLayer]:
-    return type(kind.__name__, (HalfLowRank, kind), {"__module__": kind.__module__, "original_class": kind})
-
-
-def _rebuild(kind: type[LoraLayer]) -> nn.Module:
-    return kind.__new__(_class_of(kind))
-
-
 def compute_in_half(layer: nn.Module) -> None:
     """Make a LoRA layer of a plain or a 4-bit projection compute in half precision while it trains.
 
@@ -147,4 +134,4 @@ def compute_in_half(layer: nn.Module) -> None:
     kind = type(layer)
     is_4bit = kind.__name__ == "Linear4bit" and kind.__module__ == "peft.tuners.lora.bnb"
     if kind is Linear or is_4bit:
-        layer.__class__ = _class_of(kind)
+        mix(layer, HalfLowRank)

@@ -66,7 +66,7 @@ def _changed_by(layer: BaseTunerLayer, adapter_names: list[str]) -> list[str]:
         return []
     if isinstance(layer, ParamWrapper):
         return [layer.parameter_name]
-    has_bias = any(layer.lora_bias.get(name) for name in names)
+    has_bias = any(getattr(layer, "lora_bias", {}).get(name) for name in names)
     changed = ["weight", "bias"] if has_bias else ["weight"]
     return [name for name in changed if name in parameters] or list(parameters)
 

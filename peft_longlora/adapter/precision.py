@@ -3,19 +3,20 @@
 PEFT keeps LoRA weights in float32 but leaves copied modules in bfloat16. A step of 2e-5 is too small to change its 8
 bits, so norms would not train at all. Here the stored weights are float32, and every forward rounds them. So a trained
 copy computes what the base's module would compute with the rounded weights, and merging changes nothing. Called by
-`model`; imports only torch.
+`model`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cache
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from peft_longlora.mixing import Mixin, mix, unmix
 
 HALF = (torch.float16, torch.bfloat16)
 ROWS = 4096  # rows of embeddings that are float32 at a time
@@ -46,11 +47,10 @@ class _HalfRows(torch.autograd.Function):
         return None, total, None, None
 
 
-class Float32Weights:
+class Float32Weights(Mixin):
     """Mixed into a module's class: its parameters are float32, but its forward uses them in `compute_dtype`."""
 
     compute_dtype: torch.dtype
-    original_class: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward on rounded weights; gradients reach the float32 ones.
@@ -85,27 +85,12 @@ class Float32Weights:
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return module
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickle and copy must be told how to make it again. The state comes third,
-        # because it may refer to the module (accelerate's hooks do).
-        return _rebuild, (self.original_class,), self.__getstate__()
 
-
-@cache
-def _float32_class(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (Float32Weights, kind), {"__module__": kind.__module__, "original_class": kind})
-
-
-def _rebuild(kind: type[nn.Module]) -> nn.Module:
-    return kind.__new__(_float32_class(kind))
-
-
-def _change_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    module.__class__ = kind
+def _follow_class(module: nn.Module) -> None:
     if "_old_forward" in vars(
         module
     ):  # accelerate's hooks (device_map) call the `forward` that they found when they were added
-        module._old_forward = MethodType(kind.forward, module)
+        module._old_forward = MethodType(type(module).forward, module)
 
 
 def keep_in_float32(modules: Iterable[nn.Module]) -> None:
@@ -121,7 +106,8 @@ def keep_in_float32(modules: Iterable[nn.Module]) -> None:
         if is_plain and len(found) == 1 and found <= set(HALF):
             for parameter in module.parameters():
                 parameter.data = parameter.data.float()
-            _change_class(module, _float32_class(type(module)))
+            mix(module, Float32Weights)
+            _follow_class(module)
             module.compute_dtype = found.pop()
 
 
@@ -131,4 +117,5 @@ def round_to_half(module: nn.Module) -> None:
         for parameter in module.parameters():
             parameter.data = parameter.data.to(module.compute_dtype)
         del module.__dict__["compute_dtype"]
-        _change_class(module, module.original_class)
+        unmix(module)
+        _follow_class(module)

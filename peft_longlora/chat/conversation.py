@@ -8,6 +8,7 @@ Called by cli/chat.py (`longlora chat`) and the page of `longlora app` (app/).
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
+from peft_longlora.background import Background
 from peft_longlora.chat.attention import document_attention, top_passages
 from peft_longlora.chat.dialogue import Dialogue, Turn
 from peft_longlora.chat.document import Document
@@ -79,6 +81,8 @@ class Conversation:
         self.turns: list[Turn] = []
         self._running: list[tuple[Stop, threading.Thread]] = []
         self._closed = threading.Event()
+        self._busy: set[threading.Thread] = set()  # those that have their turn at the model
+        weakref.finalize(self, _end, self._closed, self._busy)
         self._index: WordIndex | None = None
         self._prompt: list[int] = []
         self._row: list[int] = []
@@ -174,15 +178,13 @@ class Conversation:
                 failure.append(error)
                 streamer.end()
 
-        running = (stop, threading.Thread(target=work, daemon=True))
+        worker = Background(work, stop.set)
         self._prompt = []  # what `passages` shows belongs to this question from now on
-        self._running.append(running)
-        running[1].start()
+        self._running.append(running := (stop, worker.thread))
         try:
-            yield from until(from_first_word(streamer), self.dialogue.stop)
+            with worker:
+                yield from until(from_first_word(streamer), self.dialogue.stop)
         finally:
-            stop.set()
-            running[1].join()
             self._running.remove(running)
         if failure:
             raise failure[0]
@@ -241,8 +243,10 @@ class Conversation:
         try:
             if is_stopped() or self.is_closed:
                 raise Stopped
+            self._busy.add(threading.current_thread())
             yield
         finally:
+            self._busy.discard(threading.current_thread())
             self.lock.release()
 
     def _read(self, on_progress: Callable[[int, int], Any] | None) -> None:
@@ -282,3 +286,10 @@ class Conversation:
         turn.answer = (text.partition(self.dialogue.stop)[0] if self.dialogue.stop else text).strip()
         self.turns.append(turn)
         self._prompt, self._row = prompt, row
+
+
+def _end(closed: threading.Event, busy: set[threading.Thread]) -> None:
+    """At the end of Python: no thread may be inside torch then (see `Background`). A reading ends with its chunk."""
+    closed.set()
+    for thread in busy - {threading.current_thread()}:
+        thread.join()

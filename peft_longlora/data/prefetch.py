@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from typing import TypeVar
 
+from peft_longlora.background import Background
+
 T = TypeVar("T")
 
 
@@ -40,9 +42,7 @@ def prefetch(items: Iterator[T], size: int = 4) -> Iterator[T]:
         except BaseException as error:  # passed to the thread that asked
             put((None, error))
 
-    thread = threading.Thread(target=fill, daemon=True)
-    thread.start()
-    try:
+    with Background(fill, stop.set):
         while True:
             item, error = ready.get()
             if isinstance(error, StopIteration):
@@ -50,6 +50,3 @@ def prefetch(items: Iterator[T], size: int = 4) -> Iterator[T]:
             if error is not None:
                 raise error
             yield item
-    finally:
-        stop.set()
-        thread.join(timeout=5)

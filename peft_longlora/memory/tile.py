@@ -7,13 +7,14 @@ computed again, torch stops there, before the first tile. Called by `blocks`.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+
+from peft_longlora.mixing import Mixin, mix, unmix
 
 
 class _Save(torch.autograd.Function):
@@ -33,14 +34,13 @@ def _same(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-class Tiled:
+class Tiled(Mixin):
     """Mixed into a module's class: a call computes `tile_tokens` tokens at a time, each again in the backward.
 
     The call is changed and not the forward, because Liger gives single modules a forward of their own.
     """
 
     tile_tokens: int
-    untiled_class: type[nn.Module]
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, S, hidden) -> (B, S, hidden)."""
@@ -53,10 +53,6 @@ class Tiled:
         with saved_tensors_hooks(_same, _same):
             outs = [checkpoint(tiles.run, index, use_reentrant=False) for index in range(len(tiles.rows))]
         return torch.cat(outs, dim=1)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickle and copy must be told how to make it again.
-        return _rebuild, (self.untiled_class,), self.__getstate__()
 
 
 class _Tiles:
@@ -76,15 +72,6 @@ class _Tiles:
         return self.forward(tile)
 
 
-@cache
-def _class_of(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (Tiled, kind), {"__module__": kind.__module__, "untiled_class": kind})
-
-
-def _rebuild(kind: type[nn.Module]) -> nn.Module:
-    return kind.__new__(_class_of(kind))
-
-
 def find_feed_forwards(block: nn.Module) -> list[nn.Module]:
     """The feed-forward layers of a block: modules that transformers calls MLP, which work on single tokens.
 
@@ -100,8 +87,8 @@ def find_feed_forwards(block: nn.Module) -> list[nn.Module]:
 def tile(module: nn.Module, tokens: int | None) -> None:
     """Compute a feed-forward layer by tiles of `tokens` tokens; None: whole rows again."""
     if isinstance(module, Tiled):
-        module.__class__ = module.untiled_class
+        unmix(module)
         del module.tile_tokens
     if tokens is not None:
-        module.__class__ = _class_of(type(module))
+        mix(module, Tiled)
         module.tile_tokens = tokens

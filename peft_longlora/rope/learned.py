@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_longlora.mixing import Mixin, mix, unmix
 from peft_longlora.rope.parameters import base_rope, is_nested
 from peft_longlora.rope.scale import rewrite_rope
 from peft_longlora.rope.state import fresh
@@ -24,14 +24,13 @@ STRETCH = "stretch"  # the parameter's name in files: the logarithm of the facto
 _CURE = "Use rope_type='yarn'."
 
 
-class LearnedRotary:
+class LearnedRotary(Mixin):
     """Mixed into the class of a rotary module: frequencies are those of "longrope" with trained factors.
 
     Attributes:
         stretch: (D / 2,) float32 parameter, 0 at the start.
     """
 
-    original_class: type[nn.Module]
     stretch: nn.Parameter
     _start: torch.Tensor  # yarn's factors
     _powers: torch.Tensor  # theta ** (2 i / D)
@@ -53,19 +52,6 @@ class LearnedRotary:
         own.__dict__["_buffers"] = {**self._buffers, "inv_freq": inv_freq}
         # Without transformers' decorators: no_grad, and updates of frequencies that depend on the row.
         return inspect.unwrap(kind.forward)(own, *args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickle and copy must be told how to make it again.
-        return _rebuild, (self.original_class,), self.__getstate__()
-
-
-@cache
-def _learned_class(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (LearnedRotary, kind), {"__module__": kind.__module__, "original_class": kind})
-
-
-def _rebuild(kind: type[nn.Module]) -> nn.Module:
-    return kind.__new__(_learned_class(kind))
 
 
 def check(model: PreTrainedModel, rotary: list[nn.Module]) -> None:
@@ -99,7 +85,7 @@ def learn(model: PreTrainedModel, rotary: nn.Module) -> nn.Module:
     shape = torch.arange(0, 2 * count, 2, dtype=torch.int64).float() / (2 * count)
     module._powers = base_rope(config)["rope_theta"] ** shape
     module._start = 1.0 / (inv_freq * module._powers)
-    module.__class__ = _learned_class(type(module))
+    mix(module, LearnedRotary)
     module.register_parameter(STRETCH, nn.Parameter(torch.zeros(count, dtype=torch.float32)))
     merged = copy.deepcopy(config)
     merged.rope_parameters = {**config.rope_parameters, **longrope_of(model, module)}
@@ -140,7 +126,7 @@ def longrope_of(model: PreTrainedModel, module: LearnedRotary) -> dict[str, Any]
 def settle(model: PreTrainedModel, module: LearnedRotary) -> None:
     """Make the module, which a merge has put into the model, a plain one, and write its factors into the config."""
     new = longrope_of(model, module)
-    module.__class__ = module.original_class
+    unmix(module)
     for name in (STRETCH, "_start", "_powers"):
         delattr(module, name)
     module.config = model.config.get_text_config()

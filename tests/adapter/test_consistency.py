@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import re
 
 import pytest
@@ -39,12 +40,15 @@ def test_a_rope_type_without_a_window_is_refused(kind):
         LongLoraConfig(rope_type=kind)
 
 
-@pytest.mark.parametrize("field", ["train_embeddings", "train_norms", "context_length"])
-def test_an_adapter_that_waits_for_its_tokens_changes_nothing_before(field):
-    quiet = dict(train_embeddings=False, train_norms=False, alora_invocation_tokens=[5, 6])
-    LongLoraConfig(**quiet)
-    with pytest.raises(ValueError, match=rf"alora_invocation_tokens=\[5, 6\] promises.*{field}="):
-        LongLoraConfig(**{**quiet, field: 128 if field == "context_length" else True})
+@pytest.mark.parametrize("field", ["train_embeddings", "train_norms", "context_length", None])
+def test_an_adapter_that_waits_for_its_tokens_says_what_does_not_wait(field, caplog):
+    fields = dict(train_embeddings=False, train_norms=False, alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
+    value = {} if field is None else {field: 128 if field == "context_length" else True}
+    logging.getLogger("peft_longlora").propagate = True
+    with caplog.at_level(logging.WARNING, "peft_longlora"):
+        get_peft_model(make(), LongLoraConfig(r=4, **{**fields, **value}))
+    warned = f"[5, 6]: LoRA begins at these tokens, but {field} change every token" in caplog.text
+    assert warned == (field is not None)
 
 
 def test_a_file_that_an_older_version_wrote_with_an_idle_field_still_loads(tmp_path):

@@ -123,3 +123,13 @@ def test_weights_are_not_loaded_into_a_merged_adapter(tmp_path):
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"'default' is merged.*unmerge_adapter\(\)"):
         model.load_adapter(tmp_path, "default")
+
+
+def test_trained_tokens_are_merged_and_come_off():
+    base = make()
+    wanted = copy.deepcopy(base).state_dict()
+    model = train(extend(base, train_embeddings=False, trainable_token_indices=[3, 5]))
+    before = logits(model)
+    model.merge_adapter()
+    assert torch.allclose(logits(model), before, atol=1e-4)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.unload().state_dict().items())

@@ -91,12 +91,13 @@ class _Again:
 
     Attributes:
         function: the block before, with all arguments except the input. packed: its input.
-        random: the states of the random number generators when it ran, for dropout.
+        random: the states of the random number generators when it ran, for dropout. precision: autocast then.
     """
 
     function: Callable[..., Any]
     packed: Any
     random: tuple[torch.Tensor, torch.Tensor | None]
+    precision: torch.autocast
 
 
 class HostMemory:
@@ -197,7 +198,7 @@ class Offload:
             else:
                 packed = self.host.put(tensor, self.block)
             if is_input and self._is_followed:
-                self._last = _Again(function, packed, _random_states(tensor.device))
+                self._last = _Again(function, packed, _random_states(tensor.device), _precision(tensor.device.type))
             return packed
 
         with saved_tensors_hooks(pack, self._unpack):
@@ -217,7 +218,7 @@ class Offload:
             unshard()
         tensor = self._unpack(packed.packed)
         devices = [tensor.device] if tensor.is_cuda else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), packed.precision, torch.random.fork_rng(devices=devices):
             cpu, gpu = packed.random
             torch.set_rng_state(cpu)
             if gpu is not None:
@@ -236,3 +237,8 @@ def _pinned(size: int) -> torch.Tensor:
 
 def _random_states(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _precision(device: str) -> torch.autocast:
+    dtype, is_on = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return torch.autocast(device, dtype=dtype, enabled=is_on)

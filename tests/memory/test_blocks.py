@@ -27,12 +27,13 @@ class _Count(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def step(model):
+def step(model, in_half=False):
     model.train()
     model.zero_grad()
     torch.manual_seed(3)  # dropout
     with _Count() as counted:
-        loss = model(input_ids=IDS.to(model.device), labels=IDS.to(model.device), use_cache=False).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=in_half):
+            loss = model(input_ids=IDS.to(model.device), labels=IDS.to(model.device), use_cache=False).loss
         loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, counted
 
@@ -62,6 +63,17 @@ def test_loss_and_gradients_are_those_of_the_plain_step(dtype, options, device, 
     checkpoint_blocks(model, **options)
     again, found, _ = step(model)
     assert torch.equal(loss, again) and grads.keys() == found.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(found[name], grad, msg=name)
+
+
+def test_under_autocast():
+    """As the Trainer computes with bf16=True: what is computed again is computed in the same precision."""
+    model = extend(make(num_hidden_layers=4), group_size=16)
+    loss, grads, _ = step(model, in_half=True)
+    checkpoint_blocks(model, offload=2, keep=1)
+    again, found, _ = step(model, in_half=True)
+    assert torch.equal(loss, again) and not torch.equal(loss, step(model)[0])
     for name, grad in grads.items():
         torch.testing.assert_close(found[name], grad, msg=name)
 

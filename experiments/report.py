@@ -1,4 +1,4 @@
-"""The tables and plots of docs/results.md, from the lines of experiments/results.
+"""The tables and plots of docs/results.md, and the choices of docs/recipe.md, from the lines of experiments/results.
 
     python experiments/report.py            # writes them between the page's marker comments, and the plots
     python experiments/report.py --check    # says whether the page holds what the lines say
@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cell, Study, line_of, read_lines, read_study
+from choices import MARK, choice_table
 from figures import answer_loss, answers, differences, lines_by_row, metric, positions, short
 
 from peft_longlora.cli.arguments import Parser
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
+RECIPE = ROOT / "docs" / "recipe.md"
 NOTHING = "No cell of this study has been run yet."
 
 
@@ -154,6 +156,19 @@ def fill(text: str, studies: list[tuple[Study, list[dict[str, Any]]]]) -> str:
     return text
 
 
+def fill_choices(text: str, studies: list[tuple[Study, list[dict[str, Any]]]]) -> str:
+    """The page of the recipe with the table of choices between its markers.
+
+    Raises: ValueError: the page has no markers.
+    """
+    found = {(study.name, *row): mine for study, lines in studies for row, mine in lines_by_row(study, lines).items()}
+    before, first, rest = text.partition(MARK[0])
+    _, last, after = rest.partition(MARK[1])
+    if not last:
+        raise ValueError(f"The recipe has no place for its choices: put the lines {MARK[0]!r} and {MARK[1]!r} in it.")
+    return "\n".join((before + first, "", *choice_table(found), "", last + after))
+
+
 def read_all(folder: Path = ROOT / "experiments") -> list[tuple[Study, list[dict[str, Any]]]]:
     """Every study of a folder with its lines."""
     studies = map(read_study, sorted(folder.glob("*.yaml")))
@@ -176,12 +191,14 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is out of date")
     args = parser.parse_args()
     studies, text = read_all(), PAGE.read_text(encoding="utf-8")
-    new = fill(text, studies)
+    new, recipe = fill(text, studies), RECIPE.read_text(encoding="utf-8")
+    chosen = fill_choices(recipe, studies)
     for study, lines in studies:
         print(f"{study.name}: {len(lines)} lines, {len(missing(study, lines))} cells to run", flush=True)
     if args.check:
-        return int(new != text)
+        return int((new, chosen) != (text, recipe))
     PAGE.write_text(new, encoding="utf-8")
+    RECIPE.write_text(chosen, encoding="utf-8")
     for study, lines in studies:
         if any(line.startswith("![") for line in block(study, lines)):
             from plots import plot  # matplotlib

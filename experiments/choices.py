@@ -1,0 +1,120 @@
+"""The choices of docs/recipe.md, each with the two cells that decide it. Called by `report`.
+
+A choice names what to set and what it is compared with, as study/cell/budget. Figures are made from the lines.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+MARK = "<!-- choices: python experiments/report.py -->", "<!-- end of choices -->"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """what: the thing to decide. value: what to set. other: what it is compared with. mine, theirs: their cells."""
+
+    what: str
+    value: str
+    other: str
+    mine: str
+    theirs: str
+
+
+SCHEDULE = "schedules/local-4096-dense-6"
+CHOICES = [
+    Choice(
+        "training attention, equal time",
+        "local, G = 1/8, every 6th dense",
+        "full",
+        f"{SCHEDULE}/time",
+        "schedules/full/tokens",
+    ),
+    Choice(
+        "the same, equal tokens",
+        "local, G = 1/8, every 6th dense",
+        "full",
+        f"{SCHEDULE}/tokens",
+        "schedules/full/tokens",
+    ),
+    Choice(
+        "the same, beside the paper's",
+        "local, G = 1/8, every 6th dense",
+        "S2, G = 1/4",
+        f"{SCHEDULE}/time",
+        "schedules/s2-8192/time",
+    ),
+    Choice(
+        "the shift", "no (local)", "yes (S2), both G = 1/4", "schedules/local-8192/tokens", "schedules/s2-8192/tokens"
+    ),
+    Choice(
+        "the shift between dense steps",
+        "no (local)",
+        "yes (S2)",
+        f"{SCHEDULE}/tokens",
+        "schedules/s2-4096-dense-6/tokens",
+    ),
+    Choice(
+        "layers of far reach dense too",
+        "no",
+        "3 layers, G = 1/16, every 8th",
+        f"{SCHEDULE}/time",
+        "schedules/local-2048-far-3-dense-8/time",
+    ),
+    Choice(
+        "blocks by content between dense steps",
+        "no (local)",
+        "adaptive",
+        f"{SCHEDULE}/tokens",
+        "schedules/adaptive-dense-6/tokens",
+    ),
+    Choice("learning rate of LoRA", "5e-4", "2e-4", "rates/5e-4/tokens", f"{SCHEDULE}/tokens"),
+    Choice("the same, higher", "5e-4", "1e-3", "rates/5e-4/tokens", "full_rates/local-1e-3/tokens"),
+    Choice(
+        "training attention at 5e-4, equal tokens",
+        "local, G = 1/8, every 6th dense",
+        "full",
+        "rates/5e-4/tokens",
+        "full_rates/full-5e-4/tokens",
+    ),
+    Choice(
+        "training attention at 5e-4, equal time",
+        "local, G = 1/8, every 6th dense",
+        "full",
+        "full_rates/local-5e-4/time",
+        "full_rates/full-5e-4/tokens",
+    ),
+    Choice(
+        "LoRA's modules, at 2e-4", "all linear layers", "q, k, v, o", "trained/all-linear/tokens", f"{SCHEDULE}/tokens"
+    ),
+    Choice("the same, at 5e-4", "all linear layers", "q, k, v, o", "best/local-5e-4/tokens", "rates/5e-4/tokens"),
+    Choice("embeddings and norms", "trained", "frozen", f"{SCHEDULE}/tokens", "trained/lora/tokens"),
+    Choice("RoPE", "learned", "yarn", "rope/learned/tokens", f"{SCHEDULE}/tokens"),
+    Choice("training at all", "150 steps", "YaRN alone", f"{SCHEDULE}/tokens", "schedules/untrained/tokens"),
+]
+
+
+def choice_table(lines: dict[tuple[str, str, str], list[dict[str, Any]]]) -> list[str]:
+    """The rows of choices whose cells have both run, as a Markdown table.
+
+    Args:
+        lines: by study, cell and budget: the lines of all seeds.
+    """
+    rows = []
+    for choice in CHOICES:
+        mine, theirs = (lines.get(tuple(name.split("/")), []) for name in (choice.mine, choice.theirs))
+        if not {line["seed"] for line in mine} & {line["seed"] for line in theirs}:
+            continue
+        seeds = {line["seed"] for line in mine} & {line["seed"] for line in theirs}  # pairs of the same rows
+        pairs = [[line["metrics"] for line in some if line["seed"] in seeds] for some in (mine, theirs)]
+        a, b = (statistics.fmean(one["perplexity"] for one in some) for some in pairs)
+        keys = [statistics.fmean(one["passkey"]["32768"]["right"] for one in some) for some in pairs]
+        cells = f"`{choice.mine}`, `{choice.theirs}`"
+        rows.append(
+            f"| {choice.what} | {choice.value} | {choice.other} | {a:.2f} | {b:.2f} | {100 * (a / b - 1):+.2f}% | "
+            f"{keys[0]:.3g} / {keys[1]:.3g} | {len(seeds)} | {cells} |"
+        )
+    head = "| choice | set | instead of | perplexity | instead | difference | keys at 32k, of 20 | seeds | cells |"
+    return [head, "| --- | --- | --- | --- | --- | --- | --- | --- | --- |", *rows]

@@ -87,7 +87,8 @@ class MemoryPlan:
     @property
     def working(self) -> float:
         """A token's bytes at the expected peak, but for what blocks keep of attention."""
-        return max(self.a_token, self.a_loss + self.free * self.a_block if self.free else 0.0)
+        arriving = self.a_keep if self.keep_in_host else 0.0  # the next block's, while this block's is used
+        return max(self.a_token + arriving, self.a_loss + self.free * self.a_block if self.free else 0.0)
 
     @property
     def peak(self) -> int:
@@ -145,8 +146,11 @@ def fill(plan: MemoryPlan) -> MemoryPlan:
         if one.fits:
             a_block, rest = max(1.0, plan.length * plan.a_keep), plan.blocks - free
             keep = min(rest, int((one.budget - one.peak) / a_block))
-            in_host = min(rest - keep, int((one.host_budget - one.host) / a_block)) if plan.means.get("offload") else 0
-            found.append(replace(one, keep=keep, keep_in_host=in_host))
+            found.append(replace(one, keep=keep))
+            in_host = min(rest, int((one.host_budget - one.host) / a_block)) if plan.means.get("offload") else 0
+            if in_host and (with_host := replace(one, keep_in_host=in_host)).fits:
+                keep = min(rest - in_host, int((one.budget - with_host.peak) / a_block))
+                found.append(replace(with_host, keep=keep))
     return min(found, key=lambda one: one.work, default=plan)
 
 

@@ -32,7 +32,7 @@ def test_no_other_choice_is_faster(budget, length, means, host):
             for in_host in range(9 - free - keep if means.get("offload") else 1):
                 one = replace(chosen, free=free, keep=keep, keep_in_host=in_host)
                 at_loss = 60_000 + free * 40_000 if free else 0
-                peak = GIB // 4 + length * (max(100_000, at_loss) + 8_000 * keep)
+                peak = GIB // 4 + length * (max(100_000 + 8_000 * bool(in_host), at_loss) + 8_000 * keep)
                 assert one.peak == peak
                 if one.fits:
                     assert peak <= budget and one.host <= host
@@ -66,7 +66,11 @@ class Machine:
         options = {**self.now}
         free, keep, in_host = options.pop("free", 0), options.pop("keep"), options.pop("keep_in_host", 0)
         kept = (2 - free - in_host if keep else 0) if isinstance(keep, bool) else keep
-        return int(1e8 + tokens * (self.A_TOKEN[MEANS.index(options)] + 50_000 * free + 10_000 * kept))
+        return int(
+            1e8
+            + tokens
+            * (self.A_TOKEN[MEANS.index(options)] + 50_000 * free + 10_000 * (kept + bool(in_host and not free)))
+        )
 
 
 @pytest.mark.parametrize("length", [23_000, 28_000, 36_000, 44_000, 60_000, 80_000, 85_000])

@@ -65,7 +65,7 @@ CASES = [
 LIBRARIES = {
     "command_line.py", "stdlib_text.py", "measure.py", "options.py", "shapes.py", "ways.py",
     "float8.py", "float8_kernel.py", "training_model.py", "training_others.py",
-    "cells.py", "figures.py", "losses.py", "metrics.py", "plots.py", "records.py", "train.py", "work.py",
+    "cells.py", "choices.py", "figures.py", "losses.py", "metrics.py", "plots.py", "records.py", "train.py", "work.py",
 }  # fmt: skip
 
 

@@ -109,8 +109,8 @@ def text_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:
             If there are more than three axes, the first one counts the tokens of the text, as transformers has it
             (Qwen2-VL and its like put it there for packed rows).
 
-    The tokens of an image share a time, so a document does not start where a time fails to grow by one. It starts
-    where time falls, or stays 0 with height and width (the document before has one token).
+    The tokens of an image share a time, and text after a video may go on at an earlier one, so a document does not
+    start where a time fails to grow by one. It starts where time, height and width are 0.
 
     Example: time 0 1 1 1 3 0 1 (an image of three tokens, then a second document): 0 1 2 3 4 0 1.
     """
@@ -118,8 +118,5 @@ def text_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:
         return position_ids
     if len(position_ids) > 3:
         return position_ids[0]
-    now, before = position_ids[:, :, 1:], position_ids[:, :, :-1]
-    starts = (now[0] < before[0]) | ((now == 0) & (before == 0)).all(0)
     place = torch.arange(position_ids.shape[2], device=position_ids.device).expand(position_ids.shape[1:])
-    first = torch.nn.functional.pad(place[:, 1:] * starts, (1, 0)).cummax(1).values
-    return place - first
+    return place - (place * (position_ids == 0).all(0)).cummax(1).values

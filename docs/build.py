@@ -34,7 +34,7 @@ LABELS = {"index.md": "Home", "tutorial.md": "Tutorial", "overview.md": "Overvie
 NAVIGATION = {
     "Start": ["index", "tutorial", "how_it_works", "overview", "examples", "recipes"],
     "Guides": ["training", "data", "data_parallel", "scaling", "memory", "evaluation", "serving", "app"],
-    "What it is worth": ["results", "performance", "experiments", "attention"],
+    "What it is worth": ["recipe", "results", "performance", "experiments", "attention"],
     "Models": ["architectures", "model_cards"],
     "More": [],
     "Python": [],  # the rooms of the package

@@ -31,6 +31,7 @@ SHORTEST = 2048  # tokens of the first step that is measured
 STEADY = 0.05  # two slopes that differ by less count as equal
 FREE_PROBES = (4, 8)  # blocks that keep everything in two more steps
 ADAM_BYTES = 8  # two float32 moments for each trained number
+GRADIENT_BYTES = 4
 
 
 def fit_memory(
@@ -40,6 +41,7 @@ def fit_memory(
     *,
     loss: Loss | None = None,
     liger: bool = True,
+    accumulates: bool = False,
 ) -> MemoryPlan:
     """Choose the fastest way to compute a step of `length` tokens that fits on this GPU.
 
@@ -57,6 +59,8 @@ def fit_memory(
             (1, S, V) float32, are then a part of the plan if Liger is missing.
         liger: whether Liger's kernels are switched on if Liger is installed and knows the model; with the model's own
             loss also its fused loss. TRL's trainers bring a fused loss of their own.
+        accumulates: whether gradients of several batches are summed before a step of the optimiser. Then they stay on
+            the GPU from batch to batch.
 
     Returns: the plan that is now in use; it is also logged.
 
@@ -76,7 +80,7 @@ def fit_memory(
         if best is not None and (means.get("offload") == 2 or (best.work <= AGAIN_KEPT and not means.get("offload"))):
             continue  # nothing is gained
         try:
-            last = _measure(model, length, budget, loss, means)
+            last = _measure(model, length, budget, loss, means, accumulates)
         except torch.OutOfMemoryError:  # even a short step ran out of memory
             logger.info(f"fit_memory: a short step with {means} ran out of memory.")
             continue
@@ -147,14 +151,16 @@ def _budget(device: torch.device) -> int:
     return min(int(total * FILLED) - others, int(total * own * OWN_FILLED))
 
 
-def _measure(model: nn.Module, length: int, budget: int, loss: Loss, means: dict[str, Any]) -> MemoryPlan:
+def _measure(
+    model: nn.Module, length: int, budget: int, loss: Loss, means: dict[str, Any], accumulates: bool
+) -> MemoryPlan:
     """The plan with these means, from a few short steps."""
     checkpoint_blocks(model, keep=False, **means)
     blocks = len(find_blocks(model))
     tokens, peak, a_token = _growth(model, length, loss, max(SHORTEST, 2 * (means.get("tile_tokens") or 0)))
     bare = peak - tokens * a_token
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    fixed = round(bare) + ADAM_BYTES * trained
+    fixed = round(bare) + (ADAM_BYTES + (GRADIENT_BYTES if accumulates else 0)) * trained
     plan = MemoryPlan(length, budget, fixed, a_token, 0.0, 0.0, 0.0, _input_bytes(model), blocks, means=means)
     plan = replace(plan, host_budget=host_budget(), kernels=kernels_of(model))
     if plan.peak > budget:

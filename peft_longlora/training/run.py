@@ -208,7 +208,8 @@ def make_trainer(plan: Plan, say: Callable[[str], None]) -> SFTTrainer:
     use_longlora_card(trainer, **facts)
     if plan.fits:
         tokens = arguments.max_length * arguments.per_device_train_batch_size
-        say(f"Memory:\n{fit_memory(trainer.model, tokens, loss=_fused_loss(arguments))}")
+        options = dict(loss=_fused_loss(arguments), accumulates=arguments.gradient_accumulation_steps > 1)
+        say(f"Memory:\n{fit_memory(trainer.model, tokens, **options)}")
     return trainer
 
 

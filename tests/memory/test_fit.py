@@ -97,6 +97,14 @@ def test_the_fastest_means_that_fit_are_taken(monkeypatch, length):
     assert found.peak == pytest.approx(machine.peak(None, length, None) + 8 * trained, rel=1e-3)
 
 
+def test_gradients_that_are_summed_stay(monkeypatch):
+    Machine(monkeypatch)
+    model = extend(make())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    once, summed = (fit_memory(model, 60_000, 10**10, accumulates=value).peak for value in (False, True))
+    assert summed - once == 4 * trained
+
+
 def test_the_host_has_an_end_too(monkeypatch):
     """Two blocks of 64 bytes a token: every second one's input waits if both are too much."""
     Machine(monkeypatch, host=70_000 * 100)

@@ -90,12 +90,13 @@ def s2_attention_reference(
         chosen_blocks: how many blocks "adaptive" chooses.
         scaling: factor on the scores; None for D ** -0.5.
         dropout: follows torch's random generator, so it equals a fast path only in distribution.
+        sinks: (H,) learned logits that every softmax counts, without a value.
+        window: with pattern="full" only: a query sees so many keys of its document; None for all.
 
     Returns:
         (B, S, H, D_v), dtype of query; exactly 0 at padding.
     """
-    batch, heads, length, dim = query.shape
-    kv_heads = key.shape[1]
+    (batch, heads, length, dim), kv_heads = query.shape, key.shape[1]
     key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
     if segment_ids is None:
         segment_ids = torch.ones(batch, length, dtype=torch.long, device=query.device)

@@ -64,23 +64,35 @@ def variants_table(result: dict) -> list[str]:
 
 
 def training_table(result: dict) -> list[str]:
-    """Steps of training, one means more in each row."""
+    """Steps of training, one means more in each row; what did not fit or is missing is named."""
     head = ["", "tokens", "s a step", "tokens/s", "of the peak rate", "peak GiB", "expected GiB"]
+    with_host = any(row.get("host_gib") for row in result["results"])
     rows = []
     for row in result["results"]:
+        name = [row["row"], f"{row['length']:,}"]
         if row["seconds"] is None:
-            rows.append([row["row"], f"{row['length']:,}", "out of memory", "", "", "", ""])
+            reason = "left out: " + row["missing"] if row.get("missing") else "out of memory"
+            rows.append([*name, reason, "", "", "", "", *([""] if with_host else [])])
             continue
         cells = f"{row['seconds']:.2f}", f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.0%}"
         cells += f"{row['peak_gib']:.1f}", number(row, "expected_gib", 1)
-        rows.append([row["row"], f"{row['length']:,}", *cells])
-    return table(head, rows)
+        rows.append([*name, *cells, *([number(row, "host_gib", 1)] if with_host else [])])
+    return table([*head, "host GiB"] if with_host else head, rows)
+
+
+def losses_table(result: dict, every: int = 7) -> list[str]:
+    """The losses of two rows or more after some steps."""
+    rows = [row for row in result["results"] if row["seconds"]]
+    steps = range(1, min(len(row["losses"]) for row in rows) + 1, every)
+    lines = [[row["row"], *(f"{row['losses'][step - 1]:.3f}" for step in steps)] for row in rows]
+    return table(["loss at step", *map(str, steps)], lines)
 
 
 def tables(result: dict) -> dict[str, list[str]]:
     """The tables that the numbers of one file make."""
     if "results" in result:
-        return {"training": training_table(result)}
+        has_curves = all(len(row.get("losses", [])) >= 50 for row in result["results"])
+        return {"training": training_table(result)} | ({"losses": losses_table(result)} if has_curves else {})
     if "rows" in result:
         return {"variants": variants_table(result)}
     found = {"attention": attention_table(result)}

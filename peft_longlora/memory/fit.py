@@ -58,7 +58,8 @@ def fit_memory(
         loss: computes the loss of the training, from the model and ids (1, S). None: the model's own loss; its logits,
             (1, S, V) float32, are then a part of the plan if Liger is missing.
         liger: whether Liger's kernels are switched on if Liger is installed and knows the model; with the model's own
-            loss also its fused loss. TRL's trainers bring a fused loss of their own.
+            loss also its fused loss. TRL's trainers bring a fused loss of their own. Liger's RoPE then serves every
+            model of this family in the process, which must all be on a GPU.
         accumulates: whether gradients of several batches are summed before a step of the optimiser. Then they stay on
             the GPU from batch to batch.
 

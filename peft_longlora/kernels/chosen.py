@@ -19,34 +19,43 @@ from peft_longlora.kernels.sinks import add_sinks_, gradient_of_sinks
 LISTS = "flash_attn.cute.block_sparsity"
 
 
-def key_blocks(seen: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+Lists = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def key_blocks(seen: torch.Tensor, heads: int) -> Lists:
     """For each block of queries the blocks of keys that it sees.
 
     Args:
-        seen: (H_kv, blocks, width) from `BlockPlan.find_seen`: ascending; the number `blocks` means none.
+        seen: (H_kv, blocks, width) from `BlockPlan.find_seen`: ascending, up to the block itself; the number `blocks`
+            means none.
+        heads: H.
 
-    Returns: how many, (1, H, blocks) int32, and which, (1, H, blocks, width) int32, these first.
+    Returns:
+        Int32 lists of blocks that are seen in part, how many, (1, H, blocks), and which, (1, H, blocks, 1): the block
+        itself; and of those that are seen whole, (1, H, blocks) and (1, H, blocks, width), these first.
     """
     count = seen.shape[1]
-    return _for_heads(heads, (seen < count).sum(-1), seen.clamp(max=count - 1))
+    return _for_heads(heads, (seen < count).sum(-1) - 1, seen.clamp(max=count - 1))
 
 
-def query_blocks(seen: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+def query_blocks(seen: torch.Tensor, heads: int) -> Lists:
     """For each block of keys the blocks of queries that see it: the same lists read the other way.
 
-    Returns: how many, (1, H, blocks) int32, and which, (1, H, blocks, blocks) int32, these first and ascending.
+    Returns: as `key_blocks`; the last list is (1, H, blocks, blocks).
     """
     count = seen.shape[1]
+    block = torch.arange(count, dtype=torch.int32, device=seen.device)
     table = torch.zeros(len(seen), count, count + 1, dtype=torch.bool, device=seen.device).scatter_(2, seen, True)
-    sees = table[..., :count].mT
-    numbers = torch.arange(count, dtype=torch.int32, device=seen.device).where(sees, count).sort(-1).values
+    sees = table[..., :count].mT & (block != block[:, None])
+    numbers = block.where(sees, count).sort(-1).values
     return _for_heads(heads, sees.sum(-1), numbers.clamp(max=count - 1))
 
 
-def _for_heads(heads: int, counts: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    each = heads // len(counts)
-    counts, numbers = (x.to(torch.int32).repeat_interleave(each, 0)[None] for x in (counts, numbers))
-    return counts, numbers
+def _for_heads(heads: int, counts: torch.Tensor, numbers: torch.Tensor) -> Lists:
+    each, count = heads // len(counts), counts.shape[1]
+    counts, numbers = (x.to(torch.int32).repeat_interleave(each, 0)[None].contiguous() for x in (counts, numbers))
+    own = torch.arange(count, dtype=torch.int32, device=counts.device).expand(1, heads, count).contiguous()
+    return torch.ones_like(counts), own[..., None], counts, numbers
 
 
 class _AttendSeen(torch.autograd.Function):
@@ -90,8 +99,8 @@ def _interface() -> Any:
     return KERNELS["flash_attention_4"].load()
 
 
-def _lists(counts: torch.Tensor, numbers: torch.Tensor) -> Any:
-    return import_module(LISTS).BlockSparseTensorsTorch(counts, numbers, block_size=(BLOCK, BLOCK))
+def _lists(*lists: torch.Tensor) -> Any:
+    return import_module(LISTS).BlockSparseTensorsTorch(*lists, block_size=(BLOCK, BLOCK))
 
 
 class ChosenBlocks(Launched):

@@ -101,15 +101,17 @@ class Dense:
 
     @staticmethod
     def mask(lists, by_key):
-        counts, numbers, size = lists
-        assert counts.dtype == numbers.dtype == torch.int32 and size == (BLOCK, BLOCK)
-        heads, blocks = counts.shape[1:]
+        *lists, size = lists
+        assert size == (BLOCK, BLOCK) and all(x.dtype == torch.int32 and x.is_contiguous() for x in lists)
+        heads, blocks = lists[0].shape[1:]
         sees = torch.zeros(heads, blocks, blocks, dtype=torch.bool)
-        for head in range(heads):
-            for row in range(blocks):
-                named = numbers[0, head, row, : counts[0, head, row]].tolist()
-                assert len(set(named)) == len(named)
-                sees[head, row, named] = True
+        for counts, numbers, is_whole in ((*lists[:2], False), (*lists[2:], True)):
+            for head in range(heads):
+                for row in range(blocks):
+                    named = numbers[0, head, row, : counts[0, head, row]].tolist()
+                    assert len(set(named)) == len(named) and not sees[head, row, named].any()
+                    assert (row in named) != is_whole  # of its own block a query sees a part, of others all
+                    sees[head, row, named] = True
         sees = sees.mT if by_key else sees
         return sees.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2).tril()
 
@@ -131,8 +133,8 @@ class Dense:
             into[0] = grad.transpose(0, 1)
 
     @staticmethod
-    def BlockSparseTensorsTorch(counts, numbers, block_size):
-        return counts, numbers, block_size
+    def BlockSparseTensorsTorch(*lists, block_size):
+        return *lists, block_size
 
 
 @pytest.mark.parametrize("chosen", [None, 2])

@@ -240,7 +240,8 @@ def whole_number(value: Any) -> int | None:
     if type(value) is int:
         return value
     try:
-        return None if isinstance(value, bool) else operator.index(value)
+        # numpy 2.2, the last for Python 3.10, takes its own bool as an index, with a warning.
+        return None if type(value).__name__.startswith("bool") else operator.index(value)
     except TypeError:
         return None
 

@@ -134,10 +134,15 @@ class _Probe:
         share, kv_heads = torch.zeros((), device=device), call.key.shape[1]
         for kv_head in range(kv_heads):
             # (H / H_kv, queries, D) and (S, D) -> (H / H_kv, queries, S)
-            query = call.query[0, kv_head * heads // kv_heads : (kv_head + 1) * heads // kv_heads, at]
+            own = slice(kv_head * heads // kv_heads, (kv_head + 1) * heads // kv_heads)
+            query = call.query[0, own, at]
             scores = (query @ call.key[0, kv_head].T).float() * call.options.scale(query.shape[-1])
             if softcap := call.options.softcap:
                 scores = softcap * torch.tanh(scores / softcap)
-            weights = scores.masked_fill(is_later, -torch.inf).softmax(-1)
+            scores = scores.masked_fill(is_later, -torch.inf)
+            if call.options.sinks is not None:
+                sinks = call.options.sinks[own].float()[:, None, None].expand(*scores.shape[:2], 1)
+                scores = torch.cat([scores, sinks], dim=-1)
+            weights = scores.softmax(-1)[..., :length]
             share += (weights * is_far).sum(-1).mean(1).sum()
         self.shares[layer].append(share.item() / heads)

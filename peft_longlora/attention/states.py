@@ -44,10 +44,11 @@ class Apart:
     places: torch.Tensor
 
     @classmethod
-    def of(cls, mask: S2Mask, positions: torch.Tensor | None) -> Apart | None:
+    def of(cls, mask: S2Mask, positions: torch.Tensor | None, is_at_once: bool = False) -> Apart | None:
         """The plan of a batch; None if each row is one document with padding only behind it.
 
-        A batch holds documents of more than half the length of its longest, so that at most half of it is empty.
+        A batch holds documents of more than half the length of its longest, so that at most half of it is empty; or
+        all of them, if the layer must run once.
         """
         documents: dict[tuple[int, int], list[torch.Tensor]] = {}
         is_plain = True
@@ -61,7 +62,7 @@ class Apart:
         # Padding inside a document is left out, as in attention.
         batches: list[list[torch.Tensor]] = []
         for one in sorted(map(torch.cat, documents.values()), key=len, reverse=True):
-            if batches and len(one) * 2 > len(batches[-1][0]):
+            if batches and (is_at_once or len(one) * 2 > len(batches[-1][0])):
                 batches[-1].append(one)
             else:
                 batches.append([one])
@@ -147,7 +148,9 @@ class StateLayers:
         if any(isinstance(x, S2Mask) for x in given):  # it computes with the mask of attention
             return None
         kwargs = {name: x for name, x in kwargs.items() if name not in OF_WHOLE_ROWS}
-        apart = self._plan(next(x for x in given if isinstance(x, torch.Tensor)))
+        # DeepSpeed ZeRO-3 gathers weights in each run of a layer, so all ranks must run it equally often.
+        is_at_once = any(hasattr(weight, "ds_id") for weight in module.parameters())
+        apart = self._plan(next(x for x in given if isinstance(x, torch.Tensor)), is_at_once)
         if apart is None:
             return args, kwargs
         self.running = module, apart, args, kwargs
@@ -174,7 +177,7 @@ class StateLayers:
         finally:
             self.running = None
 
-    def _plan(self, hidden_states: torch.Tensor) -> Apart | None:
+    def _plan(self, hidden_states: torch.Tensor, is_at_once: bool) -> Apart | None:
         """The plan of the model's call, made by the first layer; recomputation uses that of the last call.
 
         Raises: RuntimeError: what is recomputed does not belong to the last call.
@@ -182,7 +185,7 @@ class StateLayers:
         batch, length = hidden_states.shape[:2]
         inputs, notes = self.settings.inputs, self.settings.inputs.notes
         if inputs.caller is not None and "apart" not in notes:
-            notes["apart"] = (batch, length), _plan_of(inputs, batch, length, hidden_states.device)
+            notes["apart"] = (batch, length), _plan_of(inputs, batch, length, hidden_states.device, is_at_once)
         if "apart" not in notes:
             return None
         shape, apart = notes["apart"]
@@ -194,7 +197,7 @@ class StateLayers:
         return apart
 
 
-def _plan_of(inputs: ModelInputs, batch: int, length: int, device: torch.device) -> Apart | None:
+def _plan_of(inputs: ModelInputs, batch: int, length: int, device: torch.device, is_at_once: bool) -> Apart | None:
     given = inputs.attention_mask
     is_padding = isinstance(given, torch.Tensor) and given.shape == (batch, length)
     arguments = dict(batch_size=batch, q_length=length, kv_length=length, device=device)
@@ -202,4 +205,4 @@ def _plan_of(inputs: ModelInputs, batch: int, length: int, device: torch.device)
     positions = inputs.position_ids if inputs.cu_seq_lens is None else mask.positions(inputs.cu_seq_lens)
     if positions is None and not is_padding:
         return None
-    return Apart.of(mask, positions)
+    return Apart.of(mask, positions, is_at_once)

@@ -99,6 +99,13 @@ def test_padding_inside_a_document_is_left_out():
     assert apart.restore([apart.arrange(x, apart.tokens[0])]).tolist() == (x * mask).tolist()
 
 
+def test_batches_hold_documents_of_similar_length():
+    """At most half of a batch is empty; and one batch where a layer must run as often on every rank."""
+    made = S2Mask(dict(batch_size=1, q_length=70, kv_length=70, device=torch.device("cpu")))
+    assert [tuple(x.shape) for x in Apart.of(made, POSITIONS).tokens] == [(2, 30), (2, 12), (1, 1)]
+    assert [tuple(x.shape) for x in Apart.of(made, POSITIONS, is_at_once=True).tokens] == [(5, 30)]
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_keeps_documents_apart(reentrant):
     model = configured("qwen3_5_text")

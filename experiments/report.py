@@ -51,8 +51,12 @@ def quality_table(study: Study, found: dict[tuple[str, str], list[dict[str, Any]
         figures = [spread([metric(line, one) for line in mine]) for one in ("perplexity", *positions(study))]
         native = spread([metric(line, "perplexity_native") for line in mine])
         keys = [statistics.fmean(line["metrics"]["passkey"][length]["right"] for line in mine) for length in lengths]
-        rows.append([label, budget, str(len(mine)), *figures, native, *(f"{key:.3g}" for key in keys)])
-    return table([*head, *(f"keys {short(length)}" for length in lengths)], rows)
+        row = [label, budget, str(len(mine)), *figures, native, *(f"{key:.3g}" for key in keys)]
+        rows.append(
+            [*row, *(spread([line["metrics"]["passkey"][last]["loss"] for line in mine]) for last in lengths[-1:])]
+        )
+    head += [*(f"keys {short(length)}" for length in lengths), *(f"nats a key {short(last)}" for last in lengths[-1:])]
+    return table(head, rows)
 
 
 def answer_table(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:

@@ -128,10 +128,11 @@ def test_tables_by_hand(small):
     study, lines = small
     # Mean of 20.0 and 20.4: 20.2, deviation 0.4 / sqrt(2) = 0.2828; 21.21 / 20.2 = 1.05, 30.3 / 30 = 1.01, 18.9 / 18.
     assert report.block(study, lines) == [
-        "| training attention | budget | seeds | perplexity | 0-1k | 1k-4k | native window | keys 2k |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| full attention | tokens | 2 | 20.20 ± 0.28 | 30.00 ± 0.00 | 18.00 ± 0.00 | 21.00 ± 0.00 | 12.5 |",
-        "| local | tokens | 1 | 21.21 | 30.30 | 18.90 | 21.00 | 20 |",
+        "| training attention | budget | seeds | perplexity | 0-1k | 1k-4k | native window | keys 2k | nats a key 2k |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| full attention | tokens | 2 | 20.20 ± 0.28 | 30.00 ± 0.00 | 18.00 ± 0.00 | 21.00 ± 0.00 | 12.5 | "
+        "0.10 ± 0.00 |",
+        "| local | tokens | 1 | 21.21 | 30.30 | 18.90 | 21.00 | 20 | 0.10 |",
         "",
         "| % above full attention | budget | all | 0-1k | 1k-4k |",
         "| --- | --- | --- | --- | --- |",

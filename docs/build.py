@@ -32,7 +32,7 @@ OUTSIDE = {
 }
 LABELS = {"index.md": "Home", "tutorial.md": "Tutorial", "overview.md": "Overview"}  # where the title is too long
 NAVIGATION = {
-    "Start": ["index", "tutorial", "how_it_works", "overview", "examples", "recipes"],
+    "Start": ["index", "tutorial", "how_it_works", "recipe", "overview", "examples", "recipes"],
     "Guides": ["training", "data", "data_parallel", "scaling", "memory", "evaluation", "serving", "app"],
     "What it is worth": ["recipe", "results", "performance", "experiments", "attention"],
     "Models": ["architectures", "model_cards"],

@@ -16,8 +16,8 @@ from peft_longlora.architecture import find_attention_modules, find_rotary_modul
 def find_projections(model: PreTrainedModel) -> list[str]:
     """Names of the q, k, v and o projections: every linear layer inside the attention modules.
 
-    Returns: the fewest and shortest suffixes that match exactly these, such as ["k_proj", "o_proj", "q_proj",
-        "v_proj"].
+    Returns:
+        The fewest and shortest suffixes that match exactly these, such as ["k_proj", "o_proj", "q_proj", "v_proj"].
     """
     attentions = tuple(f"{name}." for name in find_attention_modules(model))
     return _select(model, lambda name, module: name.startswith(attentions) and _is_linear(module))

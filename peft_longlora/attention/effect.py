@@ -19,8 +19,8 @@ def check_effect(
 ) -> None:
     """Refuse settings of which one makes another idle.
 
-    Args: as `configure_attention`; None, 0, an empty list and the default ratio are not settings.
-        name: of the argument or field that holds the pattern.
+    The arguments are those of `configure_attention`; None, 0, an empty list and the default ratio are no settings.
+    `name` is that of the argument or field that holds the pattern.
 
     Raises: ValueError.
     """

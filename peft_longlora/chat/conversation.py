@@ -215,8 +215,9 @@ class Conversation:
             by: "words": passages with the rare words of the answer and the question (words.py). "attention": passages
                 to which the answer attended most in the last layers (attention.py).
 
-        Raises: ValueError: there is no answer yet, or the tokenizer gives no offsets. ImportError: "words" needs a
-            package that is not installed.
+        Raises:
+            ValueError: there is no answer yet, or the tokenizer gives no offsets.
+            ImportError: "words" needs a package that is not installed.
         """
         if by not in ("words", "attention"):
             raise ValueError(f"by={by!r} is unknown. Use 'words' or 'attention'.")

@@ -71,8 +71,9 @@ def with_sink_key(
     Args:
         query: (n, H, S, D). key: (n, H_kv, T, D). value: (n, H_kv, T, D_v). sinks: (H,). scale: factor on the scores.
 
-    Returns: (n, H, S, D + 8), (n, H_kv, T + 1, D + 8) and (n, H_kv, T + 1, D_v); D_v is widened too if it is D. In the
-        wider part queries hold sink / scale, and only the new key holds 1.
+    Returns:
+        (n, H, S, D + 8), (n, H_kv, T + 1, D + 8) and (n, H_kv, T + 1, D_v); D_v is widened too if it is D. In the wider
+        part queries hold sink / scale, and only the new key holds 1.
     """
     pad = torch.nn.functional.pad
     wide = (sinks / scale).to(query.dtype)[:, None, None].expand(*query.shape[:3], 1)

@@ -98,3 +98,16 @@ def _says_what_it_returns(value) -> bool:
     """Such as "The documents, one by one." or "Read a file as a `Document`."."""
     first = inspect.getdoc(value).partition("\n\n")[0]
     return bool(re.match(r"(The|A|An|This|What|Whether|How|Load|Read) ", first)) or "eturn" in first
+
+
+def test_a_section_begins_on_the_line_after_its_head():
+    """Or is one line. The site's reader takes the second line of anything else for an entry without a name."""
+    found = []
+    for path in (ROOT / "peft_longlora").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
+                text = ast.get_docstring(node) or ""
+                found += [
+                    (path.name, *match) for match in re.findall(r"^(Args|Returns|Raises): .+\n +(\S+)", text, re.M)
+                ]
+    assert not found

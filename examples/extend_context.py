@@ -2,8 +2,10 @@
 
     python examples/extend_context.py --model meta-llama/Llama-2-7b-hf --data my/books/ --context-length 32768
 
---data takes .txt, .jsonl, .json files (each also .gz), folders of such files, or ids of datasets on the Hub, which are
-streamed. A row is one window of one document, so use documents longer than the window. The defaults are the paper's
+`longlora train` does the same without code, and measures the result (docs/training.md). This script is to copy.
+
+--data takes .txt, .md, .pdf, .jsonl, .json and .parquet files, folders of such files, or ids of datasets on the Hub. A
+row is one window of one document, so use documents longer than the window. The defaults are the paper's
 recipe (arXiv:2309.12307: AdamW .9/.95, 2e-5, 20 steps of warm-up, 1000 steps of 8 windows a GPU, on 8 GPUs) with one
 difference: RoPE is YaRN instead of linear. 2e-5 is low for LoRA; 2e-4 trains faster.
 
@@ -16,11 +18,9 @@ bytes each); TRL's SFTTrainer does not.
 """
 
 import json
-from pathlib import Path
 
 import torch
 from command_line import Parser, check_output, checkpointing, count, positive, rate
-from datasets import IterableDataset
 from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -32,7 +32,8 @@ from transformers import (
 )
 
 from peft_longlora import LongLoraConfig
-from peft_longlora.data import Counts, read_documents, to_windows
+from peft_longlora.data import load_rows
+from peft_longlora.training import last_checkpoint
 
 
 def make_parser() -> Parser:
@@ -69,15 +70,11 @@ def main() -> None:
     torch.manual_seed(args.seed)
     has_gpu = torch.cuda.is_available()
     options = dict(split=args.split, config=args.config, field=args.text_field, skip_empty=args.skip_empty)
-    # The state is written last: a checkpoint without it was cut short, by a full disk or a killed process.
-    whole = [path.parent for path in Path(args.output).glob("checkpoint-*/trainer_state.json")]
-    last = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    last = last_checkpoint(args.output)
     with parser.refusing():
         check_output(args.output)
         if args.resume and last is None:
             raise ValueError(f"--resume: there is no whole checkpoint in {args.output}.")
-        for sources in (args.data, args.eval_data):
-            next(read_documents(sources, **options), None)  # is it there, and is it text?
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         config = LongLoraConfig(
             r=args.rank,
@@ -91,15 +88,6 @@ def main() -> None:
     if tokenizer.pad_token is None:  # the labels say what is padding, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
 
-    def windows(sources: list[str], counts: Counts):
-        return to_windows(read_documents(sources, **options), tokenizer, args.context_length, counts)
-
-    counts = Counts()
-    # Tuples: lists would be dealt out to the processes file by file, which then run out of rows at different times.
-    train, held_out = {"sources": tuple(args.data), "counts": counts}, {"sources": tuple(args.eval_data)}
-    train_data = IterableDataset.from_generator(windows, gen_kwargs=train)
-    eval_data = IterableDataset.from_generator(windows, gen_kwargs={**held_out, "counts": Counts()})
-
     # Before the model: DeepSpeed ZeRO-3 shares its weights out while they are loaded.
     arguments = TrainingArguments(
         output_dir=args.output, max_steps=args.max_steps, save_steps=args.save_steps, seed=args.seed, report_to="none",
@@ -107,10 +95,14 @@ def main() -> None:
         gradient_accumulation_steps=args.accumulation, learning_rate=args.learning_rate, adam_beta2=0.95,
         lr_scheduler_type="constant_with_warmup", warmup_steps=args.warmup_steps, bf16=has_gpu,
         **checkpointing(),
-        accelerator_config={"dispatch_batches": False},  # rows differ in length: each process reads its own
         logging_steps=1 if args.max_steps < 100 else 10, eval_on_start=bool(args.eval_data),
         dataloader_pin_memory=has_gpu,
     )  # fmt: skip
+    with parser.refusing(), arguments.main_process_first():
+        rows = load_rows(args.data, tokenizer, args.context_length, **options)
+        if args.eval_data:
+            held_out = load_rows(args.eval_data, tokenizer, args.context_length, **options)
+            held_out = held_out.select(range(min(args.eval_windows, len(held_out))))
     dtype = torch.bfloat16 if has_gpu else torch.float32
     four_bit = {}
     if args.four_bit:  # stored as the other weights are, so that FSDP can share them out
@@ -124,8 +116,8 @@ def main() -> None:
     trainer = Trainer(
         model,
         arguments,
-        train_dataset=train_data.shuffle(seed=args.seed, buffer_size=max(64, 2**22 // args.context_length)),
-        eval_dataset=eval_data.take(args.eval_windows) if args.eval_data else None,
+        train_dataset=rows,
+        eval_dataset=held_out if args.eval_data else None,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
     trainer.train(resume_from_checkpoint=str(last) if args.resume else None)
@@ -135,7 +127,7 @@ def main() -> None:
         say(f"Loss before, RoPE rescaled, dense attention: {before:.4f}")
         say(f"Loss after, dense attention: {trainer.evaluate()['eval_loss']:.4f}")
     trainer.save_model()
-    say(f"Text read: {counts}.\nThe adapter is in {args.output}.")
+    say(f"Text read: {rows.info.description}.\nThe adapter is in {args.output}.")
     trainer.accelerator.wait_for_everyone()  # a process that leaves while the first still saves can end the job
     trainer.accelerator.end_training()
 

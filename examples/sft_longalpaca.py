@@ -3,7 +3,9 @@
     python examples/sft_longalpaca.py --model meta-llama/Llama-2-7b-hf --data Yukang/LongAlpaca-12k
     python examples/sft_longalpaca.py --model Qwen/Qwen2.5-0.5B-Instruct --data my_records.jsonl.gz --max-length 16384
 
---data takes .json or .jsonl files (each also .gz), folders of such files, or Hub ids, with {"instruction", "input",
+`longlora train` with `kind: records` does the same without code (docs/training.md). This script is to copy.
+
+--data takes .json, .jsonl or .parquet files, folders of such files, or Hub ids, with {"instruction", "input",
 "output"}. The prompt is the tokenizer's chat template, or Llama 2's [INST] if it has none. A record longer than
 --max-length is never cut silently: see --too-long.
 
@@ -16,16 +18,14 @@ needs a GPU (not measured).
 
 import json
 
-import numpy as np
 import torch
 from command_line import Parser, check_output, checkpointing, count, positive, rate
-from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from peft_longlora import LongLoraConfig
-from peft_longlora.data import Counts, read_records, tokenize_records
+from peft_longlora.data import load_rows
 
 
 def make_parser() -> Parser:
@@ -61,7 +61,6 @@ def main() -> None:
     args = parser.parse_args()
     set_seed(args.seed)
     has_gpu = torch.cuda.is_available()
-    counts = Counts()
     with parser.refusing():
         check_output(args.output)
         config = LongLoraConfig(
@@ -72,15 +71,8 @@ def main() -> None:
             task_type="CAUSAL_LM",
         )
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        records = read_records(args.data, split=args.split)
-        rows = tokenize_records(records, tokenizer, args.max_length, too_long=args.too_long, counts=counts)
-        rows = [{name: np.array(ids, dtype=np.int32) for name, ids in row.items()} for row in rows]
-        split = len(rows) - args.eval_records
-        if split < 1:
-            raise ValueError(f"--eval-records {args.eval_records} of {len(rows)} rows leaves none to train on.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    print(f"{counts.documents} records read, {split} to train on, {args.eval_records} held out")
 
     # Before the model: DeepSpeed ZeRO-3 shares its weights out while they are loaded.
     arguments = SFTConfig(
@@ -105,6 +97,13 @@ def main() -> None:
         seed=args.seed,
         eval_on_start=bool(args.eval_records),
     )
+    with parser.refusing(), arguments.main_process_first():
+        how = dict(kind="records", split=args.split, too_long=args.too_long)
+        rows = load_rows(args.data, tokenizer, args.max_length, **how)
+        split = len(rows) - args.eval_records
+        if split < 1:
+            raise ValueError(f"--eval-records {args.eval_records} of {len(rows)} rows leaves none to train on.")
+    print(f"{rows.info.description}\n{split} rows to train on, {args.eval_records} held out")
     dtype = torch.bfloat16 if has_gpu else torch.float32
     four_bit = {}
     if args.four_bit:  # stored as the other weights are, so that FSDP can share them out
@@ -118,8 +117,8 @@ def main() -> None:
     trainer = SFTTrainer(
         model,
         arguments,
-        train_dataset=Dataset.from_list(rows[:split]),
-        eval_dataset=Dataset.from_list(rows[split:]) if args.eval_records else None,
+        train_dataset=rows.select(range(split)),
+        eval_dataset=rows.select(range(split, len(rows))) if args.eval_records else None,
         processing_class=tokenizer,
     )
     for parameter in model.parameters():

@@ -116,9 +116,9 @@ def make_plan(recipe: Recipe) -> Plan:
         if _place(name) in trained and (not _is_on_hub(name) or options.split == options.eval_split):
             raise ValueError(f"eval_data holds {name!r}, which is training data. Hold other data out.")
     last = open_output(recipe)
-    arguments, fits = make_arguments(recipe)
     tokenizer = load_tokenizer(options)
-    made = sketch(options, recipe.config)
+    made = sketch(options, recipe.config)  # before the arguments, after which DeepSpeed splits every new model
+    arguments, fits = make_arguments(recipe)
     read: dict[str, Any] = dict(kind=options.kind, config=options.data_config)
     if options.kind == "text":
         read |= dict(field=options.text_field, skip_empty=options.skip_empty, repositories=options.repositories)

@@ -1,0 +1,80 @@
+"""`longlora train` on two processes: rows shared, rows of their own, and FSDP2; against one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_base import prose, save_base
+
+pytest.importorskip("trl", minversion="1.16")
+pytestmark = pytest.mark.slow
+HELPERS = ROOT / "tests" / "helpers"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    save_base(folder / "base")
+    for name, seed in (("books", 0), ("held", 9)):
+        (folder / f"{name}.txt").write_text(prose(1200, seed))
+    recipe = dict(
+        model=str(folder / "base"), data=str(folder / "books.txt"), eval_data=str(folder / "held.txt"), max_steps=2,
+        eval_lengths=[256], context_length=256, r=4, learning_rate=1e-2, save_strategy="no",
+    )  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "command.py").write_text("import sys\nfrom peft_longlora.cli.main import main\nsys.exit(main())\n")
+    return folder
+
+
+def run(place: Path, name: str, launcher: list, *more) -> Path:
+    output = place / name
+    command = [sys.executable, *launcher, place / "command.py", "train", place / "recipe.yaml", "--output-dir", output]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"HF_HOME": str(place / "hub")}
+    result = subprocess.run(
+        [str(part) for part in (*command, *more)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("The adapter is in") == 1  # one process speaks
+    return output
+
+
+def losses(folder: Path) -> list[list[float]]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    names = ("loss", "loss_0_64", "loss_64_128", "loss_128_256", "num_tokens")
+    return [[entry[name] for name in names] for entry in history if "loss" in entry]
+
+
+def perplexities(folder: Path) -> list[float]:
+    return [row["value"] for row in json.loads((folder / "results.json").read_text())["results"]]
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """One process with as many rows a step as two processes have."""
+    shared = run(place, "one", [])
+    both = run(place, "both", [], "--gradient-accumulation-steps", 2)
+    return {"shared": shared, "own": both}
+
+
+TWO = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+FSDP2 = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "examples/accelerate/fsdp2.yaml"]
+FSDP2 += ["--num_processes", "2", "--main_process_port", "0", HELPERS / "on_cpu.py"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "launcher", "more"),
+    [("shared", TWO, ("--sequence-parallel", 2)), ("own", TWO, ()), ("own", FSDP2, ())],
+    ids=["shared", "ddp", "fsdp2"],
+)
+def test_two_processes_train_and_measure_as_one(place, alone, request, rows, launcher, more):
+    found = run(place, request.node.callspec.id, launcher, *more)
+    for ours, theirs in zip(losses(found), losses(alone[rows]), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3)
+    assert perplexities(found) == pytest.approx(perplexities(alone[rows]), rel=5e-3)

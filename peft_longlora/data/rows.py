@@ -252,5 +252,17 @@ def _hub_rows(source: str, split: str, config: str | None) -> Iterator[tuple[str
         raise FileNotFoundError(f"{source}: no file or folder here, and not read from the Hub: {error}") from error
     except (ValueError, RuntimeError) as error:  # no such split or configuration, or a script, which is never run
         raise ValueError(f"{source}: not read from the Hub: {error}") from error
-    for number, row in enumerate(rows, 1):
+    rows, number = iter(rows), 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # of a damaged file, of the network, or of `datasets` itself
+            if isinstance(error, ImportError | MemoryError):
+                raise
+            raise ValueError(
+                f"{source} ({split}), behind record {number}: not read from the Hub: {type(error).__name__}: {error}"
+            ) from error
+        number += 1
         yield f"{source} ({split}), record {number}", row

@@ -28,7 +28,8 @@ def of(kind: str):
             vocab_size=97, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
             head_dim=8, query_pre_attn_scalar=2, attn_logit_softcapping=1.5, sliding_window=16, **common,
         )  # fmt: skip
-        model = Gemma2ForCausalLM(config)
+        # transformers before 5.2x let sdpa compute it, which leaves the softcap out
+        model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager")
         for parameter in model.parameters():
             parameter.data += torch.randn_like(parameter) * 0.2
         return model

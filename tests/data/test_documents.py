@@ -211,3 +211,17 @@ def test_real_data(tokenizer):
     counts = Counts()
     rows = list(to_windows([next(books)], tokenizer, 4096, counts))
     assert counts.documents == counts.longer == 1 and counts.tokens == sum(len(row["input_ids"]) for row in rows)
+
+
+def test_a_dataset_that_breaks_in_the_middle_is_named(monkeypatch):
+    """datasets 4.7 raised KeyError: 'file' for records of which some lack a field."""
+
+    def broken(*args, **kwargs):
+        yield {"text": "a"}
+        raise KeyError("file")
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    with pytest.raises(
+        ValueError, match=r"me/data \(train\), behind record 1: not read from the Hub: KeyError: 'file'"
+    ):
+        list(read_documents("me/data"))

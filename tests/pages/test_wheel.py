@@ -103,8 +103,8 @@ def test_the_wheel_runs_in_an_empty_environment(dist, tmp_path):
     assert "ran from" in run(programs / "python", "run.py", EMBEDDED, tmp_path / "adapter", cwd=tmp_path)
     assert __version__ in run(programs / "longlora", "--version", cwd=tmp_path)
     assert __version__ in run(programs / "python", "-m", "peft_longlora", "--version", cwd=tmp_path)
-    commands = re.search(r"\{([\w,]+)\}", run(programs / "longlora", "--help", cwd=tmp_path))[1].split(",")
-    assert {"eval", "compare", "chat"} <= set(commands)
+    commands = re.findall(r"^    ([a-z]+)  ", run(programs / "longlora", "--help", cwd=tmp_path), re.MULTILINE)
+    assert {"train", "eval", "compare", "chat", "push"} <= set(commands)
     for command in commands:
         assert f"longlora {command}" in run(programs / "longlora", command, "--help", cwd=tmp_path)
 

@@ -80,7 +80,7 @@ class Page:
         yield View(chat=reader.chat(), question="")
         if not reader.wait_for_turn(entry):
             if not reader.is_closed and entry.is_dropped:  # by Stop or Forget
-                yield View(chat=reader.chat())
+                yield View(chat=reader.chat(), question=entry.question if entry.is_given_back else None)
             elif reader.error is not None:
                 reader.finish(entry)
                 yield View(reader.usage(), reader.chat(), entry.question)

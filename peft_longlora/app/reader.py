@@ -26,6 +26,7 @@ class Entry:
     answer: str = ""
     is_done: bool = False
     is_dropped: bool = False
+    is_given_back: bool = False  # to the question box
 
 
 class Reader:
@@ -121,8 +122,10 @@ class Reader:
     def stop(self) -> None:
         """End the answer that is being given, and drop the questions behind it."""
         with self._changed:
-            waiting = [e for e in self.entries if not e.is_done][0 if self.conversation is None else 1 :]
-            self._drop(waiting)
+            waiting = [e for e in self.entries if not e.is_done]
+            if self.conversation is None and waiting:  # otherwise the first is being answered
+                waiting[0].is_given_back = True
+            self._drop(waiting if self.conversation is None else waiting[1:])
         if self.conversation is not None:
             self.conversation.stop()
 

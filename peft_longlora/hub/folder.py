@@ -91,7 +91,8 @@ def push_folder(
         The commit, and which files are in it.
 
     Raises:
-        ValueError: the folder holds no LongLoRA adapter, a file is damaged, or the Hub is not reached.
+        ValueError: the folder holds no LongLoRA adapter, a file is damaged, the repository is public although
+            `private` was asked for, or the Hub is not reached.
         HfHubHTTPError: the Hub refused. Nothing is committed then; the same call completes the push.
     """
     folder = Path(folder)
@@ -106,6 +107,11 @@ def push_folder(
         draft = Path(place)
         try:
             remote = Remote.create(api, repo_id, revision, private)
+            if private and not api.repo_info(remote.repo_id).private:
+                raise ValueError(
+                    f"{remote.repo_id} exists and is public; private=True is only for a new repository. Make it "
+                    f"private in its settings, or push to another name."
+                )
             begin_draft(remote, "", folder, draft)
         except transport_error() as error:
             raise ValueError(f"The Hub is not reached ({error}). Nothing is pushed; try again.") from error

@@ -107,6 +107,11 @@ def test_a_question_asked_while_a_pdf_is_opened_waits_and_is_answered(page, tmp_
     monkeypatch.setattr(page, "_begin", lambda document: go.wait(60) and begin(document))
     reading = tab.start(tab.drop, tmp_path / "book.pdf")
     tab.wait_until(lambda: "Opening" in tab.usage)
+    asking = tab.start(tab.ask, "What is this?")
+    tab.wait_until(lambda: tab.said == [views.WAITING])
+    page.stop("one")
+    asking.join(60)
+    assert tab.chat == [] and tab.question == "What is this?"
     asking = tab.start(tab.ask, "Where is the key?")
     tab.wait_until(lambda: tab.said == [views.WAITING])
     go.set()

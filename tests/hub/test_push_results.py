@@ -189,6 +189,15 @@ def test_what_is_no_adapter_is_refused_before_the_hub_is_asked(hub, pusher, tmp_
     assert len(hub.requests) == before
 
 
+def test_what_shall_be_private_is_not_pushed_where_everybody_reads(hub, pusher, measured):
+    hub.put("me/public", {"README.md": b"Hello"})
+    failure = pusher(push_both, measured, "me/public", private=True)
+    assert "me/public exists and is public; private=True is only for a new repository" in failure.message
+    assert list(hub.files("me/public")) == ["README.md"]
+    hub.put("me/hidden", {"README.md": b"Hello"}, private=True)
+    assert "results.json" in pusher(push_both, measured, "me/hidden", private=True)[0]
+
+
 def test_a_hub_that_refuses_gets_nothing(hub, pusher, measured):
     hub.fail("POST", "/commit/", 403)
     assert "HfHubHTTPError" in pusher(push_both, measured, "me/forbidden").types

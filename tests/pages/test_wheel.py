@@ -81,9 +81,8 @@ def test_the_description_leads_to_files_of_the_release(metadata):
 def test_the_wheel_holds_the_package_alone(dist, metadata):
     with zipfile.ZipFile(next(dist.glob("*.whl"))) as file:
         names = file.namelist()
-    assert {"peft_longlora/py.typed", "peft_longlora/hub/templates/adapter_card.md", "longlora_command.py"} <= set(
-        names
-    )
+    with_code = {"py.typed", "hub/templates/adapter_card.md", "app/page.css"}
+    assert {"longlora_command.py", *(f"peft_longlora/{name}" for name in with_code)} <= set(names)
     assert {name.partition("/")[0] for name in names} == {
         "longlora_command.py", "peft_longlora", f"peft_longlora-{__version__}.dist-info",
     }  # fmt: skip

@@ -104,6 +104,8 @@ def _changes_of_base(config: LongLoraConfig) -> list[str]:
     changes = []
     if config.changes_base:
         changes.append(f"init_lora_weights={config.init_lora_weights!r} changes the base's weights")
+    if config.kasa_config is not None:
+        changes.append("kasa_config drops the least singular values of the base's weights")
     if config.bias != "none":
         changes.append(f"bias={config.bias!r} trains the base's own biases")
     if config.layer_replication:

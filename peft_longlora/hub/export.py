@@ -70,17 +70,23 @@ def export_lora(
             modules were trained and fold_into is None; a folder is a file or holds another adapter; an init changed
             the base; or the export computes something else.
     """
-    name = model.active_adapter if isinstance(model, PeftModel) else None
-    config = model.peft_config.get(name) if isinstance(name, str) else None
+    active = list(model.active_adapters) if isinstance(model, PeftModel) else []
+    if len(active) > 1:
+        raise ValueError(
+            f"The adapters {active} are active, and one is exported at a time. Call model.set_adapter(name) first."
+        )
+    name = active[0] if active else None
+    config = model.peft_config.get(name) if name else None
     if not isinstance(config, LongLoraConfig):
         raise ValueError(
             f"{type(model).__name__} has no active LongLoRA adapter to export. Load one with "
             f"PeftModel.from_pretrained(base, adapter)."
         )
-    if config.changes_base:
+    if config.changes_base or config.kasa_config is not None:
+        what = f"init_lora_weights={config.init_lora_weights!r}" if config.changes_base else "kasa_config"
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} changed the base's own weights, which a server would not "
-            f"do. Merge instead: model.merge_and_unload().save_pretrained(folder)."
+            f"{what} changed the base's own weights, which a server would not do. Merge instead: "
+            f"model.merge_and_unload().save_pretrained(folder)."
         )
     if config.rope_type == "learned":
         raise ValueError(

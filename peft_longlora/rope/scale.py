@@ -7,6 +7,7 @@ adapter is added, switched off or removed; users who train without an adapter ca
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
 from peft import PeftModel
@@ -63,8 +64,7 @@ def scale_rope(
             "rope_type='learned' trains factors, which an adapter holds: use LongLoraConfig(rope_type='learned'). "
             "Without an adapter use 'yarn', with whose factors the training starts."
         )
-    if context_length is not None and (type(context_length) is not int or context_length < 1):
-        raise ValueError(f"context_length={context_length!r} must be a positive number of tokens, or None.")
+    context_length = None if context_length is None else _tokens(context_length)
     if not find_rotary_modules(model):
         raise NotImplementedError(
             f"{type(model).__name__} has no rotary position embeddings that could be rescaled. Use a rotary model."
@@ -88,6 +88,17 @@ def scale_rope(
     setattr(model, STATES, (base, scaled := RopeState.of(model)))
     scaled.keep()
     return copy.deepcopy(config.rope_parameters if is_nested(new) else base_rope(config))
+
+
+def _tokens(context_length: Any) -> int:
+    """A number of Python, numpy or torch as an int."""
+    try:
+        tokens = 0 if isinstance(context_length, bool) else operator.index(context_length)
+    except TypeError:
+        tokens = 0
+    if tokens < 1:
+        raise ValueError(f"context_length={context_length!r} must be a positive number of tokens, or None.")
+    return tokens
 
 
 def restore_rope(model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft.tuners.lora.config import KasaConfig
 
 from peft_longlora import LongLoraConfig
 from tests.helpers.tiny import assert_same, extend, logits, make, snapshot
@@ -9,6 +10,7 @@ from tests.helpers.tiny import assert_same, extend, logits, make, snapshot
 CHANGES = {
     "pissa": (dict(init_lora_weights="pissa"), "init_lora_weights='pissa' changes the base's weights"),
     "olora": (dict(init_lora_weights="olora"), "init_lora_weights='olora' changes the base's weights"),
+    "kasa": (dict(kasa_config=KasaConfig()), "kasa_config drops the least singular values of the base's weights"),
     "bias": (dict(bias="lora_only", train_norms=False), "bias='lora_only' trains the base's own biases"),
     "layers": (dict(layer_replication=[[0, 2], [1, 2]]), r"layer_replication=.* changes the base's layers"),
 }

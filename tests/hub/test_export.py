@@ -260,3 +260,11 @@ def test_a_persons_readme_stays_in_the_folder_of_an_export(base_folder, tmp_path
     export_lora(adapt(base_folder, train_embeddings=False, train_norms=False), tmp_path / "new")
     export_lora(adapt(base_folder, train_embeddings=False, train_norms=False), tmp_path / "new")  # the same again
     assert "Notes of a person" not in (tmp_path / "new" / "README.md").read_text()
+
+
+def test_two_active_adapters_are_not_exported_as_one(base_folder, tmp_path):
+    model = adapt(base_folder, train_embeddings=False, train_norms=False)
+    model.add_adapter("b", LongLoraConfig(r=2, context_length=256, train_embeddings=False, train_norms=False))
+    model.base_model.set_adapter(["default", "b"])
+    with pytest.raises(ValueError, match=r"\['default', 'b'\] are active, and one is exported at a time"):
+        export_lora(model, tmp_path / "lora")

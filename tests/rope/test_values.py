@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from peft import PeftModel
 
 from peft_longlora import LongLoraConfig, scale_rope
@@ -78,3 +80,11 @@ def test_ntk_needs_more_than_one_pair_that_rotates():
     with pytest.raises(ValueError, match=r"rope_type='ntk' .* only d=2 numbers of each head rotate"):
         scale_rope(model, 128, rope_type="ntk")
     assert scale_rope(model, 128, rope_type="linear")["factor"] == 2.0
+
+
+@pytest.mark.parametrize("number", [np.int64, np.int32, torch.tensor])
+def test_a_window_may_be_a_number_of_numpy_or_torch(number):
+    assert scale_rope(make(), number(128)) == scale_rope(make(), 128)
+    for wrong in (np.float32(128), np.bool_(True), True, number(0), torch.tensor([128, 128])):
+        with pytest.raises(ValueError, match=r"context_length=.* must be a positive number of tokens"):
+            scale_rope(make(), wrong)

@@ -109,7 +109,7 @@ def _check(call: LayerCall, pattern: str) -> None:
             f"{call.query.shape[2]} queries), which cannot be split over ranks. Generate within `with "
             f"unshared(model):` of peft_longlora.sequence."
         )
-    if call.is_local and not isinstance(call.mask, S2Mask):
+    if call.is_local and not (isinstance(call.mask, S2Mask) and call.mask.is_local):
         refuse_window(call.module)
     if not call.is_causal:
         raise NotImplementedError(

@@ -36,14 +36,12 @@ REQUIRED = {
     "data": "files, folders or ids of datasets",
     "context_length": "the window to extend to, in tokens, such as 32k",
 }
-FILLED_IN = "is filled in by the command"
+FILLED_IN = {each.name for each in dataclasses.fields(LongLoraConfig) if "Filled in" in each.metadata.get("help", "")}
+FILLED_IN |= {"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "inference_mode"}
+FILLED_IN |= {"runtime_config", "local_rank", "do_train", "do_eval", "do_predict"}
 NO_KEYS = {
-    **dict.fromkeys(
-        ("base_context_length", "applied_rope_parameters", "applied_context_length", "applied_group_size", "vocab_size",
-         "format_version", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode",
-         "task_type", "runtime_config", "local_rank", "do_train", "do_eval", "do_predict", "model_init_kwargs"),
-        FILLED_IN,
-    ),
+    **dict.fromkeys(FILLED_IN, "is filled in by the command"),
+    "model_init_kwargs": "does not apply: model, dtype and four_bit say how the base is loaded",
     "revision": "is LoraConfig's; the base's is model_revision",
     "dataset_text_field": "is named text_field here",
     "hub_strategy": "does not apply: the adapter is pushed once, after it was measured",

@@ -34,7 +34,7 @@ def make_model(
         lora_alpha=32,
         context_length=window,
         rope_type="linear",
-        group_size=group_size,
+        group_size=None if dense else group_size,
         attention_pattern="full" if dense else "s2",
         train_embeddings=embeddings,
     )

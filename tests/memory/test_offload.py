@@ -7,6 +7,7 @@ import gc
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from peft_longlora.memory import checkpoint_blocks, offload
 from tests.helpers.tiny import IDS, extend, make
@@ -20,7 +21,7 @@ class Away:
     pairs = offload._Away._pairs
 
     def __init__(self, tensor, chunks, stream, block):
-        self.chunks, self.like, self.here, self.block, self.is_leaving = chunks, tensor[:0], None, block, True
+        self.chunks, self.like, self.here, self.block, self.is_leaving = chunks, tensor.new_empty(0), None, block, True
         self.shape = tensor.shape
         for chunk, part in self.pairs(tensor.contiguous()):
             chunk.copy_(part)
@@ -98,6 +99,30 @@ def test_steps_are_the_plain_ones_and_their_host_memory_is_used_again(without_gp
     assert Away.back == Away.leaving == 0
     assert Away.handed == 3 * 4  # with every second input, the kept ones are needed twice
     assert Away.most <= 1  # one is on its way while one is used
+
+
+@pytest.mark.parametrize("options", [dict(keep=False), dict(keep=False, tile_tokens=40), dict(keep=1, keep_in_host=3)])
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_has_left_is_held_by_nobody(without_gpu, monkeypatch, every, options):
+    """Storages of inputs, and of attention's outputs, after the forward and before the backward."""
+    storages, put = [], offload.HostMemory.put
+
+    def watch(self, tensor, block):
+        if offload._leaves(tensor) and tensor.numel() >= 512:
+            storages.append(StorageWeakRef(tensor.untyped_storage()))
+        return put(self, tensor, block)
+
+    monkeypatch.setattr(offload.HostMemory, "put", watch)
+    model = extend(make(num_hidden_layers=6), group_size=16).train()
+    checkpoint_blocks(model, offload=every, **options)
+    gc.collect()
+    gc.disable()  # nobody waits for the collector in a step
+    try:
+        loss, _ = gradients(model)
+        assert len(storages) >= 6 / every and all(storage.expired() for storage in storages)
+    finally:
+        gc.enable()
+    loss.backward()
 
 
 def test_attention_waits_there_too(without_gpu):

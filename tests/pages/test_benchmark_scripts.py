@@ -20,6 +20,7 @@ from tests.helpers.ranks import run_ranks
 
 FOLDER = ROOT / "benchmarks"
 LIBRARIES = {"measure.py", "options.py", "shapes.py", "ways.py"}  # imported by the scripts
+LIBRARIES |= {"float8.py", "float8_kernel.py", "training_model.py", "training_others.py"}
 
 
 def run(script: str, *arguments) -> None:

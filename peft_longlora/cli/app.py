@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
             f"--host {args.host} lets other machines use the model. Give --auth NAME:PASSWORD, or --open to let "
             f"everybody in."
         )
+    _check_address(args.host, args.port)
     try:
         from peft_longlora.app.serve import launch, make_app
     except ImportError as error:
@@ -64,6 +66,16 @@ def run(args: argparse.Namespace) -> int:
             time.sleep(3600)
     finally:
         app.close(verbose=False)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Refuse an address that cannot be served, before a model is loaded. Raises: ValueError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--host {host} --port {port} cannot be served ({reason}). Give another one.") from error
 
 
 def _auth(args: argparse.Namespace) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-// What a reader of the page could not read, or a screen reader could not name. Called by test_app.py with the smallest
+// What a reader of the page could not read, or a screen reader could not name. Called by test_browser.py with the smallest
 // ratio of contrast that passes; the formulas are those of WCAG 2.2, "contrast ratio" and "relative luminance".
 const least = arguments[0];
 const parse = (text) => (text.match(/[\d.]+/g) || [0, 0, 0, 0]).map(Number);

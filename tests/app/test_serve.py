@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import sys
 import urllib.error
 import urllib.request
@@ -116,17 +117,26 @@ def test_bad_options_are_refused_in_one_line(options, message, capsys, monkeypat
     if "./none" in options:
         pytest.importorskip("gradio")
     try:
-        code = cli.main(["app", "--model", str(EMBEDDED), *options])
+        code = cli.main(["app", "--model", str(EMBEDDED), "--port", "17860", *options])
     except SystemExit as error:
         code = error.code
     err = capsys.readouterr().err
     assert code == 2 and message in err and err.count("\n") == 1
 
 
+def test_an_address_that_cannot_be_served_is_refused_before_a_model_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for options in (["--port", str(port)], ["--port", "99999"], ["--host", "256.1.1.1", "--open"]):
+            assert cli.main(["app", "--model", "none", *options]) == 2
+            err = capsys.readouterr().err
+            assert "cannot be served (" in err and err.count("\n") == 1
+
+
 def test_without_gradio_it_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "peft_longlora.app.serve", raising=False)
-    assert cli.main(["app", "--model", str(EMBEDDED)]) == 2
+    assert cli.main(["app", "--model", str(EMBEDDED), "--port", "17860"]) == 2
     assert "longlora app needs gradio: pip install 'peft-longlora[app]'" in capsys.readouterr().err
 
 
@@ -142,10 +152,11 @@ def test_other_machines_come_in_with_a_password_or_if_it_is_open(capsys, monkeyp
         raise Ended
 
     monkeypatch.setattr(serve, "launch", launch)
+    host = ["--host", "0.0.0.0", "--port", "17860"]
     for options in (["--open"], ["--auth", "me:pass:word"], []):
         if not options:
             monkeypatch.setenv("LONGLORA_AUTH", "you:secret")
         with pytest.raises(Ended):
-            cli.main(["app", "--model", str(EMBEDDED), "--device", "cpu", "--host", "0.0.0.0", *options])
+            cli.main(["app", "--model", str(EMBEDDED), "--device", "cpu", *host, *options])
     assert [options["auth"] for options in started] == [None, ("me", "pass:word"), ("you", "secret")]
     assert {options["server_name"] for options in started} == {"0.0.0.0"}

@@ -23,73 +23,26 @@ class Choice:
     theirs: str
 
 
-SCHEDULE = "schedules/local-4096-dense-6"
+SCHEDULE, LOCAL = "schedules/local-4096-dense-6", "local, G = 1/8, every 6th dense"
+FAR, ADAPTIVE = "schedules/local-2048-far-3-dense-8/time", "schedules/adaptive-dense-6/tokens"
 CHOICES = [
+    Choice("attention, 2e-4, equal time", LOCAL, "full", f"{SCHEDULE}/time", "schedules/full/tokens"),
+    Choice("attention, 2e-4, equal tokens", LOCAL, "full", f"{SCHEDULE}/tokens", "schedules/full/tokens"),
+    Choice("attention, 5e-4, equal tokens", LOCAL, "full", "rates/5e-4/tokens", "rates/full-5e-4/tokens"),
+    Choice("attention, 1e-3, equal tokens", LOCAL, "full", "rates/1e-3/tokens", "rates/full-1e-3/tokens"),
+    Choice("attention, 1e-3, equal time", LOCAL, "full", "rates/1e-3, 233 steps/tokens", "rates/full-1e-3/tokens"),
+    Choice("attention, 2e-4, equal time", LOCAL, "S2, G = 1/4", f"{SCHEDULE}/time", "schedules/s2-8192/time"),
+    Choice("the shift, G = 1/4", "no (local)", "yes (S2)", "schedules/local-8192/tokens", "schedules/s2-8192/tokens"),
+    Choice("the shift, dense steps", "no", "yes", f"{SCHEDULE}/tokens", "schedules/s2-4096-dense-6/tokens"),
+    Choice("far layers dense too", "no", "3 layers, G = 1/16, every 8th dense", f"{SCHEDULE}/time", FAR),
+    Choice("blocks by content between dense steps", "no (local)", "adaptive", f"{SCHEDULE}/tokens", ADAPTIVE),
+    Choice("learning rate, the schedule", "1e-3", "2e-4", "rates/1e-3/tokens", f"{SCHEDULE}/tokens"),
+    Choice("learning rate, the schedule", "1e-3", "5e-4", "rates/1e-3/tokens", "rates/5e-4/tokens"),
+    Choice("learning rate, full attention", "1e-3", "2e-4", "rates/full-1e-3/tokens", "schedules/full/tokens"),
     Choice(
-        "training attention, equal time",
-        "local, G = 1/8, every 6th dense",
-        "full",
-        f"{SCHEDULE}/time",
-        "schedules/full/tokens",
+        "LoRA's modules, 2e-4", "all linear layers", "q, k, v, o", "trained/all-linear/tokens", f"{SCHEDULE}/tokens"
     ),
-    Choice(
-        "the same, equal tokens",
-        "local, G = 1/8, every 6th dense",
-        "full",
-        f"{SCHEDULE}/tokens",
-        "schedules/full/tokens",
-    ),
-    Choice(
-        "the same, beside the paper's",
-        "local, G = 1/8, every 6th dense",
-        "S2, G = 1/4",
-        f"{SCHEDULE}/time",
-        "schedules/s2-8192/time",
-    ),
-    Choice(
-        "the shift", "no (local)", "yes (S2), both G = 1/4", "schedules/local-8192/tokens", "schedules/s2-8192/tokens"
-    ),
-    Choice(
-        "the shift between dense steps",
-        "no (local)",
-        "yes (S2)",
-        f"{SCHEDULE}/tokens",
-        "schedules/s2-4096-dense-6/tokens",
-    ),
-    Choice(
-        "layers of far reach dense too",
-        "no",
-        "3 layers, G = 1/16, every 8th",
-        f"{SCHEDULE}/time",
-        "schedules/local-2048-far-3-dense-8/time",
-    ),
-    Choice(
-        "blocks by content between dense steps",
-        "no (local)",
-        "adaptive",
-        f"{SCHEDULE}/tokens",
-        "schedules/adaptive-dense-6/tokens",
-    ),
-    Choice("learning rate of LoRA", "5e-4", "2e-4", "rates/5e-4/tokens", f"{SCHEDULE}/tokens"),
-    Choice("the same, higher", "5e-4", "1e-3", "rates/5e-4/tokens", "full_rates/local-1e-3/tokens"),
-    Choice(
-        "training attention at 5e-4, equal tokens",
-        "local, G = 1/8, every 6th dense",
-        "full",
-        "rates/5e-4/tokens",
-        "full_rates/full-5e-4/tokens",
-    ),
-    Choice(
-        "training attention at 5e-4, equal time",
-        "local, G = 1/8, every 6th dense",
-        "full",
-        "full_rates/local-5e-4/time",
-        "full_rates/full-5e-4/tokens",
-    ),
-    Choice(
-        "LoRA's modules, at 2e-4", "all linear layers", "q, k, v, o", "trained/all-linear/tokens", f"{SCHEDULE}/tokens"
-    ),
-    Choice("the same, at 5e-4", "all linear layers", "q, k, v, o", "best/local-5e-4/tokens", "rates/5e-4/tokens"),
+    Choice("LoRA's modules, 1e-3", "all linear layers", "q, k, v, o", "best/local-1e-3/tokens", "rates/1e-3/tokens"),
     Choice("embeddings and norms", "trained", "frozen", f"{SCHEDULE}/tokens", "trained/lora/tokens"),
     Choice("RoPE", "learned", "yarn", "rope/learned/tokens", f"{SCHEDULE}/tokens"),
     Choice("training at all", "150 steps", "YaRN alone", f"{SCHEDULE}/tokens", "schedules/untrained/tokens"),

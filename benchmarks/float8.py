@@ -23,13 +23,17 @@ def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """(..., K) @ weight.T, x rounded by rows; weight (N, K) float8 with scales (N, 1)."""
+def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, fast: bool) -> torch.Tensor:
+    """(..., K) @ weight.T, x rounded by rows; weight (N, K) float8 with scales (N, 1).
+
+    Args:
+        fast: whether the tensor cores may sum in fewer bits; as in torchao, in the forward but not in gradients.
+    """
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     numbers, of_rows = round_rows(x.reshape(-1, x.shape[-1]))
     flat = out.view(-1, out.shape[-1])
     if x.is_cuda:
-        how = dict(scale_a=of_rows, scale_b=scale.T, out_dtype=x.dtype, use_fast_accum=True)
+        how = dict(scale_a=of_rows, scale_b=scale.T, out_dtype=x.dtype, use_fast_accum=fast)
         torch._scaled_mm(numbers, weight.T, **how, out=flat)
     else:
         flat.copy_((numbers.float() * of_rows) @ (weight.float() * scale).T)
@@ -40,11 +44,11 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        return product(x, layer.rows, layer.row_scales)
+        return product(x, layer.rows, layer.row_scales, fast=True)
 
     @staticmethod
     def backward(ctx, grad):
-        return product(grad, ctx.layer.columns, ctx.layer.column_scales), None
+        return product(grad, ctx.layer.columns, ctx.layer.column_scales, fast=False), None
 
 
 class FrozenFloat8(nn.Module):

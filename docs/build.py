@@ -37,7 +37,7 @@ NAVIGATION = {
     "What it is worth": ["recipe", "results", "performance", "experiments", "attention"],
     "Models": ["architectures", "model_cards"],
     "More": [],
-    "Python": [],  # the rooms of the package
+    "Reference": ["commands"],  # then the rooms of the package
     "Project": ["contributing", "changelog", "security"],
 }
 LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?(\))")
@@ -120,13 +120,28 @@ def api_pages() -> dict[str, str]:
     return found
 
 
+def command_page() -> str:
+    """What `longlora --help` and the help of each command say; no command imports torch for that."""
+
+    def help_of(*words: str) -> str:
+        environment = os.environ | {"COLUMNS": "88", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(ROOT / "longlora_command.py"), *words, "--help"]
+        return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    whole = help_of()
+    parts = ["# Commands", f"```text\n{whole}```"]
+    for name in re.findall(r"^    ([a-z]+)  ", whole, re.MULTILINE):
+        parts += [f"## longlora {name}", f"```text\n{help_of(name)}```"]
+    return "\n\n".join(parts) + "\n"
+
+
 def navigation(titles: dict[str, str]) -> list[dict]:
     """Every page once: under the heading that names it, or under "More"."""
     left = titles | {name: label for name, label in LABELS.items() if name in titles}
     sections = {}
     for heading, names in NAVIGATION.items():
         sections[heading] = [{left.pop(f"{name}.md"): f"{name}.md"} for name in names if f"{name}.md" in left]
-    sections["Python"] = [{title: name} for name, title in left.items() if name.startswith("api/")]
+    sections["Reference"] += [{title: name} for name, title in left.items() if name.startswith("api/")]
     sections["More"] += [{title: name} for name, title in left.items() if not name.startswith("api/")]
     sections["Project"].append({"Repository": address("Source")})
     return [{heading: entries} for heading, entries in sections.items() if entries]
@@ -147,7 +162,7 @@ def write_pages(output: Path) -> Path:
     shutil.copy(DOCS / "extra.css", output / "pages/extra.css")
     pages = find_pages()
     texts = {name: convert(path.read_text(encoding="utf-8"), path, pages) for path, name in pages.items()}
-    texts |= api_pages()
+    texts |= api_pages() | {"commands.md": command_page()}
     for name, text in texts.items():
         (output / "pages" / name).parent.mkdir(parents=True, exist_ok=True)
         (output / "pages" / name).write_text(text, encoding="utf-8")

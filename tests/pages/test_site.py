@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from peft_longlora.cli.main import COMMANDS
 from tests.helpers.paths import ROOT
 from tests.pages.test_docstrings import PUBLIC
 
@@ -31,6 +32,12 @@ def test_every_page_is_in_the_navigation_once(pages):
     assert sorted(named) == sorted(written) and len(named) == len(set(named))
     for path in (ROOT / "docs").glob("*.md"):
         assert path.name in written
+
+
+def test_every_command_is_on_the_page_of_commands(pages):
+    text = (pages / "pages/commands.md").read_text()
+    assert {f"## longlora {name}" for name in COMMANDS} <= set(text.splitlines())
+    assert "--tasks TASKS" in text and "\x1b" not in text
 
 
 def test_a_new_page_is_taken_in():

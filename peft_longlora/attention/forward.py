@@ -19,6 +19,7 @@ from peft_longlora.attention import dense
 from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.attention.settings import settings_of
+from peft_longlora.attention.states import refuse_unfollowed
 from peft_longlora.kernels.attend import attend
 from peft_longlora.kernels.backends import windowed
 from peft_longlora.kernels.groups import refuse_bidirectional
@@ -70,6 +71,8 @@ def s2_attention_forward(
         if own is None:
             return dense.attend(call)
         return attend(query, key, value, own, replace(options, backend=windowed(options.backend))), None
+    if not torch.compiler.is_compiling():
+        refuse_unfollowed(settings, call.s2_mask, call.positions)
     pattern = call.pattern
     cuts, order = call.cuts(pattern), call.order
     if order is None:

@@ -197,6 +197,27 @@ class StateLayers:
         return apart
 
 
+# Kinds of layers, as configs name them, that attend and so see documents through their mask.
+ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def refuse_unfollowed(settings: AttentionSettings, mask: S2Mask, positions: torch.Tensor | None) -> None:
+    """Refuse packed rows in a model that was only loaded with "s2_attn": nothing follows its other layers.
+
+    Raises: NotImplementedError.
+    """
+    others = set(getattr(settings.config, "layer_types", None) or ()) - ATTENDING
+    if not others or settings.inputs.handles:
+        return
+    documents = {(start // mask.length, number) for start, _, number in mask.runs(positions) if number}
+    if len(documents) > len({row for row, _ in documents}):
+        raise NotImplementedError(
+            f"This model has layers of the kind {', '.join(sorted(others))}, which know no documents, and got a row of "
+            f"several. Call configure_attention(model) or add a LongLoraConfig adapter: then each document is computed "
+            f"as if it were alone."
+        )
+
+
 def _plan_of(inputs: ModelInputs, batch: int, length: int, device: torch.device, is_at_once: bool) -> Apart | None:
     given = inputs.attention_mask
     is_padding = isinstance(given, torch.Tensor) and given.shape == (batch, length)

@@ -155,6 +155,15 @@ def test_generation_goes_on_from_states():
     assert torch.equal(cached, model.generate(tokens, attention_mask=mask, use_cache=False, **how))
 
 
+@torch.no_grad()
+def test_a_model_that_was_only_loaded_is_refused_on_packed_rows():
+    config = AutoConfig.for_model("lfm2", **SIZES, **TYPES["lfm2"])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="s2_attn").train()
+    model(input_ids=ROW, use_cache=False)
+    with pytest.raises(NotImplementedError, match=r"layers of the kind conv.*configure_attention\(model\)"):
+        model(input_ids=ROW, position_ids=POSITIONS, use_cache=False)
+
+
 def test_which_layers_hold_a_state():
     kinds = {name: {type(x).__name__ for x in find_state_layers(make(name)).values()} for name in TYPES}
     assert kinds == {

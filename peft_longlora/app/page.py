@@ -77,6 +77,9 @@ class Page:
         if not question.strip():
             return
         entry = reader.add(question.strip())
+        if entry is None:
+            yield View(f"{reader.usage()}<br>{views.red(views.MANY)}", question=question)
+            return
         yield View(chat=reader.chat(), question="")
         if not reader.wait_for_turn(entry):
             if not reader.is_closed and entry.is_dropped:  # by Stop or Forget

@@ -14,6 +14,7 @@ from peft_longlora.app.views import View
 from peft_longlora.chat import Conversation, Document, Limits, read_document
 
 LIMITS = Limits(pages=3000, characters=20_000_000, seconds=120)
+WAITING = 4  # questions of one reader: each that waits holds a thread of the server
 WINDOWS = 4  # a document of more windows is refused: its keys and values would take the memory of all readers
 FAILURES = (ValueError, ImportError, MemoryError, torch.OutOfMemoryError)
 
@@ -96,9 +97,11 @@ class Reader:
                 self._is_read, self.notes = True, [reason]
             self._changed.notify_all()
 
-    def add(self, question: str) -> Entry:
-        """Put a question behind those that wait."""
+    def add(self, question: str) -> Entry | None:
+        """Put a question behind those that wait. None: too many wait."""
         with self._changed:
+            if sum(not entry.is_done for entry in self.entries) >= WAITING:
+                return None
             self.entries.append(entry := Entry(question))
             return entry
 

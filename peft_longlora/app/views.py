@@ -9,6 +9,7 @@ from peft_longlora.chat import Conversation, Passage
 
 EMPTY = "No document yet."
 GONE = "There is no document here. If you dropped one, drop it again: the server was started anew."
+MANY = "Enough of your questions wait already. Ask again after an answer."
 FULL = "All places are taken. Try again later."
 NOWHERE = "<small>After an answer: passages that hold its words.</small>"
 NONE_FOUND = "<small>No passage holds a word of the answer or of the question.</small>"

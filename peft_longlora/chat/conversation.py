@@ -198,7 +198,8 @@ class Conversation:
         """Stop the current answer and drop the questions and answers; the document's keys and values stay."""
         self.stop()
         for _, worker in list(self._running):
-            worker.join()
+            if worker.ident is not None:  # one that is about to start sees that it is stopped
+                worker.join()
         self.turns, self._prompt, self._row = [], [], []
 
     def close(self) -> None:

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
             raise
         raise ImportError("longlora app needs gradio: pip install 'peft-longlora[app]'") from None
     from peft_longlora.app import Page
+    from peft_longlora.app.reader import WAITING
     from peft_longlora.chat.kvcache import check_cache
     from peft_longlora.hub import load_model
 
@@ -56,7 +57,11 @@ def run(args: argparse.Namespace) -> int:
     app = make_app(page, f"Read with {Path(args.adapter or args.model).name}")
     for note in loaded.notes:
         print(f"warning: {note}", file=sys.stderr)
-    url = launch(app, server_name=args.host, server_port=args.port, auth=auth, prevent_thread_lock=True)[1]
+    # A question that waits and a file that is read hold a thread each; the others are for Stop, Forget and uploads.
+    threads = args.places * (WAITING + 1) + 16
+    url = launch(
+        app, max_threads=threads, server_name=args.host, server_port=args.port, auth=auth, prevent_thread_lock=True
+    )[1]
     login = f"; log in as {auth[0]}" if auth else ""
     if args.host not in LOCAL and auth is None:
         print(f"warning: --open: whoever reaches {args.host}:{args.port} can use the model.", file=sys.stderr)

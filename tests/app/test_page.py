@@ -134,6 +134,22 @@ def test_two_questions_are_two_messages_and_are_answered_in_turn(page, book):
     assert tab.said == [turn.answer for turn in turns] and page.readers["one"].chat() == tab.chat
 
 
+def test_more_questions_than_can_wait_are_given_back(page, book):
+    """Each that waits holds a thread, and a stranger would take all of them."""
+    tab, other = Tab(page), Tab(page)
+    tab.drop(book)
+    with page.lock:
+        threads = [tab.start(tab.ask, "Where?") for _ in range(4)]
+        tab.wait_until(lambda: len(page.readers["one"].entries) == 4)
+        other.ask("Why?")
+        assert views.MANY in other.usage and other.question == "Why?" and len(page.readers["one"].entries) == 4
+        page.forget("one")
+    for thread in threads:
+        thread.join(60)
+    tab.ask("Why?")
+    assert tab.asked == ["Why?"]
+
+
 def test_stop_before_the_first_word_gives_the_question_back(page, book):
     tab = Tab(page)
     tab.drop(book)

@@ -98,7 +98,7 @@ def main() -> None:
         eval_on_start=bool(args.eval_records),
     )
     with parser.refusing(), arguments.main_process_first():
-        how = dict(kind="records", split=args.split, too_long=args.too_long)
+        how = dict(kind="records", quiet=True, split=args.split, too_long=args.too_long)
         rows = load_rows(args.data, tokenizer, args.max_length, **how)
         split = len(rows) - args.eval_records
         if split < 1:

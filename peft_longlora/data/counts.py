@@ -29,6 +29,7 @@ class Counts:
         left_out: the number of files and empty texts that are not read, by reason.
         kept: files of repositories that are read.
         pieces: of documents, in rows. The first token of a piece is read, and no token predicts it.
+        is_quiet: `report` says nothing, because the caller does.
         is_stopped: reading ended at a number of rows that was asked for, so later data is not counted.
     """
 
@@ -46,6 +47,7 @@ class Counts:
     kept: int = 0
     pieces: int = 0
     is_stopped: bool = False
+    is_quiet: bool = False
 
     def add_longer(self, name: str) -> None:
         """Count a document or record that is longer than the window."""
@@ -85,6 +87,8 @@ class Counts:
 
     def report(self) -> None:
         """Log the counts: as a warning if tokens were left out, or if an answer differs from the chat template's."""
+        if self.is_quiet:
+            return
         is_odd = self.cut_tokens or self.dropped or self.restored or self.left_out or self.is_stopped
         logger.log(logging.WARNING if is_odd else logging.INFO, str(self))
 

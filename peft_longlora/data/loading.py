@@ -47,6 +47,7 @@ def load_rows(
     too_long: Literal["truncate", "drop", "error"] = "truncate",
     pack: bool = False,
     max_rows: int | None = None,
+    quiet: bool = False,
     cache: str | Path | None = None,
 ) -> Dataset:
     """Rows of at most `length` tokens, for TRL's SFTTrainer or a plain Trainer. Logs one line on what they hold.
@@ -70,6 +71,7 @@ def load_rows(
         pack: fill rows with the ends of several documents, for a plain Trainer (`to_windows` says more). Leave it False
             for SFTTrainer with packing=True and max_length=length, which fills rows itself.
         max_rows: stop after so many rows, for a dataset that is larger than what you train on. The line says so.
+        quiet: do not log the line, because you print it.
         cache: the folder for the file with the rows. None: "longlora-rows" in the cache of `datasets`.
 
     Returns:
@@ -103,10 +105,10 @@ def load_rows(
     key = _key(sources, tokenizer, dict(where, **read, **made, kind=kind, length=length, max_rows=max_rows))
     path = folder / f"{key}.arrow"
     if path.exists():
-        counts = Counts(**json.loads(path.with_suffix(".json").read_text()))
+        counts = Counts(**{**json.loads(path.with_suffix(".json").read_text()), "is_quiet": quiet})
         counts.report()
     else:
-        counts = Counts()
+        counts = Counts(is_quiet=quiet)
         if kind == "text":
             documents = read_documents(sources, **where, **read, counts=counts)
             rows = to_windows(documents, tokenizer, length, counts, **made)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 
 from peft_longlora.data.loading import load_rows
 from peft_longlora.eval.corpus import Corpus
@@ -119,7 +120,7 @@ def make_plan(recipe: Recipe) -> Plan:
     tokenizer = load_tokenizer(options)
     made = sketch(options, recipe.config)  # before the arguments, after which DeepSpeed splits every new model
     arguments, fits = make_arguments(recipe)
-    read: dict[str, Any] = dict(kind=options.kind, config=options.data_config)
+    read: dict[str, Any] = dict(kind=options.kind, config=options.data_config, quiet=True)
     if options.kind == "text":
         read |= dict(field=options.text_field, skip_empty=options.skip_empty, repositories=options.repositories)
     else:
@@ -162,6 +163,8 @@ def make_arguments(recipe: Recipe) -> tuple[SFTConfig, bool]:
     tokens = given["max_length"] * given["per_device_train_batch_size"]
     try:
         arguments = SFTConfig(**given)
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()  # refuses a reporter that is not installed
     except Exception as error:  # transformers and TRL raise errors of many kinds
         raise ValueError(" ".join(str(error).split())) from error
     fits = options.fit_memory

@@ -157,6 +157,8 @@ def test_dry_run_loads_no_weights_and_writes_nothing(run, monkeypatch):
         (["--bf16"], "bf16 and fp16 are for GPUs"),
         (["--fit-memory"], "fit_memory=True measures on a GPU"),
         (["--sequence-parallel", "2"], "sequence_parallel=2 does not divide the 1 processes"),
+        (["--report-to", "nobody"], "nobody is not supported"),
+        (["--report-to", "wandb"], "requires wandb to be installed"),
         (["--attn-backend", "fast"], "backend='fast' is unknown"),
     ],
 )

@@ -44,8 +44,11 @@ class Tiled(Mixin):
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, S, hidden) -> (B, S, hidden)."""
-        is_trained = self.training and torch.is_grad_enabled() and hidden.requires_grad
-        if not is_trained or hidden.shape[1] <= self.tile_tokens:
+        if not self.training or hidden.shape[1] <= self.tile_tokens:
+            return super().__call__(hidden)
+        if not torch.is_grad_enabled():  # the block after this one needs its input again (`offload=2`)
+            return torch.cat([super(Tiled, self).__call__(tile) for tile in hidden.split(self.tile_tokens, 1)], dim=1)
+        if not hidden.requires_grad:
             return super().__call__(hidden)
         tiles = _Tiles(super().__call__, _Save.apply(hidden), self.tile_tokens)
         # A tile is named by a number, and what torch saves to enter a tile is kept from the block's own checkpoint:

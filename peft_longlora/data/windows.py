@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Iterator
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from peft_longlora.data.counts import Counts
@@ -57,9 +58,10 @@ def _cut(
     documents: Iterable[dict[str, str]], tokenizer: PreTrainedTokenizerBase, length: int, counts: Counts
 ) -> Iterator[dict[str, list[int]]]:
     for document in documents:
-        ids = encode_all(tokenizer, [document["text"]])[0].tolist()
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids = [*ids, tokenizer.eos_token_id]
+        # A list of a whole document would need nine times the memory; each row is a list only on its way.
+        ids = encode_all(tokenizer, [document["text"]])[0]
+        if (end := tokenizer.eos_token_id) is not None and ids[-1:].tolist() != [end]:
+            ids = torch.cat([ids, ids.new_tensor([end])])
         if len(ids) < 2:
             raise ValueError(f"{document['source']}: it has {len(ids)} token and needs 2 or more. Remove it.")
         counts.documents += 1
@@ -71,7 +73,8 @@ def _cut(
             starts[-1] -= 1
         for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
             counts.pieces += 1
-            yield {"input_ids": ids[start:stop], "labels": ids[start:stop]}
+            row = ids[start:stop].tolist()
+            yield {"input_ids": row, "labels": list(row)}
 
 
 def _pack(pieces: Iterable[dict[str, list[int]]], length: int) -> Iterator[dict[str, list[int]]]:

@@ -113,6 +113,19 @@ def test_a_dataset_of_the_hub(load, monkeypatch, tokenizer):
     assert [row["input_ids"] for row in rows] == expected
 
 
+def test_reading_stops_at_a_number_of_rows(load, monkeypatch):
+    def endless():
+        while True:
+            yield {"text": "one two three " * 40}
+
+    stream = datasets.IterableDataset.from_generator(endless)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
+    rows = load("someone/books", max_rows=7)
+    assert len(rows) == 7 and "left out: everything after these rows" in rows.info.description
+    with pytest.raises(ValueError, match="max_rows=0 must be 1 or more"):
+        load("someone/books", max_rows=0)
+
+
 def test_refused(folder, load, tmp_path):
     with pytest.raises(ValueError, match="kind='chat' is unknown"):
         load(folder, kind="chat")

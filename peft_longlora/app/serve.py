@@ -1,6 +1,8 @@
 """The page on a web server, with gradio. Imported only by `longlora app` and by what serves a page of its own."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +92,7 @@ def launch(app: gr.Blocks, **options: Any) -> tuple:
         options: of gradio's `launch`, such as server_name, server_port and auth.
     """
     folder = Path(tempfile.mkdtemp(prefix="longlora-app-"))  # which only this user may read
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     return app.launch(
         css=CSS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import sys
 import time
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.host not in LOCAL and auth is None:
         print(f"warning: --open: whoever reaches {args.host}:{args.port} can use the model.", file=sys.stderr)
     print(f"{url}{login}. Ctrl-C ends it.", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends a service ends it as Ctrl-C does
     try:
         while True:
             time.sleep(3600)

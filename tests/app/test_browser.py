@@ -3,6 +3,7 @@
 The answers on the page are compared with those of plain `generate`, by their letters, because the page shows Markdown.
 """
 
+import os
 import re
 import shutil
 import socket
@@ -343,9 +344,10 @@ def test_nothing_is_kept_or_fetched_elsewhere(driver, url, files, page_of_server
     page.wait_until(lambda: not page_of_server.readers, "no reader is left")
 
 
-def serve(port: int) -> subprocess.Popen:
+def serve(port: int, folder: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "peft_longlora", "app", "--model", str(EMBEDDED), "--device", "cpu"]
-    process = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    quiet = dict(stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(folder)})
+    process = subprocess.Popen([*command, "--port", str(port)], **quiet)
     for _ in range(600):
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/").close()
@@ -355,10 +357,10 @@ def serve(port: int) -> subprocess.Popen:
     raise AssertionError("the server does not start")
 
 
-def test_after_a_restart_the_page_shows_no_document_that_the_server_does_not_have(driver, files):
+def test_after_a_restart_the_page_shows_no_document_that_the_server_does_not_have(driver, files, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    server = serve(port)
+    server = serve(port, tmp_path)
     try:
         page = Page(driver, f"http://127.0.0.1:{port}/")
         page.drop(files["parsing.txt"], "of 512 tokens")
@@ -366,11 +368,12 @@ def test_after_a_restart_the_page_shows_no_document_that_the_server_does_not_hav
         page.wait_for_passages()
         server.terminate()
         server.wait(30)
-        server = serve(port)
+        server = serve(port, tmp_path)
         page.wait_until(lambda: "parsing.txt" not in page.text("body"), "an empty page")
         assert page.asked == [] and "document" in page.text("#usage")
         page.ask(QUESTION)
         page.wait_until(lambda: "There is no document here" in page.text("#usage"), "a warning")
     finally:
         server.terminate()
-        server.wait(30)
+        assert server.wait(30) == 130
+    assert list(tmp_path.glob("longlora-app-*")) == []

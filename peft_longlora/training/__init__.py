@@ -1,7 +1,8 @@
 """A run without code: a recipe names model, data, adapter and trainer, and `train` does the rest; `longlora train`.
 
 Read `recipe` (which keys there are, and how they are checked), `run` (what happens in which order), then what it calls:
-`model`, `meter` (the log), `stopping` (Ctrl-C), `checkpoints` (going on), `finish` (evaluation, card, push).
+`arguments`, `model`, `meter` (the log), `stopping` (Ctrl-C), `checkpoints` (going on), `finish` (evaluation, card,
+push).
 """
 
 from peft_longlora.training.checkpoints import last_checkpoint

@@ -5,7 +5,6 @@ recipe -> arguments -> tokenizer -> sketch (model without weights) -> rows -> mo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
-from transformers.integrations import get_reporting_integration_callbacks
 
 from peft_longlora.data.loading import load_rows
 from peft_longlora.eval.corpus import Corpus
 from peft_longlora.hub.loading import is_out_of_memory
 from peft_longlora.hub.trainers import use_longlora_card
-from peft_longlora.memory.fit import SHORTEST, fit_memory
+from peft_longlora.memory.fit import fit_memory
 from peft_longlora.sequence.trainer import SequenceParallelMixin
+from peft_longlora.training.arguments import make_arguments
 from peft_longlora.training.checkpoints import begin_output, open_output
 from peft_longlora.training.finish import finish
 from peft_longlora.training.meter import Meter, MeteredMixin
 from peft_longlora.training.model import Sketch, as_float, load_adapted, load_tokenizer, sketch
-from peft_longlora.training.recipe import TRAINER, Recipe
+from peft_longlora.training.recipe import Recipe
 from peft_longlora.training.stopping import StopCallback
 
 if TYPE_CHECKING:
@@ -139,49 +138,6 @@ def make_plan(recipe: Recipe) -> Plan:
         corpus = Corpus(options.eval_data, *where)
         corpus.summary()  # refuses what cannot be read
     return Plan(recipe, arguments, fits, tokenizer, made, rows, held_out, corpus, last)
-
-
-def make_arguments(recipe: Recipe) -> tuple[SFTConfig, bool]:
-    """TRL's arguments, and whether `fit_memory` chooses what is checkpointed.
-
-    Raises: ValueError: a value is refused, or fit_memory has no GPU.
-    """
-    from trl import SFTConfig
-
-    options, given = recipe.run, dict(recipe.of(TRAINER))
-    has_gpu = torch.cuda.is_available() and not given.get("use_cpu")
-    given.pop("push_to_hub", None)  # finish.py pushes, after the adapter was measured
-    given["max_length"] = given.get("max_length") or recipe.config.context_length
-    if not has_gpu and (given.get("bf16") or given.get("fp16")):
-        raise ValueError("bf16 and fp16 are for GPUs, and there is none here. Leave them out.")
-    given.setdefault("bf16", has_gpu and not given.get("fp16"))
-    given.setdefault("dataloader_pin_memory", has_gpu)
-    if not has_gpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        given["use_cpu"] = True  # otherwise transformers looks for as many GPUs
-    names = ("gradient_checkpointing", "activation_checkpointing")
-    is_chosen = any(name in given for name in names)
-    tokens = given["max_length"] * given["per_device_train_batch_size"]
-    try:
-        arguments = SFTConfig(**given)
-        for callback in get_reporting_integration_callbacks(arguments.report_to):
-            callback()  # refuses a reporter that is not installed
-    except Exception as error:  # transformers and TRL raise errors of many kinds
-        raise ValueError(" ".join(str(error).split())) from error
-    fits = options.fit_memory
-    if arguments.world_size % options.sequence_parallel:
-        raise ValueError(
-            f"sequence_parallel={options.sequence_parallel} does not divide the {arguments.world_size} processes. Use "
-            f"accelerate launch --num_processes {options.sequence_parallel} -m peft_longlora train, or a multiple."
-        )
-    if fits is None:
-        fits = has_gpu and arguments.world_size == 1 and tokens >= 2 * SHORTEST and not is_chosen
-    elif fits and not has_gpu:
-        raise ValueError("fit_memory=True measures on a GPU, and there is none here. Leave it out.")
-    if fits:
-        arguments.gradient_checkpointing = False
-    elif arguments.gradient_checkpointing and not arguments.gradient_checkpointing_kwargs:
-        arguments.gradient_checkpointing_kwargs = {"use_reentrant": False}
-    return arguments, fits
 
 
 def make_trainer(plan: Plan, say: Callable[[str], None]) -> SFTTrainer:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_longlora.cli.main import main
 from peft_longlora.training import Meter, last_checkpoint
+from peft_longlora.training.arguments import CHECKPOINTING, checkpointing
 from peft_longlora.training.meter import bucket_edges
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_base import prose, save_base
@@ -156,6 +157,7 @@ def test_dry_run_loads_no_weights_and_writes_nothing(run, monkeypatch):
         (["--eval-strategy", "steps"], "eval_strategy and eval_on_start need eval_data"),
         (["--bf16"], "bf16 and fp16 are for GPUs"),
         (["--fit-memory"], "fit_memory=True measures on a GPU"),
+        (["--report-to", "tensorboard", "--optim", "adamw"], "optim='adamw' is not one of"),
         (["--sequence-parallel", "2"], "sequence_parallel=2 does not divide the 1 processes"),
         (["--report-to", "nobody"], "nobody is not supported"),
         (["--report-to", "wandb"], "requires wandb to be installed"),
@@ -169,6 +171,27 @@ def test_bad_input_is_one_line_and_code_2_before_the_weights(run, monkeypatch, m
     lines = [line for line in err.splitlines() if line.startswith("longlora train: error: ")]
     assert code == 2 and len(lines) == 1 and re.search(message, lines[0])
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "fits", "expected"),
+    [
+        ({}, False, True),
+        ({}, True, False),
+        ({"gradient_checkpointing": False}, False, False),
+        ({"gradient_checkpointing": True}, False, True),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, False, True),
+    ],
+)
+def test_who_checkpoints(tmp_path, given, fits, expected):
+    """The Trainer, unless fit_memory does. Under either of transformers' names, and without reentrance by default."""
+    from trl import SFTConfig
+
+    made = SFTConfig(tmp_path, use_cpu=True, bf16=False, **{**given, **checkpointing(given, fits)})
+    assert all(getattr(made, name, expected) is expected for name in CHECKPOINTING)
+    if expected:
+        asked = given.get("gradient_checkpointing_kwargs", {"use_reentrant": False})
+        assert made.gradient_checkpointing_kwargs == asked
 
 
 def test_training_data_is_not_held_out_data(run, place):

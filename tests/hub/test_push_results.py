@@ -19,6 +19,7 @@ from peft_longlora.cli.main import main
 from peft_longlora.hub.card import write_card
 from peft_longlora.hub.folder import push_folder
 from peft_longlora.hub.push import push_card
+from peft_longlora.hub.trainers import use_longlora_card
 from tests.helpers.adapters_on_hub import TOKENS, is_ours, new_adapter, run_card
 from tests.helpers.hub_process import Failure
 
@@ -244,7 +245,7 @@ def test_results_of_a_changed_adapter_are_no_longer_its_own(hub, pusher, measure
 # -- from a Trainer ----------------------------------------------------------------------------------------------------
 
 
-def push_trained(repo_id: str, then_train: bool) -> None:
+def push_trained(repo_id: str, then_train: bool = False, with_card: bool = False) -> str:
     """Train, measure what was saved, push; then perhaps train on."""
     from datasets import Dataset
 
@@ -254,6 +255,8 @@ def push_trained(repo_id: str, then_train: bool) -> None:
     args = TrainingArguments(str(folder), hub_model_id=repo_id, save_strategy="no", **settings)
     model = new_adapter()
     trainer = Trainer(model, args, train_dataset=rows)
+    if with_card:  # which replaces the trainer's own way to make a card, as TRL's trainers have it
+        use_longlora_card(trainer, license="mit")
     trainer.train()
     trainer.save_model()
     put_results(folder)
@@ -265,11 +268,13 @@ def push_trained(repo_id: str, then_train: bool) -> None:
 
 
 def test_a_trainer_pushes_results_and_says_if_they_are_old(hub, pusher):
-    folder = Path(pusher(push_trained, "me/trained", False))
+    folder = Path(pusher(push_trained, "me/trained"))
     files = hub.files("me/trained")
     assert SHOWN in files["README.md"].decode() and "other weights" not in files["README.md"].decode()
     assert files["perplexity_documents.png"] == PLOT and "results.json" in files
     check_measured(hub.files("me/trained-model"), folder, "me/trained-model")
-    pusher(push_trained, "me/trained-on", True)
+    folder = Path(pusher(push_trained, "me/trained-with-card", with_card=True))
+    check_measured(hub.files("me/trained-with-card"), folder, "me/trained-with-card")
+    pusher(push_trained, "me/trained-on", then_train=True)
     card = ModelCard(hub.files("me/trained-on")["README.md"].decode())
     assert "results of other weights than those here" in card.text and "model-index" not in card.data.to_dict()

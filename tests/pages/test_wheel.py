@@ -115,5 +115,6 @@ def test_the_sdist_brings_its_own_tests_and_pages(dist, tmp_path):
     found = run(sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", cwd=folder)
     assert sum(map(int, re.findall(r"^tests/\S+: (\d+)$", found, re.MULTILINE))) > 1000
     assert (folder / "examples/assets" / EMBEDDED.name / "model.safetensors").is_file()  # notebooks/ takes it from here
-    for page in (ROOT / "docs").glob("*.md"):
-        assert (folder / "docs" / page.name).read_bytes() == page.read_bytes()
+    for name in ("docs", "examples", "experiments", "recipes", "tests/pages"):
+        here = {path.name for path in (ROOT / name).iterdir() if path.is_file()}
+        assert here == {path.name for path in (folder / name).iterdir() if path.is_file()}, name

@@ -89,7 +89,7 @@ class ModelInputs:
             self.caller, self.position_ids, self.cu_seq_lens = module, position_ids, cu_seq_lens
             self.attention_mask = given("attention_mask")
             self.has_cache = any(kwargs.get(name) is not None for name in CACHE_NAMES)
-            self.notes = {}
+            self.notes = {"has gradients": torch.is_grad_enabled()}
             self.schedule.begin(module.training)
         else:  # another followed module called it, and may not pass on its arguments
             self.position_ids = self.position_ids if position_ids is None else position_ids

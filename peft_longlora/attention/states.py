@@ -23,11 +23,13 @@ from peft_longlora.attention.mask import S2Mask
 if TYPE_CHECKING:
     from peft_longlora.attention.settings import AttentionSettings
 
+# Forwards whose backward may be waiting.
+MOST_FORWARDS = 8
 # What collators tell kernels about the documents of a whole row.
 OF_WHOLE_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens", "seq_idx")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Apart:
     """The documents of a (B, S) batch as rows of their own, in one or more batches of documents of similar length.
 
@@ -82,7 +84,7 @@ class Apart:
             return x
         flat = x.expand(self.batch, *x.shape[1:]).flatten(0, 1)
         flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
-        return flat[tokens]
+        return flat[tokens.to(x.device)]  # layers may be on several devices
 
     def restore(self, outputs: list[Any]) -> Any:
         """What a layer gave for each batch of documents as the output for (B, S) tokens, 0 at padding.
@@ -100,7 +102,7 @@ class Apart:
             )
         flat = torch.cat([x.flatten(0, 1) for x in outputs])
         flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
-        return flat[self.places].unflatten(0, (self.batch, self.length))
+        return flat[self.places.to(flat.device)].unflatten(0, (self.batch, self.length))
 
     def _restore_or_none(self, outputs: list[Any]) -> Any:
         """Further outputs: a state of each document is none of the rows'."""
@@ -117,11 +119,13 @@ class StateLayers:
     Attributes:
         settings: of the model's attention: its inputs, whether they are enabled, and whether a module is sparse.
         running: the layer that is running on documents apart, their plan, and the arguments of the whole row.
+        notes: for each layer, what was noted in the last forwards with gradients (`ModelInputs.notes`), oldest first.
     """
 
     def __init__(self, settings: AttentionSettings):
         self.settings = settings
         self.running: tuple[nn.Module, Apart, tuple[Any, ...], dict[str, Any]] | None = None
+        self.notes: dict[nn.Module, list[dict[Any, Any]]] = {}
         self.handles: list[RemovableHandle] = []
 
     def follow(self, model: nn.Module) -> None:
@@ -134,27 +138,52 @@ class StateLayers:
         """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
-        self.handles, self.running = [], None
+        self.handles, self.running, self.notes = [], None, {}
 
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hook: a layer is called. It gets the first batch of documents."""
-        if self.running is not None or not self.settings.is_enabled:
+        if self.running is not None:
             return None
         given = [*args, *kwargs.values()]
-        has_cache = any(isinstance(x, Cache) for x in given)
-        if has_cache and (self.settings.inputs.has_cache or not self.settings.is_sparse(module.training)):
+        inputs, is_sparse = self.settings.inputs, self.settings.is_sparse(module.training)
+        if any(isinstance(x, Cache) for x in given) and (inputs.has_cache or not is_sparse):
             return None
         if any(isinstance(x, S2Mask) for x in given):  # it computes with the mask of attention
             return None
+        hidden_states = next(x for x in given if isinstance(x, torch.Tensor))
+        notes = self._notes(module, tuple(hidden_states.shape[:2]))
+        if not notes.get("is apart"):
+            return None
         kwargs = {name: x for name, x in kwargs.items() if name not in OF_WHOLE_ROWS}
-        # DeepSpeed ZeRO-3 gathers weights in each run of a layer, so all ranks must run it equally often.
-        is_at_once = any(hasattr(weight, "ds_id") for weight in module.parameters())
-        apart = self._plan(next(x for x in given if isinstance(x, torch.Tensor)), is_at_once)
-        if apart is None:
+        if "apart" not in notes:
+            # DeepSpeed ZeRO-3 gathers weights in each run of a layer, so all ranks must run it equally often.
+            is_at_once = any(hasattr(weight, "ds_id") for weight in module.parameters())
+            notes["apart"] = _plan_of(inputs, *notes["shape"], hidden_states.device, is_at_once)
+        if notes["apart"] is None:
             return args, kwargs
-        self.running = module, apart, args, kwargs
+        self.running = module, notes["apart"], args, kwargs
         return self._arranged(0)
+
+    def _notes(self, module: nn.Module, shape: tuple[int, int]) -> dict[Any, Any]:
+        """What is noted in the forward that a layer runs in; of (rows, tokens), if it is recomputed for a backward.
+
+        Backwards come in the reverse order of their forwards, and forwards without gradients have none. So it is the
+        last forward of this shape that was not recomputed yet. Empty for a layer that is called by hand.
+        """
+        inputs, kept = self.settings.inputs, self.notes.setdefault(module, [])
+        if inputs.caller is None:
+            alike = [place for place, one in enumerate(kept) if one["shape"] == shape]
+            if not alike:
+                return {}
+            # One of several goes; a single one stays for a second backward.
+            return kept.pop(alike[-1]) if len(alike) > 1 else kept[alike[-1]]
+        notes = inputs.notes
+        notes.setdefault("is apart", self.settings.is_enabled)
+        notes.setdefault("shape", shape)
+        if notes.get("has gradients"):
+            self.notes[module] = [*kept[1 - MOST_FORWARDS :], notes]
+        return notes
 
     def _arranged(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         _, apart, args, kwargs = self.running
@@ -176,25 +205,6 @@ class StateLayers:
             return apart.restore(outputs)
         finally:
             self.running = None
-
-    def _plan(self, hidden_states: torch.Tensor, is_at_once: bool) -> Apart | None:
-        """The plan of the model's call, made by the first layer; recomputation uses that of the last call.
-
-        Raises: RuntimeError: what is recomputed does not belong to the last call.
-        """
-        batch, length = hidden_states.shape[:2]
-        inputs, notes = self.settings.inputs, self.settings.inputs.notes
-        if inputs.caller is not None and "apart" not in notes:
-            notes["apart"] = (batch, length), _plan_of(inputs, batch, length, hidden_states.device, is_at_once)
-        if "apart" not in notes:
-            return None
-        shape, apart = notes["apart"]
-        if shape != (batch, length):
-            raise RuntimeError(
-                f"A layer with a state along the sequence got {(batch, length)} (rows, tokens), but the model's last "
-                f"call had {shape}. With gradient checkpointing, do the backward before the next forward."
-            )
-        return apart
 
 
 # Kinds of layers, as configs name them, that attend and so see documents through their mask.

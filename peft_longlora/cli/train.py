@@ -10,7 +10,7 @@ from .arguments import Command
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `longlora train`. All keys of recipes are options too: `Command.takes_more`."""
     parser.allow_abbrev = False
-    parser.usage = "longlora train [RECIPE.yaml] [--key value ...] [--dry-run] | longlora train --keys [WORD]"
+    parser.usage = "longlora train [RECIPE] [--key value ...] [--dry-run] | longlora train --keys [WORD]"
     add = parser.add_argument
     add("--dry-run", action="store_true", help="check everything, say what would be done, and load no weights")
     add("--keys", nargs="?", const="", metavar="WORD", help="list the keys of recipes, or those that hold a word")
@@ -39,8 +39,8 @@ COMMAND = Command(
     add_options,
     run,
     description="Train an adapter as a recipe says: continued pre-training on text, or instruction tuning on records. "
-    "Every key of a recipe is an option too, and wins: --learning-rate 1e-4. If a run was stopped, the same command "
-    "goes on from its last checkpoint.",
+    "RECIPE is a .yaml file, or the name of one that comes with the package. Every key of a recipe is an option too, "
+    "and wins: --learning-rate 1e-4. If a run was stopped, the same command goes on from its last checkpoint.",
     epilog="Example: longlora train recipes/smollm2-135m-32k.yaml --data books/ --output-dir runs/books. On several "
     "GPUs: accelerate launch -m peft_longlora train ... docs/training.md explains the keys.",
     interrupted="Stopped at once. Checkpoints in output_dir are kept; the same command goes on from the last one.",

@@ -127,7 +127,7 @@ def read_recipe(path: str | Path | None, words: list[str] | tuple[str, ...] = ()
     """Read a YAML file and the pairs of the command line, which win.
 
     Args:
-        path: None: only the pairs.
+        path: the file, or the name of one of the package's recipes. None: only the pairs.
         words: such as ["--learning-rate", "1e-4", "--data", "a.txt", "b.txt", "--no-packing"].
 
     Raises:
@@ -171,9 +171,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def own_recipes() -> dict[str, Path]:
+    """The package's recipes by their names: beside the package in a checkout, inside it after an installation."""
+    package = Path(__file__).parents[1]
+    return {path.stem: path for folder in (package.parent, package) for path in (folder / "recipes").glob("*.yaml")}
+
+
 def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such recipe. Give a .yaml file.")
+        path = own_recipes().get(path.stem, path)
+    if not path.is_file():
+        names = ", ".join(sorted(own_recipes()))
+        raise FileNotFoundError(f"{path}: no such recipe. Give a .yaml file, or one of {names}.")
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

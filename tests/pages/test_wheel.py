@@ -82,6 +82,7 @@ def test_the_wheel_holds_the_package_alone(dist, metadata):
     with zipfile.ZipFile(next(dist.glob("*.whl"))) as file:
         names = file.namelist()
     with_code = {"py.typed", "hub/templates/adapter_card.md", "app/page.css"}
+    assert {f"peft_longlora/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")} < set(names)
     assert {"longlora_command.py", *(f"peft_longlora/{name}" for name in with_code)} <= set(names)
     assert {name.partition("/")[0] for name in names} == {
         "longlora_command.py", "peft_longlora", f"peft_longlora-{__version__}.dist-info",

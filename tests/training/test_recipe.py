@@ -87,8 +87,15 @@ def test_files_refused(tmp_path, text, message):
         read_recipe(write(tmp_path, text))
 
 
+def test_a_recipe_of_the_package_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("llama-2-7b-32k", "recipes/llama-2-7b-32k.yaml"):
+        recipe = read_recipe(name, ["--r", "2"])
+        assert recipe.output_dir == Path("runs/llama-2-7b-32k") and recipe.config.context_length == 32768
+
+
 def test_no_such_file_and_no_key():
-    with pytest.raises(FileNotFoundError, match=r"none\.yaml: no such recipe"):
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml: no such recipe.*llama-2-7b-32k, .*smollm2-135m-32k"):
         read_recipe("none.yaml")
     with pytest.raises(ValueError, match="5: a value without a key"):
         read_recipe(None, ["5"])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from types import CodeType
 from typing import Any
 
 from peft import PeftModel
@@ -26,8 +27,13 @@ def cache_name(model: nn.Module) -> str:
 
     Returns: "cache", or "past_key_values" before transformers 5.24 and in older code on the Hub.
     """
+    return "cache" if takes(model, "cache") else "past_key_values"
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether a model has an argument of this name."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model  # PEFT's forward accepts any name
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return argument in inspect.signature(model.forward).parameters
 
 
 def find_entrances(model: nn.Module) -> list[nn.Module]:
@@ -53,14 +59,29 @@ def follow(
     return handles
 
 
+def text_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a language model by name, without encoders of images and sounds.
+
+    An encoder may stand beside the language model or inside it; it is a model with another class of config.
+    """
+    text = find_text_model(model)
+    config = text.config.get_text_config() if isinstance(getattr(text, "config", None), PreTrainedConfig) else None
+    of_text, inside = set(text.modules()), set()
+    for part in text.modules():
+        if isinstance(part, PreTrainedModel) and not isinstance(
+            part.config.get_text_config(decoder=True), type(config)
+        ):
+            inside.update(part.modules())
+    return {name: module for name, module in model.named_modules() if module in of_text and module not in inside}
+
+
 def find_attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The attention layers of a language model by name: modules with "Attention" in the class name and a layer
-    index."""
-    of_text = set(find_text_model(model).modules())
+    """The attention layers of a language model by name: modules with a layer index that call transformers'
+    attention interface."""
     return {
         name: module
-        for name, module in model.named_modules()
-        if "Attention" in type(module).__name__ and hasattr(module, "layer_idx") and module in of_text
+        for name, module in text_modules(model).items()
+        if hasattr(module, "layer_idx") and _calls_attention(module)
     }
 
 
@@ -93,7 +114,7 @@ def check_architecture(model: PreTrainedModel) -> None:
             f"{kind} ({type(model).__name__}) is not a causal language model: its tokens see later ones, which groups "
             f"cannot express. Use a decoder (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
         )
-    if not model._can_set_attn_implementation() or not layers:
+    if not layers:
         raise NotImplementedError(
             f"{kind} ({type(model).__name__}) does not take its attention from transformers' attention interface, so "
             f"S2-Attn would never run. Use an architecture that does (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
@@ -103,15 +124,26 @@ def check_architecture(model: PreTrainedModel) -> None:
             f"{kind} ({type(model).__name__}) has no rotary position embeddings that could be rescaled, so its window "
             f"cannot be extended. Use a rotary architecture (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
         )
+    asking = [one for module in layers for one in module.modules() if _names_attentions(one)]
+    if asking:
+        raise NotImplementedError(
+            f"{kind} ({type(model).__name__}) chooses keys with a mask of its own, which {type(asking[0]).__name__} "
+            f"makes only for attentions of certain names, so under S2-Attn it would be another model. Use an "
+            f"architecture that leaves the mask to its attention (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
+        )
 
 
 def find_rotary_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that hold inverse frequencies and can compute them from a config."""
+    """The modules that hold inverse frequencies and can compute them from the language model's config."""
+    text = find_text_model(model)
+    kind = (
+        type(text.config.get_text_config()) if isinstance(getattr(text, "config", None), PreTrainedConfig) else object
+    )
     return [
         module
-        for module in find_text_model(model).modules()
+        for module in text_modules(model).values()
         if "RotaryEmbedding" in type(module).__name__
-        and hasattr(module, "config")
+        and isinstance(getattr(module, "config", None), kind)
         and any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
     ]
 
@@ -131,11 +163,11 @@ def find_state_layers(model: nn.Module) -> dict[str, nn.Module]:
     They hold a recurrent state, or the last inputs of a convolution. Such a layer holds a convolution, or takes a
     cache without calling transformers' attention. Blocks that only contain such layers, or attention, are left out.
     """
-    of_text, layers = set(find_text_model(model).modules()), {}
-    for name, module in model.named_modules():
+    layers = {}
+    for name, module in text_modules(model).items():
         convolves = any(isinstance(one, nn.Conv1d) for one in module.children())
         holds = _takes_cache(module) and not any(_takes_cache(one) for one in module.modules() if one is not module)
-        if module in of_text and (convolves or holds) and not _calls_attention(module):
+        if (convolves or holds) and not isinstance(module, PreTrainedModel) and not _calls_attention(module):
             layers[name] = module
     return layers
 
@@ -155,6 +187,40 @@ def _calls_attention(module: nn.Module) -> bool:
 
 @cache
 def _calls_the_attention(kind: type[nn.Module]) -> bool:
-    """Whether a class calls transformers' attention interface; its source says so, as transformers itself reads it."""
-    own = [one for one in kind.__mro__ if issubclass(one, nn.Module) and one is not nn.Module]
-    return any("ALL_ATTENTION_FUNCTIONS" in inspect.getsource(one) for one in own)
+    """Whether a class calls transformers' attention interface."""
+    return any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in _codes(kind))
+
+
+def counts_tokens(module: nn.Module) -> bool:
+    """Whether a layer counts tokens from the start of its row or cache, and not by the positions it is given."""
+    return _counts_the_tokens(type(module))
+
+
+@cache
+def _counts_the_tokens(kind: type[nn.Module]) -> bool:
+    return any({"arange", "get_seq_length"} <= set(code.co_names) for code in _codes(kind))
+
+
+def _names_attentions(module: nn.Module) -> bool:
+    return _names_the_attentions(type(module))
+
+
+@cache
+def _names_the_attentions(kind: type[nn.Module]) -> bool:
+    """Whether a class does something else for an attention of a certain name."""
+    constants = [constant for code in _codes(kind) for constant in code.co_consts]
+    flat = [one for x in constants for one in (x if isinstance(x, tuple | frozenset) else (x,))]
+    return any(name in ("sdpa", "eager") for name in flat)
+
+
+def _codes(kind: type[nn.Module]) -> Iterator[CodeType]:
+    """The compiled code of a class's methods, inherited ones included; that of torch's own class is left out."""
+    for one in kind.__mro__:
+        if one in (nn.Module, PreTrainedModel) or not issubclass(one, nn.Module):
+            continue
+        for value in vars(one).values():
+            function = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else None
+            waiting = [code] if isinstance(code := getattr(function, "__code__", None), CodeType) else []
+            while waiting:
+                yield (code := waiting.pop())
+                waiting += [inner for inner in code.co_consts if isinstance(inner, CodeType)]

@@ -152,6 +152,11 @@ class EndingLoraModel(LoraModel):
                     f"Adapter {name!r} has layer_replication={config.layer_replication!r}: replicated layers share "
                     f"their weights, so different changes cannot be merged into them. Serve it unmerged."
                 )
+        if shared := merged.shared_layers(self.model):
+            raise ValueError(
+                f"{' and '.join(shared)} share a weight in this model and have changes of their own, which cannot be "
+                f"merged into one. Serve the adapter unmerged."
+            )
 
     def _check_names(self, adapter_names: list[str]) -> None:
         if unknown := [name for name in adapter_names if name not in self.peft_config]:

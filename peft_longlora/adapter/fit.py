@@ -21,6 +21,7 @@ from peft_longlora.adapter.count import without_count
 from peft_longlora.adapter.made_for import check_base
 from peft_longlora.adapter.merged import is_merged
 from peft_longlora.adapter.patterns import check_patterns
+from peft_longlora.attention.configure import check_device
 from peft_longlora.rope import learned
 from peft_longlora.rope import state as rotary
 
@@ -54,6 +55,8 @@ def check_before(
     _check_learned(config, model)
     _warn_of_changes(config)
     _check_loader(config)
+    if not config.inference_mode:
+        check_device(model)
     if config.train_embeddings:
         _check_embeddings(config, model, tied)
     _check_others(config, model, configs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -24,6 +25,29 @@ def layers_of(model: nn.Module) -> list[BaseTunerLayer]:
 def is_merged(model: nn.Module) -> bool:
     """Whether an adapter is merged into the base's weights now."""
     return any(layer.merged for layer in layers_of(model))
+
+
+def shared_layers(model: nn.Module) -> list[str]:
+    """Names of two layers with adapters, or with trained copies, that share one weight of the base; or nothing.
+
+    Embeddings and an output layer that is tied to them have one change, which `tie_if_equal` keeps in both.
+    """
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    owners: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        if any(module is end for end in ends):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            base = module.get_base_layer()
+        elif isinstance(module, ModulesToSaveWrapper):
+            base = module.original_module
+        else:
+            continue
+        for parameter in base.parameters(recurse=False):
+            owner, other = owners.setdefault(id(parameter), (name, base))
+            if other is not base:
+                return [owner, name]
+    return []
 
 
 def set_aside(model: nn.Module, adapter_names: list[str], already: Weights = ()) -> Weights:

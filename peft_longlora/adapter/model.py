@@ -105,12 +105,7 @@ class LongLoraModel(EndingLoraModel):
         fit.check_before(config, model, self.peft_config, tied, is_for_conversion=self._is_converting)
         if config.target_modules is None and not config.target_parameters:
             config.target_modules = set(trainable.find_projections(model))
-        # PEFT renames expert weights only for LORA; here the names mean the same.
-        config.peft_type = PeftType.LORA
-        try:
-            convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))
-        finally:
-            config.peft_type = PeftType.LONGLORA
+        self._rename_experts(config, model)
         names = list(config.modules_to_save or ())
         if config.train_embeddings:
             names += trainable.find_embeddings(model)
@@ -122,6 +117,21 @@ class LongLoraModel(EndingLoraModel):
             names += trainable.find_rotary(model)
         config.modules_to_save = list(dict.fromkeys(names)) or None
         config.resolved_for = model.config.model_type
+
+    @staticmethod
+    def _rename_experts(config: LongLoraConfig, model: nn.Module) -> None:
+        """Rename targets that transformers stores in one parameter of all experts, as PEFT does for LORA only."""
+        own = set()  # attention's, which may have the name of an expert's part
+        if isinstance(config.target_modules, set):
+            own = config.target_modules & set(trainable.find_projections(model))
+            config.target_modules -= own
+        config.peft_type = PeftType.LORA
+        try:
+            convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))
+        finally:
+            config.peft_type = PeftType.LONGLORA
+            if own:
+                config.target_modules |= own
 
     def _check_tied_modules(self, model: nn.Module, peft_config: LongLoraConfig) -> None:
         tied = self._tied_names()
@@ -136,6 +146,13 @@ class LongLoraModel(EndingLoraModel):
         if copies.are_both_of_one_weight(self.model):  # PEFT does not see the tie once both are in its wrappers
             return [name for name, _ in trainable.find_module(self.model, self.model.get_output_embeddings())]
         return self._get_module_names_tied_with_embedding()
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        # PEFT goes by the names that a class may tie, also where this model does not tie them.
+        modules = dict(trainable.named_modules(self.model))
+        shared = [module.weight for _, module in trainable.find_module(self.model, self.model.get_input_embeddings())]
+        named = super()._get_module_names_tied_with_embedding()
+        return [name for name in named if any(modules[name].weight is weight for weight in shared)]
 
     def _prepare_model(self, peft_config: LongLoraConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)

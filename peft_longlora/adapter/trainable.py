@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_longlora.architecture import find_attention_modules, find_rotary_modules, find_text_model
+from peft_longlora.architecture import find_attention_modules, find_rotary_modules, text_modules
 
 
 def find_projections(model: PreTrainedModel) -> list[str]:
@@ -45,7 +45,7 @@ def find_norms(model: PreTrainedModel) -> list[str]:
 
     Returns: suffixes as `find_projections` does, such as ["input_layernorm", "norm", "post_attention_layernorm"].
     """
-    of_text = {module for _, module in named_modules(find_text_model(model))}
+    of_text = set(text_modules(model).values())
     return _select(model, lambda name, module: _is_norm(module) and module in of_text)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -14,11 +15,21 @@ from transformers.utils import logging
 from peft_longlora.architecture import (
     check_architecture,
     find_attention_modules,
+    find_text_model,
     is_local_layer,
 )
 from peft_longlora.attention.effect import RATIO, check_effect
 from peft_longlora.attention.schedule import Schedule, check_dense_every
-from peft_longlora.attention.settings import _SETTINGS, S2_ATTN, AttentionSettings, Mode, _replace_settings, settings_of
+from peft_longlora.attention.settings import (
+    _SETTINGS,
+    S2_ATTN,
+    AttentionSettings,
+    AttentionState,
+    Mode,
+    _replace_settings,
+    settings_of,
+)
+from peft_longlora.attention.trial import try_out
 from peft_longlora.kernels.backends import check_backend
 from peft_longlora.kernels.groups import check_blocks, check_pattern, group_size_of
 from peft_longlora.rope.parameters import window_of
@@ -74,7 +85,7 @@ def configure_attention(
             rotary embeddings. The model is not changed then.
     """
     check_architecture(model)
-    config = model.config.get_text_config()
+    config, text = model.config.get_text_config(), find_text_model(model)
     layers = find_attention_modules(model)
     asked = dict(
         group_size=group_size, group_size_ratio=group_size_ratio, chosen_blocks=chosen_blocks, dense_layers=dense_layers
@@ -103,10 +114,10 @@ def configure_attention(
         if previous != S2_ATTN:
             dense_attention = previous
         else:
-            dense_attention = known.dense_attention if known else model.get_correct_attn_implementation(None)
+            dense_attention = known.dense_attention if known else text.get_correct_attn_implementation(None)
             is_fastest = is_fastest or (known is not None and known.is_fastest)
     else:
-        dense_attention, is_fastest = model.get_correct_attn_implementation(dense_attention), False
+        dense_attention, is_fastest = text.get_correct_attn_implementation(dense_attention), False
     backend = backend or (known.backend if known else None)
     settings = AttentionSettings(
         config,
@@ -130,9 +141,19 @@ def configure_attention(
             f"trained without it, load it with sliding_window=None."
         )
     parts = [name for name in model.config.sub_configs if getattr(model.config, name, None) is config]
-    # Encoders of images and sounds keep their attention.
-    model.set_attn_implementation({"": S2_ATTN, parts[0]: S2_ATTN} if parts else S2_ATTN)
+    before = AttentionState.of(model)
+
+    def put_on(name: str = S2_ATTN) -> None:
+        # Encoders of images and sounds keep their attention.
+        model.set_attn_implementation({"": name, parts[0]: name} if parts else name)
+
+    put_on()
     _replace_settings(model, dict.fromkeys(layers, settings))
+    try:
+        try_out(model, settings, put_back=lambda: put_on(settings.dense_attention), put_on=put_on)
+    except Exception:
+        before.put_on(model)
+        raise
     return settings
 
 
@@ -180,6 +201,20 @@ def _check_backend(config: PreTrainedConfig, backend: str | None) -> None:
         raise NotImplementedError(
             f"This model's attention has softcap={softcap}, which the backend {backend!r} cannot do. Use None, 'flex' "
             f"or a flash_attention backend, or another model."
+        )
+
+
+def check_device(model: PreTrainedModel) -> None:
+    """Refuse to train a model here whose attention no kernel of this machine can train.
+
+    Raises: NotImplementedError.
+    """
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if softcap is not None and next(model.parameters()).device.type == "cpu" and not torch.cuda.is_available():
+        raise NotImplementedError(
+            f"{model.config.model_type}'s attention has a softcap ({softcap}), which no kernel of S2-Attn can train on "
+            f"a CPU. Train it on a GPU; on a CPU, load the trained adapter for inference "
+            f"(PeftModel.from_pretrained(model, folder))."
         )
 
 

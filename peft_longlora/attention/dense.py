@@ -20,12 +20,13 @@ def attend(call: LayerCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(B, S, H, D_v) and the attention weights or None. If the settings say so, the fastest kernel computes it."""
     settings, options, query = call.settings, call.options, call.query
     is_fastest = settings.is_fastest and settings.is_enabled
-    if is_fastest and (cuts := _whole_rows(call)) is not None:
+    positions = call.positions if call.is_sparse or _decides_alone(call) else None
+    if is_fastest and (cuts := _whole_rows(call, positions)) is not None:
         chosen = Options(scaling=options.scaling, dropout=options.dropout, sinks=options.sinks)
-        return attend_in_groups(query, call.key, call.value, cuts, chosen), None
+        return attend_in_groups(query, call.key, call.value, cuts, chosen).contiguous(), None
     name, mask = settings.dense_attention, call.mask
     if isinstance(mask, S2Mask):
-        mask = mask.dense(name, query.device, call.positions, call.is_sparse)
+        mask = mask.dense(name, query.device, positions)
     if "flash" in name:
         return _flash(call, name, mask, **call.more), None
     if name == "eager":
@@ -39,14 +40,24 @@ def attend(call: LayerCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     return function(call.module, query, call.key, call.value, mask, **how, **call.more)
 
 
-def _whole_rows(call: LayerCall) -> Cuts | None:
+def _decides_alone(call: LayerCall) -> bool:
+    """Whether the positions of a call in evaluation say which tokens belong together: no mask and no cache came along.
+
+    transformers' rule is the same, but some models do not hand their positions to the mask.
+    """
+    inputs = call.settings.inputs
+    is_alone = inputs.caller is not None and inputs.attention_mask is None and not inputs.has_cache
+    return is_alone and call.settings.is_enabled and not torch.compiler.is_compiling()
+
+
+def _whole_rows(call: LayerCall, positions: torch.Tensor | None) -> Cuts | None:
     """The cuts of a dense call that kernels can run: whole rows, causal, without a softcap; otherwise None."""
     is_plain = isinstance(call.mask, S2Mask) and not call.cached and call.options.softcap is None
     if not is_plain or not call.is_causal:
         return None
     if call.is_local:
-        return call.local_cuts(None)
-    groups = call.mask.whole_documents()
+        return call.local_cuts(positions)
+    groups = call.mask.whole_documents(positions)
     return None if groups is None else Cuts.of(groups)
 
 

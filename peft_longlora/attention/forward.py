@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from peft_longlora.architecture import is_causal_layer
+from peft_longlora.architecture import counts_tokens, is_causal_layer
 from peft_longlora.attention import dense
 from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.mask import S2Mask
@@ -63,6 +63,8 @@ def s2_attention_forward(
     call = LayerCall(module, settings, query, key, value, attention_mask, options, kwargs)
     if settings.probe is not None:
         settings.probe(call)
+    if counts_tokens(module):
+        _refuse_packed(call)
     is_sparse = _takes_pattern(call)
     if settings.sharing is not None:
         return settings.sharing.attend(call, call.pattern if is_sparse else "full"), None
@@ -70,17 +72,36 @@ def s2_attention_forward(
         own = call.local_cuts(call.positions) if call.is_sparse and call.is_local else None
         if own is None:
             return dense.attend(call)
-        return attend(query, key, value, own, replace(options, backend=windowed(options.backend))), None
+        options = replace(options, backend=windowed(options.backend))
+        return attend(query, key, value, own, options).contiguous(), None  # some models view it in another shape
     if not torch.compiler.is_compiling():
         refuse_unfollowed(settings, call.s2_mask, call.positions)
     pattern = call.pattern
     cuts, order = call.cuts(pattern), call.order
     if order is None:
-        return attend(query, key, value, cuts, options), None
+        return attend(query, key, value, cuts, options).contiguous(), None
     # (B, S) token indices, for (B, H, S, D) and for (B, S, H, D_v)
     query, key, value = (x.gather(2, order[:, None, :, None].expand_as(x)) for x in (query, key, value))
     out = attend(query, key, value, cuts, options)
     return out.gather(1, order.argsort(1)[:, :, None, None].expand_as(out)), None
+
+
+def _refuse_packed(call: LayerCall) -> None:
+    """Refuse several documents in a row for a layer that would count their tokens from the row's start.
+
+    Raises: NotImplementedError.
+    """
+    positions = call.positions if isinstance(call.mask, S2Mask) and call.settings.is_enabled else None
+    # Such a layer scales its queries by the token's place, from this place on (transformers calls it so).
+    begins = getattr(call.module, "floor_scale", 0)
+    if positions is None or call.cached or call.query.shape[2] <= begins or torch.compiler.is_compiling():
+        return
+    documents = {(start // call.mask.length, number) for start, _, number in call.mask.runs(positions) if number}
+    if len(documents) > call.mask.batch:
+        raise NotImplementedError(
+            f"{type(call.module).__name__} counts the tokens of a row by itself, also where a document starts, so "
+            f"packed documents would not be computed as they are alone. Give each a row of its own (packing=False)."
+        )
 
 
 def _takes_pattern(call: LayerCall) -> bool:

@@ -75,20 +75,18 @@ class S2Mask:
         implementation: str,
         device: torch.device,
         position_ids: torch.Tensor | None = None,
-        is_sparse: bool = False,
     ) -> Any:
         """The mask that `implementation` ("sdpa", "flash_attention_2", ...) would have been given.
 
         Args:
             implementation: a transformers attention.
             device: where the layer computes.
-            position_ids: (1 or B, S) as the layer got them.
-            is_sparse: whether the layer's mode asks for S2-Attn. Then positions also keep documents apart in layers
-                with their own window, in which transformers drops them (beside a 2-D mask or a cache).
+            position_ids: (1 or B, S); they keep documents apart where transformers drops them: beside a 2-D mask or a
+                cache, and in models that do not hand their positions to the mask. None: as transformers has it.
         """
-        key = implementation, is_sparse
+        key = implementation, position_ids is not None
         if key not in self._dense:
-            arguments = self._separated(position_ids) if is_sparse else self.arguments
+            arguments = self._separated(position_ids)
             self._dense[key] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**arguments)
         mask = self._dense[key]
         return mask.to(device) if isinstance(mask, torch.Tensor) else mask
@@ -220,14 +218,14 @@ class S2Mask:
             self._made[name] = make()
         return self._made[name]
 
-    def whole_documents(self) -> Groups | None:
-        """The plan of dense attention by the model's own rule; None if a token may see a later one, or if a cache
-        stands in front.
+    def whole_documents(self, position_ids: torch.Tensor | None = None) -> Groups | None:
+        """The plan of dense attention by the model's own rule and by positions (see `dense`); None if a token may see a
+        later one, or if a cache stands in front.
         """
         if not self.is_causal or self.is_local or self.arguments["kv_length"] != self.length:
             return None
         try:
-            return self.groups(2, "full", None) if self.order(None) is None else None
+            return self.groups(2, "full", position_ids) if self.order(position_ids) is None else None
         except NotImplementedError:
             self.is_causal = False
             return None

@@ -124,10 +124,10 @@ class AttentionState:
         """The current attention of `model`."""
         layers = find_attention_modules(model)
         found = {name: getattr(module, _SETTINGS) for name, module in layers.items() if hasattr(module, _SETTINGS)}
-        parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
-        of_parts = {name: part._attn_implementation for name, part in parts.items() if part is not None}
-        name = model.config._attn_implementation
-        return cls({"": name, **of_parts} if of_parts else name, found)
+        parts = {"": model.config, **{name: getattr(model.config, name, None) for name in model.config.sub_configs}}
+        names = {name: getattr(part, "_attn_implementation", None) for name, part in parts.items()}
+        known = {name: each for name, each in names.items() if each is not None}  # some parts are no models
+        return cls(known if len(known) > 1 else model.config._attn_implementation, found)
 
     def put_on(self, model: PreTrainedModel) -> None:
         """Restore this attention on `model`."""
@@ -152,6 +152,8 @@ def _default_attention(module: nn.Module) -> str:
     """The implementation that transformers uses by default: sdpa, or eager if sdpa would be wrong for the model."""
     classes = vars(sys.modules[type(module).__module__]).values()
     models = [c for c in classes if isinstance(c, type) and issubclass(c, PreTrainedModel) and c is not PreTrainedModel]
+    kind = type(getattr(module, "config", None))
+    models = [c for c in models if c.config_class is kind] or models  # of a file's models, those that hold the layer
     return "sdpa" if all(model._supports_sdpa for model in models) else "eager"
 
 

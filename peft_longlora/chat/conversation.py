@@ -99,8 +99,9 @@ class Conversation:
 
     @property
     def usage(self) -> str:
-        """How much of the window is used, such as "5,120 of 8,192 tokens (62.5%)"."""
-        return f"{self.tokens:,} of {self.window:,} tokens ({self.tokens / self.window:.1%})"
+        """How much of the window is used, such as "5,120 of 8,192 tokens (62.5%)", and what was read again of it."""
+        again = f", {self.kv.reread:,} of them read again: this cache cannot go back" if self.kv.reread else ""
+        return f"{self.tokens:,} of {self.window:,} tokens ({self.tokens / self.window:.1%}){again}"
 
     @property
     def choice(self) -> str:

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache
 
-from peft_longlora.architecture import cache_name
+from peft_longlora.architecture import cache_name, takes
 from peft_longlora.hub.generation import cache_bytes
 from peft_longlora.rope.parameters import base_rope
 
+PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 CACHES = ("dense", "quantised", "offloaded")
 # hqq comes first because quanto compiles kernels when it is first used: minutes, and nvcc for those of a GPU.
 QUANTISERS = {"hqq": "hqq", "quanto": "optimum.quanto"}
@@ -45,6 +47,8 @@ class KVCache:
 
     Attributes:
         ids: the tokens whose keys and values are held.
+        reread: how many tokens the last `fill` read again although they were held, because this cache cannot drop those
+            behind them.
         cache: transformers' cache.
         as_argument: the same for `generate(**kv.as_argument)`; call `sync` afterwards.
     """
@@ -66,7 +70,8 @@ class KVCache:
         self.model, self.kind, self.chunk_size = model, kind, chunk_size
         self.backend = check_cache(kind, model.device, backend)
         self.has_states = has_states(model.config.get_text_config())
-        if self.has_states and kind != "dense":
+        self.is_read_anew = is_read_anew(model)
+        if (self.has_states or self.is_read_anew) and kind != "dense":
             raise ValueError(
                 f"cache={kind!r} holds keys and values, and some layers of this model ({model.config.model_type}) hold "
                 f"states instead. Use cache='dense'."
@@ -76,10 +81,13 @@ class KVCache:
     def clear(self) -> None:
         """Forget everything."""
         self.ids: list[int] = []
+        self.reread = 0
         self.cache = self._make()
         self._kept: tuple[list[int], Cache] | None = None
 
-    def _make(self) -> Cache:
+    def _make(self) -> Cache | None:
+        if not takes_dynamic_cache(self.model):
+            return None  # the model makes its own in the first forward
         if self.kind == "quantised":
             config = self.model.config.get_text_config()
             return QuantizedCache(self.backend, config, **quantiser_options(self.backend, config))
@@ -89,7 +97,7 @@ class KVCache:
         return OffloadedCache() if self.kind == "offloaded" else DynamicCache()
 
     @property
-    def as_argument(self) -> dict[str, Cache]:
+    def as_argument(self) -> dict[str, Cache | None]:
         """The cache under the name of the model's argument for it."""
         return {cache_name(self.model): self.cache}
 
@@ -108,22 +116,32 @@ class KVCache:
         chunk_size = self.chunk_size
         if self._frequencies(len(ids)) != self._frequencies(len(self.ids)):
             self.clear()
-        if self._frequencies(len(ids)) or self.has_states:
+        if self._frequencies(len(ids)) or self.has_states or self.is_read_anew:
             chunk_size = len(ids)
-        self._go_back(shared_prefix(self.ids, ids))
+        held = shared_prefix(self.ids, ids)
+        if self.is_read_anew and self.ids != ids:
+            self.clear()
+        self._go_back(min(held, len(self.ids)))
+        self.reread = held - len(self.ids)
         self.append(ids[len(self.ids) :], chunk_size, on_progress)
 
     @torch.no_grad()
     def append(self, ids: list[int], chunk_size: int, on_progress: Callable[[int, int], Any] | None = None) -> None:
         """Forward tokens behind the held ones; see `fill`."""
         total = len(self.ids) + len(ids)
-        if self.has_states and self.ids:
+        if (self.has_states or self.is_read_anew) and self.ids:
             chunk_size = 1  # behind a state, transformers' layers take one token at a time
         while len(self.ids) < total:
             chunk, ids = ids[:chunk_size], ids[chunk_size:]
             inputs = torch.tensor([chunk], device=self.model.device)
+            more: dict[str, Any] = {}
+            if self.has_states and takes(self.model, "position_ids"):  # some count only what their first layer holds
+                more["position_ids"] = torch.arange(len(self.ids), len(self.ids) + len(chunk), device=inputs.device)[
+                    None
+                ]
             try:
-                self.model(input_ids=inputs, **self.as_argument, use_cache=True, logits_to_keep=1)
+                out = self.model(input_ids=inputs, **self.as_argument, **more, use_cache=True, logits_to_keep=1)
+                self.cache = getattr(out, cache_name(self.model)) if self.cache is None else self.cache
             except BaseException:
                 self.clear()  # some layers may hold the chunk already, and others not
                 raise
@@ -142,7 +160,8 @@ class KVCache:
 
     def sync(self, ids: list[int]) -> None:
         """Record what `generate` left in the cache: a prefix of `ids`, which are the prompt and the answer."""
-        self.ids = ids[:-1] if self.has_states else ids[: self.cache.get_seq_length()]
+        is_counted = not (self.has_states or self.is_read_anew)
+        self.ids = ids[: self.cache.get_seq_length()] if is_counted else ids[:-1]
 
     def nbytes(self) -> int:
         """Bytes of the held keys and values, on any device; a kept copy is not counted."""
@@ -176,14 +195,30 @@ class KVCache:
         return {"longrope": 1, "dynamic": length}.get(rope.get("rope_type"), 0)
 
 
+def takes_dynamic_cache(model: PreTrainedModel) -> bool:
+    """Whether a model computes with transformers' `DynamicCache`, and not only with a class of its own."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    return getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+
+
+def is_read_anew(model: PreTrainedModel) -> bool:
+    """Whether a row must be read at once: the cache is the model's own, or has layers that are neither keys and values
+    of all tokens or of a window, nor states."""
+    others = _other_layers(model.config.get_text_config())
+    return not takes_dynamic_cache(model) or not all(hasattr(layer, "conv_states") for layer in others)
+
+
+def _other_layers(config: PreTrainedConfig) -> list[Any]:
+    """The layers of a model's cache that hold something else than keys and values."""
+    try:
+        return [layer for layer in DynamicCache(config=config).layers if type(layer).__name__ not in PLAIN_LAYERS]
+    except (AttributeError, KeyError, TypeError, ValueError):  # a config that says nothing about caches
+        return []
+
+
 def has_states(config: PreTrainedConfig) -> bool:
     """Whether some layers hold a state, such as that of a linear attention, which cannot go back to a shorter row."""
-    try:
-        layers = DynamicCache(config=config).layers
-    except (AttributeError, KeyError, TypeError, ValueError):  # a config that says nothing about caches
-        return False
-    plain = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
-    return any(type(layer).__name__ not in plain for layer in layers)
+    return bool(_other_layers(config))
 
 
 def check_cache(kind: str, device: torch.device | str, backend: str | None = None) -> str | None:

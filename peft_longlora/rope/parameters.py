@@ -18,6 +18,23 @@ def base_rope(config: PreTrainedConfig) -> dict[str, Any]:
     return parameters["full_attention"] if is_nested(parameters) else parameters
 
 
+def check_form(config: PreTrainedConfig) -> None:
+    """Refuse a config whose RoPE cannot be rescaled because it is not stated as transformers states it.
+
+    Raises: NotImplementedError.
+    """
+    parameters = getattr(config, "rope_parameters", None)
+    is_dict = isinstance(parameters, dict) and bool(parameters)
+    is_dict = is_dict and (not is_nested(parameters) or isinstance(parameters.get("full_attention"), dict))
+    if not is_dict or not isinstance(getattr(config, "max_position_embeddings", None), int):
+        kinds = f" for {sorted(parameters)}" if isinstance(parameters, dict) else ""
+        raise NotImplementedError(
+            f"{config.model_type} states its RoPE in a form of its own (rope_parameters{kinds or f'={parameters!r}'}), "
+            f"not for full_attention or for all layers, so it is unclear what to rescale. Use an architecture with "
+            f"plain rope_parameters (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
+        )
+
+
 def window_of(config: PreTrainedConfig) -> int:
     """The context window in tokens that a config gives, its RoPE scaling included.
 

@@ -10,12 +10,14 @@ import copy
 import operator
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_longlora.architecture import find_rotary_modules
 from peft_longlora.rope.parameters import (
     base_rope,
+    check_form,
     check_rope,
     completed,
     is_nested,
@@ -69,6 +71,7 @@ def scale_rope(
         raise NotImplementedError(
             f"{type(model).__name__} has no rotary position embeddings that could be rescaled. Use a rotary model."
         )
+    check_form(config)
     if hasattr(model, STATES):
         raise ValueError("RoPE of this model is rescaled already. Call restore_rope(model) first.")
     if rope_parameters is None and (context_length is None or context_length <= window_of(config)):
@@ -193,6 +196,7 @@ def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
     """Write the config, and give every rotary module the buffers that a newly made one would have."""
     config = model.config.get_text_config()
     parameters = copy.deepcopy(config.rope_parameters)
+    is_valid = _is_valid(model)
     if not is_nested(parameters):
         if is_nested(new):
             raise ValueError(
@@ -221,8 +225,10 @@ def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
     try:
         config.standardize_rope_params()
         config.validate_rope()
+        if is_valid:  # rules of the architecture, without which the saved config could not be read
+            _validate(model)
         donors = [fresh(module, config) for module in find_rotary_modules(model)]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
         raise ValueError(
             f"rope_parameters={new} cannot be used for {config.model_type}: {error}. Give rope_parameters that this "
             f"architecture accepts, or use rope_type='ntk', which needs no scaled type."
@@ -238,3 +244,17 @@ def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
                     f"rope_parameters={new}, the model has {tuple(old_buffer.shape)}. Use rope_type='ntk'."
                 )
         transplant(module, buffers, attributes_of(donor))
+
+
+def _validate(model: PreTrainedModel) -> None:
+    """Check a model's config by its own rules, as it is checked when it is read from a file."""
+    for config in (model.config.get_text_config(), model.config):
+        config.validate()
+
+
+def _is_valid(model: PreTrainedModel) -> bool:
+    try:
+        _validate(model)
+    except StrictDataclassError:
+        return False
+    return True

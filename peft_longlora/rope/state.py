@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_longlora.architecture import find_rotary_modules
-from peft_longlora.rope.parameters import window_of
+from peft_longlora.rope.parameters import check_form, window_of
 
 STATES = "longlora_rope"
 OWNER = "longlora_adapters"  # adapters put it on a model whose RoPE they switch
@@ -39,6 +39,7 @@ class RopeState:
     def of(cls, model: PreTrainedModel) -> RopeState:
         """The RoPE that `model` has now."""
         config = model.config.get_text_config()
+        check_form(config)
         modules = [(m, dict(m.named_buffers(recurse=False)), attributes_of(m)) for m in find_rotary_modules(model)]
         return cls(
             copy.deepcopy(config.rope_parameters),

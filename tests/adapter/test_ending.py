@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, convert_to_lora
+from peft import PeftModel, convert_to_lora, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_longlora import LongLoraConfig, export_lora
 from peft_longlora.adapter import probe
+from tests.helpers.every_config import tiny_model
 from tests.helpers.tiny import EXPERTS, assert_same, extend, make, snapshot, train
 
 ROWS = torch.arange(3, 99)[None] % 97
@@ -192,3 +193,13 @@ def test_experts_are_exported_and_folded(trained, tmp_path):
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora")
     assert torch.allclose(logits(loaded), wanted, atol=1e-4)
     assert torch.allclose(logits(model.merge_and_unload()), wanted, atol=1e-3)
+
+
+def test_layers_that_share_a_weight_are_not_merged():
+    """Zamba2's attention layers share their weights, and each gets a LoRA of its own."""
+    model = get_peft_model(tiny_model("zamba2"), LongLoraConfig(r=2, context_length=128))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"layers\.1\..* and .*layers\.3\..* share a weight.*Serve the adapter"):
+            merge()
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

@@ -107,9 +107,7 @@ def test_the_fastest_kernel_evaluates_as_stock_sdpa_does(name, row, kernel_calls
     with torch.no_grad():
         mine, stock = model(**inputs).logits, build(name).eval()(**inputs).logits
     torch.testing.assert_close(mine[segment_ids > 0], stock[segment_ids > 0], rtol=2e-5, atol=2e-5)
-    # In a packed row a layer with a window of its own stays with transformers' rule, which knows the documents.
-    layers = {"gemma3_text": 1, "mistral": 0}.get(name, 2) if row == "packed" else 2
-    assert kernel_calls == [LENGTH] * layers
+    assert kernel_calls == [LENGTH] * 2
 
 
 class Int8Layer(QuantizedLayer):

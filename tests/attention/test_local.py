@@ -75,8 +75,9 @@ def test_a_step_is_that_of_the_definition(name, rows, monkeypatch):
         documents = torch.cat([torch.zeros(1, 3, dtype=torch.long), DOCUMENTS], dim=1)
         call = {name: torch.nn.functional.pad(x, (3, 0)) for name, x in PACKED.items()}
         call["attention_mask"] = (documents > 0).long()
+    model = make(name)
     monkeypatch.setattr(dense, "attend", lambda call: pytest.fail("dense attention with a mask"))
-    found = gradients(make(name), call, documents > 0)
+    found = gradients(model, call, documents > 0)
     truth.segment_ids = documents
     wanted = gradients(make(name, "truth_of_local"), call, documents > 0)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-4)

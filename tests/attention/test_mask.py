@@ -197,18 +197,16 @@ def test_prefix_and_bidirectional_masks_are_refused():
             mask.groups(4, "s2")
 
 
-def test_a_bidirectional_model_is_refused_while_sparse_and_trains_as_the_message_says():
+def test_a_bidirectional_model_is_refused_and_stays_as_it_was():
     config = config_of("sdpa")
     config.is_causal = False
     model = LlamaForCausalLM(config).train()
     tokens = torch.arange(1, 10)[None]
     stock = model(tokens).logits
-    configure(model)
-    for kwargs in ({}, dict(attention_mask=torch.tensor([[0] * 2 + [1] * 7]))):
-        with pytest.raises(NotImplementedError, match="see later ones"):
-            model(tokens, **kwargs)
-    with use_attention(model, "dense"):
-        assert torch.equal(model(tokens).logits, stock)
+    with pytest.raises(NotImplementedError, match="lets tokens see later ones"):
+        configure(model)
+    assert model.training and model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(tokens).logits, stock)
 
 
 def test_is_causal_false_for_one_forward_is_refused_while_sparse():

@@ -49,6 +49,42 @@ def test_answers_are_those_of_generate_without_our_cache(tmp_path, name):
     assert start < len(row)
 
 
+@pytest.mark.parametrize("name", ["llama", "lfm2"])
+def test_a_cache_that_cannot_go_back_reads_again_and_says_so(tmp_path, name):
+    model = a_model(name, adapter=False, max_position_embeddings=4096, **MODELS.get(name, {}))
+    conversation = Conversation(a_reader(model=model, chat=True), a_document(tmp_path), max_new_tokens=4)
+    kv, ids, again = conversation.kv, list(range(3, 43)), name == "lfm2"
+    for kept, row, reread in ((0, ids[:25] + [5] * 3, 25), (20, ids[:25] + [6] * 3, 5), (0, ids, 0)):
+        kv.clear()
+        if kept:
+            kv.fill(ids[:kept])
+            kv.keep()
+        kv.fill(ids[:30])
+        assert kv.reread == 0
+        kv.fill(row)
+        assert kv.ids == row and kv.reread == again * reread * (row != ids)
+        assert (f"{reread} of them read again: this cache cannot go back" in conversation.usage) == bool(kv.reread)
+        with torch.no_grad():
+            cached = model(torch.tensor([[7]]), **kv.as_argument, use_cache=True).logits
+            whole = model(torch.tensor([[*row, 7]]), use_cache=False).logits[:, -1:]
+        torch.testing.assert_close(cached, whole, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_with_a_cache_of_its_own_reads_each_row_at_once(tmp_path):
+    """MiniMax takes no cache but its own, which it makes itself and which goes back nowhere."""
+    more = dict(layer_types=["full_attention", "linear_attention"], block_size=1024, num_local_experts=2)
+    model = a_model("minimax", adapter=False, max_position_embeddings=4096, **more)
+    conversation = Conversation(a_reader(model=model, chat=True), a_document(tmp_path), max_new_tokens=6)
+    for question in ("Where is the key?", "Why?"):
+        list(conversation.ask(question))
+        inputs = torch.tensor([conversation._prompt])
+        want = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=decoding(6))
+        assert conversation._row == want[0].tolist()
+        assert "of them read again: this cache cannot go back" in conversation.usage
+    with pytest.raises(ValueError, match="cache='quantised' holds keys and values"):
+        KVCache(model, "quantised", backend="hqq")
+
+
 def test_other_kinds_of_cache_are_refused():
     model = a_model("lfm2", adapter=False, **MODELS["lfm2"])
     with pytest.raises(ValueError, match=r"cache='quantised' holds keys and values, and some layers of .*lfm2"):

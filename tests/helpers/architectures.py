@@ -1,7 +1,5 @@
-"""What the package does with each architecture of transformers: the cases, the examination and the table it makes.
-
-`python -m tests.helpers.architectures` examines all cases and writes docs/architectures.md. test_architectures.py runs
-the same examination and compares the file with what it finds.
+"""Architectures in unusual shapes: the cases and their examination. (every_check.py examines every model type, in one
+shape each.)
 
 The truth of a supported architecture needs no file of this package but reference.py: the adapter is trained, merged and
 saved, the folder is loaded by plain transformers with `truth_attention` as its attention, and must compute the same.
@@ -11,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -28,7 +25,6 @@ from transformers.masking_utils import sdpa_mask
 from peft_longlora import LongLoraConfig
 from peft_longlora.reference import s2_attention_reference
 
-TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 WINDOW, CONTEXT, GROUP = 64, 128, 16  # tokens
 
 
@@ -37,9 +33,9 @@ class Case:
     """One tiny model.
 
     Attributes:
-        name: row of the table; also the model_type unless that is given.
+        name: of the case; also the model_type unless that is given.
         config: what differs from `tiny`.
-        odd: what is unusual about it, for the table.
+        odd: what is unusual about it.
         local: indices of layers that have a window of their own.
         refused: a part of the message, where the architecture is refused.
         warns: a part of the warning, where S2-Attn changes nothing.
@@ -212,12 +208,21 @@ def logits(model, inputs, *, training=False) -> torch.Tensor:
         return model(**inputs, use_cache=False).logits
 
 
-def distance(model, other, *, training) -> float:
-    """Largest difference between the logits of two models, as a share of their size, over all that is no padding."""
+def distance(model, other, *, training, apart=False) -> float:
+    """Largest difference between the logits of two models, as a share of their size, over all that is no padding.
+
+    Args:
+        apart: whether `other` gets packed documents one by one, because plain transformers may let them see each other.
+    """
     worst = 0.0
     for inputs, segment_ids in batches().values():
         Truth.segment_ids = segment_ids
-        a, b = logits(model, inputs, training=training), logits(other, inputs)
+        a = logits(model, inputs, training=training)
+        if apart and "position_ids" in inputs:
+            documents = inputs["input_ids"].split(segment_ids.unique_consecutive(return_counts=True)[1].tolist(), 1)
+            b = torch.cat([logits(other, dict(input_ids=one)) for one in documents], 1)
+        else:
+            b = logits(other, inputs)
         real = segment_ids > 0
         worst = max(worst, ((a - b)[real].abs().max() / b[real].std()).item())
     return worst
@@ -280,48 +285,8 @@ def examine(case: Case) -> dict[str, object]:
         )
     Truth.local = case.local
     found["sparse_error"] = distance(model, truth, training=True)
-    found["dense_error"] = distance(model, merged, training=False)
+    found["dense_error"] = distance(model, merged, training=False, apart=True)
     found["sparse_effect"] = distance(merged, truth, training=False)
     found["tied"] = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
     found["was_tied"] = base.config.get_text_config().tie_word_embeddings
     return found
-
-
-def row(case: Case, found: dict[str, object]) -> str:
-    """The line of the table that a finding makes."""
-    if "refused" in found:
-        result = "refused on a CPU: " if "late" in found else "refused: "
-        result += found["refused"].split(". ")[0].rstrip(".")
-    elif case.warns:
-        result = "supported, with a warning: S2-Attn changes nothing"
-    else:
-        result = "supported"
-    if case.settings:
-        result += " (" + ", ".join(f"`{name}={value!r}`" for name, value in case.settings.items()) + ")"
-    return f"| {case.name} | {case.odd} | {result} |"
-
-
-HEADER = """# Architectures
-
-`python -m tests.helpers.architectures` makes this table, and the tests compare it with what they find. Each model is
-tiny and has random weights, in float32 on a CPU. "Supported" means that three things hold. The model trains: LoRA,
-embeddings and norms get gradients. Its logits in training mode equal those of plain transformers with the dense-mask
-definition of S2-Attn as attention. It can be saved, loaded, switched off and merged, and plain transformers reads the
-merged folder with equal logits and ties.
-
-| architecture | what is unusual | result |
-|---|---|---|
-"""
-
-
-def main() -> None:
-    rows = []
-    for case in CASES:
-        rows.append(row(case, examine(case)))
-        print(rows[-1], flush=True)
-    TABLE.write_text(HEADER + "\n".join(rows) + "\n")
-    print(f"wrote {TABLE}")
-
-
-if __name__ == "__main__":
-    main()

@@ -129,20 +129,6 @@ def test_every_example_is_listed():
         assert f"`{path.name}`" in listed, path.name
 
 
-def test_architecture_table_says_what_the_test_found():
-    """docs/architectures.md is made from running models; each of its rows stands in the right row here."""
-    found = re.findall(
-        r"^\| (\w+)( \([^)]*\))? \|[^|]*\| (\w+)", (ROOT / "docs/architectures.md").read_text(), re.MULTILINE
-    )
-    rows = [line for line in README.splitlines() if line.startswith("| ") and "`" in line]
-    assert len(found) > 40
-    for name, variant, result in found:
-        if not variant and name != "architecture":
-            assert any(
-                line.startswith(f"| {result}") or f", {result}" in line for line in rows if f"`{name}`" in line
-            ), name
-
-
 @pytest.mark.parametrize("word", ["TODO", "FIXME", "@@"])
 def test_nothing_is_left_open(word):
     assert word not in README

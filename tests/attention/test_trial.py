@@ -1,0 +1,120 @@
+"""Models that nobody has tried are tried when S2-Attn is put on them: a few tokens, twice, once a kind of model."""
+
+import itertools
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from peft_longlora import configure_attention
+from peft_longlora.attention.settings import S2_ATTN
+from tests.helpers.every_config import tiny_config, tiny_model
+
+IDS = torch.arange(3, 43)[None]
+NUMBERS = itertools.count(200)
+
+
+def a_llama():
+    """A model of a config that was not tried before in this process."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=next(NUMBERS), max_position_embeddings=64)).train()
+
+
+def lengths_of(model):
+    """The lengths of the rows of every forward from now on."""
+    found = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: found.append(args[0].shape[1]))
+    return found
+
+
+def refused(model, message):
+    before = model.state_dict()
+    with pytest.raises(NotImplementedError, match=message):
+        configure_attention(model, group_size=8)
+    assert model.training and model.config._attn_implementation == "sdpa"
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_kind_of_model_is_tried_once_on_few_tokens():
+    model = a_llama()
+    rows, generator = lengths_of(model), torch.get_rng_state()
+    configure_attention(model, group_size=8)
+    assert len(rows) == 2 and max(rows) < 32
+    assert model.training and torch.equal(torch.get_rng_state(), generator)
+    again = LlamaForCausalLM(model.config)
+    rows = lengths_of(again)
+    configure_attention(again, group_size=16)
+    assert not rows
+
+
+def test_weights_that_are_not_here_are_not_run():
+    with torch.device("meta"):
+        model = a_llama()
+    rows = lengths_of(model)
+    configure_attention(model, group_size=8)
+    assert not rows and model.config._attn_implementation == S2_ATTN
+
+
+def test_a_model_that_computes_something_else_under_another_name_is_refused():
+    model = a_llama()
+
+    def change(module, args, out):
+        if model.config._attn_implementation == S2_ATTN:
+            out.logits = out.logits + 1
+
+    model.register_forward_hook(change)
+    refused(model, "computes something else if its attention has another name")
+
+
+def test_a_model_that_lets_tokens_see_later_ones_is_refused():
+    model = a_llama()
+    model.model.norm.register_forward_hook(lambda module, args, out: out + out.mean(1, keepdim=True))
+    refused(model, "lets tokens see later ones")
+
+
+def test_a_model_that_needs_more_than_tokens_is_refused_with_its_error():
+    model = a_llama()
+
+    def need(module, args, kwargs):
+        if "pixel_values" not in kwargs:
+            raise ValueError("You have to specify pixel_values.")
+
+    model.register_forward_pre_hook(need, with_kwargs=True)
+    refused(model, r"cannot be run on token ids alone.*ValueError: You have to specify pixel_values\.")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("doge", r"doge.*does not run with S2-Attn's mask in place of its own: AttributeError.*'dtype'"),
+        ("deepseek_v32", r"chooses keys with a mask of its own, which DeepseekV32Attention makes only for"),
+    ],
+)
+def test_a_model_with_a_mask_of_its_own_is_refused(name, message):
+    refused(tiny_model(name).train(), message)
+
+
+def test_a_model_without_attention_layers_on_text_is_refused():
+    """Tokens of a model whose layers are skipped reach no attention."""
+    model = a_llama()
+    model.model.layers = torch.nn.ModuleList(_Skipped(layer) for layer in model.model.layers)
+    refused(model, "calls none of its attention layers")
+
+
+class _Skipped(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.attention_type = layer, getattr(layer, "attention_type", "full_attention")
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+def test_a_trial_of_one_config_says_nothing_of_another():
+    config = tiny_config("llama")
+    configure_attention(AutoModelForCausalLM.from_config(config), group_size=8)
+    config.sliding_window, config.num_hidden_layers = None, 1
+    other = AutoModelForCausalLM.from_config(config)
+    rows = lengths_of(other)
+    configure_attention(other, group_size=8)
+    assert len(rows) == 2

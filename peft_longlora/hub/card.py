@@ -24,7 +24,7 @@ from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import hub_id
 from peft_longlora.hub.beside import carry_results, is_of_other_weights
 from peft_longlora.hub.markdown import cell, code, literal
-from peft_longlora.hub.readme import README, check_metadata, is_free, read_readme, with_our_part, write_readme
+from peft_longlora.hub.readme import README, check_metadata, is_free, read_readme, tags_of, with_our_part, write_readme
 from peft_longlora.hub.results import Row, copy_results, read_results
 
 TEMPLATE = Path(__file__).parent / "templates" / "adapter_card.md"
@@ -161,7 +161,7 @@ def make_card(
     options = CardOptions.of(config)
     base = hub_id(config.base_model_name_or_path)
     name = Path(adapter).name or "adapter"
-    tags = {tag for tag in as_list(kept.get("tags")) or () if not tag.startswith("base_model:adapter:")}
+    tags = {tag for tag in tags_of(old) if not tag.startswith("base_model:adapter:")}
     tags |= {"longlora", "lora", "peft", "transformers", *options.tags, *(config.model_tags or ())}
     data = {
         **kept,

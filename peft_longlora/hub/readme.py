@@ -13,6 +13,7 @@ README = "README.md"
 BEGIN = "<!-- peft-longlora: this part is written anew at every save; what stands outside of it is kept -->"
 END = "<!-- peft-longlora: end -->"
 _OUR_PART = re.compile(rf"^{re.escape(BEGIN)}$.*?^{re.escape(END)}$", re.DOTALL | re.MULTILINE)
+_METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _TRAINERS_DRAFT = "generated automatically according to the information the Trainer had"
 # Lines that libraries write into a README, and that vary.
 _LIBRARY_LINE = re.compile(
@@ -53,6 +54,14 @@ def check_metadata(text: str, place: Path) -> None:
             f"The metadata at the top of {place} cannot be read: {' '.join(str(error).split())}. Correct it, or delete "
             f"the file."
         ) from error
+
+
+def tags_of(text: str) -> list[str]:
+    """The tags in a README's metadata: a list, or one text, which huggingface_hub before 1.34 takes for letters."""
+    block = _METADATA.match(text)
+    content = yaml.safe_load(block[1]) if block else None
+    tags = content.get("tags") if isinstance(content, dict) else None
+    return [tags] if isinstance(tags, str) else list(tags or ())
 
 
 def write_readme(path: Path, text: str) -> None:

@@ -130,7 +130,7 @@ def run_longalpaca(*data):
     path = mock.patch.object(sys, "path", [str(EXAMPLES), *sys.path])  # as `python examples/...` has it
     with argv, path, contextlib.redirect_stdout(io.StringIO()) as printed:
         runpy.run_path(str(script), run_name="__main__")
-    return [line for line in printed.getvalue().splitlines() if "record" in line or "Loss" in line]
+    return [line for line in printed.getvalue().splitlines() if "held out" in line or "Loss" in line]
 
 
 def test_the_longalpaca_example_by_ids_alone(hub, puller, coder, tmp_path):
@@ -139,7 +139,7 @@ def test_the_longalpaca_example_by_ids_alone(hub, puller, coder, tmp_path):
     records.write_text(json.dumps(longalpaca_records()))
     hub.put("Yukang/LongAlpaca-12k", {records.name: records.read_bytes()}, kind="dataset")
     printed = puller(run_longalpaca, "Yukang/LongAlpaca-12k")
-    assert printed[0] == "5 records read, 4 to train on, 1 held out"
+    assert printed[0] == "4 rows to train on, 1 held out"
     assert [line.partition(",")[0] for line in printed[1:]] == [
         "Loss of held-out answers before",
         "Loss of held-out answers after",

@@ -155,7 +155,7 @@ def _write(rows: Iterator[dict[str, list[int]]], path: Path, counts: Counts, max
     import pyarrow
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
+    part = path.with_suffix(f".{os.urandom(8).hex()}.part")  # several machines may share the folder
     writer = None
     try:
         while batch := list(islice(rows, AT_ONCE)):

@@ -116,10 +116,10 @@ def merged_readmes(disk: str, hub: str) -> str:
     """
     try:
         ours, theirs = (ModelCard(text or "---\n{}\n---\n") for text in (disk, hub))
-    except yaml.YAMLError:  # `write_card` says what is wrong with it
+        tags = [*tags_of(hub), *tags_of(disk)]
+    except (ValueError, TypeError, yaml.YAMLError):  # `write_card` says what is wrong with it
         return hub or disk
     data = {**theirs.data.to_dict(), **ours.data.to_dict()}
-    tags = [*(theirs.data.get("tags") or ()), *(ours.data.get("tags") or ())]
     data |= {"tags": list(dict.fromkeys(tags))} if tags else {}
     text = theirs.text if _is_somebodys(theirs.text) or not ours.text.strip() else ours.text
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n{text}"
@@ -129,7 +129,7 @@ def without_results(text: str) -> str:
     """A README without the results in its metadata; one whose metadata cannot be read stays as it is."""
     try:
         card = ModelCard(text)
-    except (ValueError, yaml.YAMLError):  # no metadata at all, or none that can be read
+    except (ValueError, TypeError, yaml.YAMLError):
         return text
     data = {name: value for name, value in card.data.to_dict().items() if name != "model-index"}
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n{card.text}"

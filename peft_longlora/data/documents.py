@@ -60,7 +60,8 @@ def read_records(
 ) -> Iterator[dict[str, str]]:
     """LongAlpaca's records, as {"instruction", "input", "output", "source"}; "input" may be missing or null.
 
-    {"prompt", "completion"} of two strings are read as instruction and output.
+    {"prompt", "completion"} of two strings, and {"messages"} of one question and its answer, are read as instruction
+    and output.
 
     Args:
         sources: as for `read_documents`, without .txt, .md and .pdf.
@@ -73,13 +74,34 @@ def read_records(
         ValueError: a source cannot be read, or a record has no instruction or no output.
     """
     for name, row in rows_of_sources(sources, split, config, None, counts=counts):
-        if isinstance(row, dict) and "instruction" not in row and {"prompt", "completion"} <= row.keys():
-            row = {"instruction": row["prompt"], "output": row["completion"]}
+        row = _as_record(name, row)
         record = {key: _string(name, row, key) for key in ("instruction", "output")}
         if empty := [key for key, text in record.items() if not text.strip()]:
             raise ValueError(f"{name}: {empty[0]!r} is empty. Fill it in, or remove the record.")
         record["input"] = "" if row.get("input") is None else _string(name, row, "input")
         yield {**record, "source": name}
+
+
+def _as_record(name: str, row: Any) -> Any:
+    """The row with LongAlpaca's names, if it has those of TRL.
+
+    Raises: ValueError: a conversation of another form than (system,) user, assistant.
+    """
+    if not isinstance(row, dict) or "instruction" in row:
+        return row
+    if {"prompt", "completion"} <= row.keys():
+        return {"instruction": row["prompt"], "output": row["completion"]}
+    turns = row.get("messages")
+    if not isinstance(turns, list):
+        return row
+    roles = [turn.get("role") if isinstance(turn, dict) else None for turn in turns]
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        raise ValueError(
+            f"{name}: 'messages' has the roles {roles}. One question and its answer are read: (system,) user, "
+            f"assistant. Split the conversation."
+        )
+    texts = [_string(name, turn, "content") for turn in turns]
+    return {"instruction": "\n\n".join(texts[:-1]), "output": texts[-1]}
 
 
 def _string(name: str, row: Any, key: str) -> str:

@@ -191,6 +191,24 @@ def test_bad_records_are_named(tmp_path, change, message):
         list(read_records(write(tmp_path / "a.json", json.dumps([RECORD, bad]))))
 
 
+def test_records_in_trls_forms(tmp_path):
+    turns = [("system", "Be brief."), ("user", "Why?"), ("assistant", "So.")]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    rows = [{"prompt": "Why?", "completion": "So."}, {"messages": chat[1:]}, {"messages": chat}]
+    records = list(read_records(write(tmp_path / "a.jsonl", lines(*rows))))
+    assert [(r["instruction"], r["input"], r["output"]) for r in records] == [
+        ("Why?", "", "So."), ("Why?", "", "So."), ("Be brief.\n\nWhy?", "", "So."),
+    ]  # fmt: skip
+    for bad, message in (
+        (chat[1:] + chat[1:], r"'messages' has the roles \['user', 'assistant', 'user', 'assistant'\]"),
+        (["Why?", "So."], r"'messages' has the roles \[None, None\]"),
+        ([chat[1], {"role": "assistant", "content": None}], "no 'content'"),
+        ("Why?", "no 'instruction'. The fields are"),
+    ):
+        with pytest.raises(ValueError, match=rf"b\.jsonl:1: {message}"):
+            list(read_records(write(tmp_path / "b.jsonl", lines({"messages": bad}))))
+
+
 def test_records_are_no_plain_text(tmp_path):
     with pytest.raises(ValueError, match=r"a\.txt: records come as \.jsonl, \.json or \.parquet"):
         list(read_records(write(tmp_path / "a.txt", "text")))

@@ -6,6 +6,7 @@ The settings of a model's layers (`settings`) hold them; `layer` reads them.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from peft_longlora.architecture import find_entrances, follow
+from peft_longlora.attention.lengths import check_lengths, check_padding
 from peft_longlora.attention.schedule import Schedule
 
 CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
@@ -89,11 +91,26 @@ class ModelInputs:
             self.caller, self.position_ids, self.cu_seq_lens = module, position_ids, cu_seq_lens
             self.attention_mask = given("attention_mask")
             self.has_cache = any(kwargs.get(name) is not None for name in CACHE_NAMES)
+            if not torch.compiler.is_compiling() and not self.has_cache:
+                self._check(module, given, kwargs)
             self.notes = {"has gradients": torch.is_grad_enabled()}
             self.schedule.begin(module.training)
         else:  # another followed module called it, and may not pass on its arguments
             self.position_ids = self.position_ids if position_ids is None else position_ids
             self.cu_seq_lens = self.cu_seq_lens if cu_seq_lens is None else cu_seq_lens
+
+    def _check(self, module: nn.Module, given: Callable[[str], Any], kwargs: dict[str, Any]) -> None:
+        """Refuse what the caller says of its rows if it does not fit them."""
+        tokens = given("input_ids") if given("inputs_embeds") is None else given("inputs_embeds")
+        if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
+            return
+        try:
+            check_lengths(self.cu_seq_lens, kwargs.get("cu_seq_lens_k"), *tokens.shape[:2])
+            if module.training:
+                check_padding(self.attention_mask, *tokens.shape[:2])
+        except ValueError:
+            self.caller = None  # the call ends here, before the hook that would note it
+            raise
 
     def _after(self, module: nn.Module, *_: Any) -> None:
         """Hook: a followed module returns, or fails."""

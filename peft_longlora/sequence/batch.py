@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from peft_longlora.attention.lengths import check_lengths
 from peft_longlora.data.records import IGNORED
 from peft_longlora.kernels.groups import positions_in_documents
 from peft_longlora.sequence.edges import gather
@@ -35,12 +36,13 @@ def shard_batch(batch: dict[str, Any], rank: int, ranks: int, *, pad_token_id: i
 
     Returns: input_ids, attention_mask, position_ids and, if there are labels, labels and shift_labels; (1, S') each.
 
-    Raises: ValueError: a part of the batch does not hold one number for each token.
+    Raises: ValueError: a part of the batch does not hold one number for each token, or cumulative lengths do not fit.
 
     Example: one row of 5 tokens on 2 ranks: tokens 0 to 2, and 3, 4 and one of padding.
     """
     ids = batch["input_ids"]
     rows = {"attention_mask": torch.ones_like(ids), **batch}
+    check_lengths(rows.get("cu_seq_lens_q"), rows.get("cu_seq_lens_k"), *ids.shape)
     if rows.get("cu_seq_lens_q") is not None:
         rows["position_ids"] = positions_in_documents(rows["cu_seq_lens_q"].to(ids.device), *ids.shape)
     for name in _OF_WHOLE_ROWS:

@@ -1,0 +1,86 @@
+"""Checks of what a call says about its rows: the documents' cumulative lengths, and the padding mask's shape.
+
+Called by `inputs` at the start of a call, and by sequence's `batch` before rows are cut.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+_CURE = (
+    "Give one-dimensional integer tensors cu_seq_lens_q and cu_seq_lens_k of equal numbers, as transformers' "
+    "DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes them, or position_ids that restart where a "
+    "document starts."
+)
+
+
+def check_lengths(queries: Any, keys: Any, batch: int, length: int) -> None:
+    """Refuse cumulative lengths that do not say where the documents of a batch are. Nothing is done without any.
+
+    Args:
+        queries, keys: cu_seq_lens_q and cu_seq_lens_k, (documents + 1) integers each, over the B * S flattened tokens;
+            either may be None.
+        batch, length: B and S, tokens.
+
+    Raises: ValueError: not one-dimensional integers; do not begin at 0; fall; do not end at B * S; a document lies in
+        two rows; the two differ, or there are only those of the keys.
+    """
+    if queries is None and keys is None:
+        return
+    is_one, (queries, keys) = keys is queries, (_on_host(queries), _on_host(keys))
+    if queries is None:
+        raise ValueError(f"cu_seq_lens_k={_short(keys)} is given without cu_seq_lens_q. {_CURE}")
+    for name, given in (("cu_seq_lens_q", queries), ("cu_seq_lens_k", keys)):
+        if given is not None and (broken := _broken_rule(given, batch, length)):
+            raise ValueError(f"{name}={_short(given)} {broken}. {_CURE}")
+    if keys is not None and not is_one and keys.tolist() != queries.tolist():
+        raise ValueError(
+            f"cu_seq_lens_q={_short(queries)} and cu_seq_lens_k={_short(keys)} differ: without a cache every document "
+            f"has as many keys as queries. {_CURE}"
+        )
+
+
+def _on_host(given: Any) -> Any:
+    return given.cpu() if isinstance(given, torch.Tensor) else given
+
+
+def _broken_rule(given: Any, batch: int, length: int) -> str | None:
+    if not isinstance(given, torch.Tensor) or given.dim() != 1:
+        return "must be a tensor of one dimension"
+    if given.dtype == torch.bool or given.is_floating_point() or given.is_complex():
+        return f"must hold integers, not {given.dtype}"
+    ends = given.tolist()
+    if not ends or ends[0] != 0:
+        return "must begin at 0"
+    if any(after < before for before, after in pairwise(ends)):
+        return "must not fall: each number is the end of a document"
+    if ends[-1] != batch * length:
+        return f"must end at {batch * length}, the number of tokens in {batch} x {length}"
+    if missing := sorted(set(range(0, batch * length, length or 1)) - set(ends)):
+        return f"must hold {missing[0]}, where a row of {length} tokens begins: a document lies in one row"
+    return None
+
+
+def _short(given: Any) -> str:
+    """A value in a message: at most its first six numbers."""
+    if not isinstance(given, torch.Tensor):
+        return repr(given)[:80]
+    if given.dim() != 1:
+        return f"<{given.dtype} of shape {tuple(given.shape)}>"
+    numbers = given.tolist()
+    return str(numbers) if len(numbers) <= 6 else f"[{', '.join(map(str, numbers[:5]))}, ..., {numbers[-1]}]"
+
+
+def check_padding(mask: Any, batch: int, length: int) -> None:
+    """Refuse a two-dimensional attention_mask that does not hold one number for each token.
+
+    Raises: ValueError.
+    """
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape != (batch, length):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, but the model is given {batch} rows of {length} tokens. "
+            f"Give one number for each token (1 = token, 0 = padding), or leave attention_mask out."
+        )

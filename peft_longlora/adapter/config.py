@@ -11,8 +11,9 @@ from peft import LoraConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from peft_longlora.adapter.consistency import check_filled_in, check_together
+from peft_longlora.adapter.consistency import check_together
 from peft_longlora.adapter.files import AdapterFile, FileMissing, find, read_json
+from peft_longlora.adapter.filled_in import check_filled_in
 from peft_longlora.adapter.rules import FORMAT_VERSION, RULES, plain
 from peft_longlora.attention.effect import RATIO
 from peft_longlora.attention.schedule import check_dense_every
@@ -199,7 +200,7 @@ class LongLoraConfig(LoraConfig):
             )
 
     def refuse_second_use(self) -> None:
-        """Refuse a config that was filled in for one RoPE and then edited.
+        """Refuse a config that was filled in for one RoPE or group size and then edited.
 
         Raises: ValueError.
         """
@@ -232,7 +233,10 @@ class LongLoraConfig(LoraConfig):
 
         In a Trainer's checkpoint (checkpoint-<step>) it also writes the card of the parent folder, which the Trainer
         pushes.
+
+        Raises: ValueError: it was edited since it made the adapter, and could not be read again.
         """
+        self.refuse_second_use()
         super().save_pretrained(save_directory, **kwargs)
         self.on_save(save_directory)
         self.folder = str(save_directory)

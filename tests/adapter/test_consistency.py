@@ -87,6 +87,51 @@ def test_a_config_that_contradicts_what_was_filled_in_is_refused(change, message
         dataclasses.replace(config, **change)
 
 
+CONTRADICTIONS = {
+    "size": (dict(group_size=8), "group_size=8 gives groups of 8 tokens, .* fit applied_group_size=16"),
+    "size in use": (dict(applied_group_size=8), "group_size=16 gives groups of 16 .* fit applied_group_size=8"),
+    "no size": (dict(group_size=None), "group_size_ratio=0.25 of 256 tokens gives groups of 64"),
+    "theta": (dict(rope_theta=5e4), r"\(rope_theta=50000.0 there, and they give 10000.0\)"),
+    "temperature": (dict(attention_factor=3.0), r"\(attention_factor=3.0 there, and they give none\)"),
+    "ramp": (dict(beta_fast=16), r"\(beta_fast=16 there, and they give none\)"),
+    "factor": (dict(factor=9.0), r"\(factor=9.0 there, and they give 4.0\)"),
+    "original": (dict(original_max_position_embeddings=32), r"there, and they give 64\)"),
+}
+
+
+@pytest.fixture(scope="module")
+def made():
+    """A config for each rope_type after it made an adapter."""
+    configs = {}
+    for kind in ("yarn", "ntk", "llama3", "linear", "dynamic"):
+        configs[kind] = LongLoraConfig(r=4, group_size=16, context_length=256, rope_type=kind)
+        get_peft_model(make(), configs[kind])
+    return configs
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_group_size_or_a_rope_edited_beside_the_one_in_use_is_refused_and_not_saved(case, made, tmp_path):
+    change, message = CONTRADICTIONS[case]
+    if "size" not in case:
+        change = dict(applied_rope_parameters={**made["yarn"].applied_rope_parameters, **change})
+    with pytest.raises(ValueError, match=message + ".*Make a new LongLoraConfig, or set applied_.*=None"):
+        dataclasses.replace(made["yarn"], **change)
+    edited = dataclasses.replace(made["yarn"])
+    vars(edited).update(change)
+    with pytest.raises(ValueError, match=message):
+        edited.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert dataclasses.replace(made["yarn"], group_size=8, applied_group_size=None).group_size == 8
+
+
+@pytest.mark.parametrize("kind", ["ntk", "llama3", "linear", "dynamic"])
+def test_every_rope_type_fits_what_it_filled_in_and_no_other_theta(kind, made):
+    applied = made[kind].applied_rope_parameters
+    assert dataclasses.replace(made[kind], r=2).applied_rope_parameters == applied
+    with pytest.raises(ValueError, match="rope_theta"):
+        dataclasses.replace(made[kind], applied_rope_parameters={**applied, "rope_theta": applied["rope_theta"] * 1.1})
+
+
 BASES = {
     "llama": ({}, dict(rope_parameters={"rope_type": "default", "rope_theta": 5e5})),
     "gpt_neox": tuple(

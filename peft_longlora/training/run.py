@@ -5,7 +5,8 @@ recipe -> arguments -> tokenizer -> sketch (model without weights) -> rows -> mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,13 +131,17 @@ def make_plan(recipe: Recipe) -> Plan:
         rows = load_rows(options.data, tokenizer, arguments.max_length, **most, **read)
         is_evaluating = arguments.eval_strategy != "no" or arguments.eval_on_start
         if options.eval_data and (options.kind == "records" or is_evaluating):
-            held_out = load_rows(options.eval_data, tokenizer, arguments.max_length, split=options.eval_split, **read)
+            with _naming_eval_data(options.eval_data):
+                held_out = load_rows(
+                    options.eval_data, tokenizer, arguments.max_length, split=options.eval_split, **read
+                )
     if is_evaluating and held_out is None:
         raise ValueError("eval_strategy and eval_on_start need eval_data: the held-out data. Give it.")
     if options.eval_data and options.kind == "text":
         where = (options.eval_split, options.data_config, options.text_field, options.repositories)
         corpus = Corpus(options.eval_data, *where)
-        corpus.summary()  # refuses what cannot be read
+        with _naming_eval_data(options.eval_data):
+            corpus.summary()  # refuses what cannot be read
     return Plan(recipe, arguments, fits, tokenizer, made, rows, held_out, corpus, last)
 
 
@@ -200,6 +205,19 @@ def _fused_loss(arguments: SFTConfig) -> Callable[[torch.nn.Module, torch.Tensor
             return model(input_ids=ids, labels=ids, use_cache=False, **fused).loss
 
     return loss
+
+
+@contextmanager
+def _naming_eval_data(names: list[str]) -> Iterator[None]:
+    """Errors of reading name the key: a recipe may bring held-out data that its user never named."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"eval_data, {', '.join(names)}, cannot be read: {str(error).rstrip('.')}. It is what the adapter is "
+            f"measured on. Give your own held-out data (--eval-data other-books/), or --eval-data null to measure "
+            f"nothing."
+        ) from error
 
 
 def _place(name: str) -> str:

@@ -162,6 +162,10 @@ def test_dry_run_loads_no_weights_and_writes_nothing(run, monkeypatch):
         (["--report-to", "nobody"], "nobody is not supported"),
         (["--report-to", "wandb"], "requires wandb to be installed"),
         (["--attn-backend", "fast"], "backend='fast' is unknown"),
+        (
+            ["--eval-data", "gone.txt"],
+            "eval_data, gone.txt, cannot be read: .*--eval-data other-books/.*--eval-data null to",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_code_2_before_the_weights(run, monkeypatch, more, message):

@@ -55,6 +55,8 @@ class LongLoraConfig(LoraConfig):
         applied_group_size: Filled in when the adapter is made: the group size in use, for the card.
         base_rope_parameters: Filled in when the adapter is made: the base's own rope_parameters, checked when it is
             loaded.
+        base_layout: Filled in when the adapter is made: the base's model_type, heads, KV heads and numbers in a head,
+            checked when it is loaded.
         vocab_size: Filled in when the adapter is made: rows of the input embeddings, checked when loaded.
         format_version: Filled in: the version of the adapter's format. A version newer than the package's is refused.
 
@@ -141,6 +143,13 @@ class LongLoraConfig(LoraConfig):
         default=None,
         metadata={
             "help": "Filled in when the adapter is made: the base's own rope_parameters, checked when it is loaded."
+        },
+    )
+    base_layout: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Filled in when the adapter is made: the base's model_type, heads, KV heads and numbers in a head, "
+            "checked when it is loaded."
         },
     )
     vocab_size: int | None = field(

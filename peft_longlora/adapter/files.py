@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,11 @@ class AdapterFile:
                 cure = f"Delete {path.resolve()}, or load with force_download=True, and check the file on the Hub."
             raise ValueError(f"{path} ({path.stat().st_size} bytes) is damaged: {error}. {cure}") from error
 
+    def check_numbers(self, names: Iterable[str]) -> None:
+        """Refuse these tensors if they cannot be weights (`check_numbers`). One is read at a time."""
+        with safe_open(self.path, framework="pt") as file:
+            check_numbers(((name, file.get_tensor(name)) for name in names), str(self.path))
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The content of an adapter_config.json.
@@ -138,6 +144,32 @@ def hub_id(name: Any) -> str | None:
     except HFValidationError:
         return None
     return name
+
+
+def check_numbers(state: Iterable[tuple[str, torch.Tensor]], place: str) -> None:
+    """Refuse weights that are whole numbers, or not finite: the model would compute nothing, and say nothing.
+
+    Args:
+        state: names and tensors of an adapter's weights. place: where they come from.
+
+    Raises: ValueError.
+    """
+    for name, tensor in state:
+        # Tensors of other types lie in several processes, and empty or meta ones hold nothing yet.
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta or not tensor.numel():
+            continue
+        wrong = None
+        if not tensor.is_floating_point():
+            wrong = f"holds {tensor.dtype}, and weights are floating-point numbers"
+        else:  # the least and the largest number need no second tensor, and NaN is both
+            ends = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()
+            if not all(end.isfinite() for end in ends.aminmax()):
+                wrong = "holds numbers that are not finite (NaN or infinity)"
+        if wrong:
+            raise ValueError(
+                f"{place}: tensor {name} {wrong}. The file is damaged, or the training that made it diverged. Get it "
+                f"again, or take an earlier checkpoint."
+            )
 
 
 def check_whole(state: dict[str, torch.Tensor], adapter_name: str) -> None:

@@ -243,7 +243,7 @@ def check_after(
         embeddings: the base's own embeddings and output layer. The file may hold them too: PEFT saves them if the
             vocabulary was resized (`save_embedding_layers`), under the names of its wrappers if there are wrappers.
 
-    Raises: ValueError: a tensor is missing from the file, is too many, or has another shape.
+    Raises: ValueError: a tensor is missing from the file, is too many, has another shape, or holds what no weights are.
     """
     if config.file is None:
         return
@@ -268,6 +268,7 @@ def check_after(
             f"{path} holds {len(foreign)} tensors that this model has no place for, the first being {foreign[0]}. The "
             f"adapter belongs to another base (it names {config.base_model_name_or_path})."
         )
+    config.file.check_numbers(found)
 
 
 def embedding_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

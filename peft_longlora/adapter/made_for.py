@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers.utils import logging
 
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.rules import plain
@@ -12,6 +13,9 @@ from peft_longlora.architecture import rows_of
 from peft_longlora.rope import state as rotary
 from peft_longlora.rope.parameters import is_nested
 from peft_longlora.rope.values import SCALING
+
+logger = logging.get_logger(__name__)
+_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def check_base(config: LongLoraConfig, model: nn.Module) -> None:
@@ -25,6 +29,7 @@ def check_base(config: LongLoraConfig, model: nn.Module) -> None:
             f"This LongLoraConfig was filled in for {made_for}: its target_modules and modules_to_save are not those "
             f"of {model.config.model_type}. Make a new LongLoraConfig for each model."
         )
+    _check_layout(config, model)
     base = rotary.rope_of(model, scaled=False)
     rows = rows_of(model.get_input_embeddings())
     if config.vocab_size is not None and config.train_embeddings and rows != config.vocab_size:
@@ -55,6 +60,38 @@ def check_base(config: LongLoraConfig, model: nn.Module) -> None:
             f"The adapter was made for a base with {name}={wanted!r} in its rope_parameters, but this model has "
             f"{found!r}. Load the base that the adapter names ({config.base_model_name_or_path}). For a new adapter "
             f"make a new LongLoraConfig: this one was filled in for another model."
+        )
+
+
+def layout_of(model: nn.Module) -> dict[str, Any]:
+    """What tells two bases apart whose weights have equal names and shapes: model_type and the layout of heads."""
+    config = model.config.get_text_config()
+    found = {name: getattr(config, name, None) for name in _HEADS}
+    if found["head_dim"] is None and isinstance(found["num_attention_heads"], int):
+        found["head_dim"] = config.hidden_size // found["num_attention_heads"]
+    heads = {name: value for name, value in found.items() if isinstance(value, int)}
+    return {"model_type": config.model_type, **heads}
+
+
+def _check_layout(config: LongLoraConfig, model: nn.Module) -> None:
+    """Refuse a base that cuts its projections into other heads; warn of another model_type.
+
+    Types may compute the same (a copy of llama under another name), so only a person knows whether that is right.
+    """
+    wanted, found = config.base_layout or {}, layout_of(model)
+    for name in _HEADS:
+        if name in wanted and name in found and wanted[name] != found[name]:
+            raise ValueError(
+                f"The adapter was made for a base with {name}={wanted[name]!r}, but this model has {found[name]!r}: "
+                f"its heads are others, even where weights have equal shapes. Load the base that the adapter names "
+                f"({config.base_model_name_or_path}). For a new adapter make a new LongLoraConfig: this one was "
+                f"filled in for another model."
+            )
+    if wanted.get("model_type", found["model_type"]) != found["model_type"]:
+        logger.warning(
+            f"The adapter was made for a base of model_type {wanted['model_type']!r}, and this model is "
+            f"{found['model_type']!r}. Equal names and shapes do not make them equal: load the base that the adapter "
+            f"names ({config.base_model_name_or_path}), unless you know that this one computes the same."
         )
 
 

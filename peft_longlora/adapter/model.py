@@ -22,7 +22,8 @@ from torch import nn
 from peft_longlora.adapter import copies, count, fit, lowrank, precision, trainable
 from peft_longlora.adapter.config import LongLoraConfig, refuse_other_tuner
 from peft_longlora.adapter.ending import EndingLoraModel
-from peft_longlora.adapter.files import check_whole
+from peft_longlora.adapter.files import check_numbers, check_whole
+from peft_longlora.adapter.made_for import layout_of
 from peft_longlora.adapter.state import AdapterState, check_place
 from peft_longlora.architecture import check_architecture, rows_of
 from peft_longlora.attention.configure import configure_attention
@@ -180,6 +181,7 @@ class LongLoraModel(EndingLoraModel):
         peft_config.applied_context_length = min(window, peft_config.context_length or window) if applied else window
         base = rotary.rope_of(model, scaled=False)
         peft_config.base_context_length, peft_config.base_rope_parameters = base.window, base.rope_parameters
+        peft_config.base_layout = layout_of(model)
         model.add_model_tags(["longlora"])
         peft_config.model_tags = model.model_tags
 
@@ -220,6 +222,7 @@ class LongLoraModel(EndingLoraModel):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model: nn.Module, state_dict: dict[str, Any], **kwargs: Any) -> Any:
         count.take_count(state_dict, model)
+        check_numbers(state_dict.items(), "The adapter's weights")
         return super()._remap_adapter_state_dict_for_load(model=model, state_dict=state_dict, **kwargs)
 
     @classmethod

@@ -67,7 +67,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(_LENGTHS, ("must be a positive number of tokens, or None", _is_length)),
     **dict.fromkeys(_SWITCHES, ("must be True or False", lambda value: isinstance(value, bool))),
     **dict.fromkeys(
-        ("applied_rope_parameters", "base_rope_parameters"),
+        ("applied_rope_parameters", "base_rope_parameters", "base_layout"),
         (
             "must be the dict that was filled in when the adapter was made, or None",
             lambda value: isinstance(value, dict | None),

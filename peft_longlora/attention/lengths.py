@@ -25,8 +25,9 @@ def check_lengths(queries: Any, keys: Any, batch: int, length: int) -> None:
             either may be None.
         batch, length: B and S, tokens.
 
-    Raises: ValueError: not one-dimensional integers; do not begin at 0; fall; do not end at B * S; a document lies in
-        two rows; the two differ, or there are only those of the keys.
+    Raises:
+        ValueError: not one-dimensional integers; do not begin at 0; fall; do not end at B * S; a document lies in
+            two rows; the two differ, or there are only those of the keys.
     """
     if queries is None and keys is None:
         return

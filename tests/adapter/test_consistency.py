@@ -163,6 +163,31 @@ def test_a_base_with_another_rope_is_refused(name, fields, is_old, tmp_path):
         PeftModel.from_pretrained(make(name, **of_other), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "fields, name",
+    [
+        (dict(num_attention_heads=8, num_key_value_heads=4), "num_attention_heads=4, but this model has 8"),
+        (dict(num_key_value_heads=4), "num_key_value_heads=2, but this model has 4"),
+    ],
+    ids=["halved heads", "more KV heads"],
+)
+def test_a_base_with_other_heads_is_refused_even_where_shapes_are_equal(fields, name, tmp_path):
+    extend(make(), target_modules=["q_proj", "o_proj"]).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(make(), tmp_path)
+    with pytest.raises(ValueError, match=f"made for a base with {name}: its heads are others"):
+        PeftModel.from_pretrained(make(**fields), tmp_path)
+
+
+def test_a_base_of_another_model_type_is_warned_of(tmp_path, caplog):
+    extend(make(num_key_value_heads=4)).save_pretrained(tmp_path)
+    logging.getLogger("peft_longlora").propagate = True
+    with caplog.at_level(logging.WARNING, "peft_longlora"):
+        PeftModel.from_pretrained(make(num_key_value_heads=4), tmp_path)
+        assert "model_type" not in caplog.text
+        PeftModel.from_pretrained(make("mistral", num_key_value_heads=4), tmp_path)
+    assert "made for a base of model_type 'llama', and this model is 'mistral'" in caplog.text
+
+
 # -- configure_attention on a model with an adapter ----------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.tiny import assert_same, extend, make, snapshot, train
@@ -78,10 +78,22 @@ BREAKS = {
         {},
         [WEIGHTS, QUERY, "(8, 32)", "(4, 32)"],
     ),
-    "hidden size": (None, dict(hidden_size=48), [WEIGHTS, "base_model.model.model.", "32", "48"]),
+    "not a number": (
+        lambda f: edit(f, lambda t: t[QUERY][0].fill_(float("nan"))),
+        {},
+        [WEIGHTS, QUERY, "not finite", "take an earlier checkpoint"],
+    ),
+    "infinite": (lambda f: edit(f, lambda t: t[NORM][:1].fill_(float("inf"))), {}, [WEIGHTS, NORM, "not finite"]),
+    "whole numbers": (
+        lambda f: edit(f, lambda t: t.update({QUERY: t[QUERY].int()})),
+        {},
+        [WEIGHTS, QUERY, "torch.int32"],
+    ),
+    "hidden size": (None, dict(hidden_size=48, head_dim=8), [WEIGHTS, "base_model.model.model.", "32", "48"]),
     "vocabulary": (None, dict(vocab_size=101), ["97 tokens", "has 101"]),
     "more layers": (None, dict(num_hidden_layers=3), [WEIGHTS, "lacks", "layers.2."]),
     "fewer layers": (None, dict(num_hidden_layers=1), [WEIGHTS, "no place for", "layers.1."]),
+    "head size": (None, dict(head_dim=16), ["head_dim=8", "has 16"]),
     "window": (None, dict(max_position_embeddings=32), ["window of 64 tokens", "has 32"]),
     "tied base": (None, dict(tie_word_embeddings=True), [WEIGHTS, "lacks 1 of", "lm_head"]),
     "other architecture": (None, dict(model_type="gpt_neox"), ["target_modules"]),
@@ -91,7 +103,7 @@ BREAKS = {
 
 
 # `load_adapter` of transformers reads config and weights by itself, so only what the config tells is refused there.
-BY_CONFIG = ("vocabulary", "window")
+BY_CONFIG = ("vocabulary", "window", "head size")
 if Version(transformers.__version__) >= Version("5.18"):  # before that, it is refused for losing embeddings and norms
     BY_CONFIG += ("other architecture", "unknown layer", "bad rope")
 DOORS = [
@@ -123,6 +135,12 @@ def test_a_folder_that_does_not_fit_is_refused_and_the_base_is_untouched(name, d
     assert_same(snapshot(model), before)
     if door == "second adapter":
         assert list(peft_model.peft_config) == ["first"]
+
+
+def test_weights_that_come_in_another_way_are_looked_at_too(adapter):
+    model = PeftModel.from_pretrained(make(), adapter)
+    with pytest.raises(ValueError, match=f"{QUERY} holds numbers that are not finite"):
+        set_peft_model_state_dict(model, {QUERY: torch.full((4, 32), float("nan"))})
 
 
 def test_the_links_of_the_hubs_cache_are_taken(adapter, tmp_path):

@@ -17,7 +17,7 @@ from tests.helpers.tiny_base import prose, save_base
 
 README = (ROOT / "README.md").read_text()
 FILLED_IN = {
-    "base_context_length", "base_rope_parameters", "applied_context_length", "applied_group_size",
+    "base_context_length", "base_layout", "base_rope_parameters", "applied_context_length", "applied_group_size",
     "applied_rope_parameters", "vocab_size", "format_version",
 }  # fmt: skip
 

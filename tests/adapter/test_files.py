@@ -140,7 +140,7 @@ def test_a_folder_that_does_not_fit_is_refused_and_the_base_is_untouched(name, d
 def test_weights_that_come_in_another_way_are_looked_at_too(adapter):
     model = PeftModel.from_pretrained(make(), adapter)
     with pytest.raises(ValueError, match=f"{QUERY} holds numbers that are not finite"):
-        set_peft_model_state_dict(model, {QUERY: torch.full((4, 32), float("nan"))})
+        set_peft_model_state_dict(model, {**load_file(adapter / WEIGHTS), QUERY: torch.full((4, 32), float("nan"))})
 
 
 def test_the_links_of_the_hubs_cache_are_taken(adapter, tmp_path):

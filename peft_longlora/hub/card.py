@@ -25,7 +25,7 @@ from peft_longlora.adapter.files import hub_id
 from peft_longlora.hub.beside import carry_results, is_of_other_weights
 from peft_longlora.hub.markdown import cell, code, literal
 from peft_longlora.hub.readme import README, check_metadata, is_free, read_readme, tags_of, with_our_part, write_readme
-from peft_longlora.hub.results import Row, copy_results, read_results
+from peft_longlora.hub.results import Row, copy_results, read_notes, read_results
 
 TEMPLATE = Path(__file__).parent / "templates" / "adapter_card.md"
 logger = logging.get_logger(__name__)
@@ -97,7 +97,8 @@ def write_card(
     is_stale = is_of_other_weights(folder, weights)
     place, subfolder = options.adapter or str(folder), options.subfolder or subfolder
     check_metadata(old := read_readme(path), path)
-    write_readme(path, str(make_card(config, place, results, plots, old, subfolder, is_stale)))
+    notes = read_notes(folder)
+    write_readme(path, str(make_card(config, place, results, plots, old, subfolder, is_stale, notes=notes)))
     return path
 
 
@@ -135,6 +136,7 @@ def make_card(
     subfolder: str | None = None,
     is_stale: bool = False,
     extra: dict[str, Any] | None = None,
+    notes: list[str] | None = None,
 ) -> ModelCard:
     """The card of an adapter; text that people wrote into the old card is kept.
 
@@ -146,6 +148,7 @@ def make_card(
         subfolder: the adapter's folder in the repository, if it is in one.
         is_stale: whether the results are of other weights.
         extra: further variables for a template.
+        notes: warnings for readers of the results.
 
     Raises:
         ValueError: the template cannot be rendered.
@@ -185,6 +188,8 @@ def make_card(
         "license": data.get("license"),
         "datasets": [datasets] if isinstance(datasets, str) else datasets,
         "results": results or [],
+        "has_intervals": any(None not in (row.low, row.high) for row in results or ()),
+        "notes": notes or [],
         "plots": plots or [],
         "is_stale": is_stale,
         **(extra or {}),

@@ -252,6 +252,13 @@ def read_results(folder: Path) -> tuple[list[Row], list[str]]:
         ) from error
 
 
+def read_notes(folder: Path) -> list[str]:
+    """The notes of a folder's results.json, which `read_results` has taken; a file written by hand may have none."""
+    path = folder / RESULTS
+    notes = _read(path).get("notes") if path.is_file() else None
+    return [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+
+
 def copy_results(source: Path, folder: Path) -> None:
     """Copy results.json and its plots into the folder of the card.
 

@@ -209,8 +209,9 @@ def test_what_libraries_draft_is_known_as_such(adapted, tmp_path):
 PERPLEXITY = {"task": "perplexity", "protocol": "documents", "dataset": "pg19", "length": 256, "metric": "perplexity"}
 RESULTS = {
     "schema_version": 1,
+    "notes": ["only the first 1 windows of each document; 181 | windows were left out"],
     "results": [
-        {**PERPLEXITY, "variant": "base", "value": 93.0, "low": 90.0, "high": 96.5, "beyond_window": True},
+        {**PERPLEXITY, "variant": "base", "value": 93.0, "low": 90.0, "high": 96.5, "units": 4, "beyond_window": True},
         {**PERPLEXITY, "variant": "adapter", "value": 7.5, "low": None, "high": None},
         {**PERPLEXITY, "task": "native", "variant": "adapter", "value": 8.125, "low": 7.000004, "high": 9.1},
         {"task": "passkey", "dataset": "passkey", "metric": "accuracy", "value": 0.98, "beyond_window": True},
@@ -224,12 +225,14 @@ def test_results_beside_the_adapter_are_shown_and_indexed(adapted, tmp_path):
     (tmp_path / "curve.png").write_bytes(b"\x89PNG")
     text = save(adapted, tmp_path)
     assert (
-        "| perplexity | documents | pg19 | 256 (beyond the window) | perplexity | base | 93 [90, 96.5] |\n"
-        "| perplexity | documents | pg19 | 256 | perplexity | adapter | 7.5 |\n"
-        "| native | documents | pg19 | 256 | perplexity | adapter | 8.125 [7, 9.1] |\n"
-        "| passkey |  | passkey |  (beyond the window) | accuracy | adapter | 0.98 |\n"
-        "| cost |  | random | 256 | kv_cache_bytes | adapter | 12,582,912 |\n"
+        "| perplexity | documents | pg19 | 256 (beyond the window) | perplexity | base | 93 [90, 96.5] | 4 |\n"
+        "| perplexity | documents | pg19 | 256 | perplexity | adapter | 7.5 |  |\n"
+        "| native | documents | pg19 | 256 | perplexity | adapter | 8.125 [7, 9.1] |  |\n"
+        "| passkey |  | passkey |  (beyond the window) | accuracy | adapter | 0.98 |  |\n"
+        "| cost |  | random | 256 | kv_cache_bytes | adapter | 12,582,912 |  |\n"
     ) in text
+    assert "Brackets are intervals" in text
+    assert "\n- only the first 1 windows of each document; 181 \\| windows were left out\n" in text
     assert "![curve.png](curve.png)" in text
     results = ModelCard(text).data.eval_results
     assert all(isinstance(result, EvalResult) for result in results)
@@ -240,6 +243,13 @@ def test_results_beside_the_adapter_are_shown_and_indexed(adapted, tmp_path):
         ("passkey", "passkey", "accuracy", "accuracy, beyond the window", 0.98),
     }
     assert text == save(adapted, tmp_path)
+
+
+def test_without_intervals_no_sentence_is_about_brackets(adapted, tmp_path):
+    plain = [{**row, "low": None, "high": None} for row in RESULTS["results"]]
+    (tmp_path / "results.json").write_text(json.dumps({"results": plain, "notes": [3, None]}))
+    text = save(adapted, tmp_path)
+    assert "| adapter | 7.5 |" in text and "Brackets" not in text and "[" not in row(text, "perplexity")
 
 
 def test_results_of_another_folder_come_along(adapted, tmp_path):
@@ -447,7 +457,7 @@ def test_text_of_others_stays_text(adapted, tmp_path, odd):
     folder = tmp_path / odd.replace("/", "")
     folder.mkdir()
     row = {"task": odd, "dataset": odd, "metric": odd, "protocol": odd, "variant": odd, "value": 1.0}
-    (folder / "results.json").write_text(json.dumps({"results": [row]}))
+    (folder / "results.json").write_text(json.dumps({"results": [row], "notes": [odd]}))
     config = copy.deepcopy(adapted.peft_config["default"])
     config.target_modules, config.modules_to_save, config.lora_alpha, config.peft_version = {odd}, [odd], odd, odd
     config.applied_rope_parameters = {**config.applied_rope_parameters, "note": odd}
@@ -457,8 +467,8 @@ def test_text_of_others_stays_text(adapted, tmp_path, odd):
     assert "# Injected" not in body.splitlines() and "\x1b" not in body and "\u202e" not in body
     assert "<img" not in re.sub("`[^`]*`", "", body), "but as inline code"
     assert body.count(BEGIN) == body.count(END) == 1 and body.rstrip().endswith(END)
-    [line] = [line for line in body.splitlines() if line.endswith("| 1 |")]
-    assert len(re.findall(r"(?<!\\)\|", line)) == 8, "a row of seven cells"
+    [line] = [line for line in body.splitlines() if line.endswith("| 1 |  |")]
+    assert len(re.findall(r"(?<!\\)\|", line)) == 9, "a row of eight cells"
     compile(CODE.search(body)[1], "card", "exec")
     for _ in range(2):
         assert write_card(config, folder).read_text() == text

@@ -92,6 +92,7 @@ def test_an_adapter_keeps_its_pattern(tmp_path):
     assert "blocks of 128 keys" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_breaks_its_graph_and_is_right():
     model, compiled = (make(max_position_embeddings=1024).train() for _ in range(2))
     for one in (model, compiled):

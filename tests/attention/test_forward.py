@@ -121,7 +121,7 @@ def test_attention_dropout_acts_in_training_only():
 # -- torch.compile ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", ["plain", "packed"])
+@pytest.mark.parametrize("row", ["plain", pytest.param("packed", marks=pytest.mark.slow)])
 def test_a_model_compiles_whole_and_once_for_all_lengths(row, monkeypatch):
     """With a kernel that takes cumulative lengths: one graph, compiled for the first length and once for all others."""
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -158,6 +158,7 @@ def saved_names(model) -> list[str]:
 # -- compiled --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_two_graphs(monkeypatch):
     from torch._dynamo.testing import CompileCounterWithBackend
 

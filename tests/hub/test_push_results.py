@@ -267,6 +267,7 @@ def push_trained(repo_id: str, then_train: bool = False, with_card: bool = False
     return str(folder)
 
 
+@pytest.mark.slow
 def test_a_trainer_pushes_results_and_says_if_they_are_old(hub, pusher):
     folder = Path(pusher(push_trained, "me/trained"))
     files = hub.files("me/trained")

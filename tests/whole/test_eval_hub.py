@@ -82,11 +82,12 @@ def longlora(hub, tmp_path_factory):
 COMMON = ["--tasks", "perplexity", "--lengths", "128", "--dtype", "float32", "--device", "cpu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "split", "more"),
     [
         ("pg19", "test", ["--split", "test"]),
-        pytest.param("lines", "train", ["--text-field", "body"], marks=pytest.mark.slow),
+        ("lines", "train", ["--text-field", "body"]),
     ],
 )
 def test_results_are_those_of_the_same_files(longlora, tmp_path, base, adapter, text, name, split, more):

@@ -127,6 +127,7 @@ def adapted():
     return get_peft_model(base, config).eval()
 
 
+@pytest.mark.slow
 def test_it_is_what_greedy_decoding_writes(adapted, tmp_path):
     """Of a real model with an adapter, and of its base: each passage beside `generate`."""
     subject = Subject.of(adapted, letter_tokenizer())

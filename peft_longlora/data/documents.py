@@ -74,34 +74,43 @@ def read_records(
         ValueError: a source cannot be read, or a record has no instruction or no output.
     """
     for name, row in rows_of_sources(sources, split, config, None, counts=counts):
-        row = _as_record(name, row)
-        record = {key: _string(name, row, key) for key in ("instruction", "output")}
-        if empty := [key for key, text in record.items() if not text.strip()]:
-            raise ValueError(f"{name}: {empty[0]!r} is empty. Fill it in, or remove the record.")
-        record["input"] = "" if row.get("input") is None else _string(name, row, "input")
-        yield {**record, "source": name}
+        fields = row.keys() if isinstance(row, dict) and "instruction" not in row else set()
+        if "messages" in fields and not {"prompt", "completion"} <= fields:
+            question, answer, more = *_turns(name, row["messages"]), ""
+        else:
+            is_pair = bool({"prompt", "completion"} & fields)
+            keys = ("prompt", "completion") if is_pair else ("instruction", "output")
+            question, answer = (_filled(name, row, key) for key in keys)
+            more = "" if is_pair or row.get("input") is None else _string(name, row, "input")
+        yield {"instruction": question, "output": answer, "input": more, "source": name}
 
 
-def _as_record(name: str, row: Any) -> Any:
-    """The row with LongAlpaca's names, if it has those of TRL.
+def _turns(name: str, turns: Any) -> tuple[str, str]:
+    """Question and answer of a conversation.
 
-    Raises: ValueError: a conversation of another form than (system,) user, assistant.
+    Raises: ValueError: another form than (system,) user, assistant.
     """
-    if not isinstance(row, dict) or "instruction" in row:
-        return row
-    if {"prompt", "completion"} <= row.keys():
-        return {"instruction": row["prompt"], "output": row["completion"]}
-    turns = row.get("messages")
     if not isinstance(turns, list):
-        return row
+        raise ValueError(f"{name}: 'messages' is a {type(turns).__name__} ({str(turns)[:40]!r}), not a list.")
     roles = [turn.get("role") if isinstance(turn, dict) else None for turn in turns]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise ValueError(
             f"{name}: 'messages' has the roles {roles}. One question and its answer are read: (system,) user, "
             f"assistant. Split the conversation."
         )
-    texts = [_string(name, turn, "content") for turn in turns]
-    return {"instruction": "\n\n".join(texts[:-1]), "output": texts[-1]}
+    places = [f"{name}: 'messages'[{number}]" for number in range(len(turns))]
+    texts = [_string(place, turn, "content") for place, turn in zip(places, turns, strict=True)]
+    for number in (-2, -1):
+        _filled(places[number], turns[number], "content")
+    return "\n\n".join(texts[:-1]), texts[-1]
+
+
+def _filled(name: str, row: Any, key: str) -> str:
+    """A text that is not empty."""
+    text = _string(name, row, key)
+    if not text.strip():
+        raise ValueError(f"{name}: {key!r} is empty. Fill it in, or remove the record.")
+    return text
 
 
 def _string(name: str, row: Any, key: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -19,17 +20,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from huggingface_hub import dataset_info
 from transformers import PreTrainedTokenizerBase
 
+from peft_longlora.data.arguments import check_whole
 from peft_longlora.data.counts import Counts
 from peft_longlora.data.documents import read_documents, read_records
 from peft_longlora.data.records import tokenize_records
 from peft_longlora.data.rows import Sources, source_files
-from peft_longlora.data.windows import to_windows
+from peft_longlora.data.windows import SHORTEST, to_windows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 KINDS = ("text", "records")
-FORMAT = 1  # of the file with the rows; a new number makes old files useless
+FORMAT = 2  # of the file with the rows; a new number makes old files useless
 AT_ONCE = 64  # rows written at a time
 
 
@@ -98,14 +100,17 @@ def load_rows(
     sources = [str(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
     where = dict(split=split, config=config)
     read = dict(field=field, skip_empty=skip_empty, repositories=repositories) if kind == "text" else {}
-    if max_rows is not None and max_rows < 1:
-        raise ValueError(f"max_rows={max_rows} must be 1 or more. None reads everything.")
+    if max_rows is not None:
+        check_whole("max_rows", max_rows, 1, "of rows")
+    length = check_whole("length", length, SHORTEST if kind == "text" else 2, "of tokens in a row")
     made = dict(pack=pack) if kind == "text" else dict(too_long=too_long)
     folder = Path(cache or Path(settings.HF_DATASETS_CACHE) / "longlora-rows")
     key = _key(sources, tokenizer, dict(where, **read, **made, kind=kind, length=length, max_rows=max_rows))
     path = folder / f"{key}.arrow"
     if path.exists():
-        counts = Counts(**{**json.loads(path.with_suffix(".json").read_text()), "is_quiet": quiet})
+        noted = json.loads(path.with_suffix(".json").read_text())
+        digest = noted.pop("digest")
+        counts = Counts(**{**noted, "is_quiet": quiet})
         counts.report()
     else:
         counts = Counts(is_quiet=quiet)
@@ -115,10 +120,16 @@ def load_rows(
         else:
             records = read_records(sources, **where, counts=counts)
             rows = tokenize_records(records, tokenizer, length, **made, counts=counts)
-        _write(islice(rows, max_rows), path, counts, max_rows)
+        digest = _write(islice(rows, max_rows), path, counts, max_rows)
     dataset = Dataset.from_file(str(path))
     dataset.info.description = str(counts)
+    dataset.info.download_checksums = {"rows": {"num_bytes": None, "checksum": digest}}
     return dataset
+
+
+def digest_of(rows: Dataset) -> str:
+    """A digest of all tokens and labels of `load_rows`, which took it when it wrote them."""
+    return rows.info.download_checksums["rows"]["checksum"]
 
 
 def _key(sources: list[str], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
@@ -128,7 +139,8 @@ def _key(sources: list[str], tokenizer: PreTrainedTokenizerBase, options: dict[s
         path = Path(source)
         if path.exists():
             stats = ((file, file.stat()) for file in source_files(path, options.get("repositories", False)))
-            files.append([[str(file.absolute()), stat.st_size, stat.st_mtime_ns] for file, stat in stats])
+            # The system sets st_ctime_ns at every change, and no program can set it back; copies may keep the others.
+            files.append([[str(f.absolute()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for f, s in stats])
         else:
             files.append([source, _commit(source)])
     words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
@@ -147,8 +159,8 @@ def _commit(name: str) -> str:
         return os.urandom(8).hex()
 
 
-def _write(rows: Iterator[dict[str, list[int]]], path: Path, counts: Counts, max_rows: int | None) -> None:
-    """Write rows into a file that `Dataset.from_file` reads, and beside it what they hold.
+def _write(rows: Iterator[dict[str, list[int]]], path: Path, counts: Counts, max_rows: int | None) -> str:
+    """Write rows into a file that `Dataset.from_file` reads, and beside it what they hold. Returns their digest.
 
     Raises: ValueError: there is no row.
     """
@@ -156,12 +168,15 @@ def _write(rows: Iterator[dict[str, list[int]]], path: Path, counts: Counts, max
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.urandom(8).hex()}.part")  # several machines may share the folder
-    writer = None
+    writer, digest = None, hashlib.sha256()
     try:
         while batch := list(islice(rows, AT_ONCE)):
             if writer is None:
                 schema = pyarrow.schema([(name, pyarrow.list_(pyarrow.int32())) for name in batch[0]])
                 writer = pyarrow.ipc.new_stream(str(part), schema)
+            for row in batch:
+                for name, numbers in row.items():
+                    digest.update(f"{name} {len(numbers)}:".encode() + array("i", numbers).tobytes())
             writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
         if writer is None:
             raise ValueError("No row is left to train on: every record was dropped. Use longer rows, or other data.")
@@ -169,7 +184,8 @@ def _write(rows: Iterator[dict[str, list[int]]], path: Path, counts: Counts, max
         if counts.rows == max_rows:
             counts.is_stopped = True
             counts.report()
-        path.with_suffix(".json").write_text(json.dumps(asdict(counts)))
+        path.with_suffix(".json").write_text(json.dumps({**asdict(counts), "digest": digest.hexdigest()}))
         part.replace(path)  # last, so that a file under this name is whole
+        return digest.hexdigest()
     finally:
         part.unlink(missing_ok=True)

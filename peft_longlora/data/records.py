@@ -9,6 +9,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from peft_longlora.data.arguments import check_whole
 from peft_longlora.data.counts import Counts
 
 IGNORED = -100  # the label that transformers' losses leave out
@@ -55,7 +56,7 @@ def tokenize_record(
         prompt, ids = (tokenizer(part, **options)["input_ids"] for part in (text, whole))
     start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False)))
     if start == len(ids) or not record["output"].strip():
-        raise ValueError(f"{source}: no token of the answer is left to train on. Fill 'output' in, or remove it.")
+        raise ValueError(f"{source}: no token of the answer is left to train on. Fill the answer in, or remove it.")
     return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
 
 
@@ -86,7 +87,7 @@ def _around(tokenizer: PreTrainedTokenizerBase, source: str, user: str, answer: 
     if "</think>" in head and "</think>" in answer and "</think>" not in user:
         raise ValueError(
             f"{source}: the tokenizer's chat template cuts the thoughts before </think> and writes others in their "
-            f"place. Take the thoughts out of 'output'. Or: {_CURE}"
+            f"place. Take the thoughts out of the answer. Or: {_CURE}"
         )
     return head + answer + tail
 
@@ -115,6 +116,7 @@ def tokenize_records(
     """
     if too_long not in ("truncate", "drop", "error"):
         raise ValueError(f"too_long={too_long!r} is unknown. Use 'truncate', 'drop' or 'error'.")
+    max_length = check_whole("max_length", max_length, 2, "of tokens in a row")
     counts = Counts() if counts is None else counts
     for record in records:
         row = tokenize_record(record, tokenizer, counts)

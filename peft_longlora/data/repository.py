@@ -28,16 +28,23 @@ GENERATED_HEAD = re.compile(
 )
 
 
-def find_repositories(folder: Path) -> list[Path]:
-    """The outermost folders that hold a .git, in the order of their paths; the folder itself if there is none."""
+def find_repositories(folder: Path, counts: Counts | None = None) -> list[Path]:
+    """The outermost folders that hold a .git, in the order of their paths; the folder itself if there is none.
+
+    Args:
+        counts: counts the links to folders outside of them, which are not followed.
+    """
     if (folder / ".git").exists():
         return [folder]
-    found = []
+    found, links = [], 0
     for place, folders, _ in os.walk(folder):
         folders[:] = sorted(set(folders) - HISTORY - VENDORED - BUILT)
         if place != str(folder) and (Path(place) / ".git").exists():
             found.append(Path(place))
             folders.clear()
+        links += sum((Path(place) / name).is_symlink() for name in folders)
+    if found and links and counts is not None:  # without repositories, `read_repository` counts them
+        counts.leave_out("links", links)
     return sorted(found) or [folder]
 
 
@@ -72,6 +79,8 @@ def _files(folder: Path, counts: Counts) -> Iterator[Path]:
             if count := sum(len(files) for _, _, files in os.walk(here / name)):
                 counts.leave_out(reason, count)
         folders[:] = set(folders) - HISTORY - VENDORED - BUILT
+        if links := sum((here / name).is_symlink() for name in folders):
+            counts.leave_out("links", links)
         found += [here / name for name in names if name not in HISTORY]
     yield from sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 

@@ -18,6 +18,7 @@ from typing import Any
 from transformers.utils import logging
 
 from peft_longlora.data.counts import Counts
+from peft_longlora.data.folders import walk
 from peft_longlora.data.limits import Limits
 from peft_longlora.data.pdf import read_pages
 from peft_longlora.data.repository import find_repositories, read_repository
@@ -95,14 +96,16 @@ def source_files(path: Path, repositories: bool = False) -> list[Path]:
     """Every file on which the rows of a file or folder depend."""
     if path.is_file():
         return [path]
-    return sorted(file for file in path.rglob("*") if file.is_file() and (not repositories or ".git" not in file.parts))
+    if repositories:  # links in source trees are not followed
+        return sorted(file for file in path.rglob("*") if file.is_file() and ".git" not in file.parts)
+    return [file for file in walk(path)[0] if file.is_file()]
 
 
 def _repositories(path: Path, text_field: str | None, counts: Counts | None) -> Iterator[tuple[str, Any]]:
     if text_field is None:
         raise ValueError(f"{path}: records do not come as source trees. Leave repositories=True out.")
     given = Counts() if counts is None else counts
-    for root in find_repositories(path):
+    for root in find_repositories(path, given):
         yield str(root), {text_field: read_repository(root, given)}
     if counts is None and given.left_out:
         text = ", ".join(f"{count} {reason}" for reason, count in given.left_out.items())
@@ -117,8 +120,8 @@ def _files(path: Path, counts: Counts | None) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ValueError(f"{path}: {NO_FILE}")
-    left_out: dict[Path, str] = {}
-    for file in sorted(file for file in path.rglob("*") if not file.is_dir()):
+    found, left_out = walk(path)
+    for file in found:
         place = file.relative_to(path)
         if not file.is_file():
             left_out[file] = "pipes and devices" if file.exists() else "broken links"

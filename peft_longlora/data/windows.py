@@ -8,12 +8,14 @@ from collections.abc import Iterable, Iterator
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from peft_longlora.data.arguments import check_whole
 from peft_longlora.data.counts import Counts
 from peft_longlora.data.encoding import encode_all
 from peft_longlora.data.records import IGNORED
 
 OPEN_TOKENS = 2**24  # of rows that are not full yet, while rows are packed: 64 MB
 FEWEST_OPEN = 16
+SHORTEST = 3  # tokens of a row, so that every row can predict one
 
 
 def to_windows(
@@ -40,12 +42,11 @@ def to_windows(
             starts.
 
     Raises:
-        ValueError: length is under 3, or a document has only one token.
+        ValueError: length is not a whole number or under 3, or a document has only one token.
 
     Example: 9 tokens with length 4 give rows of 4, 3 and 2.
     """
-    if length < 3:
-        raise ValueError(f"length={length} must be 3 tokens or more, so that every row can predict one.")
+    length = check_whole("length", length, SHORTEST, "of tokens in a row")
     counts = Counts() if counts is None else counts
     pieces = _cut(documents, tokenizer, length, counts)
     for row in _pack(pieces, length) if pack else pieces:

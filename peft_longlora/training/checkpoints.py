@@ -10,6 +10,7 @@ import yaml
 
 from peft_longlora.training.recipe import ADAPTER, Recipe, keys
 
+STATE = "trainer_state.json"  # the Trainer's
 RUN = "run.yaml"  # all values, to go on from
 RECIPE = "recipe.yaml"  # the same for others, without paths of this machine; a push takes it along
 PRIVATE = {"output_dir", "overwrite", "hub_token", "hub_model_id", "push_to_hub", "logging_dir"}
@@ -35,7 +36,7 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     Args:
         folder: the output folder.
     """
-    whole = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{STATE}")]
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 

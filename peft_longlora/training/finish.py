@@ -23,37 +23,56 @@ from peft_longlora.training.options import RunOptions
 from peft_longlora.training.recipe import Recipe
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 EVALUATION = "evaluation"
 
 
-def finish(trainer: Trainer, recipe: Recipe, corpus: Corpus | None, say: Callable[[str], None]) -> None:
+def finish(
+    trainer: Trainer,
+    recipe: Recipe,
+    corpus: Corpus | None,
+    say: Callable[[str], None],
+    *,
+    is_saved: bool = False,
+    is_measured: bool = False,
+) -> None:
     """Save, measure, write the card, and push.
 
     Args:
         corpus: held-out documents; None: there are none.
+        is_saved, is_measured: whether an earlier run has done it.
     """
     folder = Path(trainer.args.output_dir)
-    trainer.save_model()
-    trainer.save_state()
-    say(f"The adapter is in {folder}.")
-    trainer.accelerator.wait_for_everyone()
-    if corpus is not None:
+    if not is_saved:
+        trainer.save_model()
+        trainer.save_state()
+        say(f"The adapter is in {folder}.")
+        trainer.accelerator.wait_for_everyone()
+    if not is_measured:
         _measure(trainer, recipe.run, corpus, folder, say)
-    elif trainer.eval_dataset is not None:
-        say(f"Loss of held-out answers, dense attention: {trainer.evaluate()['eval_loss']:.4f}")
-    else:
-        say("Nothing was measured, because the recipe names no eval_data.")
     if recipe.values.get("push_to_hub"):
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
-            _push(trainer, recipe.run, folder, say)
+            push(trainer.args, recipe.run, say)
     trainer.accelerator.wait_for_everyone()  # a process that leaves while the first still works can end the job
     trainer.accelerator.end_training()
 
 
-def _measure(trainer: Trainer, options: RunOptions, corpus: Corpus, folder: Path, say: Callable[[str], None]) -> None:
+def _measure(
+    trainer: Trainer, options: RunOptions, corpus: Corpus | None, folder: Path, say: Callable[[str], None]
+) -> None:
+    if corpus is not None:
+        _measure_texts(trainer, options, corpus, folder, say)
+    elif trainer.eval_dataset is not None:
+        say(f"Loss of held-out answers, dense attention: {trainer.evaluate()['eval_loss']:.4f}")
+    else:
+        say("Nothing was measured, because the recipe names no eval_data.")
+
+
+def _measure_texts(
+    trainer: Trainer, options: RunOptions, corpus: Corpus, folder: Path, say: Callable[[str], None]
+) -> None:
     """Perplexity by length and position, and at the base's own window beside the base, with dense attention."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     subject = Subject.of(model, trainer.processing_class)
@@ -90,8 +109,9 @@ def _is_sharded(trainer: Trainer) -> bool:
     return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
-def _push(trainer: Trainer, options: RunOptions, folder: Path, say: Callable[[str], None]) -> None:
-    args = trainer.args
+def push(args: TrainingArguments, options: RunOptions, say: Callable[[str], None]) -> None:
+    """Push the output folder, to `hub_model_id` or a repository with the folder's name."""
+    folder = Path(args.output_dir)
     pushed = push_folder(
         folder,
         args.hub_model_id or folder.name,

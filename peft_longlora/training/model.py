@@ -25,10 +25,15 @@ from peft_longlora.training.options import RunOptions
 
 @dataclass(frozen=True)
 class Sketch:
-    """What is known of a run's model before its weights are loaded: numbers of trained and of all parameters."""
+    """What is known of a run's model before its weights are loaded: numbers of trained and of all parameters.
+
+    Attributes:
+        commit: of a base on the Hub.
+    """
 
     trained: int
     total: int
+    commit: str | None = None
 
 
 def load_tokenizer(options: RunOptions) -> PreTrainedTokenizerBase:
@@ -58,7 +63,7 @@ def sketch(options: RunOptions, config: LongLoraConfig) -> Sketch:
         _configure(model, options)
         adapted = get_peft_model(model, config)
     trained, total = adapted.get_nb_trainable_parameters()
-    return Sketch(trained, total)
+    return Sketch(trained, total, getattr(base, "_commit_hash", None))
 
 
 def load_adapted(options: RunOptions, config: LongLoraConfig, has_gpu: bool) -> PeftModel:

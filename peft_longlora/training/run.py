@@ -22,9 +22,12 @@ from peft_longlora.memory.fit import fit_memory
 from peft_longlora.sequence.trainer import SequenceParallelMixin
 from peft_longlora.training.arguments import make_arguments
 from peft_longlora.training.checkpoints import begin_output, open_output
-from peft_longlora.training.finish import finish
+from peft_longlora.training.completed import ADAPTER, MEASURE, PUSH, is_complete, missing_parts, restore
+from peft_longlora.training.finish import finish, push
+from peft_longlora.training.identity import check_trained_on, note_trained_on, trained_on
 from peft_longlora.training.meter import Meter, MeteredMixin
 from peft_longlora.training.model import Sketch, as_float, load_adapted, load_tokenizer, sketch
+from peft_longlora.training.places import check_places
 from peft_longlora.training.recipe import Recipe
 from peft_longlora.training.stopping import StopCallback
 
@@ -41,6 +44,7 @@ class Plan:
 
     Attributes:
         fits: whether `fit_memory` chooses what is checkpointed. last: the checkpoint from which the run goes on.
+        missing: of a run that is complete, what it still lacks; None: it is not complete.
         held_out: for kind "records", and for text if the Trainer evaluates while it trains.
     """
 
@@ -53,6 +57,7 @@ class Plan:
     held_out: Dataset | None
     corpus: Corpus | None
     last: Path | None
+    missing: list[str] | None
 
     def __str__(self) -> str:
         """The recipe, what the data holds, and what is trained."""
@@ -65,9 +70,20 @@ class Plan:
             lines.append(f"Held out: {self.held_out.info.description}")
         share = self.sketch.trained / self.sketch.total
         lines.append(f"Trained: {self.sketch.trained:,} of {self.sketch.total:,} parameters ({share:.2%})")
-        if self.last is not None:
+        if self.missing is not None:
+            lines.append(self.ended)
+        elif self.last is not None:
             lines.append(f"Goes on from {self.last}")
         return "\n".join(lines)
+
+    @property
+    def ended(self) -> str:
+        """A line on a run that is complete."""
+        rest = f"missing, and made now: {', '.join(self.missing)}" if self.missing else "nothing is missing"
+        return (
+            f"The run is complete with {self.last}, so nothing is trained; {rest}. To train further, raise "
+            f"max_steps or num_train_epochs; to begin anew, --overwrite."
+        )
 
 
 def train(recipe: Recipe, *, dry_run: bool = False, say: Callable[[str], None] = print) -> int:
@@ -84,7 +100,7 @@ def train(recipe: Recipe, *, dry_run: bool = False, say: Callable[[str], None] =
         ValueError, NotImplementedError, ImportError, OSError: the recipe, its data or its model is refused, or a step
             does not fit into memory.
     """
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, dry_run=dry_run)
     if plan.arguments.process_index != 0:
         say = _silent
     if dry_run:
@@ -93,8 +109,9 @@ def train(recipe: Recipe, *, dry_run: bool = False, say: Callable[[str], None] =
     say(f"Data: {plan.rows.info.description}")
     if plan.arguments.process_index == 0:
         begin_output(recipe)
+        note_trained_on(recipe.output_dir, trained_on(recipe, plan.rows, plan.sketch.commit))
     try:
-        return _run(plan, say)
+        return _run(plan, say) if plan.missing is None else _run_again(plan, say)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) and str(error):  # fit_memory says what fits
             raise ValueError(str(error)) from error
@@ -106,8 +123,11 @@ def train(recipe: Recipe, *, dry_run: bool = False, say: Callable[[str], None] =
         ) from error
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, *, dry_run: bool = False) -> Plan:
     """Check a recipe and prepare its rows; loads no weights.
+
+    Args:
+        dry_run: write nothing into the output folder.
 
     Raises: ValueError, NotImplementedError, ImportError, OSError: as `train`.
     """
@@ -116,6 +136,7 @@ def make_plan(recipe: Recipe) -> Plan:
     for name in options.eval_data or ():
         if _place(name) in trained and (not _is_on_hub(name) or options.split == options.eval_split):
             raise ValueError(f"eval_data holds {name!r}, which is training data. Hold other data out.")
+    check_places(recipe)
     last = open_output(recipe)
     tokenizer = load_tokenizer(options)
     made = sketch(options, recipe.config)  # before the arguments, after which DeepSpeed splits every new model
@@ -126,6 +147,7 @@ def make_plan(recipe: Recipe) -> Plan:
     else:
         read |= dict(too_long=options.too_long)
     held_out = corpus = None
+    missing = missing_parts(recipe, last) if is_complete(last, arguments) else None
     with arguments.main_process_first(desc="making rows"):
         most = dict(split=options.split, max_rows=options.max_rows)
         rows = load_rows(options.data, tokenizer, arguments.max_length, **most, **read)
@@ -135,6 +157,8 @@ def make_plan(recipe: Recipe) -> Plan:
                 held_out = load_rows(
                     options.eval_data, tokenizer, arguments.max_length, split=options.eval_split, **read
                 )
+        if last is not None:
+            check_trained_on(recipe, trained_on(recipe, rows, made.commit, stores=not dry_run))
     if is_evaluating and held_out is None:
         raise ValueError("eval_strategy and eval_on_start need eval_data: the held-out data. Give it.")
     if options.eval_data and options.kind == "text":
@@ -142,7 +166,7 @@ def make_plan(recipe: Recipe) -> Plan:
         corpus = Corpus(options.eval_data, *where)
         with _naming_eval_data(options.eval_data):
             corpus.summary()  # refuses what cannot be read
-    return Plan(recipe, arguments, fits, tokenizer, made, rows, held_out, corpus, last)
+    return Plan(recipe, arguments, fits, tokenizer, made, rows, held_out, corpus, last, missing)
 
 
 def make_trainer(plan: Plan, say: Callable[[str], None]) -> SFTTrainer:
@@ -170,7 +194,7 @@ def make_trainer(plan: Plan, say: Callable[[str], None]) -> SFTTrainer:
     on_hub = [name for name in options.data if _is_on_hub(name)]
     facts = dict(license=options.license, datasets=on_hub or None, language=options.language, tags=options.tags)
     use_longlora_card(trainer, **facts)
-    if plan.fits:
+    if plan.fits and plan.missing is None:
         tokens = arguments.max_length * arguments.per_device_train_batch_size
         options = dict(loss=_fused_loss(arguments), accumulates=arguments.gradient_accumulation_steps > 1)
         say(f"Memory:\n{fit_memory(trainer.model, tokens, **options)}")
@@ -191,6 +215,19 @@ def _run(plan: Plan, say: Callable[[str], None]) -> int:
         )
         return STOPPED
     finish(trainer, plan.recipe, plan.corpus, say)
+    return 0
+
+
+def _run_again(plan: Plan, say: Callable[[str], None]) -> int:
+    """Make what a completed run lacks, and train nothing. The base is loaded only if it is needed."""
+    say(plan.ended)
+    is_saved, is_measured = (part not in plan.missing for part in (ADAPTER, MEASURE))
+    if not (is_saved and is_measured):
+        trainer = make_trainer(plan, say)
+        restore(trainer, plan.recipe.output_dir, plan.last, is_saved)
+        finish(trainer, plan.recipe, plan.corpus, say, is_saved=is_saved, is_measured=is_measured)
+    elif PUSH in plan.missing and plan.arguments.process_index == 0:
+        push(plan.arguments, plan.recipe.run, say)
     return 0
 
 

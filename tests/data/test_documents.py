@@ -202,11 +202,20 @@ def test_records_in_trls_forms(tmp_path):
     for bad, message in (
         (chat[1:] + chat[1:], r"'messages' has the roles \['user', 'assistant', 'user', 'assistant'\]"),
         (["Why?", "So."], r"'messages' has the roles \[None, None\]"),
-        ([chat[1], {"role": "assistant", "content": None}], "no 'content'"),
-        ("Why?", "no 'instruction'. The fields are"),
+        ([chat[1], {"role": "assistant", "content": None}], r"'messages'\[1\]: no 'content'"),
+        ([{"role": "user", "content": " "}, chat[2]], r"'messages'\[0\]: 'content' is empty"),
+        ("Why?", "'messages' is a str .'Why.'., not a list"),
     ):
         with pytest.raises(ValueError, match=rf"b\.jsonl:1: {message}"):
             list(read_records(write(tmp_path / "b.jsonl", lines({"messages": bad}))))
+    for bad, message in (
+        ({"prompt": 1, "completion": "b"}, "'prompt' is a int"),
+        ({"prompt": "a", "completion": ""}, "'completion' is empty"),
+        ({"prompt": "a"}, "no 'completion'. The fields are"),
+        ({"question": "a"}, "no 'instruction'. The fields are"),
+    ):
+        with pytest.raises(ValueError, match=rf"b\.jsonl:1: {message}"):
+            list(read_records(write(tmp_path / "b.jsonl", lines(bad))))
 
 
 def test_records_are_no_plain_text(tmp_path):

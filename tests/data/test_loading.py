@@ -1,6 +1,7 @@
 """`load_rows`: whatever the files, every token once, in rows for either trainer; the line says what is left out."""
 
 import json
+import os
 from collections import Counter
 
 import datasets
@@ -8,6 +9,7 @@ import pytest
 
 from peft_longlora.data import load_rows
 from peft_longlora.data import loading as loading_module
+from peft_longlora.data.loading import digest_of
 from tests.helpers.chat_models import make_pdf
 
 TEXTS = {
@@ -93,6 +95,26 @@ def test_rows_are_kept_until_a_file_changes(folder, load, monkeypatch):
     assert load(folder).to_list() != first.to_list()
 
 
+def test_an_edit_that_keeps_size_and_time_gives_new_rows(folder, load):
+    """As `rsync -t` or an archive's restored times leave it. A digest tells which rows they are."""
+    path = folder / "a.txt"
+    before, about = load(path), path.stat()
+    path.write_text(TEXTS["a.txt"].replace("two", "six"))
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    after = load(path)
+    assert path.stat().st_size == about.st_size and path.stat().st_mtime_ns == about.st_mtime_ns
+    assert after.to_list() != before.to_list() and digest_of(after) != digest_of(before)
+    path.write_text(TEXTS["a.txt"])
+    assert load(path).to_list() == before.to_list() and digest_of(load(path)) == digest_of(before)
+
+
+@pytest.mark.parametrize("kind", ["text", "records"])
+@pytest.mark.parametrize("length", [64.0, "64", None, True, 1, -5])
+def test_a_length_that_is_no_whole_number_is_refused(load, folder, kind, length):
+    with pytest.raises(ValueError, match=f"length={length!r} must be a whole number of tokens in a row, [23] or more"):
+        load(folder, length, kind=kind)
+
+
 def test_rows_of_records(load, tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     rows = load(tmp_path / "a.jsonl", kind="records")
@@ -122,8 +144,10 @@ def test_reading_stops_at_a_number_of_rows(load, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
     rows = load("someone/books", max_rows=7)
     assert len(rows) == 7 and "left out: everything after these rows" in rows.info.description
-    with pytest.raises(ValueError, match="max_rows=0 must be 1 or more"):
+    with pytest.raises(ValueError, match="max_rows=0 must be a whole number of rows, 1 or more"):
         load("someone/books", max_rows=0)
+    with pytest.raises(ValueError, match="max_rows='7' must be a whole number of rows"):
+        load("someone/books", max_rows="7")
 
 
 def test_refused(folder, load, tmp_path):

@@ -35,7 +35,7 @@ def test_windows_hold_every_token_once(words, length):
 
 
 def test_windows_refuse(tokenizer):
-    with pytest.raises(ValueError, match="length=2 must be 3 tokens or more"):
+    with pytest.raises(ValueError, match="length=2 must be a whole number of tokens in a row, 3 or more"):
         list(to_windows([], tokenizer, 2))
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"a\.txt: it has 1 token and needs 2"):

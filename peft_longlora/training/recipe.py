@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from peft_longlora.adapter.config import LongLoraConfig
+from peft_longlora.training.loader import Loader
 from peft_longlora.training.options import RunOptions
 from peft_longlora.training.values import convert
 
@@ -159,18 +160,6 @@ def _find(key: Any) -> Key:
     return keys()[name]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML, but a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """The mapping of a node."""
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for place, name in enumerate(names):
-            if name in names[:place]:
-                raise yaml.MarkedYAMLError(problem=f"{name} stands twice", problem_mark=node.value[place][0].start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def own_recipes() -> dict[str, Path]:
     """The package's recipes by their names: beside the package in a checkout, inside it after an installation."""
     package = Path(__file__).parents[1]
@@ -184,7 +173,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         names = ", ".join(sorted(own_recipes()))
         raise FileNotFoundError(f"{path}: no such recipe. Give a .yaml file, or one of {names}.")
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -218,7 +207,7 @@ def _pair(key: str, words: list[str]) -> tuple[str, Any]:
             return name[3:], False
         return name, True
     try:
-        values = [yaml.safe_load(word) for word in words]
+        values = [yaml.load(word, Loader) for word in words]
     except yaml.YAMLError:
         values = list(words)
     return name, values if len(values) > 1 else values[0]

@@ -9,6 +9,11 @@ import re
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
+import yaml
+
+# What YAML 1.1 reads as another number than people do: 010 is 8, and 1:30 is 90.
+ODD_NUMBER = re.compile(r"[-+]?(0[\d_]+|\d[\d_]*(:\d+)+(\.\d*)?)")
+WORDS = {"yes": True, "on": True, "no": False, "off": False}
 THOUSANDS = re.compile(r"(\d+)k", re.IGNORECASE)
 
 
@@ -16,7 +21,7 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     """The value as this type.
 
     Numbers may be text ("2e-4", which YAML reads as text), whole numbers may end with k ("32k" is 32768), and a single
-    value stands for a list of one.
+    value stands for a list of one. yes, no, on and off are booleans where text is not allowed.
 
     Args:
         name: the field's name, for errors.
@@ -31,9 +36,33 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     for option in sorted(options, key=lambda option: not _is_own(value, option)):
         try:
             return _convert(name, value, option)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue
+    _refuse_odd_number(name, value, options)
     raise ValueError(f"{name}={value!r} is not {_words(options)}.{_near(value, options)}")
+
+
+def _refuse_odd_number(name: str, value: Any, options: list[Any]) -> None:
+    """Refuse a number that YAML 1.1 and people read differently, also in a list, and say both."""
+    numbers = [kind for kind in (int, float) if any(kind in (option, *get_args(option)) for option in options)]
+    for each in value if isinstance(value, list) else [value]:
+        if numbers and isinstance(each, str) and ODD_NUMBER.fullmatch(each):
+            told = yaml.safe_load(each)
+            written = "with colons" if ":" in each else "with a zero before it"
+            meant = "" if isinstance(told, str) else f", which YAML 1.1 reads as {told}"
+            plain = f"{int(each)}, or {told}" if meant and ":" not in each else "one plain number"
+            raise ValueError(
+                f"{name}={each!r} is not {_words(numbers)}: it is written {written}{meant}. Write {plain}."
+            )
+
+
+def _untyped(value: Any) -> Any:
+    """A value whose parts have no types: words for true and false are read as YAML 1.1 reads them."""
+    if isinstance(value, dict):
+        return {key: _untyped(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_untyped(each) for each in value]
+    return WORDS.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def _near(value: Any, options: list[Any]) -> str:
@@ -67,17 +96,20 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
             return tuple(convert(name, each, member) for each, member in zip(values, members, strict=True))
         return [convert(name, each, members[0]) for each in values]
     if origin is dict or kind is dict:
-        return _check(value, isinstance(value, dict))
+        return _check(_untyped(value), isinstance(value, dict))
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return kind(value).value
     if dataclasses.is_dataclass(kind):
-        return kind(**_check(value, isinstance(value, dict)))
+        return kind(**_check(_untyped(value), isinstance(value, dict)))
     return _plain(value, kind)
 
 
 def _plain(value: Any, kind: type) -> Any:
     if kind is bool:
+        value = WORDS.get(value.lower(), value) if isinstance(value, str) else value
         return _check(value, isinstance(value, bool))
+    if kind in (int, float) and isinstance(value, str):
+        _check(value, not ODD_NUMBER.fullmatch(value))
     if kind is int:
         if isinstance(value, str) and (thousands := THOUSANDS.fullmatch(value)):
             return int(thousands[1]) * 1024

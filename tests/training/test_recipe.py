@@ -39,6 +39,22 @@ def test_a_file_and_the_command_line(tmp_path):
     assert config.rope_parameters["factor"] == 4.0
 
 
+def test_words_are_read_as_people_mean_them(tmp_path):
+    """`no` is a language and a strategy, and false where only true or false is allowed; a number may be a name."""
+    least = "".join(f"{name}: {value}\n" for name, value in LEAST.items())
+    text = "language: [no, en]\neval_strategy: no\npacking: off\nuse_rslora: yes\nrun_name: 2026-01-02\n"
+    text += "model_revision: 0123456\nseed: 0\nweight_decay: 0.01\ngradient_checkpointing_kwargs: {use_reentrant: no}\n"
+    values = read_recipe(write(tmp_path, least + text + "init_lora_weights: no\nmax_grad_norm: 0x10\n")).values
+    expected = dict(language=["no", "en"], eval_strategy="no", packing=False, use_rslora=True, run_name="2026-01-02")
+    expected |= dict(model_revision="0123456", seed=0, weight_decay=0.01, init_lora_weights=False, max_grad_norm=16.0)
+    expected |= dict(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert {name: values[name] for name in expected} == expected
+    given = read_recipe(None, [*words(), "--eval-strategy", "no", "--packing", "no", "--language", "no"]).values
+    assert (given["eval_strategy"], given["packing"], given["language"]) == ("no", False, ["no"])
+    with pytest.raises(ValueError, match="seed='010' is not a whole number"):
+        read_recipe(None, words(seed="010"))
+
+
 def test_the_command_line_alone():
     assert read_recipe(None, words()).run.data == ["books"]
 
@@ -80,6 +96,13 @@ def test_refused(given, message):
         ("", "a recipe is a list of `key: value` lines"),
         ("3: 4\n", "3: no such key"),
         ("model: a\ndata: b\n", "context_length is missing"),
+        ("seed: 010\n", r"seed='010' is not a whole number.*YAML 1\.1 reads as 8\. Write 10, or 8"),
+        ("save_steps: 1:30\n", r"save_steps='1:30' is not a number.*with colons, which YAML 1\.1 reads as 90"),
+        ("seed: -0_7\n", "seed='-0_7' is not"),
+        ("seed: 089\n", "seed='089' is not a whole number.*a zero before it. Write one plain number"),
+        ("eval_lengths: [010]\n", "eval_lengths='010' is not a whole number"),
+        ("seed: .inf\n", "seed=inf is not a whole number"),
+        ("packing: nope\n", "packing='nope' is not true or false"),
     ],
 )
 def test_files_refused(tmp_path, text, message):

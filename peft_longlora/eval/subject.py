@@ -78,12 +78,12 @@ class Subject:
         variant = "adapter" if isinstance(model, PeftModel) else "rescaled" if states else "base"
         check_tokenizer(model, tokenizer)
         description = {
-            "name": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+            "name": _shown(getattr(model.config, "_name_or_path", "")) or type(model).__name__,
             "fingerprint": None,
             "adapter": model.active_adapter if variant == "adapter" else None,
             "adapter_sha256": None,
             "weights_sha256": None,
-            "tokenizer": tokenizer.name_or_path,
+            "tokenizer": _shown(tokenizer.name_or_path),
             "dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
             "attention": attention if attention == "dense" else f"sparse ({_pattern(model)})",
             "attn_implementation": "default",
@@ -221,7 +221,7 @@ def load_subject(
 
 def _shown(name: str) -> str:
     """A Hub id, or a folder's name without its path, so that results contain no path of this machine."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    return Path(name).resolve().name if name and Path(name).is_dir() else name
 
 
 def _pattern(model: nn.Module) -> str:

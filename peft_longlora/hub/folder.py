@@ -20,6 +20,7 @@ from peft_longlora.adapter.files import hub_id, refuse_link
 from peft_longlora.hub.beside import sha256
 from peft_longlora.hub.card import CardOptions, as_list, write_card
 from peft_longlora.hub.draft import Remote, begin_draft
+from peft_longlora.hub.public import base_on_hub, name_base_in
 from peft_longlora.hub.push import with_base_license, writing_api
 from peft_longlora.hub.readme import README
 from peft_longlora.hub.results import RESULTS, copy_results, read_results
@@ -75,7 +76,8 @@ def push_folder(
     Args:
         folder: an adapter's folder.
         repo_id: "owner/name" or "name"; the repository is made if it is not there.
-        base: the base's id on the Hub, for an adapter that was trained on a base in a folder.
+        base: the base's id on the Hub, for an adapter that was trained on a base in a folder. None: the one that the
+            repository names already, if any.
         results: a folder that `longlora eval` wrote, for results that do not lie with the adapter yet.
         include: patterns of further file names to push, such as "*.csv".
         license: for the card, as for `use_longlora_card`, like the next two.
@@ -100,8 +102,7 @@ def push_folder(
     if base is not None and hub_id(base) is None:
         raise ValueError(f"base={base!r} is no id on the Hub ('owner/name').")
     names, left_out = choose_files(folder, tuple(include))
-    notes = [] if base or hub_id(config.base_model_name_or_path) else [_base_note(config)]
-    config.base_model_name_or_path = base or config.base_model_name_or_path
+    local, notes = config.base_model_name_or_path, []
     api = writing_api(token)
     with TemporaryDirectory() as place:
         draft = Path(place)
@@ -115,7 +116,12 @@ def push_folder(
             begin_draft(remote, "", folder, draft)
         except transport_error() as error:
             raise ValueError(f"The Hub is not reached ({error}). Nothing is pushed; try again.") from error
+        if base is None and hub_id(local) is None:
+            base = base_on_hub(remote, draft)
+            notes.append(_base_note(local, base))
+        config.base_model_name_or_path = base or local
         _copy_results(folder, Path(results) if results else None, draft)
+        name_base_in(folder, draft, local, base or hub_id(local))
         config.card = CardOptions(None, license, as_list(datasets), as_list(language), adapter=remote.repo_id)
         config.card = with_base_license(config, api.token)
         config.folder = None  # its results are in the draft already
@@ -180,10 +186,15 @@ def _read(folder: Path) -> LongLoraConfig:
     return config
 
 
-def _base_note(config: LongLoraConfig) -> str:
+def _base_note(local: str | None, kept: str | None) -> str:
+    if kept is not None:
+        return (
+            f"{CONFIG_NAME} names the base {local!r}, which is not on the Hub. The repository, or the card, names "
+            f"{kept!r}: this is taken. Give base='owner/name' for another one."
+        )
     return (
-        f"{CONFIG_NAME} names the base {config.base_model_name_or_path!r}, which is not on the Hub, so nobody else can "
-        f"load the adapter. Push again with base='owner/name'."
+        f"{CONFIG_NAME} names the base {local!r}, which is not on the Hub, so nobody else can load the adapter. Push "
+        f"again with base='owner/name'."
     )
 
 

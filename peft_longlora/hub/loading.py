@@ -180,7 +180,8 @@ def _add_adapter(base: PreTrainedModel, adapter: str, model: str, notes: list[st
             raise
         raise ValueError(f"adapter={adapter!r} cannot be loaded on {model}: {_reason(error)}") from error
     if named and Path(named).name != Path(model).name:
-        notes.append(f"The adapter names {named!r} as its base, but is loaded on {model!r}.")
+        ours, theirs = (Path(name).name if Path(name).is_absolute() else name for name in (named, model))
+        notes.append(f"The adapter names {ours!r} as its base, but is loaded on {theirs!r}.")
     return loaded
 
 

@@ -162,9 +162,15 @@ def test_a_base_in_a_folder_is_said_and_can_be_named(hub, pusher, measured, tmp_
             (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((measured / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/home/me/base"}))
+    (tmp_path / "README.md").unlink()  # it names the base
     _, _, (note,) = pusher(push_both, tmp_path, "me/nowhere")
     assert "'/home/me/base', which is not on the Hub" in note and "base='owner/name'" in note
     assert pusher(push_both, tmp_path, "me/named", base="me/base")[2] == []
+    assert json.loads(hub.files("me/named")["adapter_config.json"]) == config
+    check_measured(hub.files("me/named"), measured, "me/named")
+    # The base is remembered by the Hub, so that a later push without it contradicts nothing.
+    _, _, (note,) = pusher(push_both, tmp_path, "me/named")
+    assert "The repository, or the card, names 'me/base': this is taken" in note
     assert json.loads(hub.files("me/named")["adapter_config.json"]) == config
     check_measured(hub.files("me/named"), measured, "me/named")
 

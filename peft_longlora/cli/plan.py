@@ -51,12 +51,24 @@ def amount(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens such as 100M or 1B")
 
 
+def group_size(args: argparse.Namespace) -> int:
+    """Tokens of a group, at most the row.
+
+    Raises: ValueError: `LongLoraConfig` refuses the group size, the rank or the window.
+    """
+    from peft_longlora import LongLoraConfig
+
+    config = LongLoraConfig(r=args.rank, context_length=args.context, group_size=args.group_size)
+    return min(config.group_size_on(args.context), args.context)
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the plan; returns 0 if the step fits and 1 if it does not."""
     from peft_longlora.memory.estimate import Training, best_estimate, find_shape, longest
     from peft_longlora.memory.plan import ESTIMATED_FILLED, HOST_FILLED
     from peft_longlora.memory.rates import check_gpu
 
+    group = group_size(args)
     for name in ("tokens_per_second", "price_per_hour"):
         if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name}={value} must be above 0.")
@@ -82,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"A row of {args.context} tokens does not fit: {needed}, and {plan.host / GIB:.1f} GiB of the host's")
         print(f"{host / GIB:.1f}, with all means. {_advice(shape, training, args, budget, host)}")
         return 1
-    _print_time(shape, plan, args, length)
+    _print_time(shape, plan, args, length, group)
     return 0
 
 
@@ -107,10 +119,9 @@ def _advice(shape, training, args: argparse.Namespace, budget: int, host: int) -
     return f"It fits with {', or '.join(found)}." if found else "It fits with none of the other options alone."
 
 
-def _print_time(shape, plan, args: argparse.Namespace, length: int) -> None:
-    from peft_longlora.memory.rates import seconds
+def _print_time(shape, plan, args: argparse.Namespace, length: int, group: int) -> None:
+    from peft_longlora.memory.rates import far, seconds
 
-    group = min(args.group_size or args.context // 4, args.context)
     if args.tokens_per_second:
         step, source = length / args.tokens_per_second, "your own rate"
     else:
@@ -121,6 +132,9 @@ def _print_time(shape, plan, args: argparse.Namespace, length: int) -> None:
     print(f"{step:.1f} s a step, {rate:,.0f} tokens/s in all ({source}; groups of {group} tokens)")
     cost = f", which cost {hours * args.gpus * args.price_per_hour:,.2f}" if args.price_per_hour else ""
     print(f"{args.tokens:,} tokens: {hours:,.1f} hours{cost}")
+    if not args.tokens_per_second and (unlike := far(shape, length, group, args.gpu, args.four_bit)):
+        print(f"No measured step is like this one: it has {'; '.join(unlike)}. Time and cost may be far off: measure a")
+        print("few steps, and give --tokens-per-second.")
 
 
 COMMAND = Command(

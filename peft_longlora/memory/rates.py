@@ -54,6 +54,7 @@ MEASURED = (
     Rate("H100", "llama-3.1-8b", 32768, 12960, 12, 20),
     Rate("H100", "llama-3.1-8b", 131072, 11730, 1, 0),
 )
+NEAR = 4  # times a measured size, within which the rate is taken as it is
 
 
 def check_gpu(gpu: str) -> None:
@@ -68,6 +69,42 @@ def check_gpu(gpu: str) -> None:
             f"gpu={gpu!r}: no step was measured on it. Use one of {', '.join(names)}, or give tokens_per_second=..., "
             f"which you have measured."
         )
+
+
+def far(shape: Shape, length: int, group_size: int, gpu: str = "H100", four_bit: bool = False) -> list[str]:
+    """In what a step is unlike all that were measured, in words; empty if the estimate of its seconds stands near them.
+
+    A size is unlike if it is more than `NEAR` times the largest or less than a `NEAR`th of the smallest: narrow models
+    and short rows do not fill a GPU, so their rate is lower.
+
+    Args:
+        shape: of the model.
+        length: tokens of the step on one GPU.
+        group_size: tokens of a group.
+        gpu: a name in `MEASURED`, in any case.
+        four_bit: whether the base is in NF4.
+
+    Raises:
+        ValueError: no step was measured on this GPU.
+    """
+    check_gpu(gpu)
+    rows = [rate for rate in MEASURED if rate.gpu.lower() == gpu.lower()]
+    shapes = [SHAPES[rate.shape] for rate in rows]
+    sizes = (
+        ("a width of", shape.hidden, [each.hidden for each in shapes]),
+        ("rows on one GPU of", length, [rate.length for rate in rows]),
+        ("groups of", group_size, [rate.group_size for rate in rows]),
+    )
+    found = []
+    for name, size, known in sizes:
+        if not min(known) / NEAR <= size <= max(known) * NEAR:
+            some = f"{min(known):,}" if min(known) == max(known) else f"{min(known):,} to {max(known):,}"
+            found.append(f"{name} {size:,} ({some} measured)")
+    if shape.experts > 1:
+        found.append("experts")
+    if four_bit and not any(rate.four_bit for rate in rows):
+        found.append("a base in 4 bits")
+    return found
 
 
 def seconds(shape: Shape, plan: MemoryPlan, group_size: int, gpu: str = "H100", four_bit: bool = False) -> float:

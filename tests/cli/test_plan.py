@@ -1,11 +1,15 @@
 """`longlora plan`: the printed plan against arithmetic done here, and what it refuses."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
+from peft_longlora import LongLoraConfig
 from peft_longlora.cli import main
 from peft_longlora.cli.plan import amount, size
+from peft_longlora.memory.estimate import SHAPES
+from peft_longlora.memory.rates import far
 from tests.helpers.paths import ROOT
 
 EMBEDDED = str(ROOT / "examples" / "assets" / "stdlib-llama-512")
@@ -57,6 +61,41 @@ def test_gpus_share_a_row(capsys):
     assert "weights whole on each GPU" in two
 
 
+def test_the_group_is_what_the_config_makes_of_the_row(capsys):
+    options = ["--model", "llama-3.1-8b", "--gpu-memory", "80GiB", "--context"]
+    for context, more in ((32768, []), (40966, []), (32768, ["--group-size", "64k"])):
+        code, text = plan(capsys, *options, context, *more)
+        expected = LongLoraConfig(context_length=context).group_size_on(context) if not more else context
+        assert code == 0 and f"groups of {expected} tokens" in text and "No measured step" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "unlike"),
+    [
+        (["--model", EMBEDDED, "--context", "128k"], r"a width of \d+ \(4,096 measured\)\."),
+        (
+            ["--model", "llama-2-7b", "--context", "4k", "--group-size", "2k"],
+            r"rows on one GPU of 4,096 \(32,768 to 131",
+        ),
+        (
+            ["--model", "llama-2-7b", "--context", "128k", "--gpus", "32", "--group-size", "8k"],
+            "rows on one GPU of 4,096",
+        ),
+        (["--model", "llama-2-7b", "--context", "32k", "--group-size", "256"], "groups of 256 .8,192 measured"),
+        (["--model", "llama-2-7b", "--context", "32k", "--four-bit"], "it has a base in 4 bits"),
+    ],
+)
+def test_a_step_unlike_all_measured_ones_is_said(capsys, options, unlike):
+    code, text = plan(capsys, *options, "--gpu-memory", "80GB")
+    assert code == 0 and re.search(f"No measured step is like this one.*{unlike}", text)
+    assert "No measured step" not in plan(capsys, *options, "--gpu-memory", "80GB", "--tokens-per-second", 9)[1]
+
+
+def test_experts_are_not_measured():
+    assert far(replace(SHAPES["llama-3.1-8b"], experts=8, active=2), 32768, 8192) == ["experts"]
+    assert not far(SHAPES["llama-3.1-8b"], 32768, 8192) and not far(SHAPES["llama-3.3-70b"], 131072, 32768)
+
+
 def test_a_model_on_disk(capsys):
     code, text = plan(capsys, "--model", EMBEDDED, "--context", 4096, "--gpu-memory", "1GiB")
     assert code == 0 and "6 blocks" in text
@@ -69,6 +108,7 @@ def test_a_model_on_disk(capsys):
         (["--gpu-memory", "24GiB", "--gpu", "abacus"], "--gpu abacus: no step was measured on it. Use one of H100"),
         (["--gpu-memory", "24GiB", "--price-per-hour", "-1"], "--price-per-hour -1.0 must be above 0"),
         (["--gpu-memory", "24GiB", "--tokens", "0M"], "is not a number of tokens such as 100M or 1B"),
+        (["--gpu-memory", "24GiB", "--group-size", "7"], "--group-size 7 cannot be used: it must be an even number"),
         (["--gpu-memory", "24GiB", "--context", "none"], "'none' is not a number of 1 or more"),
     ],
 )

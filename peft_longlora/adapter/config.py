@@ -15,6 +15,7 @@ from peft_longlora.adapter.consistency import check_together
 from peft_longlora.adapter.files import AdapterFile, FileMissing, find, read_json
 from peft_longlora.adapter.filled_in import check_filled_in
 from peft_longlora.adapter.rules import FORMAT_VERSION, RULES, plain
+from peft_longlora.adapter.variants import as_value_errors, check_variants
 from peft_longlora.attention.effect import RATIO
 from peft_longlora.attention.schedule import check_dense_every
 from peft_longlora.kernels.groups import check_blocks, check_pattern, group_size_of
@@ -188,7 +189,9 @@ class LongLoraConfig(LoraConfig):
             setattr(self, name, value := plain(getattr(self, name)))
             if not is_right(value):
                 raise ValueError(f"{name}={value!r} {rule}.")
-        super().__post_init__()
+        check_variants(self)
+        with as_value_errors(self):
+            super().__post_init__()
         self.peft_type = PeftType.LONGLORA
         check_pattern(2 if self.group_size is None else self.group_size, self.attention_pattern)
         self.chosen_blocks = check_blocks(self.chosen_blocks)

@@ -57,6 +57,10 @@ def _is_list_of_layers(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(type(i) is int and i >= 0 for i in value))
 
 
+def _is_range_of_layers(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and _is_list_of_layers(value)
+
+
 # For each field: its rule, and a function that checks a value.
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "format_version": (
@@ -99,6 +103,22 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
             "must be a list of names, a regular expression, or None",
             lambda value: isinstance(value, str) or _are_names(value),
         ),
+    ),
+    "target_parameters": (
+        "must be a list of names, or None",
+        lambda value: value is None or (not isinstance(value, set) and _are_names(value)),
+    ),
+    "init_lora_weights": (
+        "must be True, False, or the name of an initialisation, such as 'gaussian'",
+        lambda value: isinstance(value, bool | str | None),
+    ),
+    "layers_to_transform": (
+        "must be a layer's index, 0 or more, a list of them, or None",
+        lambda value: value is None or _is_list_of_layers(value if isinstance(value, list) else [value]),
+    ),
+    "layer_replication": (
+        "must be a list of pairs of layer indices, [first, the one after the last], or None",
+        lambda value: value is None or (isinstance(value, list) and all(map(_is_range_of_layers, value))),
     ),
     "modules_to_save": ("must be a list of names, or None", _are_names),
     "dense_layers": ("must be a list of layer indices, 0 or more", _is_list_of_layers),

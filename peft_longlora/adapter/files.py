@@ -97,7 +97,7 @@ class AdapterFile:
 def read_json(path: Path) -> dict[str, Any]:
     """The content of an adapter_config.json.
 
-    Raises: ValueError: it is not a JSON object, or its type of adapter is unknown.
+    Raises: ValueError: it is not a JSON object, or its type of adapter is not named or unknown.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -107,7 +107,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}. {_AGAIN}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not the object that PEFT writes. {_AGAIN}")
-    kind = content.get("peft_type")
+    if "peft_type" not in content:
+        raise ValueError(f"{path} names no peft_type, so its kind of adapter is not known. {_AGAIN}")
+    kind = content["peft_type"]
     if kind is not None and str(kind) not in PeftType.__members__:
         raise ValueError(
             f"{path}: peft_type={kind!r} is unknown. It must be one of {', '.join(PeftType.__members__)}. Update peft "

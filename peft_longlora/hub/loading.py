@@ -194,11 +194,6 @@ def _check_adapter(adapter: str) -> None:
     except ValueError as error:  # the message begins with the place
         raise ValueError(f"adapter={error}") from error
     try:
-        config = read_json(path)
+        read_json(path)
     except ValueError as error:
         raise ValueError(f"adapter={adapter!r}: {error}") from error
-    if "peft_type" not in config:
-        raise ValueError(
-            f"adapter={adapter!r}: its {CONFIG_NAME} names no peft_type, so its kind of adapter is not known. Get it "
-            f"again, or save the adapter anew."
-        )

@@ -10,6 +10,7 @@ from packaging.version import Version
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from peft_longlora import LongLoraConfig
 from tests.helpers.tiny import assert_same, extend, make, snapshot, train
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -135,6 +136,22 @@ def test_a_folder_that_does_not_fit_is_refused_and_the_base_is_untouched(name, d
     assert_same(snapshot(model), before)
     if door == "second adapter":
         assert list(peft_model.peft_config) == ["first"]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("[]", "holds a list, not the object that PEFT writes"),
+        ("null", "holds a NoneType"),
+        ("", "is damaged: Expecting value"),
+        ("{}", "names no peft_type"),
+        ('{"peft_type": "longlora"}', "peft_type='longlora' is unknown"),
+    ],
+)
+def test_a_config_file_that_is_no_config_is_refused(text, said, tmp_path):
+    (tmp_path / CONFIG).write_text(text)
+    with pytest.raises(ValueError, match=f"{CONFIG}.* {said}"):
+        LongLoraConfig.from_pretrained(tmp_path)
 
 
 def test_weights_that_come_in_another_way_are_looked_at_too(adapter):

@@ -33,7 +33,7 @@ def load_by_our_door(adapter, with_token=True):
         ("../../nowhere", True, "no such folder, and no id on the Hub"),
         ("me/newer", True, "format_version=2: .* pip install -U peft-longlora"),
         ("me/no-bytes", True, r"\(0 bytes\) is damaged: .* Delete .*blobs.*, or load with force_download=True"),
-        ("me/no-type", True, "its adapter_config.json names no peft_type.* Get it again"),
+        ("me/no-type", True, "adapter_config.json names no peft_type.* Get it again"),
         ("me/list", True, "adapter_config.json holds a list.* Get it again"),
         ("me/no-json", True, "adapter_config.json is damaged: .* Get it again"),
     ],

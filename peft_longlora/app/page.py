@@ -96,7 +96,7 @@ class Page:
         try:
             yield View(reader.usage(), passages=views.NOWHERE)
             shown = time.monotonic()
-            for piece in conversation.ask(entry.question):
+            for piece in conversation.ask(entry.question, lambda: entry.is_stopped):
                 entry.answer += piece
                 if reader.is_closed:
                     return

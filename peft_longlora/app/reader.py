@@ -27,6 +27,7 @@ class Entry:
     answer: str = ""
     is_done: bool = False
     is_dropped: bool = False
+    is_stopped: bool = False
     is_given_back: bool = False  # to the question box
 
 
@@ -128,6 +129,8 @@ class Reader:
             waiting = [e for e in self.entries if not e.is_done]
             if self.conversation is None and waiting:  # otherwise the first is being answered
                 waiting[0].is_given_back = True
+            for entry in waiting[:1]:  # its answer may be about to begin, and then the conversation has none to stop
+                entry.is_stopped = True
             self._drop(waiting if self.conversation is None else waiting[1:])
         if self.conversation is not None:
             self.conversation.stop()

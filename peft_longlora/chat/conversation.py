@@ -157,10 +157,12 @@ class Conversation:
         with suppress(Stopped), self._turn(self._closed.is_set):
             self._read(on_progress)
 
-    def ask(self, question: str) -> Iterator[str]:
+    def ask(self, question: str, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Answer a question, piece by piece. Closing the iterator stops the answer; the part so far is kept.
 
-        Raises: ValueError: no question.
+        Args:
+            question: refused with a ValueError if it is empty.
+            is_stopped: whether it was stopped before it began, when `stop` finds no answer.
         """
         if not question.strip():
             raise ValueError("The question is empty.")
@@ -171,7 +173,7 @@ class Conversation:
         def work() -> None:
             # This thread holds the lock, so a caller that stops reading the answer does not block the others.
             try:
-                with self._turn(stop.is_set):
+                with self._turn(lambda: stop.is_set() or is_stopped()):
                     self._answer(turn, streamer, stop)
             except Stopped:
                 streamer.end()

@@ -164,6 +164,21 @@ def test_stop_before_the_first_word_gives_the_question_back(page, book):
     assert tab.asked == ["Where?"] and tab.question == "Why?" and "After an answer" in tab.passages
 
 
+def test_stop_is_not_lost_while_an_answer_is_about_to_begin(page, book, monkeypatch):
+    tab = Tab(page)
+    tab.drop(book)
+    conversation = page.readers["one"].conversation
+    ask = conversation.ask
+
+    def stopped_first(question, *rest):
+        page.stop("one")  # its turn has come, and the conversation knows nothing of it yet
+        yield from ask(question, *rest)
+
+    monkeypatch.setattr(conversation, "ask", stopped_first)
+    tab.ask("Where?")
+    assert tab.said == [] and tab.question == "Where?"
+
+
 def test_forget_ends_an_answer_that_is_being_given(loaded, book):
     page = Page(loaded, max_new_tokens=1000, chunk_size=50)
     tab = Tab(page)

@@ -53,10 +53,7 @@ FAULTS = {
 }
 
 
-SLOW = "connection dropped amid an upload"  # the client waits longer before each of its attempts
-
-
-@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x == SLOW else x for x in FAULTS])
+@pytest.mark.parametrize("name", FAULTS)
 def test_a_broken_push_announces_nothing_and_the_next_one_completes_it(hub, pusher, puller, name):
     *fault, error = FAULTS[name]
     repo_id = f"me/{name.replace(' ', '-')}"

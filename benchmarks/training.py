@@ -40,7 +40,7 @@ from peft_longlora.adapter.lowrank import HalfLowRank
 from peft_longlora.memory import checkpoint_blocks, fit_memory
 from peft_longlora.memory.estimate import Shape, Training, best_estimate, flops
 from peft_longlora.memory.plan import ESTIMATED_FILLED, MemoryPlan, host_budget
-from peft_longlora.mixing import unmix
+from peft_longlora.rope.mixing import unmix
 
 SHAPES = {"llama-2-7b": LLAMA_2_7B, "llama-3.1-8b": LLAMA_3_8B, "llama-3.3-70b": LLAMA_3_70B, "tiny": TINY}
 PEAK_TFLOPS = 989  # dense bf16 of an H100 or H200, by the datasheet

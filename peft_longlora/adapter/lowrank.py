@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from peft_longlora.mixing import Mixin, mix
+from peft_longlora.rope.mixing import Mixin, mix
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from peft_longlora.mixing import Mixin, mix, unmix
+from peft_longlora.rope.mixing import Mixin, mix, unmix
 
 HALF = (torch.float16, torch.bfloat16)
 ROWS = 4096  # rows of embeddings that are float32 at a time

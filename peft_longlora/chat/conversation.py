@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from peft_longlora.background import Background
 from peft_longlora.chat.attention import document_attention, top_passages
 from peft_longlora.chat.dialogue import Dialogue, Turn
 from peft_longlora.chat.document import Document
@@ -24,6 +23,7 @@ from peft_longlora.chat.kvcache import KVCache
 from peft_longlora.chat.passages import Passage
 from peft_longlora.chat.stream import Stop, Stopped, from_first_word, until
 from peft_longlora.chat.words import WordIndex
+from peft_longlora.data.background import Background
 from peft_longlora.hub.generation import own_decoding
 from peft_longlora.hub.loading import Loaded
 

@@ -5,6 +5,8 @@ all the way in one call, on one of these paths:
 
     read_documents -> to_windows        continued pre-training: every token of every document is in some window
     read_records   -> tokenize_records  instruction tuning: a loss only on the answer
+
+`background` is a thread beside the caller that ends before Python does; it reads ahead here, and answers in `chat/`.
 """
 
 from peft_longlora.data.counts import Counts

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import TypeVar
 
-from peft_longlora.background import Background
+from peft_longlora.data.background import Background
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from peft_longlora.mixing import Mixin, mix, unmix
+from peft_longlora.rope.mixing import Mixin, mix, unmix
 
 
 class _Save(torch.autograd.Function):

@@ -1,8 +1,8 @@
 """A longer window: RoPE is rescaled in place on a loaded model, and can be put back.
 
 Read `parameters` (which RoPE parameters are valid) with `values` (which values they may have), then `state` (everything
-that belongs to the RoPE of one model), then `scale`, then `learned` (a trained factor for each frequency). The room
-imports only `architecture`, and `mixing` for a class of its own.
+that belongs to the RoPE of one model), then `scale`, then `learned` (a trained factor for each frequency). `mixing`
+gives one module a class of ours; `adapter/` and `memory/` use it too. The room imports only `architecture`.
 """
 
 from peft_longlora.rope.scale import restore_rope, scale_rope

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_longlora.mixing import Mixin, mix, unmix
+from peft_longlora.rope.mixing import Mixin, mix, unmix
 from peft_longlora.rope.parameters import base_rope, is_nested
 from peft_longlora.rope.scale import rewrite_rope
 from peft_longlora.rope.state import fresh

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_longlora.mixing import Mixin, mix, mixed, unmix
+from peft_longlora.rope.mixing import Mixin, mix, mixed, unmix
 
 
 class Doubled(Mixin):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from peft_longlora.background import Background
+from peft_longlora.data.background import Background
 from peft_longlora.data.prefetch import prefetch
 from tests.helpers.paths import ROOT
 
@@ -39,7 +39,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_thread_ends_before_python(way):
-    script = SCRIPT.format(file=ROOT / "peft_longlora" / "background.py", how=WAYS[way])
+    script = SCRIPT.format(file=ROOT / "peft_longlora" / "data" / "background.py", how=WAYS[way])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")
 

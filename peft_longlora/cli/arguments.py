@@ -44,14 +44,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the model that a command loads."""
+def add_model_options(parser: argparse.ArgumentParser, auto: str = "as in the file") -> None:
+    """Add the options of the model that a command loads; `auto` says which type of numbers that is."""
     model = parser.add_argument_group("model")
     add = model.add_argument
     add("--model", required=True, help="folder or Hub id of a base, or of a merged model")
     add("--adapter", help="folder or Hub id of a PEFT adapter")
     add("--tokenizer", help="folder or Hub id (default: the model's)")
-    add("--dtype", default="auto", choices=DTYPES, help="auto: as in the file (%(default)s)")
+    add("--dtype", default="auto", choices=DTYPES, help=f"auto: {auto} (%(default)s)")
     add("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
     add("--attn-implementation", help="implementation of dense attention: sdpa, flash_attention_2, ...")
 

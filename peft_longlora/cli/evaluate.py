@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--with-base", action="store_true", help="measure the base too: both in one table and in one plot a task")
     add("--card", action="store_true", help="show the results in the adapter's card (README.md)")
     add("--seed", type=int, default=0, help="seed of generated prompts and of intervals (%(default)s)")
-    add_model_options(parser)
+    add_model_options(parser, "as in the file, on a CPU float32")
     _add_extension(parser)
     _add_documents(parser)
     _add_prompts(parser)
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     written = f"{args.output}: results.json, results.md, samples.jsonl and plots"
     if config is not None:
-        written += f"\nCard: {_write_card(config, args.adapter, args.output)}"
+        written += f"\n{_write_card(config, args.adapter, args.output)}"
     print(make_report(results), written, sep="\n")
     if not results.unmeasured:
         return 0
@@ -162,12 +162,33 @@ def _config_of_card(adapter: str) -> LongLoraConfig:
     return config
 
 
-def _write_card(config: LongLoraConfig, adapter: str, output: Path) -> Path:
-    """Copy the results and their plots into the adapter's folder, and write its card again."""
+def _write_card(config: LongLoraConfig, adapter: str, output: Path) -> str:
+    """Copy the results and their plots into the adapter's folder, and write its card again.
+
+    Returns: where the card is, and what an earlier card showed that this one does not.
+    """
     from peft_longlora.hub import card, results
 
+    rows, plots = _on_card(Path(adapter))
     results.copy_results(output, Path(adapter))
-    return card.write_card(config, adapter)
+    said = f"Card: {card.write_card(config, adapter)}"
+    left, kept = _on_card(Path(adapter))
+    gone = [name for name in (*rows, *plots) if name not in (*left, *kept)]
+    if gone:
+        said += f"\nNo longer on the card, because this run did not measure it: {', '.join(gone)}."
+    return said
+
+
+def _on_card(folder: Path) -> tuple[list[str], list[str]]:
+    """What an adapter's results measure, and the names of its plots; nothing if they cannot be read."""
+    from peft_longlora.hub.results import read_results
+
+    try:
+        rows, plots = read_results(folder)
+    except ValueError:
+        return [], []
+    named = (" ".join(map(str, filter(None, (r.task, r.protocol, r.dataset, r.length, r.variant)))) for r in rows)
+    return list(dict.fromkeys(named)), plots
 
 
 COMMAND = Command(

@@ -28,7 +28,7 @@ from peft_longlora.eval.identity import (
 )
 from peft_longlora.eval.losses import TokenLosses
 from peft_longlora.hub.generation import decoding
-from peft_longlora.hub.loading import check_tokenizer, load_model
+from peft_longlora.hub.loading import check_tokenizer, find_device, load_model
 from peft_longlora.rope.parameters import base_rope, window_of
 from peft_longlora.rope.scale import switch_rope
 from peft_longlora.rope.state import STATES
@@ -197,12 +197,15 @@ def load_subject(
         model: a folder or an id on the Hub.
         adapter: the same, of any PEFT type.
         attn_implementation: transformers' name for the implementation of dense attention.
-        options: of `peft_longlora.hub.load_model`.
+        options: of `peft_longlora.hub.load_model`; but on a CPU dtype "auto" is float32, as in `longlora train`, so
+            that what both measure can be compared.
         attention: "dense", or "sparse" for the adapter's pattern (without one: S2 with a quarter of the window).
 
     Raises:
         ValueError: a part does not exist or does not fit.
     """
+    if options.get("dtype", "auto") == "auto" and find_device(options.get("device")).type == "cpu":
+        options["dtype"] = "float32"
     loaded = load_model(model, adapter, attn_implementation=attn_implementation, **options)
     base, native = loaded.model, loaded.native_window
     if attention == "sparse" and not adapter:

@@ -140,6 +140,15 @@ def test_adapter_and_base_from_the_command_line(tmp_path, base, adapter, text, c
     assert shown["perplexity", "perplexity"] == rows["perplexity", "adapter", 128].value
     assert "![passkey.png](passkey.png)" in card.text
 
+    capsys.readouterr()
+    command[command.index("--tasks") + 1] = "perplexity"
+    fewer = ["--data", text, "--lengths", 128, "--stride", 128, "--device", "cpu", "--adapter", adapter, "--card"]
+    assert longlora(*command, *fewer, "--output", tmp_path / "fewer") == 0
+    [said] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("No longer on the card")]
+    assert "perplexity documents modules 512 adapter" in said and "passkey.png" in said
+    assert "modules 128 adapter" not in said and "perplexity_documents.png" not in said
+    assert Results.load(tmp_path / "fewer").model["dtype"] == "float32"
+
     assert longlora(*command, *common, "--output", tmp_path / "plain") == 0
     out = capsys.readouterr().out
     assert "documents are shorter than the window and were scored whole" in out

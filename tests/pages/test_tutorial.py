@@ -3,6 +3,7 @@
 Fewer steps and less text than on the page; nothing else is changed.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -70,6 +71,9 @@ def test_from_a_folder_of_books_to_a_pushed_adapter(tmp_path):
     card = files["README.md"].decode()
     assert "adapter_model.safetensors" in files and "results.json" in files
     assert "| perplexity" in card and str(tmp_path) not in card
+    assert re.search(r"\| perplexity \| documents \| .* \| 768.* \| base \|", card), "the gain is seen on the card"
+    dtypes = {json.loads(path.read_text())["model"]["dtype"] for path in tmp_path.glob("runs/**/results.json")}
+    assert dtypes == {"float32"}, "else the base is measured in another type than the adapter"
     assert any(name.endswith(".png") for name in files)
     table = Path(tmp_path, "runs/base/results.md").read_text()
     assert "perplexity" in table and "768" in table

@@ -1,4 +1,4 @@
-"""Results and plots that lie beside an adapter: how they come along with it, and whether they are of its weights."""
+"""What lies beside an adapter (results, plots, facts of its training): how it comes along, and whose weights it is of."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from peft_longlora.hub.results import RESULTS, copy_results, read_results
-from peft_longlora.hub.writing import writing
+from peft_longlora.hub.writing import write_whole, writing
+
+TRAINING = "training.json"
 
 
 def carry_results(source: str | Path | None, folder: Path) -> None:
@@ -53,6 +55,28 @@ def is_of_other_weights(folder: Path, weights: str | None = None) -> bool:
     if measured is None or (weights is None and not file.is_file()):
         return False
     return measured != (weights or sha256(file))
+
+
+def read_training(folder: Path, weights: str | None = None) -> list[str]:
+    """What `longlora train` says of an adapter's data and training, for its card; nothing if the weights are others.
+
+    Args:
+        weights: the SHA-256 of the adapter's weights file; None: it lies in the same folder.
+    """
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    try:
+        training = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+        lines, made = training["lines"], training["weights_sha256"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return []
+    is_own = made == (weights or (sha256(file) if file.is_file() else None))
+    return [line for line in lines if isinstance(line, str)] if is_own and isinstance(lines, list) else []
+
+
+def write_training(folder: Path, lines: list[str]) -> None:
+    """Keep what a training says of itself beside the weights that it made."""
+    content = {"weights_sha256": sha256(folder / SAFETENSORS_WEIGHTS_NAME), "lines": lines}
+    write_whole(folder / TRAINING, json.dumps(content, indent=1) + "\n")
 
 
 def sha256(file: Path) -> str:

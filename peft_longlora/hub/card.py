@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import hub_id
-from peft_longlora.hub.beside import carry_results, is_of_other_weights
+from peft_longlora.hub.beside import carry_results, is_of_other_weights, read_training
 from peft_longlora.hub.markdown import cell, code, literal
 from peft_longlora.hub.readme import README, check_metadata, is_free, read_readme, tags_of, with_our_part, write_readme
 from peft_longlora.hub.results import Row, copy_results, read_notes, read_results
@@ -97,8 +97,8 @@ def write_card(
     is_stale = is_of_other_weights(folder, weights)
     place, subfolder = options.adapter or str(folder), options.subfolder or subfolder
     check_metadata(old := read_readme(path), path)
-    notes = read_notes(folder)
-    write_readme(path, str(make_card(config, place, results, plots, old, subfolder, is_stale, notes=notes)))
+    facts = dict(notes=read_notes(folder), training=read_training(folder, weights))
+    write_readme(path, str(make_card(config, place, results, plots, old, subfolder, is_stale, **facts)))
     return path
 
 
@@ -137,6 +137,7 @@ def make_card(
     is_stale: bool = False,
     extra: dict[str, Any] | None = None,
     notes: list[str] | None = None,
+    training: list[str] | None = None,
 ) -> ModelCard:
     """The card of an adapter; text that people wrote into the old card is kept.
 
@@ -149,6 +150,7 @@ def make_card(
         is_stale: whether the results are of other weights.
         extra: further variables for a template.
         notes: warnings for readers of the results.
+        training: lines about the data and the training.
 
     Raises:
         ValueError: the template cannot be rendered.
@@ -190,6 +192,7 @@ def make_card(
         "results": results or [],
         "has_intervals": any(None not in (row.low, row.high) for row in results or ()),
         "notes": notes or [],
+        "training": training or [],
         "plots": plots or [],
         "is_stale": is_stale,
         **(extra or {}),

@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import hub_id, refuse_link
-from peft_longlora.hub.beside import sha256
+from peft_longlora.hub.beside import TRAINING, sha256
 from peft_longlora.hub.card import CardOptions, as_list, write_card
 from peft_longlora.hub.draft import Remote, begin_draft
 from peft_longlora.hub.public import base_on_hub, name_base_in
@@ -31,7 +31,7 @@ BELONGS = (
     *(CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, README, RESULTS, "results.md", "*.png", "*.jpg", "*.svg"),
     *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
     *("merges.txt", "*.tiktoken", "chat_template.jinja", "LICENSE*", "NOTICE*", "generation_config.json"),
-    *("recipe.yaml", "recipe.yml"),
+    *("recipe.yaml", "recipe.yml", TRAINING),
 )
 
 
@@ -121,6 +121,8 @@ def push_folder(
             notes.append(_base_note(local, base))
         config.base_model_name_or_path = base or local
         _copy_results(folder, Path(results) if results else None, draft)
+        if (folder / TRAINING).is_file():
+            (draft / TRAINING).write_bytes((folder / TRAINING).read_bytes())
         name_base_in(folder, draft, local, base or hub_id(local))
         config.card = CardOptions(None, license, as_list(datasets), as_list(language), adapter=remote.repo_id)
         config.card = with_base_license(config, api.token)

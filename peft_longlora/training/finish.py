@@ -15,7 +15,8 @@ from peft_longlora.eval.processes import Processes
 from peft_longlora.eval.report.tables import make_report
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks.perplexity import Perplexity
-from peft_longlora.hub.card import write_card
+from peft_longlora.hub.beside import write_training
+from peft_longlora.hub.card import try_card, write_card
 from peft_longlora.hub.folder import push_folder
 from peft_longlora.hub.results import copy_results
 from peft_longlora.sequence.switch import unshared
@@ -48,6 +49,8 @@ def finish(
         trainer.save_model()
         trainer.save_state()
         say(f"The adapter is in {folder}.")
+        if trainer.is_world_process_zero():
+            _tell(trainer, recipe.run, folder)
         trainer.accelerator.wait_for_everyone()
     if not is_measured:
         _measure(trainer, recipe.run, corpus, folder, say)
@@ -57,6 +60,23 @@ def finish(
             push(trainer.args, recipe.run, say)
     trainer.accelerator.wait_for_everyone()  # a process that leaves while the first still works can end the job
     trainer.accelerator.end_training()
+
+
+def _tell(trainer: Trainer, options: RunOptions, folder: Path) -> None:
+    """Put the data and the training on the card, without paths of this machine."""
+    args, state = trainer.args, trainer.state
+    local = [Path(name).resolve().name for name in options.data if Path(name).exists()]
+    read = trainer.train_dataset.info.description.split(";")[0]  # what follows may name files
+    tokens = next((entry["num_tokens"] for entry in reversed(state.log_history) if "num_tokens" in entry), None)
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    rows = rows * args.world_size // options.sequence_parallel
+    lines = [f"Not on the Hub: {', '.join(local)}"] if local else []
+    lines += [f"Documents or records: {read}"] if read else []
+    lines += [f"Training: {state.global_step:,} steps of {rows:,} rows, learning rate {args.learning_rate:g}"]
+    lines[-1] += f", {int(tokens):,} tokens" if tokens else ""
+    write_training(folder, lines)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    try_card(model.peft_config[model.active_adapter], folder)
 
 
 def _measure(

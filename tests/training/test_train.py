@@ -38,6 +38,9 @@ def test_a_run_ends_with_an_adapter_its_results_and_its_card(run, place):
     value = next(r["value"] for r in results["results"] if (r["task"], r["length"]) == ("perplexity", 128))
     assert value == pytest.approx(perplexity(place, folder, 128), rel=1e-3)
     card = (folder / "README.md").read_text()
+    data = card[card.index("## Data") : card.index("## Results")]
+    assert "- Not on the Hub: books\n- Documents or records: 2 read" in data and str(place) not in card
+    assert "4 steps of 1 rows, learning rate 0.01, " in data and "Not stated" not in data
     assert f"{value:.1f}" in card and "language: en" in card.replace("language:\n- en", "language: en")
     # Everything is there, so the same command trains no further.
     weights = load_file(folder / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""What lies beside an adapter (results, plots, facts of its training): how it comes along, and whose weights it is of."""
+"""What lies beside an adapter, such as results: how it comes along with it, and whether it is of its weights."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from peft_longlora.adapter.config import LongLoraConfig
@@ -29,8 +30,8 @@ def check_base(config: LongLoraConfig, model: nn.Module) -> None:
             f"This LongLoraConfig was filled in for {made_for}: its target_modules and modules_to_save are not those "
             f"of {model.config.model_type}. Make a new LongLoraConfig for each model."
         )
-    _check_layout(config, model)
     base = rotary.rope_of(model, scaled=False)
+    _check_layout(config, model)
     rows = rows_of(model.get_input_embeddings())
     if config.vocab_size is not None and config.train_embeddings and rows != config.vocab_size:
         raise ValueError(
@@ -66,11 +67,19 @@ def check_base(config: LongLoraConfig, model: nn.Module) -> None:
 def layout_of(model: nn.Module) -> dict[str, Any]:
     """What tells two bases apart whose weights have equal names and shapes: model_type and the layout of heads."""
     config = model.config.get_text_config()
-    found = {name: getattr(config, name, None) for name in _HEADS}
+    found = {name: _if_one(config, name) for name in _HEADS}
     if found["head_dim"] is None and isinstance(found["num_attention_heads"], int):
         found["head_dim"] = config.hidden_size // found["num_attention_heads"]
     heads = {name: value for name, value in found.items() if isinstance(value, int)}
     return {"model_type": config.model_type, **heads}
+
+
+def _if_one(config: PreTrainedConfig, name: str) -> Any:
+    """A number of the whole model; None if it has none, or if its layers have numbers of their own."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' heterogeneous configs refuse to name one for all layers
+        return None
 
 
 def _check_layout(config: LongLoraConfig, model: nn.Module) -> None:

@@ -116,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
     from peft_longlora.eval.report.tables import make_report
 
     if args.card and (args.adapter is None or not Path(args.adapter).is_dir()):
-        raise ValueError(f"--card needs an adapter in a folder, not {args.adapter!r}.")
+        given = f", not {args.adapter!r}" if args.adapter else ": give --adapter"
+        raise ValueError(f"--card needs an adapter in a folder{given}.")
     if args.with_base and args.adapter is None and args.context_length is None:
         raise ValueError("--with-base needs --adapter or --context-length: without them the model is the base.")
     tasks = make_tasks(args)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from .arguments import Command, say_options
+
+if TYPE_CHECKING:
+    from peft_longlora.hub.folder import Pushed
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -27,9 +31,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Push, and say what went there and what was left out."""
+    try:
+        pushed = _push(args)
+    except OSError as error:  # huggingface_hub's own class is one
+        if getattr(getattr(error, "response", None), "status_code", None) != 401:
+            raise
+        raise ValueError(
+            "The Hub does not accept the token. Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
+        ) from error
+    for note in pushed.notes:
+        print(f"warning: {say_options(note, args, COMMAND.options)}", file=sys.stderr)
+    print(f"Pushed: {', '.join(pushed.names)}")
+    if pushed.left_out:
+        print(f"Left out: {', '.join(pushed.left_out)} (--include pushes files that belong to the adapter)")
+    print(pushed.commit.pr_url or pushed.commit.commit_url)
+    return 0
+
+
+def _push(args: argparse.Namespace) -> Pushed:
     from peft_longlora.hub.folder import push_folder
 
-    pushed = push_folder(
+    return push_folder(
         args.folder,
         args.name,
         base=args.base,
@@ -43,13 +65,6 @@ def run(args: argparse.Namespace) -> int:
         create_pr=args.create_pr,
         commit_message=args.message,
     )
-    for note in pushed.notes:
-        print(f"warning: {say_options(note, args, COMMAND.options)}", file=sys.stderr)
-    print(f"Pushed: {', '.join(pushed.names)}")
-    if pushed.left_out:
-        print(f"Left out: {', '.join(pushed.left_out)} (--include pushes files that belong to the adapter)")
-    print(pushed.commit.pr_url or pushed.commit.commit_url)
-    return 0
 
 
 COMMAND = Command(

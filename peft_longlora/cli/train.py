@@ -44,5 +44,6 @@ COMMAND = Command(
     epilog="Example: longlora train recipes/smollm2-135m-32k.yaml --data books/ --output-dir runs/books. On several "
     "GPUs: accelerate launch -m peft_longlora train ... docs/training.md explains the keys.",
     interrupted="Stopped at once. Checkpoints in output_dir are kept; the same command goes on from the last one.",
+    options={"repositories": "repositories"},
     takes_more=True,
 )

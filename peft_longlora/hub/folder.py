@@ -12,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, get_session
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
@@ -99,6 +101,12 @@ def push_folder(
     """
     folder = Path(folder)
     config = _read(folder)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{repo_id!r} is no name of a repository. Give 'owner/name', or 'name' for one of your own."
+        ) from error
     if base is not None and hub_id(base) is None:
         raise ValueError(f"base={base!r} is no id on the Hub ('owner/name').")
     names, left_out = choose_files(folder, tuple(include))

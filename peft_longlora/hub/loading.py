@@ -164,6 +164,8 @@ def _is_no_fault_of_file(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     """The error in one line. An error that is not made for users also gets its class and a cure."""
     reason = " ".join(str(error).split())[:600]
+    if "couldn't connect to" in reason:
+        return "no such folder, and the Hub is not reached to look for it there. Check the name, or the connection."
     if reason and isinstance(error, OSError | ValueError | RuntimeError) and not isinstance(error, RecursionError):
         return reason
     kind = type(error).__name__

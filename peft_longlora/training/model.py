@@ -42,7 +42,8 @@ def load_tokenizer(options: RunOptions) -> PreTrainedTokenizerBase:
     Raises: ValueError: it cannot be loaded.
     """
     name = options.tokenizer or options.model
-    tokenizer = _load(AutoTokenizer.from_pretrained, "tokenizer", name, revision=_revision(options, name))
+    what = "tokenizer" if options.tokenizer else "model"
+    tokenizer = _load(AutoTokenizer.from_pretrained, what, name, revision=_revision(options, name))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -169,6 +169,8 @@ def own_recipes() -> dict[str, Path]:
 def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         path = own_recipes().get(path.stem, path)
+    if (path / "config.json").is_file():
+        raise ValueError(f"{path}: this is a model, not a recipe. Give it with --model {path}.")
     if not path.is_file():
         names = ", ".join(sorted(own_recipes()))
         raise FileNotFoundError(f"{path}: no such recipe. Give a .yaml file, or one of {names}.")

@@ -56,7 +56,17 @@ BAD = {
     "{tmp}/empty.jsonl is a file. Give a folder": ["--output", "{tmp}/empty.jsonl/out", "--data", "{text}"],
     "--buckets [512, 64] must be edges in rising order": ["--buckets", "512,64", "--data", "{text}"],
     "the prompt alone has": ["--tasks", "passkey", "--lengths", "16"],
-    "--card needs an adapter": ["--tasks", "passkey", "--lengths", "128", "--seeds", "1", "--depths", "0", "--card"],
+    "--card needs an adapter in a folder: give --adapter": [
+        "--tasks",
+        "passkey",
+        "--lengths",
+        "128",
+        "--seeds",
+        "1",
+        "--depths",
+        "0",
+        "--card",
+    ],
     "--card is only for LongLoRA adapters; {tmp}/plain has type LORA": [
         "--adapter",
         "{tmp}/plain",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 
-from tests.hub.test_push_results import push_both, save_measured
+from tests.hub.test_push_results import push_both, push_by_command, save_measured
 
 
 def test_no_path_of_this_machine_is_pushed(hub, pusher, tmp_path):
@@ -30,3 +32,21 @@ def test_no_path_of_this_machine_is_pushed(hub, pusher, tmp_path):
         texts = [files[name] for name in ("README.md", "results.json", "recipe.yaml")]
         assert not any(b"secret" in text for text in texts)
     assert json.loads((folder / "results.json").read_text()) == results
+
+
+def test_a_name_that_is_none_and_a_token_that_is_wrong_are_said_with_their_cure(hub, pusher, tmp_path):
+    pusher(save_measured, str(tmp_path))
+    failure = pusher(push_both, tmp_path, "me/x/y")
+    assert "'me/x/y' is no name of a repository. Give 'owner/name'" in failure.message
+    hub.fail("POST", "/create", 401)
+    assert pusher(said_by_command, str(tmp_path), "me/wrong") == (
+        "longlora push: error: The Hub does not accept the token. Log in with `hf auth login`, or set HF_TOKEN to a "
+        "token that may write.\n"
+    )
+
+
+def said_by_command(*arguments: str) -> str:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert push_by_command(*arguments) == 2
+    return said.getvalue()

@@ -143,3 +143,9 @@ def test_every_default_is_of_its_type():
     for key in keys().values():
         if type(key.default).__module__ == "builtins" and key.default not in ("", []):
             convert(key.name, key.default, key.kind)
+
+
+def test_a_model_in_place_of_a_recipe_is_said(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"this is a model, not a recipe. Give it with --model "):
+        read_recipe(tmp_path)

@@ -121,7 +121,7 @@ def test_dry_run_loads_no_weights_and_writes_nothing(run, monkeypatch):
     ("more", "message"),
     [
         (["--data", "missing.txt"], "missing.txt: no such file or folder"),
-        (["--model", "/nowhere"], "tokenizer='/nowhere': no such folder"),
+        (["--model", "/nowhere"], "model='/nowhere': no such folder"),
         (["--context-length", "128", "--dense-layers", "7"], "dense_layers=.* names .*7"),
         (["--eval-strategy", "steps"], "eval_strategy and eval_on_start need eval_data"),
         (["--bf16"], "bf16 and fp16 are for GPUs"),
@@ -131,6 +131,7 @@ def test_dry_run_loads_no_weights_and_writes_nothing(run, monkeypatch):
         (["--report-to", "nobody"], "nobody is not supported"),
         (["--report-to", "wandb"], "requires wandb to be installed"),
         (["--attn-backend", "fast"], "backend='fast' is unknown"),
+        (["--output-dir", "/proc/gone/out"], "output_dir='/proc/gone/out' cannot be written .* you may write to"),
         (
             ["--eval-data", "gone.txt"],
             "eval_data, gone.txt, cannot be read: .*--eval-data other-books/.*--eval-data null to",

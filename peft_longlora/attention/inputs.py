@@ -6,8 +6,11 @@ The settings of a model's layers (`settings`) hold them; `layer` reads them.
 from __future__ import annotations
 
 import inspect
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,9 +20,47 @@ from transformers import PreTrainedModel
 
 from peft_longlora.architecture import find_entrances, follow
 from peft_longlora.attention.lengths import check_lengths, check_padding
+from peft_longlora.attention.pending import Forward, next_node
 from peft_longlora.attention.schedule import Schedule
 
 CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
+
+
+@dataclass
+class Call:
+    """One call of a model.
+
+    Attributes:
+        position_ids: (1 or B, S), as the caller gave them; of several axes, the text's (see `text_positions`).
+        attention_mask: as the caller gave it.
+        cu_seq_lens: (documents + 1) numbers of tokens before each document's end, as collators for flash kernels give.
+        has_cache: whether the caller gave a cache, empty or not, as `generate` does.
+        notes: facts that layers found in this call, for recomputation (see `layer`).
+        caller: the module that was called from outside, while it runs.
+    """
+
+    position_ids: torch.Tensor | None = None
+    attention_mask: Any = None
+    cu_seq_lens: torch.Tensor | None = None
+    has_cache: bool = False
+    notes: dict[Any, Any] = field(default_factory=dict)
+    caller: nn.Module | None = None
+
+
+class OfThread(threading.local):
+    """What belongs to one thread: threads may share a model.
+
+    Attributes:
+        call: the current or last call in this thread. frame: Python's frame that called the module, while it runs.
+        running: see `states`.
+    """
+
+    call: Call | None = None
+    frame: FrameType | None = None
+    running: Any = None
+
+    def __reduce__(self) -> Any:
+        return OfThread, ()  # a copied model runs in no thread
 
 
 @dataclass
@@ -28,25 +69,67 @@ class ModelInputs:
 
     Attributes:
         schedule: counts the calls from outside.
-        position_ids: (1 or B, S), as the caller gave them; of several axes, the text's (see `text_positions`).
-        attention_mask: as the caller gave it.
-        cu_seq_lens: (documents + 1) numbers of tokens before each document's end, as collators for flash kernels give.
-        has_cache: whether the caller gave a cache, empty or not, as `generate` does.
-        notes: facts that layers found in this call, for recomputation (see `layer`).
-        caller: the module that was called from outside, while it runs.
+        last: the last call, of any thread. Threads of autograd, which call no model, use it to recompute layers.
+        compiled: `last` is this one if the beginning of the call is compiled; such calls know no threads.
+        thread: what belongs to the current thread.
         places: for the class of each followed module, the places of its arguments by name.
         handles: the hooks that record all this.
     """
 
     schedule: Schedule = field(default_factory=Schedule)
-    position_ids: torch.Tensor | None = None
-    attention_mask: Any = None
-    cu_seq_lens: torch.Tensor | None = None
-    has_cache: bool = False
-    notes: dict[Any, Any] = field(default_factory=dict)
-    caller: nn.Module | None = None
+    last: Call = field(default_factory=Call)
+    compiled: Call = field(default_factory=Call)
+    thread: OfThread = field(default_factory=OfThread)
     places: dict[str, dict[str, int]] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
+
+    @property
+    def now(self) -> Call:
+        """The current call, or the last one."""
+        if torch.compiler.is_compiling() or self.last is self.compiled or self.thread.call is None:
+            return self.last
+        return self.thread.call
+
+    @property
+    def position_ids(self) -> torch.Tensor | None:
+        """As `Call`."""
+        return self.now.position_ids
+
+    @property
+    def attention_mask(self) -> Any:
+        """As `Call`."""
+        return self.now.attention_mask
+
+    @property
+    def cu_seq_lens(self) -> torch.Tensor | None:
+        """As `Call`."""
+        return self.now.cu_seq_lens
+
+    @property
+    def has_cache(self) -> bool:
+        """As `Call`."""
+        return self.now.has_cache
+
+    @property
+    def notes(self) -> dict[Any, Any]:
+        """As `Call`."""
+        return self.now.notes
+
+    @property
+    def caller(self) -> nn.Module | None:
+        """The module that was called from outside, while it runs in this thread."""
+        if torch.compiler.is_compiling() or self.last is self.compiled:
+            return self.last.caller
+        call = self.thread.call
+        if call is None or call.caller is None:
+            return None
+        # Hooks do not hear of a KeyboardInterrupt, so what says that a call runs is its frame.
+        frame, wanted = sys._getframe(), self.thread.frame
+        while frame is not None and frame is not wanted:
+            frame = frame.f_back
+        if frame is None:
+            call.caller = self.thread.frame = None
+        return call.caller
 
     def follow(self, model: PreTrainedModel) -> None:
         """Record every call of `model` from now on."""
@@ -87,17 +170,30 @@ class ModelInputs:
             return args[place] if kwargs.get(name) is None and place < len(args) else kwargs.get(name)
 
         position_ids, cu_seq_lens = text_positions(given("position_ids")), kwargs.get("cu_seq_lens_q")
-        if self.caller is None:
-            self.caller, self.position_ids, self.cu_seq_lens = module, position_ids, cu_seq_lens
-            self.attention_mask = given("attention_mask")
-            self.has_cache = any(kwargs.get(name) is not None for name in CACHE_NAMES)
-            if not torch.compiler.is_compiling() and not self.has_cache:
-                self._check(module, given, kwargs)
-            self.notes = {"has gradients": torch.is_grad_enabled()}
+        if self.caller is None or self.caller is module:  # no module calls itself: the call was interrupted
+            self._begin()
+            now = self.now
+            now.caller, now.position_ids, now.cu_seq_lens = module, position_ids, cu_seq_lens
+            now.attention_mask = given("attention_mask")
+            now.has_cache = any(kwargs.get(name) is not None for name in CACHE_NAMES)
+            now.notes = {"has gradients": torch.is_grad_enabled()}
+            if not torch.compiler.is_compiling():
+                now.notes["begins"] = next_node()
+                if not now.has_cache:
+                    self._check(module, given, kwargs)
             self.schedule.begin(module.training)
         else:  # another followed module called it, and may not pass on its arguments
-            self.position_ids = self.position_ids if position_ids is None else position_ids
-            self.cu_seq_lens = self.cu_seq_lens if cu_seq_lens is None else cu_seq_lens
+            now = self.now
+            now.position_ids = now.position_ids if position_ids is None else position_ids
+            now.cu_seq_lens = now.cu_seq_lens if cu_seq_lens is None else cu_seq_lens
+
+    def _begin(self) -> None:
+        """Trust nothing that an earlier call left."""
+        if torch.compiler.is_compiling():
+            self.last = self.compiled
+            return
+        self.last = self.thread.call = Call()
+        self.thread.frame, self.thread.running = sys._getframe(2), None
 
     def _check(self, module: nn.Module, given: Callable[[str], Any], kwargs: dict[str, Any]) -> None:
         """Refuse what the caller says of its rows if it does not fit them."""
@@ -109,13 +205,21 @@ class ModelInputs:
             if module.training:
                 check_padding(self.attention_mask, *tokens.shape[:2])
         except ValueError:
-            self.caller = None  # the call ends here, before the hook that would note it
+            self.now.caller = self.thread.frame = None  # the call ends here, before the hook that would note it
             raise
 
-    def _after(self, module: nn.Module, *_: Any) -> None:
+    def _after(self, module: nn.Module, args: Any = None, output: Any = None) -> None:
         """Hook: a followed module returns, or fails."""
-        if self.caller is module:
-            self.caller = None
+        if self.caller is not module:
+            return
+        now = self.now
+        now.caller = None
+        if torch.compiler.is_compiling():
+            return
+        self.thread.frame = None
+        forward = now.notes.get("forward")
+        if isinstance(forward, Forward):
+            forward.hold(output)
 
 
 def text_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:

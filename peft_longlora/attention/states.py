@@ -15,16 +15,18 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
+from transformers.utils import logging
 
 from peft_longlora.architecture import find_state_layers
 from peft_longlora.attention.inputs import ModelInputs
 from peft_longlora.attention.mask import S2Mask
+from peft_longlora.attention.pending import Forward, Forwards
 
 if TYPE_CHECKING:
     from peft_longlora.attention.settings import AttentionSettings
 
-# Forwards whose backward may be waiting.
-MOST_FORWARDS = 8
+logger = logging.get_logger(__name__)
+
 # What collators tell kernels about the documents of a whole row.
 OF_WHOLE_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens", "seq_idx")
 
@@ -118,15 +120,18 @@ class StateLayers:
 
     Attributes:
         settings: of the model's attention: its inputs, whether they are enabled, and whether a module is sparse.
-        running: the layer that is running on documents apart, their plan, and the arguments of the whole row.
-        notes: for each layer, what was noted in the last forwards with gradients (`ModelInputs.notes`), oldest first.
+        forwards: those that layers may be recomputed for.
     """
 
     def __init__(self, settings: AttentionSettings):
         self.settings = settings
-        self.running: tuple[nn.Module, Apart, tuple[Any, ...], dict[str, Any]] | None = None
-        self.notes: dict[nn.Module, list[dict[Any, Any]]] = {}
+        self.forwards = Forwards()
         self.handles: list[RemovableHandle] = []
+
+    @property
+    def running(self) -> tuple[nn.Module, Apart, tuple[Any, ...], dict[str, Any]] | None:
+        """The layer that this thread runs on documents apart, their plan, and the arguments of the whole row."""
+        return self.settings.inputs.thread.running
 
     def follow(self, model: nn.Module) -> None:
         """Keep documents apart in every call of these layers from now on."""
@@ -138,52 +143,55 @@ class StateLayers:
         """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
-        self.handles, self.running, self.notes = [], None, {}
+        self.handles, self.forwards = [], Forwards()
 
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hook: a layer is called. It gets the first batch of documents."""
-        if self.running is not None:
+        inputs, running = self.settings.inputs, self.running
+        if running is not None and module is not running[0] and any(one is module for one in running[0].modules()):
             return None
+        inputs.thread.running = None  # a layer that was interrupted leaves it
         given = [*args, *kwargs.values()]
-        inputs, is_sparse = self.settings.inputs, self.settings.is_sparse(module.training)
-        if any(isinstance(x, Cache) for x in given) and (inputs.has_cache or not is_sparse):
+        cache = next((x for x in given if isinstance(x, Cache)), None)
+        if cache is not None and inputs.has_cache:
+            _refuse_without_states(cache)
+            return None
+        is_read = cache is not None and not self.settings.is_sparse(module.training)
+        if is_read and inputs.attention_mask is not None:  # a prompt to go on from
             return None
         if any(isinstance(x, S2Mask) for x in given):  # it computes with the mask of attention
             return None
-        hidden_states = next(x for x in given if isinstance(x, torch.Tensor))
-        notes = self._notes(module, tuple(hidden_states.shape[:2]))
-        if not notes.get("is apart"):
+        forward = self._forward(module, next(x for x in given if isinstance(x, torch.Tensor)))
+        if forward is None or not forward.is_enabled:
             return None
         kwargs = {name: x for name, x in kwargs.items() if name not in OF_WHOLE_ROWS}
-        if "apart" not in notes:
-            # DeepSpeed ZeRO-3 gathers weights in each run of a layer, so all ranks must run it equally often.
-            is_at_once = any(hasattr(weight, "ds_id") for weight in module.parameters())
-            notes["apart"] = _plan_of(inputs, *notes["shape"], hidden_states.device, is_at_once)
-        if notes["apart"] is None:
+        if forward.plan is None:
             return args, kwargs
-        self.running = module, notes["apart"], args, kwargs
+        if is_read:
+            _leave_without_states(cache)
+        inputs.thread.running = module, forward.plan, args, kwargs
         return self._arranged(0)
 
-    def _notes(self, module: nn.Module, shape: tuple[int, int]) -> dict[Any, Any]:
-        """What is noted in the forward that a layer runs in; of (rows, tokens), if it is recomputed for a backward.
+    def _forward(self, module: nn.Module, hidden_states: torch.Tensor) -> Forward | None:
+        """The forward that a layer runs in, or is recomputed for; None for a layer that is called by hand.
 
-        Backwards come in the reverse order of their forwards, and forwards without gradients have none. So it is the
-        last forward of this shape that was not recomputed yet. Empty for a layer that is called by hand.
+        Raises: RuntimeError: as `Forwards.of_recomputation`.
         """
-        inputs, kept = self.settings.inputs, self.notes.setdefault(module, [])
+        inputs, shape = self.settings.inputs, tuple(hidden_states.shape[:2])
         if inputs.caller is None:
-            alike = [place for place, one in enumerate(kept) if one["shape"] == shape]
-            if not alike:
-                return {}
-            # One of several goes; a single one stays for a second backward.
-            return kept.pop(alike[-1]) if len(alike) > 1 else kept[alike[-1]]
+            return self.forwards.of_recomputation(shape)
         notes = inputs.notes
-        notes.setdefault("is apart", self.settings.is_enabled)
-        notes.setdefault("shape", shape)
-        if notes.get("has gradients"):
-            self.notes[module] = [*kept[1 - MOST_FORWARDS :], notes]
-        return notes
+        if "forward" not in notes:
+            plan = None
+            if self.settings.is_enabled:
+                # DeepSpeed ZeRO-3 gathers weights in each run of a layer, so all ranks must run it equally often.
+                is_at_once = any(hasattr(weight, "ds_id") for weight in module.parameters())
+                plan = _plan_of(inputs, *shape, hidden_states.device, is_at_once)
+            notes["forward"] = Forward(plan, self.settings.is_enabled, shape, notes.get("begins"))
+            if notes.get("has gradients"):
+                self.forwards.add(notes["forward"])
+        return notes["forward"]
 
     def _arranged(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         _, apart, args, kwargs = self.running
@@ -204,7 +212,28 @@ class StateLayers:
                 outputs.append(module.forward(*more_args, **more_kwargs))
             return apart.restore(outputs)
         finally:
-            self.running = None
+            self.settings.inputs.thread.running = None
+
+
+WITHOUT_STATES = "s2_without_states"
+
+
+def _leave_without_states(cache: Cache) -> None:
+    """A packed row in evaluation: the cache that the model made holds no state of its documents."""
+    setattr(cache, WITHOUT_STATES, True)
+    logger.warning_once(
+        "A row of several documents is evaluated, and each is computed as if it were alone. The cache that this "
+        "forward gives cannot be used to go on. Give use_cache=False."
+    )
+
+
+def _refuse_without_states(cache: Cache) -> None:
+    """Raises: ValueError: a cache of a packed row."""
+    if getattr(cache, WITHOUT_STATES, False):
+        raise ValueError(
+            "This cache comes from a row of several documents, so it holds no state to go on from. Give the document "
+            "to go on from a row of its own."
+        )
 
 
 # Kinds of layers, as configs name them, that attend and so see documents through their mask.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.kernels.attend import attend as attend_in_groups
+from peft_longlora.kernels.backends import windowed
 from peft_longlora.kernels.cuts import Cuts
 from peft_longlora.kernels.kernel import Options
 
@@ -24,6 +26,10 @@ def attend(call: LayerCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     if is_fastest and (cuts := _whole_rows(call, positions)) is not None:
         chosen = Options(scaling=options.scaling, dropout=options.dropout, sinks=options.sinks)
         return attend_in_groups(query, call.key, call.value, cuts, chosen).contiguous(), None
+    if (cuts := _chunks_of_documents(call, positions)) is not None:
+        return attend_in_groups(
+            query, call.key, call.value, cuts, replace(options, backend=windowed(options.backend))
+        ).contiguous(), None
     name, mask = settings.dense_attention, call.mask
     if isinstance(mask, S2Mask):
         mask = mask.dense(name, query.device, positions)
@@ -48,6 +54,19 @@ def _decides_alone(call: LayerCall) -> bool:
     inputs = call.settings.inputs
     is_alone = inputs.caller is not None and inputs.attention_mask is None and not inputs.has_cache
     return is_alone and call.settings.is_enabled and not torch.compiler.is_compiling()
+
+
+def _chunks_of_documents(call: LayerCall, positions: torch.Tensor | None) -> Cuts | None:
+    """The cuts of a layer with chunks in evaluation of packed rows; None if it has none, or if the rows are plain.
+
+    transformers counts chunks from the start of the row if the model makes a cache, as it does by default.
+    """
+    if positions is None or call.is_sparse or not call.is_local or not isinstance(call.mask, S2Mask) or call.cached:
+        return None
+    if len(call.mask.runs(positions)) <= call.mask.batch:
+        return None
+    local = call.local(positions)
+    return call.local_cuts(positions) if local is not None and local.kind == "chunks" else None
 
 
 def _whole_rows(call: LayerCall, positions: torch.Tensor | None) -> Cuts | None:

@@ -10,6 +10,7 @@ from peft_longlora.attention import dense
 from peft_longlora.attention.local import Local, find_local
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.reference import s2_attention_reference
+from tests.helpers.every_config import tiny_model
 
 WINDOW, G, LENGTHS = 5, 8, (7, 19, 1, 13)
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
@@ -115,3 +116,17 @@ def test_what_a_rule_is():
     left = torch.tensor([[0, 0] + [1] * 10])
     assert rule(chunked_causal_mask_function(WINDOW, padding + 2), attention_mask=left) == Local("chunks", WINDOW)
     assert rule(chunked_causal_mask_function(WINDOW, padding + 1), attention_mask=left) is None
+
+
+@torch.no_grad()
+def test_evaluation_with_the_cache_that_a_model_makes_counts_chunks_from_each_document():
+    model = tiny_model("llama4_text").eval()
+    configure_attention(model, group_size=8)
+    lengths = (13, 1, 11)
+    ids = torch.randint(3, 40, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    alone = torch.cat([model(input_ids=x, use_cache=False).logits for x in ids.split(lengths, 1)], dim=1)
+    for how in ({}, {"use_cache": False}):
+        torch.testing.assert_close(
+            model(input_ids=ids, position_ids=positions, **how).logits, alone, rtol=1e-4, atol=1e-4
+        )

@@ -63,8 +63,10 @@ def s2_attention_forward(
     call = LayerCall(module, settings, query, key, value, attention_mask, options, kwargs)
     if settings.probe is not None:
         settings.probe(call)
-    if counts_tokens(module):
+    if settings.refuses_packed or counts_tokens(module):
         _refuse_packed(call)
+    if not torch.compiler.is_compiling():
+        _refuse_unknown(kwargs)
     is_sparse = _takes_pattern(call)
     if settings.sharing is not None:
         return settings.sharing.attend(call, call.pattern if is_sparse else "full"), None
@@ -93,14 +95,32 @@ def _refuse_packed(call: LayerCall) -> None:
     """
     positions = call.positions if isinstance(call.mask, S2Mask) and call.settings.is_enabled else None
     # Such a layer scales its queries by the token's place, from this place on (transformers calls it so).
-    begins = getattr(call.module, "floor_scale", 0)
+    begins = 0 if call.settings.refuses_packed else getattr(call.module, "floor_scale", 0)
     if positions is None or call.cached or call.query.shape[2] <= begins or torch.compiler.is_compiling():
         return
     documents = {(start // call.mask.length, number) for start, _, number in call.mask.runs(positions) if number}
     if len(documents) > call.mask.batch:
+        if call.settings.refuses_packed:
+            raise NotImplementedError(call.settings.refuses_packed)
         raise NotImplementedError(
             f"{type(call.module).__name__} counts the tokens of a row by itself, also where a document starts, so "
             f"packed documents would not be computed as they are alone. Give each a row of its own (packing=False)."
+        )
+
+
+# Arguments of transformers' attentions that change what a layer computes and that no kernel here takes.
+UNKNOWN = ("position_bias", "sinks", "indices", "block_indices")
+
+
+def _refuse_unknown(more: dict[str, Any]) -> None:
+    """Refuse what `trial` could not see, because nothing was run when S2-Attn was put on the model.
+
+    Raises: NotImplementedError.
+    """
+    if found := [name for name in UNKNOWN if more.get(name) is not None]:
+        raise NotImplementedError(
+            f"This architecture gives its attention {', '.join(found)}, which the kernels of S2-Attn do not know: they "
+            f"would leave it out. Load it with attn_implementation='sdpa' or 'eager'."
         )
 
 

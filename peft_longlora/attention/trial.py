@@ -17,12 +17,16 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_longlora.architecture import is_causal_layer, rows_of
+from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.settings import AttentionSettings
 
 TOKENS = 24
 # How far outputs may be apart, as a part of their size, by the precision of the weights: sums in another order.
 TOLERANCE, OF_HALF = {torch.float64: 1e-3, torch.float32: 1e-3}, 0.1
-_tried: set[str] = set()
+# Arguments with numbers for tokens or heads that the kernels of S2-Attn know or need not know.
+KNOWN = {"s_aux", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+# For each kind that was tried, why it takes no packed rows, or None.
+_tried: dict[str, str | None] = {}
 
 
 def try_out(
@@ -40,10 +44,17 @@ def try_out(
     class and config was tried before.
 
     Raises:
-        NotImplementedError: the model fails, computes something else, or lets a token see a later one.
+        NotImplementedError: the model fails, computes something else, lets a token see a later one, or gives its
+            attention something that the kernels do not know.
+
+    If a document of a packed row differs from itself alone, `settings.refuses_packed` says so, and layers refuse such
+    rows.
     """
     key = _key(model, settings)
-    if key in _tried or settings.sharing is not None or not _can_run(model, settings):
+    if key in _tried:
+        settings.refuses_packed = _tried[key]
+        return
+    if settings.sharing is not None or not _can_run(model, settings):
         return
     kind = f"{model.config.model_type} ({type(model).__name__})"
     ids = _rows(model)
@@ -62,7 +73,13 @@ def try_out(
             ) from error
         put_on()
         called: list[nn.Module] = []
-        settings.probe, before = (lambda call: called.append(call.module)), settings.probe
+        unknown: set[str] = set()
+
+        def see(call: LayerCall) -> None:
+            called.append(call.module)
+            unknown.update(name for name in call.more if name not in KNOWN and _counts(call.more[name]))
+
+        settings.probe, before = see, settings.probe
         settings.mode, mode = "dense", settings.mode
         try:
             dense = _outputs(model, ids)
@@ -79,6 +96,12 @@ def try_out(
         raise NotImplementedError(
             f"{kind} calls none of its attention layers on plain text, so S2-Attn would never run. Use another model."
         )
+    if unknown:
+        raise NotImplementedError(
+            f"{kind} gives its attention {', '.join(sorted(unknown))}, which the kernels of S2-Attn do not know: they "
+            f"would leave it out. Use an architecture whose attention is decided by queries, keys, values and a mask."
+        )
+    settings.refuses_packed = None
     if own.isfinite().all():
         tolerance = max(TOLERANCE.get(parameter.dtype, OF_HALF) for parameter in model.parameters())
         error = _far(dense, own)
@@ -93,7 +116,56 @@ def try_out(
             raise NotImplementedError(
                 f"{kind} lets tokens see later ones, which groups cannot express. Use a causal language model."
             )
-    _tried.add(key)
+        with _at_rest(model):
+            settings.refuses_packed = _try_packed(model, settings, ids[0], dense[0], tolerance, kind)
+    _tried[key] = settings.refuses_packed
+
+
+# Tokens of the documents of a packed row.
+LENGTHS = (13, 11)
+
+
+def _try_packed(
+    model: PreTrainedModel, settings: AttentionSettings, ids: torch.Tensor, dense: torch.Tensor, far: float, kind: str
+) -> str | None:
+    """Run a packed row in dense and in sparse mode, and compare each document with itself alone.
+
+    Args:
+        ids, dense: a row of tokens, and what it gave. Its beginnings are the documents: a causal model gives them what
+            it gives them alone. In groups longer than the row, so does a sparse one.
+        far: how far outputs may be apart.
+
+    Returns: why packed rows must be refused; None if they are right, or if they already raise an error.
+    """
+    if dense.dim() != 2:
+        return None
+    row = torch.cat([ids[:length] for length in LENGTHS])[None]
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None].to(ids.device)
+    wanted = torch.cat([dense[:length] for length in LENGTHS])
+    before = settings.mode, settings.given_size, settings.backend
+    for settings.mode in ("dense", "sparse"):
+        settings.given_size, settings.backend = 2 * TOKENS, "sdpa"
+        try:
+            error = _far(_outputs(model, row, position_ids=positions)[0], wanted)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # as it does in training
+            continue
+        finally:
+            mode = settings.mode
+            settings.mode, settings.given_size, settings.backend = before
+        if not error <= far:
+            return (
+                f"{kind} does not keep the documents of a packed row apart: in {mode} mode they differ from each alone "
+                f"by {error:.1%} of the size of their outputs. Something else than its attention reads earlier tokens, "
+                f"or counts them. Give each document a row of its own (packing=False), without padding before it."
+            )
+    return None
+
+
+def _counts(x: object) -> bool:
+    """Whether an argument of attention may change scores: numbers for tokens or heads."""
+    return isinstance(x, torch.Tensor) and x.dim() > 0
 
 
 def _key(model: PreTrainedModel, settings: AttentionSettings) -> str:
@@ -138,10 +210,10 @@ def _special_ids(config: PreTrainedConfig) -> Iterator[int]:
 
 
 @torch.no_grad()
-def _outputs(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def _outputs(model: PreTrainedModel, ids: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
     """(2, TOKENS, vocabulary) logits; without an output layer, the hidden states."""
     called = model if model.get_output_embeddings() is not None else model.base_model
-    out = called(input_ids=ids, use_cache=False)
+    out = called(input_ids=ids, use_cache=False, **more)
     return out.logits if getattr(out, "logits", None) is not None else out[0]
 
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_longlora import configure_attention
 from peft_longlora.attention.settings import S2_ATTN
@@ -39,7 +40,7 @@ def test_a_kind_of_model_is_tried_once_on_few_tokens():
     model = a_llama()
     rows, generator = lengths_of(model), torch.get_rng_state()
     configure_attention(model, group_size=8)
-    assert len(rows) == 2 and max(rows) < 32
+    assert len(rows) == 4 and max(rows) < 32
     assert model.training and torch.equal(torch.get_rng_state(), generator)
     again = LlamaForCausalLM(model.config)
     rows = lengths_of(again)
@@ -117,4 +118,56 @@ def test_a_trial_of_one_config_says_nothing_of_another():
     other = AutoModelForCausalLM.from_config(config)
     rows = lengths_of(other)
     configure_attention(other, group_size=8)
-    assert len(rows) == 2
+    assert len(rows) == 4
+
+
+class _Shift(torch.nn.Module):
+    """A feed-forward layer that reads the token before."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(torch.nn.functional.pad(x, (0, 0, 1, -1)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_rows_are_refused_where_something_else_than_attention_reads_earlier_tokens(training):
+    model = a_llama().train(training)
+    model.model.layers[1].mlp = _Shift(model.model.layers[1].mlp)
+    settings = configure_attention(model, group_size=8)
+    assert (settings.given_size, settings.mode, settings.backend) == (8, "auto", None)
+    positions = torch.cat([torch.arange(17), torch.arange(23)])[None]
+    model(input_ids=IDS, use_cache=False)
+    for _ in range(2):  # and it is remembered for models of the same kind, which are not tried again
+        with pytest.raises(NotImplementedError, match=r"in dense mode.*Give each document a row of its own"):
+            model(input_ids=IDS, position_ids=positions, use_cache=False)
+        configure_attention(model, group_size=16)
+
+
+def test_arguments_that_kernels_do_not_know_are_refused(monkeypatch):
+    """A name that no attention knows, and one that sdpa knows."""
+    for name in ("my_bias", "position_bias"):
+        model = a_llama()
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: (args, {**kwargs, name: torch.zeros(1, 4, 24, 24)}),
+                with_kwargs=True,
+            )
+        if name == "position_bias":  # sdpa takes it
+            refused(model, f"gives its attention {name}, which the kernels of S2-Attn do not know")
+        else:
+            monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", _without(name))
+            refused(model, f"gives its attention {name}, which the kernels of S2-Attn do not know")
+
+
+def _without(name):
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend(*args, **kwargs):
+        kwargs.pop(name, None)
+        return sdpa(*args, **kwargs)
+
+    return attend

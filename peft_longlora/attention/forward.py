@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from peft_longlora.architecture import counts_tokens, is_causal_layer
 from peft_longlora.attention import dense
+from peft_longlora.attention.caution import warn_of_packed
 from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.attention.settings import settings_of
@@ -67,6 +68,7 @@ def s2_attention_forward(
         _refuse_packed(call)
     if not torch.compiler.is_compiling():
         _refuse_unknown(kwargs)
+        warn_of_packed(call)
     is_sparse = _takes_pattern(call)
     if settings.sharing is not None:
         return settings.sharing.attend(call, call.pattern if is_sparse else "full"), None

@@ -59,6 +59,7 @@ class AttentionSettings:
         is_enabled: False while the adapter of these settings is switched off; then the model attends as its base.
         schedule: which training forwards are dense in every layer.
         refuses_packed: why this model takes no rows of several documents (see `trial`), or None.
+        warned: of what (see `caution`).
         inputs: the arguments of the model's last call.
         states: keeps documents apart in layers with a state along the sequence.
         probe: a function that gets every call of a layer (a `layer.LayerCall`) before it is computed; or None.
@@ -78,6 +79,7 @@ class AttentionSettings:
     is_enabled: bool = True
     schedule: Schedule = field(default_factory=Schedule)
     refuses_packed: str | None = field(default=None, repr=False, compare=False)
+    warned: set[str] = field(default_factory=set, repr=False, compare=False)
     inputs: ModelInputs = field(default_factory=ModelInputs, repr=False, compare=False)
     states: StateLayers = field(init=False, repr=False, compare=False)
     probe: Callable[[Any], None] | None = field(default=None, repr=False, compare=False)

@@ -39,6 +39,8 @@ follows from what the model's parts are and do, and so does the result of a mode
   with the dense-mask definition of S2-Attn as attention. Layers with a window or a state keep them.
 - The gradient of early outputs with respect to later tokens is exactly 0.
 - Documents that are packed into a row or padded give the logits that they give alone, in training and in evaluation.
+  Two limits hold for every type: beside a 2-D `attention_mask`, positions that restart keep documents apart in training
+  only; and with `rope_type` `dynamic` or `longrope`, frequencies follow the longest position of the forward.
 - LoRA, embeddings and norms of the language model are trained, and nothing else is.
 - With the adapter switched off or unloaded, logits and config are the base's, bit for bit.
 - The saved adapter loads with equal logits. Plain transformers reads the merged folder with equal logits.

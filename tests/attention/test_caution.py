@@ -1,0 +1,53 @@
+"""Warnings where documents of a packed row are not what they are alone: once, and only there."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_longlora import configure_attention
+from peft_longlora.attention import caution
+
+IDS = torch.arange(3, 43)[None]
+PACKED = dict(input_ids=IDS, position_ids=torch.cat([torch.arange(17), torch.arange(23)])[None], use_cache=False)
+MASK = torch.ones_like(IDS)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = []
+    monkeypatch.setattr(caution.logger, "warning", lines.append)
+    return lines
+
+
+def a_llama(**more):
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=16, **more))
+    configure_attention(model, group_size=8)
+    return model
+
+
+@torch.no_grad()
+def test_positions_beside_a_mask_in_evaluation(said):
+    model = a_llama()
+    model.train()(**PACKED, attention_mask=MASK)
+    model.eval()(**PACKED)
+    left = MASK.clone()
+    left[:, :4] = 0
+    model(
+        input_ids=IDS, attention_mask=left, position_ids=(left.cumsum(1) - 1).masked_fill(left == 0, 1), use_cache=False
+    )
+    assert not said
+    for _ in range(2):
+        model(**PACKED, attention_mask=MASK)
+    assert len(said) == 1 and "2-D attention_mask in evaluation" in said[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "linear"])
+def test_frequencies_that_follow_the_longest_position(said, kind):
+    model = a_llama(rope_parameters=dict(rope_type=kind, factor=4.0, rope_theta=1e4)).train()
+    model(input_ids=IDS, position_ids=torch.arange(40)[None], use_cache=False)
+    assert not said
+    for _ in range(2):
+        model(**PACKED)
+    assert len(said) == (kind == "dynamic") and all("from the longest position of a forward" in line for line in said)

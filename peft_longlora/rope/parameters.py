@@ -13,9 +13,15 @@ ROUNDING = 0.01  # people write factors with two or three digits, which is about
 
 
 def base_rope(config: PreTrainedConfig) -> dict[str, Any]:
-    """The rope_parameters of the layers with full attention (a config may hold one dict for each layer type)."""
+    """The rope_parameters of the layers with full attention (a config may hold one dict for each layer type).
+
+    Raises: NotImplementedError: there are dicts, and none for full attention.
+    """
     parameters = getattr(config, "rope_parameters", None) or {}
-    return parameters["full_attention"] if is_nested(parameters) else parameters
+    if not is_nested(parameters):
+        return parameters
+    check_form(config)
+    return parameters["full_attention"]
 
 
 def check_form(config: PreTrainedConfig) -> None:

@@ -8,10 +8,12 @@ from transformers import (
     BloomConfig,
     Gemma2Config,
     GPT2Config,
+    LlamaForCausalLM,
 )
 
 from peft_longlora import LongLoraConfig, configure_attention, use_attention
 from tests.helpers.attention_models import LENGTH, SIZES, G, assert_differ, build, inputs_of, sparse
+from tests.helpers.configs import tiny_llama_config
 from tests.helpers.releases import CACHE
 
 
@@ -175,3 +177,12 @@ def test_no_hook_is_left_behind(llama):
     assert configured == before + 1
     get_peft_model(llama, LongLoraConfig(r=2, context_length=128)).unload()
     assert len(llama._forward_pre_hooks) == configured
+
+
+@pytest.mark.parametrize("full", [{}, {"full_attention": None}], ids=["none", "empty"])
+def test_rope_of_other_kinds_of_layers_is_refused(full):
+    """As deepseek_v4, zaya and beam state it: the window of full attention cannot be read from it."""
+    model = LlamaForCausalLM(tiny_llama_config())
+    model.config.rope_parameters = {"main": {"rope_type": "default", "rope_theta": 1e4}, **full}
+    with pytest.raises(NotImplementedError, match="a form of its own"):
+        configure_attention(model, group_size=4)

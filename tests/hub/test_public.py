@@ -23,8 +23,8 @@ def test_no_path_of_this_machine_is_pushed(hub, pusher, tmp_path):
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "recipe.yaml").write_text("model: my-base\ndata:\n- books\n")
     for base, said in ((None, "my-base"), ("me/base", "me/base")):
-        pusher(push_both, folder, "me/paths", base=base)
-        files = hub.files("me/paths")
+        pusher(push_both, folder, "me/no-paths", base=base)
+        files = hub.files("me/no-paths")
         pushed = json.loads(files["results.json"])
         assert pushed["model"] == {**results["model"], "name": said, "tokenizer": "words"}
         assert pushed["notes"] == [f"The adapter names {said!r} as its base."]

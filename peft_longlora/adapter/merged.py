@@ -32,10 +32,15 @@ def shared_layers(model: nn.Module) -> list[str]:
 
     Embeddings and an output layer that is tied to them have one change, which `tie_if_equal` keeps in both.
     """
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends = {
+        id(inner)  # with what PEFT's wrappers hold, such as the rows of `trainable_token_indices`
+        for end in (model.get_input_embeddings(), model.get_output_embeddings())
+        if end is not None
+        for inner in end.modules()
+    }
     owners: dict[int, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
-        if any(module is end for end in ends):
+        if id(module) in ends:
             continue
         if isinstance(module, BaseTunerLayer):
             base = module.get_base_layer()

@@ -153,7 +153,8 @@ class LongLoraModel(EndingLoraModel):
         modules = dict(trainable.named_modules(self.model))
         shared = [module.weight for _, module in trainable.find_module(self.model, self.model.get_input_embeddings())]
         named = super()._get_module_names_tied_with_embedding()
-        return [name for name in named if any(modules[name].weight is weight for weight in shared)]
+        # A name that leads into a wrapper of PEFT's own (TrainableTokens) is one that PEFT has made, so it is tied.
+        return [n for n in named if n not in modules or any(modules[n].weight is weight for weight in shared)]
 
     def _prepare_model(self, peft_config: LongLoraConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)

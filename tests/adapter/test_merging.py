@@ -4,8 +4,11 @@ import copy
 
 import pytest
 import torch
+from peft import get_peft_model
+from transformers import LlamaForCausalLM
 
 from peft_longlora import LongLoraConfig
+from tests.helpers.configs import tiny_llama_config
 from tests.helpers.tiny import extend, logits, make, train
 
 
@@ -133,3 +136,19 @@ def test_trained_tokens_are_merged_and_come_off():
     model.merge_adapter()
     assert torch.allclose(logits(model), before, atol=1e-4)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.unload().state_dict().items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_trained_rows_of_tied_embeddings_merge(tied):
+    """PEFT puts a layer into the embeddings and into the output layer; both have the same change of one weight."""
+    torch.manual_seed(0)
+    frozen = dict(train_embeddings=False, train_norms=False, init_lora_weights=False)
+    config = LongLoraConfig(r=2, trainable_token_indices=[1, 2, 3], group_size=4, task_type="CAUSAL_LM", **frozen)
+    model = get_peft_model(LlamaForCausalLM(tiny_llama_config(tie_word_embeddings=tied)).eval(), config).eval()
+    for name, weight in model.named_parameters():
+        if "trainable_tokens" in name:
+            torch.nn.init.normal_(weight)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-4)

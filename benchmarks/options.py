@@ -6,8 +6,6 @@ with parser.refusing():
 """
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,14 +21,6 @@ class Parser(OneLine):
 
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    @contextmanager
-    def refusing(self) -> Iterator[None]:
-        """Errors about what the user gave (files, models, numbers) end the script as errors in its options do."""
-        try:
-            yield
-        except (ValueError, OSError, ImportError, NotImplementedError) as error:
-            self.error(" ".join(str(error).split()))
 
 
 def above_zero(text: str) -> float:

@@ -8,44 +8,24 @@ with parser.refusing():
 import argparse
 import dataclasses
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import TrainingArguments
 
+from peft_longlora.cli.arguments import Parser as OneLine
+from peft_longlora.cli.arguments import count, positive
 
-class Parser(argparse.ArgumentParser):
+__all__ = ["Parser", "check_output", "checkpointing", "count", "positive", "rate"]
+
+
+class Parser(OneLine):
     """A parser with the script's first lines as its help, and errors on one line."""
 
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         # Who runs a script can do nothing about names that are old for one of its libraries and not for another.
         warnings.filterwarnings("ignore", category=FutureWarning)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-    @contextmanager
-    def refusing(self) -> Iterator[None]:
-        """Errors about what the user gave (files, models, numbers) end the script as errors in its options do."""
-        try:
-            yield
-        except (ValueError, OSError, ImportError, NotImplementedError) as error:
-            self.error(" ".join(str(error).split()))
-
-
-def positive(text: str) -> int:
-    """A number of 1 or more."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)
-
-
-def count(text: str) -> int:
-    """A number of 0 or more."""
-    return 0 if text == "0" else positive(text)
 
 
 def rate(text: str) -> float:

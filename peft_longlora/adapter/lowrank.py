@@ -20,9 +20,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from peft_longlora.adapter.precision import HALF
 from peft_longlora.rope.mixing import Mixin, mix
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 class _AddLowRank(torch.autograd.Function):

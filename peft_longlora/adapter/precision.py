@@ -87,9 +87,8 @@ class Float32Weights(Mixin):
 
 
 def _follow_class(module: nn.Module) -> None:
-    if "_old_forward" in vars(
-        module
-    ):  # accelerate's hooks (device_map) call the `forward` that they found when they were added
+    # accelerate's hooks (device_map) call the `forward` that they found when they were added.
+    if "_old_forward" in vars(module):
         module._old_forward = MethodType(type(module).forward, module)
 
 

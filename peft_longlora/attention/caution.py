@@ -52,9 +52,5 @@ def _follows_longest(settings: AttentionSettings) -> bool:
 
 def _is_packed(call: LayerCall, positions: torch.Tensor) -> bool:
     """Whether a row holds several documents; found once a forward."""
-
-    def find() -> bool:
-        runs = documents_of(call.mask).runs(positions)  # another mask: in evaluation this one knows no positions
-        return len({(start // call.mask.length, number) for start, _, number in runs if number}) > call.mask.batch
-
-    return call.mask.once("is packed", find)
+    # Another mask, because in evaluation this one knows no positions.
+    return call.mask.once("packed by positions", lambda: documents_of(call.mask).is_packed(positions))

@@ -100,8 +100,7 @@ def _refuse_packed(call: LayerCall) -> None:
     begins = 0 if call.settings.refuses_packed else getattr(call.module, "floor_scale", 0)
     if positions is None or call.cached or call.query.shape[2] <= begins or torch.compiler.is_compiling():
         return
-    documents = {(start // call.mask.length, number) for start, _, number in call.mask.runs(positions) if number}
-    if len(documents) > call.mask.batch:
+    if call.mask.is_packed(positions):
         if call.settings.refuses_packed:
             raise NotImplementedError(call.settings.refuses_packed)
         raise NotImplementedError(

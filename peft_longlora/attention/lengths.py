@@ -31,21 +31,26 @@ def check_lengths(queries: Any, keys: Any, batch: int, length: int) -> None:
     """
     if queries is None and keys is None:
         return
-    is_one, (queries, keys) = keys is queries, (_on_host(queries), _on_host(keys))
+    queries, keys = _on_host(queries, None if keys is queries else keys)
     if queries is None:
         raise ValueError(f"cu_seq_lens_k={_short(keys)} is given without cu_seq_lens_q. {_CURE}")
     for name, given in (("cu_seq_lens_q", queries), ("cu_seq_lens_k", keys)):
         if given is not None and (broken := _broken_rule(given, batch, length)):
             raise ValueError(f"{name}={_short(given)} {broken}. {_CURE}")
-    if keys is not None and not is_one and keys.tolist() != queries.tolist():
+    if keys is not None and keys.tolist() != queries.tolist():
         raise ValueError(
             f"cu_seq_lens_q={_short(queries)} and cu_seq_lens_k={_short(keys)} differ: without a cache every document "
             f"has as many keys as queries. {_CURE}"
         )
 
 
-def _on_host(given: Any) -> Any:
-    return given.cpu() if isinstance(given, torch.Tensor) else given
+def _on_host(queries: Any, keys: Any) -> tuple[Any, Any]:
+    """Both on the CPU. If they are alike, as collators make them, the device is waited for once and not twice."""
+    both = queries, keys
+    kinds = {(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else None for x in both}
+    if len(kinds) == 1 and None not in kinds:
+        return tuple(torch.stack(both).cpu())
+    return tuple(x.cpu() if isinstance(x, torch.Tensor) else x for x in both)
 
 
 def _broken_rule(given: Any, batch: int, length: int) -> str | None:

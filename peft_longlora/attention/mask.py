@@ -70,12 +70,7 @@ class S2Mask:
         """Returns itself: `generate` calls this on masks that it makes ahead for static caches."""
         return self
 
-    def dense(
-        self,
-        implementation: str,
-        device: torch.device,
-        position_ids: torch.Tensor | None = None,
-    ) -> Any:
+    def dense(self, implementation: str, device: torch.device, position_ids: torch.Tensor | None = None) -> Any:
         """The mask that `implementation` ("sdpa", "flash_attention_2", ...) would have been given.
 
         Args:
@@ -180,6 +175,15 @@ class S2Mask:
         if not self.batch or not self.length:
             return []
         return self.once("runs", lambda: find_documents(self.segment_ids(position_ids)))
+
+    def is_packed(self, position_ids: torch.Tensor | None) -> bool:
+        """Whether a row holds several documents."""
+
+        def find() -> bool:
+            documents = {(start // self.length, number) for start, _, number in self.runs(position_ids) if number}
+            return len(documents) > len({row for row, _ in documents})
+
+        return self.once("is packed", find)
 
     def order(self, position_ids: torch.Tensor | None) -> torch.Tensor | None:
         """(B, S) token indices with each row's padding at its end, if there is padding inside a document; otherwise

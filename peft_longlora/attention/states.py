@@ -248,8 +248,7 @@ def refuse_unfollowed(settings: AttentionSettings, mask: S2Mask, positions: torc
     others = set(getattr(settings.config, "layer_types", None) or ()) - ATTENDING
     if not others or settings.inputs.handles:
         return
-    documents = {(start // mask.length, number) for start, _, number in mask.runs(positions) if number}
-    if len(documents) > len({row for row, _ in documents}):
+    if mask.is_packed(positions):
         raise NotImplementedError(
             f"This model has layers of the kind {', '.join(sorted(others))}, which know no documents, and got a row of "
             f"several. Call configure_attention(model) or add a LongLoraConfig adapter: then each document is computed "

@@ -17,10 +17,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_longlora.architecture import is_causal_layer, rows_of
+from peft_longlora.attention.caution import MASK, ROPE
 from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.settings import AttentionSettings
 
 TOKENS = 24
+LENGTHS = (13, 11)  # tokens of the documents of a packed row
 # How far outputs may be apart, as a part of their size, by the precision of the weights: sums in another order.
 TOLERANCE, OF_HALF = {torch.float64: 1e-3, torch.float32: 1e-3}, 0.1
 # Arguments with numbers for tokens or heads that the kernels of S2-Attn know or need not know.
@@ -121,10 +123,6 @@ def try_out(
     _tried[key] = settings.refuses_packed
 
 
-# Tokens of the documents of a packed row.
-LENGTHS = (13, 11)
-
-
 def _try_packed(
     model: PreTrainedModel, settings: AttentionSettings, ids: torch.Tensor, dense: torch.Tensor, far: float, kind: str
 ) -> str | None:
@@ -142,9 +140,10 @@ def _try_packed(
     row = torch.cat([ids[:length] for length in LENGTHS])[None]
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None].to(ids.device)
     wanted = torch.cat([dense[:length] for length in LENGTHS])
-    before = settings.mode, settings.given_size, settings.backend
-    for settings.mode in ("dense", "sparse"):
-        settings.given_size, settings.backend = 2 * TOKENS, "sdpa"
+    before = settings.mode, settings.given_size, settings.backend, settings.warned
+    for mode in ("dense", "sparse"):
+        settings.mode, settings.given_size, settings.backend = mode, 2 * TOKENS, "sdpa"
+        settings.warned = {MASK, ROPE}  # these rows are not the user's
         try:
             error = _far(_outputs(model, row, position_ids=positions)[0], wanted)
         except torch.OutOfMemoryError:
@@ -152,8 +151,7 @@ def _try_packed(
         except Exception:  # as it does in training
             continue
         finally:
-            mode = settings.mode
-            settings.mode, settings.given_size, settings.backend = before
+            settings.mode, settings.given_size, settings.backend, settings.warned = before
         if not error <= far:
             return (
                 f"{kind} does not keep the documents of a packed row apart: in {mode} mode they differ from each alone "

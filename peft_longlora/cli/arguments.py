@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -42,6 +42,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with code 2."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Errors about what the user gave (files, models, numbers) end a script as errors in its options do."""
+        try:
+            yield
+        except (ValueError, OSError, ImportError, NotImplementedError) as error:
+            self.error(" ".join(str(error).split()))
 
 
 def add_model_options(parser: argparse.ArgumentParser, auto: str = "as in the file") -> None:

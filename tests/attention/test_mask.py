@@ -284,3 +284,21 @@ def test_mask_function_returns_an_object_or_what_a_static_cache_expects():
     assert isinstance(s2_mask(kv_length=9, q_offset=4, **arguments), S2Mask)  # decoding with a dynamic cache
     room = dict(arguments, kv_length=9, q_offset=0, allow_is_causal_skip=False)
     assert torch.equal(s2_mask(**room), sdpa_mask(**room))
+
+
+@pytest.mark.parametrize(
+    ("positions", "padding", "is_packed"),
+    [
+        ([[0, 1, 0, 1], [0, 1, 2, 3]], None, True),
+        ([[0, 1, 2, 3], [0, 1, 2, 3]], None, False),
+        ([[0, 1, 0, 1], [0, 0, 0, 0]], [[1, 1, 1, 1], [0, 0, 0, 0]], True),  # a row of padding is no document
+        ([[0, 1, 2, 3], [0, 1, 2, 0]], [[1, 1, 1, 1], [1, 1, 1, 0]], False),
+        ([[0, 1, 2, 3], [0, 1, 2, 3]], [[1, 1, 1, 1], [1, 0, 1, 1]], False),  # a hole ends no document
+    ],
+)
+def test_a_row_is_packed_if_it_holds_several_documents(positions, padding, is_packed):
+    positions = torch.tensor(positions)
+    padding = None if padding is None else torch.tensor(padding)
+    device = torch.device("cpu")
+    mask = S2Mask(dict(batch_size=2, q_length=4, kv_length=4, attention_mask=padding, device=device))
+    assert mask.is_packed(positions) is is_packed

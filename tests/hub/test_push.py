@@ -133,6 +133,7 @@ def run_longalpaca(*data):
     return [line for line in printed.getvalue().splitlines() if "held out" in line or "Loss" in line]
 
 
+@pytest.mark.slow
 def test_the_longalpaca_example_by_ids_alone(hub, puller, coder, tmp_path):
     """Model and data from the hub: the numbers are those of the same records in a file."""
     records = tmp_path / "LongAlpaca-12k.json"

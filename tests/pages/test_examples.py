@@ -76,6 +76,7 @@ def text_folder(tmp_path_factory) -> Path:
 EXTEND = ("--context-length", 256, "--accumulation", 1, "--learning-rate", 1e-2, "--warmup-steps", 1)
 
 
+@pytest.mark.slow
 def test_extend_context_then_merge_and_generate(run, base, text_folder, tmp_path):
     held_out = tmp_path / "held_out.txt"
     held_out.write_text(prose(600, 9))

@@ -101,7 +101,7 @@ def compare(ranks: int) -> dict:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
 def test_output_and_gradients_are_those_of_one_process(ranks):
     """In float64, but for the log-sum-exp, which kernels keep in float32."""
     results = run_ranks(ranks, compare, ranks)

@@ -105,6 +105,7 @@ def test_results_are_those_of_the_same_files(longlora, tmp_path, base, adapter, 
     assert (results.model["name"], results.model["adapter"]) == ("me/base", "me/adapter")
 
 
+@pytest.mark.slow
 def test_another_commit_of_an_adapter_or_a_base_is_another_run(longlora, hub, tmp_path, base, adapter):
     """Names on the Hub stand for whatever was pushed last; results name the commit."""
     for what, folder, weights in (

@@ -27,9 +27,14 @@ logger = logging.get_logger(__name__)
 
 Sources = str | Path | list[str | Path]
 TEXTS = (".txt", ".md", ".pdf")  # one document a file
-SUFFIXES = (*TEXTS, ".jsonl", ".json", ".parquet")
+RECORDS = (".jsonl", ".json", ".parquet")
+SUFFIXES = (*TEXTS, *RECORDS)
 PACKED = (".pdf", ".parquet")  # compressed already, so never also .gz
-ABOUT = re.compile(r"(readme|licen[cs]e|changelog)\b", re.IGNORECASE)  # files about a folder, not in its subject
+# Files about a folder, not in its subject: README.md, LICENSE-MIT. "Sources of the Nile.txt" is a book.
+ABOUT = re.compile(
+    r"(readme|licen[cs]es?|copying|notices?|changelog|sources?|citations?|credits|authors|contributing)([._-].*)?$",
+    re.IGNORECASE,
+)
 PARQUET_ROWS = 16  # read at once; a row may be a book
 BLANK = b"\xef\xbb\xbf \t\r\n"  # white space, and the mark that some editors begin a file with
 NO_FILE = "neither a file nor a folder (a pipe, or a device), and data are read several times. Save them as a file."
@@ -73,17 +78,18 @@ def read_rows(
     """(file, place in the file, row) for a data file, or for all data files of a folder.
 
     Data files are .txt, .md, .jsonl and .json, each also .gz, .pdf and .parquet. In a folder, hidden files and files
-    about the folder (README, LICENSE, CHANGELOG) are left out.
+    about the folder (README, LICENSE, SOURCES and the like) are left out.
 
     Args:
-        text_field: the field name for the text of a .txt, .md or .pdf file; None: such files are refused.
+        text_field: the field name for the text of a .txt, .md or .pdf file. None: rows are records, which such files do
+            not hold; in a folder they are left out, alone they are refused.
         counts: counts the files of a folder that are left out. None: they are logged.
 
     Raises:
         ValueError: the folder has no such file, a file is empty, or it is not JSON. The message names file and line.
         ImportError: pypdf or pyarrow is needed and missing.
     """
-    for file in _files(path, counts):
+    for file in _files(path, SUFFIXES if text_field else RECORDS, counts):
         number = 0
         with _named(str(file)):
             for number, (name, row) in enumerate(_file_rows(file, text_field), 1):  # noqa: B007
@@ -112,8 +118,8 @@ def _repositories(path: Path, text_field: str | None, counts: Counts | None) -> 
         logger.warning(f"{path}: reading {given.kept} files, not {text}.")
 
 
-def _files(path: Path, counts: Counts | None) -> list[Path]:
-    known = f"{', '.join(SUFFIXES)} (each but {', '.join(PACKED)} also .gz)"
+def _files(path: Path, suffixes: tuple[str, ...], counts: Counts | None) -> list[Path]:
+    known = f"{', '.join(suffixes)} (each but {' and '.join(kind for kind in PACKED if kind in suffixes)} also .gz)"
     if path.is_file():
         if _kind(path) not in SUFFIXES:
             raise ValueError(f"{path}: cannot read {path.suffix!r} files. Use {known}.")
@@ -130,12 +136,11 @@ def _files(path: Path, counts: Counts | None) -> list[Path]:
         elif ABOUT.match(file.name):
             left_out[file] = "files about the folder"
         else:
-            left_out[file] = "" if _kind(file) in SUFFIXES else f"{file.suffix or 'other'} files"
+            left_out[file] = "" if _kind(file) in suffixes else f"{file.suffix or 'other'} files"
     files = [file for file, reason in left_out.items() if not reason]
     if not files:
-        raise ValueError(
-            f"{path}: holds no {known} file. Check the path. If it is a source tree, pass repositories=True."
-        )
+        tree = " If it is a source tree, pass repositories=True." if suffixes is SUFFIXES else ""
+        raise ValueError(f"{path}: holds no {known} file. Check the path.{tree}")
     others = [str(file.relative_to(path)) for file, reason in left_out.items() if reason]
     if counts is not None:
         for reason in filter(None, left_out.values()):

@@ -223,6 +223,34 @@ def test_records_are_no_plain_text(tmp_path):
         list(read_records(write(tmp_path / "a.txt", "text")))
 
 
+def test_a_folder_of_records_may_hold_text_beside_them(tmp_path, log):
+    """Records with their sources in a .md file are usual; text files alone are not records."""
+    write(tmp_path / "a.jsonl", lines({"prompt": "a", "completion": "b"}))
+    for name in ("SOURCES.md", "notes.txt"):
+        write(tmp_path / name, "text")
+    assert len(list(read_records(tmp_path))) == 1
+    assert "reading 1 files, not these 2: SOURCES.md, notes.txt" in log.text
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"holds no \.jsonl, \.json, \.parquet .* file\. Check the path\.$"):
+        list(read_records(tmp_path))
+
+
+def test_files_about_a_folder_are_not_read_as_documents(tmp_path):
+    about = [
+        "README.md",
+        "readme.zh.txt",
+        "LICENSE-MIT.txt",
+        "LICENCE.md",
+        "SOURCES.md",
+        "NOTICE.txt",
+        "CITATION.txt.gz",
+    ]
+    read = ["Sources of the Nile.txt", "Authors and books.txt", "book.txt"]
+    for name in about + read:
+        write(tmp_path / name, name)
+    assert sorted(document["text"] for document in read_documents(tmp_path)) == sorted(read)
+
+
 def test_local_files_need_neither_datasets_nor_trl(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "trl", None)

@@ -1,8 +1,16 @@
 """What an adapter is, and what it does to a model: a config and a tuner, as in PEFT's own folder of a method.
 
-Read `config`, `model` (how an adapter is added) and `ending` (how it is switched, merged and removed). `files` reads
-adapters, `fit` and `patterns` check them, `state` undoes them. `trainable`, `copies` and `precision` handle embeddings
-and norms; `lowrank` computes LoRA's product, `merged` keeps the base's weights during a merge, `probe` compares models.
+Read `config`, `model` (how an adapter is added) and `ending` (how it is switched, merged and removed).
+
+    config       its fields are checked by `rules` (each by itself), `consistency` (together), `filled_in` (those that
+                 the package fills in) and `variants` (the options of LoRA's variants)
+    model        `files` reads an adapter; `fit` checks that it fits its model, with `base` (is this the base that it
+                 was made for?) and `regexes`; `trainable` finds the modules to train; `count` saves the number of
+                 training forwards
+    layers       `copies` and `precision` handle the copies of embeddings and norms, `lowrank` LoRA's product
+    ending       `state` undoes what adapters changed, `merged` keeps the base's weights during a merge, `mixed` handles
+                 batches of several adapters, `probe` compares models
+
 Nothing here knows of cards or of pushing: `register` passes those functions in.
 """
 

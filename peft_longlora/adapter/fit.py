@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from peft_longlora.adapter import trainable
+from peft_longlora.adapter.base import check_base
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.count import without_count
-from peft_longlora.adapter.made_for import check_base
 from peft_longlora.adapter.merged import is_merged
-from peft_longlora.adapter.patterns import check_patterns
+from peft_longlora.adapter.regexes import check_patterns
 from peft_longlora.attention.configure import check_device
 from peft_longlora.rope import learned
 from peft_longlora.rope import state as rotary

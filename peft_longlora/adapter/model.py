@@ -20,10 +20,10 @@ from peft.utils.transformers_weight_conversion import (
 from torch import nn
 
 from peft_longlora.adapter import copies, count, fit, lowrank, precision, trainable
+from peft_longlora.adapter.base import layout_of
 from peft_longlora.adapter.config import LongLoraConfig, refuse_other_tuner
 from peft_longlora.adapter.ending import EndingLoraModel
 from peft_longlora.adapter.files import check_numbers, check_whole
-from peft_longlora.adapter.made_for import layout_of
 from peft_longlora.adapter.state import AdapterState, check_place
 from peft_longlora.architecture import check_architecture, rows_of
 from peft_longlora.attention.configure import configure_attention

@@ -21,7 +21,7 @@ from peft_longlora.adapter.count import CountBuffer
 from peft_longlora.architecture import find_attention_modules, follow
 from peft_longlora.attention.settings import AttentionState, settings_of
 from peft_longlora.rope import scale as rope
-from peft_longlora.rope.state import OWNER as _STATE
+from peft_longlora.rope.state import OWNER
 
 
 @dataclass(eq=False)
@@ -50,7 +50,7 @@ class AdapterState:
     @classmethod
     def on(cls, model: nn.Module) -> AdapterState | None:
         """What adapters have changed on `model`, or None if it has none of ours."""
-        return getattr(model, _STATE, None)
+        return getattr(model, OWNER, None)
 
     def follow(self) -> None:
         """Begin to follow the adapters, which are in their places now."""
@@ -58,7 +58,7 @@ class AdapterState:
         self.handles = follow(self.model, self)
         self.count = CountBuffer(self.model)
         self.count.attach()
-        setattr(self.model, _STATE, self)
+        setattr(self.model, OWNER, self)
 
     def __call__(self, *_: Any) -> None:
         """PyTorch calls this before each forward of the model."""
@@ -98,8 +98,8 @@ class AdapterState:
             handle.remove()
         if self.count is not None:
             self.count.detach()
-        if hasattr(self.model, _STATE):
-            delattr(self.model, _STATE)
+        if hasattr(self.model, OWNER):
+            delattr(self.model, OWNER)
         rope.restore_rope(self.model)
         self.attention.put_on(self.model)
 

@@ -21,13 +21,13 @@ from peft_longlora.architecture import (
 from peft_longlora.attention.effect import RATIO, check_effect
 from peft_longlora.attention.schedule import Schedule, check_dense_every
 from peft_longlora.attention.settings import (
-    _SETTINGS,
     S2_ATTN,
     AttentionSettings,
     AttentionState,
     Mode,
-    _replace_settings,
+    replace_settings,
     settings_of,
+    settings_on,
 )
 from peft_longlora.attention.trial import try_out
 from peft_longlora.kernels.backends import check_backend
@@ -108,7 +108,7 @@ def configure_attention(
     check_pattern(group_size_of(group_size, group_size_ratio, window_of(config)), pattern)
     dense_every = check_dense_every(dense_every)
     previous = config._attn_implementation
-    known = next((getattr(m, _SETTINGS) for m in layers.values() if hasattr(m, _SETTINGS)), None)
+    known = settings_on(model)
     if dense_attention in (None, FASTEST):
         is_fastest = dense_attention == FASTEST
         if previous != S2_ATTN:
@@ -148,7 +148,7 @@ def configure_attention(
         model.set_attn_implementation({"": name, parts[0]: name} if parts else name)
 
     put_on()
-    _replace_settings(model, dict.fromkeys(layers, settings))
+    replace_settings(model, dict.fromkeys(layers, settings))
     try:
         try_out(model, settings, put_back=lambda: put_on(settings.dense_attention), put_on=put_on)
     except Exception:
@@ -160,9 +160,7 @@ def configure_attention(
 def _of_adapter(model: PreTrainedModel) -> AttentionSettings | None:
     """The settings that a LongLoRA adapter put on a model."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not hasattr(base, OWNER):
-        return None
-    return next((getattr(m, _SETTINGS) for m in find_attention_modules(base).values() if hasattr(m, _SETTINGS)), None)
+    return settings_on(base) if hasattr(base, OWNER) else None
 
 
 def _refuse_other(owned: AttentionSettings, asked: dict[str, Any], window: int) -> None:

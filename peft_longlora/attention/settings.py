@@ -136,7 +136,7 @@ class AttentionState:
     def put_on(self, model: PreTrainedModel) -> None:
         """Restore this attention on `model`."""
         model.set_attn_implementation(self.implementation)
-        _replace_settings(model, self.settings)
+        replace_settings(model, self.settings)
 
 
 def settings_of(module: nn.Module) -> AttentionSettings:
@@ -152,6 +152,12 @@ def settings_of(module: nn.Module) -> AttentionSettings:
     return settings
 
 
+def settings_on(model: nn.Module) -> AttentionSettings | None:
+    """The settings on a model's attention layers; None if there are none yet."""
+    layers = find_attention_modules(model).values()
+    return next((getattr(module, _SETTINGS) for module in layers if hasattr(module, _SETTINGS)), None)
+
+
 def _default_attention(module: nn.Module) -> str:
     """The implementation that transformers uses by default: sdpa, or eager if sdpa would be wrong for the model."""
     classes = vars(sys.modules[type(module).__module__]).values()
@@ -161,7 +167,7 @@ def _default_attention(module: nn.Module) -> str:
     return "sdpa" if all(model._supports_sdpa for model in models) else "eager"
 
 
-def _replace_settings(model: PreTrainedModel, settings: dict[str, AttentionSettings]) -> None:
+def replace_settings(model: PreTrainedModel, settings: dict[str, AttentionSettings]) -> None:
     """Replace the settings of the attention layers, by name."""
     for name, module in find_attention_modules(model).items():
         if hasattr(module, _SETTINGS):

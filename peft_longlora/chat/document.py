@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft_longlora.data.apart import read_pages_apart
 from peft_longlora.data.limits import Limits
 from peft_longlora.data.pdf import read_pages
+from peft_longlora.data.pdf_process import read_pages_apart
 
 SUFFIXES = (".txt", ".md", ".pdf")
 PAGE_BREAK = "\n\n"

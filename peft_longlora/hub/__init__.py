@@ -1,9 +1,10 @@
 """The files beside an adapter's weights, and how adapters are pushed, loaded and converted.
 
 `card` writes README.md (`readme` finds out who wrote the old one, `markdown` escapes text). `results` reads and
-writes results.json, `beside` takes it along with an adapter. `push` (a model), `folder` and `trainers` bring all to
-the Hub, on a `draft` of what is there, and `public` names the base. `loading` loads a base with an adapter. `export`
-turns our adapters into plain LoRA, and `original` turns the original project's adapters into ours.
+writes results.json, and `provenance` says whether it is of these weights. `push` (a model), `folder` and `trainers`
+bring all to the Hub, on a `draft` of what is there; `public` names the base. `loading` loads a base with an adapter,
+and `generation` says how it generates. `export` turns our adapters into plain LoRA, and `original` turns the original
+project's adapters into ours. `writing` writes a file completely or not at all.
 """
 
 from peft_longlora.hub.export import export_lora

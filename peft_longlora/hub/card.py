@@ -22,10 +22,11 @@ from transformers.utils import logging
 
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import hub_id
-from peft_longlora.hub.beside import carry_results, is_of_other_weights, read_training
 from peft_longlora.hub.markdown import cell, code, literal
-from peft_longlora.hub.readme import README, check_metadata, is_free, read_readme, tags_of, with_our_part, write_readme
+from peft_longlora.hub.provenance import carry_results, is_of_other_weights, read_training
+from peft_longlora.hub.readme import README, check_metadata, is_free, read_readme, tags_of, with_our_part
 from peft_longlora.hub.results import Row, copy_results, read_notes, read_results
+from peft_longlora.hub.writing import write_whole
 
 TEMPLATE = Path(__file__).parent / "templates" / "adapter_card.md"
 logger = logging.get_logger(__name__)
@@ -98,7 +99,8 @@ def write_card(
     place, subfolder = options.adapter or str(folder), options.subfolder or subfolder
     check_metadata(old := read_readme(path), path)
     facts = dict(notes=read_notes(folder), training=read_training(folder, weights))
-    write_readme(path, str(make_card(config, place, results, plots, old, subfolder, is_stale, **facts)))
+    # In one step: a full disk leaves the old card, and a link into a cache is not followed.
+    write_whole(path, str(make_card(config, place, results, plots, old, subfolder, is_stale, **facts)))
     return path
 
 

@@ -32,7 +32,8 @@ from peft_longlora.adapter.probe import Probe
 from peft_longlora.adapter.trainable import named_modules
 from peft_longlora.hub.card import CardOptions, make_card
 from peft_longlora.hub.markdown import literal, one_line
-from peft_longlora.hub.readme import README, check_metadata, read_readme, write_readme
+from peft_longlora.hub.readme import README, check_metadata, read_readme
+from peft_longlora.hub.writing import write_whole
 from peft_longlora.rope.state import attributes_of
 
 LORA_TEMPLATE = Path(__file__).parent / "templates" / "lora_card.md"
@@ -217,7 +218,7 @@ def _write_lora_card(
         "adapter_shell": shlex.quote(one_line(folder)),
     }
     check_metadata(old := read_readme(folder / README), folder / README)
-    write_readme(folder / README, str(make_card(config, str(folder), extra=extra, old=old)))
+    write_whole(folder / README, str(make_card(config, str(folder), extra=extra, old=old)))
 
 
 def _not_in_vllm(config: LongLoraConfig, rank: int) -> str:

@@ -19,9 +19,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import hub_id, refuse_link
-from peft_longlora.hub.beside import TRAINING, sha256
 from peft_longlora.hub.card import CardOptions, as_list, write_card
 from peft_longlora.hub.draft import Remote, begin_draft
+from peft_longlora.hub.provenance import TRAINING, sha256
 from peft_longlora.hub.public import base_on_hub, name_base_in
 from peft_longlora.hub.push import with_base_license, writing_api
 from peft_longlora.hub.readme import README

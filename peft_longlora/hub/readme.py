@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -62,16 +61,6 @@ def tags_of(text: str) -> list[str]:
     content = yaml.safe_load(block[1]) if block else None
     tags = content.get("tags") if isinstance(content, dict) else None
     return [tags] if isinstance(tags, str) else list(tags or ())
-
-
-def write_readme(path: Path, text: str) -> None:
-    """Write a README in one step: a full disk leaves the old one, and a link into a cache is never followed."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def with_our_part(text: str, part: str) -> str | None:

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from transformers.utils import logging
 
-from peft_longlora.kernels.chosen import ChosenBlocks
+from peft_longlora.kernels.flash_blocks import FlashBlocks
 from peft_longlora.kernels.flex import Flex
 from peft_longlora.kernels.kernel import Backend, Needs, Options
 from peft_longlora.kernels.operators import KERNELS, Launched
@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 # All but the kernel for CPUs, which only sequence parallelism needs.
 BACKENDS: dict[str, Backend] = {name: Launched(kernel) for name, kernel in KERNELS.items() if name != "cpu"}
-BACKENDS["flash_attention_4"] = ChosenBlocks(KERNELS["flash_attention_4"])
+BACKENDS["flash_attention_4"] = FlashBlocks(KERNELS["flash_attention_4"])
 BACKENDS |= {backend.name: backend for backend in (Sdpa(), Flex())}
 
 

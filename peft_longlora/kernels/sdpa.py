@@ -2,7 +2,7 @@
 
 Neighbouring groups of equal length become one batched call on views. Heads and tokens are cut by `split`,
 whose backward is one concatenation, rather than by slices, whose backward is a zero-fill and an add a slice. Sinks and
-sliding windows are exact here too, but cost copies (`pieces`).
+sliding windows are exact here too, but cost copies (`sdpa_call`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peft_longlora.kernels.blocks import BLOCK, BlockPlan
 from peft_longlora.kernels.cuts import Cuts
 from peft_longlora.kernels.groups import Groups, runs_of_equal_pieces, split_heads
 from peft_longlora.kernels.kernel import Backend, Needs, Options
-from peft_longlora.kernels.pieces import attend_masked, attend_piece
+from peft_longlora.kernels.sdpa_call import attend_masked, attend_piece
 
 # Without cuDNN, which is its own backend here. PyTorch 2.11 finds cuDNN's backward plans by the strides of q, k and v
 # only. The gradient of the output is a cut of a larger tensor here; if its strides change, the plan runs with the wrong

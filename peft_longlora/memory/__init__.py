@@ -1,6 +1,6 @@
 """What fits into a GPU's memory, and how to make a step fit: which blocks are computed twice, and what they keep.
 
-Read `blocks`, `keep`, `offload`, `tile` and `kernels`, which are the means; then `plan`, the formula of memory, and who
+Read `blocks`, `keep`, `offload`, `tile` and `liger`, which are the means; then `plan`, the formula of memory, and who
 fills it with numbers: `fit` measures them, `estimate` and `rates` compute them from a shape; then `advice`. Imports
 `attention` and `architecture`.
 """

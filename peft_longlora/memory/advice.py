@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_longlora.memory.blocks import find_blocks
 from peft_longlora.memory.keep import keep_attention
-from peft_longlora.memory.kernels import kernels_of
+from peft_longlora.memory.liger import kernels_of
 from peft_longlora.memory.offload import Offload
 from peft_longlora.memory.plan import TILE
 from peft_longlora.memory.tile import Tiled

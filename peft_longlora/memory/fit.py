@@ -19,7 +19,7 @@ from transformers.utils import logging
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import schedule_of, settings_of
 from peft_longlora.memory.blocks import checkpoint_blocks, find_blocks
-from peft_longlora.memory.kernels import kernels_of, use_liger
+from peft_longlora.memory.liger import kernels_of, use_liger
 from peft_longlora.memory.plan import AGAIN_KEPT, FILLED, MEANS, OWN_FILLED, MemoryPlan, fill, host_budget
 
 logger = logging.get_logger(__name__)

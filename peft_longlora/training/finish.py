@@ -15,9 +15,9 @@ from peft_longlora.eval.processes import Processes
 from peft_longlora.eval.report.tables import make_report
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks.perplexity import Perplexity
-from peft_longlora.hub.beside import write_training
 from peft_longlora.hub.card import try_card, write_card
 from peft_longlora.hub.folder import push_folder
+from peft_longlora.hub.provenance import write_training
 from peft_longlora.hub.results import copy_results
 from peft_longlora.sequence.switch import unshared
 from peft_longlora.training.options import RunOptions

@@ -389,9 +389,9 @@ def test_a_checkpoint_brings_a_card_to_the_folder_that_a_trainer_pushes(adapted,
 @pytest.fixture
 def written(monkeypatch) -> list:
     """The READMEs that were written, in order."""
-    paths, write = [], peft_longlora.hub.card.write_readme
+    paths, write = [], peft_longlora.hub.card.write_whole
     monkeypatch.setattr(
-        peft_longlora.hub.card, "write_readme", lambda path, text: (paths.append(path), write(path, text))
+        peft_longlora.hub.card, "write_whole", lambda path, text: (paths.append(path), write(path, text))
     )
     return paths
 

@@ -231,7 +231,7 @@ def test_model_push_to_hub_with_our_card(hub, pusher):
 def count_writes(repo_id):
     from peft_longlora.hub import card
 
-    with mock.patch.object(card, "write_readme", side_effect=card.write_readme) as write:
+    with mock.patch.object(card, "write_whole", side_effect=card.write_whole) as write:
         new_adapter().push_to_hub(repo_id)
     return write.call_count
 

@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("pypdf", reason="needs pypdf: pip install 'peft-longlora[chat]'")
 
-from peft_longlora.data.apart import read_pages_apart
 from peft_longlora.data.limits import Limits
 from peft_longlora.data.pdf import read_pages
+from peft_longlora.data.pdf_process import read_pages_apart
 from tests.helpers.chat_models import make_pdf
 
 
@@ -99,6 +99,6 @@ def test_a_process_that_dies_is_said(tmp_path, monkeypatch):
     """As of one that may take no more memory."""
     path = tmp_path / "book.pdf"
     path.write_bytes(make_pdf(["One."]))
-    monkeypatch.setattr("peft_longlora.data.apart._CHILD", "raise SystemExit(1)")
+    monkeypatch.setattr("peft_longlora.data.pdf_process._CHILD", "raise SystemExit(1)")
     with pytest.raises(ValueError, match="took too much memory"):
         read_pages_apart(path, Limits(), never)

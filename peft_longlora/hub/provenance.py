@@ -1,4 +1,4 @@
-"""What lies beside an adapter, such as results: how it comes along with it, and whether it is of its weights."""
+"""Which weights the results and the training notes beside an adapter belong to, and when they come along with it."""
 
 from __future__ import annotations
 

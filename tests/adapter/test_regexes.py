@@ -6,7 +6,7 @@ import pytest
 from peft import PeftModel
 
 from peft_longlora import LongLoraConfig
-from peft_longlora.adapter import patterns
+from peft_longlora.adapter import regexes
 from tests.helpers.tiny import assert_same, extend, make, snapshot
 
 ENDLESS = r"([\w.]+)+!"
@@ -25,7 +25,7 @@ ENDLESS = r"([\w.]+)+!"
     ids=lambda fields: next(iter(fields)),
 )
 def test_a_pattern_that_never_ends_is_refused(fields, tmp_path, monkeypatch):
-    monkeypatch.setattr(patterns, "SECONDS", 1)
+    monkeypatch.setattr(regexes, "SECONDS", 1)
     extend(make(), train_embeddings=False, train_norms=False).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
@@ -39,7 +39,7 @@ def test_a_pattern_that_never_ends_is_refused(fields, tmp_path, monkeypatch):
 def test_what_is_no_regular_expression_is_said():
     config = LongLoraConfig(target_modules=r"(.*q_proj.*", train_embeddings=False, train_norms=False)
     with pytest.raises(ValueError, match=r"q_proj.*cannot be used: .*unterminated .* Name the modules in a list"):
-        patterns.check_patterns(config, make())
+        regexes.check_patterns(config, make())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Checks that a model is the base that an adapter was made for, by what the adapter's config says. Called by `fit`."""
+"""Whether a model is the base that an adapter was made for, by what the adapter's config says. Called by `fit`."""
 
 from __future__ import annotations
 

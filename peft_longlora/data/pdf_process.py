@@ -30,7 +30,7 @@ sys.path[:] = paths
 for name, place in (("peft_longlora", folder), ("peft_longlora.data", folder + "/data")):
     sys.modules[name] = package = types.ModuleType(name)
     package.__path__ = [place]
-from peft_longlora.data.apart import child
+from peft_longlora.data.pdf_process import child
 child(*arguments)
 """
 

@@ -103,7 +103,7 @@ def _lists(*lists: torch.Tensor) -> Any:
     return import_module(LISTS).BlockSparseTensorsTorch(*lists, block_size=(BLOCK, BLOCK))
 
 
-class ChosenBlocks(Launched):
+class FlashBlocks(Launched):
     """FlashAttention-4 as a backend, also for "adaptive"."""
 
     def lacks(self, needs: Needs) -> str | None:

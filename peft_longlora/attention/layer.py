@@ -17,7 +17,7 @@ from peft_longlora.architecture import is_causal_layer
 from peft_longlora.attention.local import Local, cuts_of, find_local
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.attention.settings import AttentionSettings
-from peft_longlora.kernels.cuts import Cuts, plan
+from peft_longlora.kernels.cuts import Cuts, plan_tensors
 from peft_longlora.kernels.groups import BLOCK_PATTERNS
 from peft_longlora.kernels.kernel import Options
 
@@ -138,7 +138,8 @@ class LayerCall:
         def make_tensors() -> tuple[torch.Tensor, torch.Tensor]:
             ids, order = mask.segment_ids(positions), mask.order(positions)
             ids = ids if order is None else ids.gather(1, order)
-            return mask.once(f"tensors of {pattern}", lambda: plan(ids, *ids.shape, size, pattern, self.query.device))
+            where = ids, *ids.shape, size, pattern, self.query.device
+            return mask.once(f"tensors of {pattern}", lambda: plan_tensors(*where))
 
         return Cuts(mask.batch, mask.length, partial(mask.groups, size, pattern, positions), make_tensors)
 

@@ -18,12 +18,12 @@ from huggingface_hub import try_to_load_from_cache
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedTokenizerBase
 
+from peft_longlora.hub.provenance import sha256
 from peft_longlora.hub.writing import write_whole
 
 # Files of a model's or adapter's folder that change its results; the tokenizer has its own digest.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
 CONFIGS = ("config.json", "adapter_config.json", "generation_config.json")
-BLOCK = 8 * 2**20
 PROBE = "The 3 quick brown  foxes\n\tdef f(x): return x\n ü 漢字 😀 <s>"
 # Of a config in memory: what says nothing about the numbers.
 UNTOLD = ("use_cache", "_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype")
@@ -62,16 +62,8 @@ class Digests:
         state = [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
         entry = self._known.get(name)
         if not isinstance(entry, list) or entry[:3] != state:
-            entry = self._known[name] = [*state, _sha256(file)]
+            entry = self._known[name] = [*state, sha256(file)]
         return entry[3]
-
-
-def _sha256(file: Path) -> str:
-    digest, block = hashlib.sha256(), bytearray(BLOCK)
-    with file.open("rb", buffering=0) as source:
-        while n := source.readinto(block):
-            digest.update(memoryview(block)[:n])  # other threads run meanwhile
-    return digest.hexdigest()
 
 
 def fingerprint(name: str, digests: Digests, commit: str | None = None) -> str:

@@ -84,8 +84,8 @@ def load_model(
         raise ValueError(
             f"model={model!r} is an adapter. Give its base with model=..., and the adapter with adapter=..."
         )
-    base = _load(AutoModelForCausalLM, model, "model", dtype=dtype, attn_implementation=attn_implementation)
-    words = _load(AutoTokenizer, tokenizer or model, "tokenizer")
+    base = load_part(AutoModelForCausalLM, model, "model", dtype=dtype, attn_implementation=attn_implementation)
+    words = load_part(AutoTokenizer, tokenizer or model, "tokenizer")
     check_tokenizer(base, words)
     native = window_of(base.config.get_text_config())
     notes: list[str] = []
@@ -144,7 +144,15 @@ def check_tokenizer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) 
         )
 
 
-def _load(factory: Any, name: str, what: str, **options: Any) -> Any:
+def load_part(factory: Any, name: str, what: str, **options: Any) -> Any:
+    """A model, a config or a tokenizer, as one of transformers' auto classes loads it.
+
+    Args:
+        factory: the class. name: a folder or an id on the Hub. what: the name of the part, for errors.
+        options: of its `from_pretrained`; those that are None are left out.
+
+    Raises: ValueError: it cannot be loaded; the message has the reason in one line.
+    """
     if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).is_dir():
         raise ValueError(f"{what}={name!r}: no such folder.")
     options = {key: value for key, value in options.items() if value is not None}

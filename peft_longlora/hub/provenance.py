@@ -14,6 +14,7 @@ from peft_longlora.hub.results import RESULTS, copy_results, read_results
 from peft_longlora.hub.writing import write_whole, writing
 
 TRAINING = "training.json"
+BLOCK = 8 * 2**20  # bytes that are read at once
 
 
 def carry_results(source: str | Path | None, folder: Path) -> None:
@@ -81,10 +82,10 @@ def write_training(folder: Path, lines: list[str]) -> None:
 
 def sha256(file: Path) -> str:
     """What the command `sha256sum` prints of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(2**23):
-            digest.update(block)
+    digest, block = hashlib.sha256(), bytearray(BLOCK)
+    with file.open("rb", buffering=0) as content:
+        while n := content.readinto(block):
+            digest.update(memoryview(block)[:n])  # other threads run meanwhile
     return digest.hexdigest()
 
 

@@ -8,9 +8,9 @@ import torch
 
 from peft_longlora.kernels.backends import check_backend, pick_backend
 from peft_longlora.kernels.blocks import BlockPlan
-from peft_longlora.kernels.cuts import Cuts, find_groups, plan
+from peft_longlora.kernels.cuts import Cuts, find_groups, plan_tensors
 from peft_longlora.kernels.groups import BLOCK_PATTERNS, check_blocks, check_pattern, find_documents, whole_number
-from peft_longlora.kernels.kernel import Options
+from peft_longlora.kernels.kernel import Options, zero_output
 
 DEFAULTS = Options()
 
@@ -25,11 +25,11 @@ def attend(
         NotImplementedError: the backend cannot run this call.
     """
     query, key, value = checked(query, key, value, options)
-    batch, heads, length, _ = query.shape
+    batch, _, length, _ = query.shape
     if (cuts.batch, cuts.length) != (batch, length):
         raise ValueError(f"The plan is for {(cuts.batch, cuts.length)} (B, S), the query has {(batch, length)}.")
     if not query.numel() or not value.numel():
-        return query.new_zeros(batch, length, heads, value.shape[-1]) + query.sum() + key.sum() + value.sum()
+        return zero_output(query, key, value)
     if cuts.blocks is not None:
         return _attend_blocks(query, key, value, cuts.blocks, options)
     backend = pick_backend(query, key, value, cuts.is_regular, options, has_window=bool(cuts.window))
@@ -40,6 +40,8 @@ def attend(
 def _attend_blocks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: BlockPlan, options: Options
 ) -> torch.Tensor:
+    if not plan.documents:  # only padding
+        return zero_output(query, key, value)
     backend = pick_backend(query, key, value, True, options, plan.pattern)
     return backend.attend_blocks(query, key, value, plan, options)
 
@@ -145,7 +147,7 @@ def s2_attention(
         chosen_blocks = check_blocks(chosen_blocks)
         cuts = Cuts.by_blocks(BlockPlan.of(batch, length, documents, group_size, pattern, chosen_blocks))
     else:
-        cuts = Cuts(batch, length, partial(find_groups, *where), partial(plan, *where, query.device))
+        cuts = Cuts(batch, length, partial(find_groups, *where), partial(plan_tensors, *where, query.device))
         cuts.window = 0 if window is None or window >= length else int(window)
     return attend(query, key, value, cuts, Options(scaling, dropout, sinks=sinks, backend=backend))
 

@@ -102,8 +102,8 @@ def find_groups(segment_ids: torch.Tensor | None, batch: int, length: int, group
     return plan_from_segment_ids(segment_ids, group_size, pattern)
 
 
-@torch.library.custom_op("peft_longlora::plan", mutates_args=())
-def plan(
+@torch.library.custom_op("peft_longlora::plan_tensors", mutates_args=())
+def plan_tensors(
     segment_ids: Optional[torch.Tensor],  # noqa: UP045 (torch 2.11 reads no `|` here)
     batch: int,
     length: int,
@@ -122,7 +122,7 @@ def plan(
     return tuple(tensors)
 
 
-@plan.register_fake
+@plan_tensors.register_fake
 def _(segment_ids, batch, length, group_size, pattern, device):
     sizes = Plan.most(batch * length)
     layout = torch.empty(sizes[0], dtype=torch.int32, device="cpu")
@@ -136,7 +136,7 @@ class Cuts:
     Attributes:
         batch, length: B and S, tokens.
         make_groups: makes the plan as numbers, outside compiled code.
-        make_tensors: makes it as tensors, inside compiled code, with the operator `plan`.
+        make_tensors: makes it as tensors, inside compiled code, with the operator `plan_tensors`.
         blocks: in place of groups, the plan of a pattern that sees blocks of keys.
         window: keys that a query sees of its piece, itself included; 0 for all.
     """

@@ -40,13 +40,43 @@ class Flex(Backend):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cuts: Cuts, options: Options
     ) -> torch.Tensor:
         """As `Backend.attend`."""
-        return attend(query, key, value, cuts.groups(), options, cuts.window)
+        batch, heads, length, _ = query.shape
+        kv_heads, groups, window = key.shape[1], cuts.groups(), cuts.window
+        # (B, H, S, D) -> (1, H, B * S, D); a view if B is 1
+        q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
+        is_token = None
+        if groups.padding is not None:  # a weight of 0 times NaN is NaN
+            is_token = groups.once(("flex tokens", q.device), lambda: ~groups.padding.to(q.device).view(1, 1, -1, 1))
+            q, k, v = (x.where(is_token, 0) for x in (q, k, v))
+        if not groups.is_split:
+            halves = [("straight", q, k, v, options.sinks)]
+        else:
+            h, h_kv = split_heads(heads, kv_heads)
+            queries = q.split((h, heads - h), dim=1)
+            keys, values = (x.split((h_kv, kv_heads - h_kv), dim=1) if h_kv else (x, x) for x in (k, v))
+            sinks = (None, None) if options.sinks is None else options.sinks.split((h, heads - h))
+            every = zip(("straight", "shifted"), queries, keys, values, sinks, strict=True)
+            halves = [half for half in every if half[1].shape[1]]
+        score_mod = _score_mod(groups, options, query)
+
+        def mask_of(half: str) -> BlockMask:
+            made = "flex", half, window, query.device
+            return groups.once(made, lambda: block_mask(groups, half, query.device, window))
+
+        outputs = [_call(*tensors, score_mod, mask_of(half), sinks) for half, *tensors, sinks in halves]
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        if is_token is not None:
+            out = out.where(is_token, 0)  # so that its gradient is 0 too
+        return out.transpose(1, 2).view(batch, length, heads, -1)
 
     def attend_blocks(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: BlockPlan, options: Options
     ) -> torch.Tensor:
         """As `Backend.attend_blocks`."""
-        return attend_blocks(query, key, value, plan, options)
+        q, k, v = (plan.arrange(x) for x in (query, key, value))
+        mask = _mask_of_seen(plan, plan.find_seen(q, k), len(q))
+        out = _call(q[None], k[None], v[None], _score_mod(plan, options, q), mask, options.sinks)
+        return plan.restore(out[0])
 
 
 @cache
@@ -82,45 +112,6 @@ def _call(
         return found
     out, lse = found
     return out * torch.sigmoid(lse - sinks[:, None]).unsqueeze(-1).to(out.dtype)  # see `sinks`
-
-
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    groups: Groups,
-    options: Options,
-    window: int = 0,
-) -> torch.Tensor:
-    """Causal attention inside the groups: (B, H, S, D), (B, H_kv, S, D) -> (B, S, H, D_v), 0 at padding."""
-    batch, heads, length, _ = query.shape
-    kv_heads = key.shape[1]
-    # (B, H, S, D) -> (1, H, B * S, D); a view if B is 1
-    q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
-    is_token = None
-    if groups.padding is not None:  # a weight of 0 times NaN is NaN
-        is_token = groups.once(("flex tokens", q.device), lambda: ~groups.padding.to(q.device).view(1, 1, -1, 1))
-        q, k, v = (x.where(is_token, 0) for x in (q, k, v))
-    if not groups.is_split:
-        halves = [("straight", q, k, v, options.sinks)]
-    else:
-        h, h_kv = split_heads(heads, kv_heads)
-        queries = q.split((h, heads - h), dim=1)
-        keys, values = (x.split((h_kv, kv_heads - h_kv), dim=1) if h_kv else (x, x) for x in (k, v))
-        sinks = (None, None) if options.sinks is None else options.sinks.split((h, heads - h))
-        every = zip(("straight", "shifted"), queries, keys, values, sinks, strict=True)
-        halves = [half for half in every if half[1].shape[1]]
-    score_mod = _score_mod(groups, options, query)
-
-    def mask_of(half: str) -> BlockMask:
-        made = "flex", half, window, query.device
-        return groups.once(made, lambda: block_mask(groups, half, query.device, window))
-
-    outputs = [_call(*tensors, score_mod, mask_of(half), sinks) for half, *tensors, sinks in halves]
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    if is_token is not None:
-        out = out.where(is_token, 0)  # so that its gradient is 0 too
-    return out.transpose(1, 2).view(batch, length, heads, -1)
 
 
 def _score_mod(plan: Groups | BlockPlan, options: Options, query: torch.Tensor) -> Callable | None:
@@ -178,23 +169,6 @@ def block_mask(groups: Groups, half: str, device: torch.device, window: int = 0)
     return BlockMask.from_kv_blocks(
         *partial_blocks, *full_blocks, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
     )
-
-
-def attend_blocks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    plan: BlockPlan,
-    options: Options,
-) -> torch.Tensor:
-    """Attention to blocks of keys: (B, H, S, D), (B, H_kv, S, D) -> (B, S, H, D_v), 0 at padding."""
-    if not plan.documents:
-        nothing = query.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2)
-        return nothing + (query.sum() + key.sum() + value.sum()) * 0
-    q, k, v = (plan.arrange(x) for x in (query, key, value))
-    mask = _mask_of_seen(plan, plan.find_seen(q, k), len(q))
-    out = _call(q[None], k[None], v[None], _score_mod(plan, options, q), mask, options.sinks)
-    return plan.restore(out[0])
 
 
 def _mask_of_seen(plan: BlockPlan, seen: torch.Tensor, heads: int):

@@ -192,6 +192,17 @@ class Kernel:
         raise NotImplementedError
 
 
+def zero_output(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """(B, S, H, D_v) zeros, for a call without a token that attends. Gradients of the tensors are 0."""
+    return connect(query.new_zeros(*query.transpose(1, 2).shape[:3], value.shape[3]), query, key, value)
+
+
+def connect(out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    """Connect a constant to the inputs, so that their gradients are 0 (never NaN, whatever the inputs hold)."""
+    everything = torch.ones((), dtype=torch.bool, device=out.device)
+    return out + sum(x.masked_fill(everything, 0.0).sum() for x in inputs)
+
+
 def is_deterministic() -> bool:
     """Whether `torch.use_deterministic_algorithms(True)` holds."""
     return torch.are_deterministic_algorithms_enabled()

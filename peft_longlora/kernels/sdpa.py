@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from peft_longlora.kernels.blocks import BLOCK, BlockPlan
 from peft_longlora.kernels.cuts import Cuts
 from peft_longlora.kernels.groups import Groups, runs_of_equal_pieces, split_heads
-from peft_longlora.kernels.kernel import Backend, Needs, Options
+from peft_longlora.kernels.kernel import Backend, Needs, Options, connect
 from peft_longlora.kernels.sdpa_call import attend_masked, attend_piece
 
 # Without cuDNN, which is its own backend here. PyTorch 2.11 finds cuDNN's backward plans by the strides of q, k and v
@@ -42,47 +42,34 @@ class Sdpa(Backend):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cuts: Cuts, options: Options
     ) -> torch.Tensor:
         """As `Backend.attend`."""
-        return attend(query, key, value, cuts.groups(), options, cuts.window)
+        batch, heads, length, _ = query.shape
+        how = cuts.groups(), options, cuts.window
+        strips = [_attend_strip(*rows, *how) for rows in _token_rows(query, key, value)]
+        out = (strips[0] if len(strips) == 1 else torch.cat(strips)).view(batch, length, heads, value.shape[-1])
+        # Padding is not computed, so a batch of only padding would give q, k, v no gradient instead of zeros.
+        is_trained = any(x.requires_grad for x in (query, key, value))
+        return connect(out, query, key, value) if is_trained and not out.requires_grad else out
 
     def attend_blocks(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: BlockPlan, options: Options
     ) -> torch.Tensor:
-        """As `Backend.attend_blocks`."""
-        return attend_blocks(query, key, value, plan, options)
-
-
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    groups: Groups,
-    options: Options,
-    window: int = 0,
-) -> torch.Tensor:
-    """Causal attention inside the groups.
-
-    Args:
-        query: (B, H, S, D). key: (B, H_kv, S, D). value: (B, H_kv, S, D_v).
-        groups: the plan for these B and S.
-        options: scaling, dropout and sinks.
-        window: keys that a query sees of its group, itself included; 0 for all.
-
-    Returns: (B, S, H, D_v), 0 at padding.
-    """
-    batch, heads, length, _ = query.shape
-    if not batch or not length:
-        return _connect(query.new_zeros(batch, length, heads, value.shape[-1]), query, key, value)
-    strips = [_attend_strip(*rows, groups, options, window) for rows in _token_rows(query, key, value)]
-    out = (strips[0] if len(strips) == 1 else torch.cat(strips)).view(batch, length, heads, value.shape[-1])
-    # Padding is not computed, so a batch of only padding would give q, k, v no gradient instead of zeros.
-    is_trained = any(x.requires_grad for x in (query, key, value))
-    return _connect(out, query, key, value) if is_trained and not out.requires_grad else out
-
-
-def _connect(out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-    """Connect a constant 0 to the inputs, so that their gradients are 0 (never NaN, whatever the inputs hold)."""
-    everything = torch.ones((), dtype=torch.bool, device=out.device)
-    return out + sum(x.masked_fill(everything, 0.0).sum() for x in inputs)
+        """As `Backend.attend_blocks`: keys are gathered for some blocks of queries at a time, and again in the
+        backward."""
+        q, k, v = (plan.arrange(x) for x in (query, key, value))
+        seen, kv_heads = plan.find_seen(q, k), k.shape[0]
+        count, width = seen.shape[1:]
+        step = max(1, MOST_SCORES // (BLOCK * BLOCK * width))
+        heads = []
+        sinks = [None] * kv_heads if options.sinks is None else options.sinks.unflatten(0, (kv_heads, -1)).unbind(0)
+        for kv_head, queries in enumerate(q.unflatten(0, (kv_heads, -1)).unbind(0)):
+            lists = seen[kv_head if len(seen) > 1 else 0]
+            tensors = queries, k[kv_head], v[kv_head], replace(options, sinks=sinks[kv_head])
+            parts = [
+                checkpoint(_attend_chosen, plan, at, lists[at : at + step], *tensors, use_reentrant=False)
+                for at in range(0, count, step)
+            ]
+            heads.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+        return plan.restore(torch.cat(heads))
 
 
 def _token_rows(*tensors: torch.Tensor) -> list[tuple[torch.Tensor | int, ...]]:
@@ -159,37 +146,6 @@ def _attend_pieces(
             out = attend_piece(q, k, v, options, window)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def attend_blocks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    plan: BlockPlan,
-    options: Options,
-) -> torch.Tensor:
-    """Attention to blocks of keys, gathered for some blocks of queries at a time and again in the backward.
-
-    Args and returns: as `attend`.
-    """
-    if not plan.documents:
-        batch, heads, length, _ = query.shape
-        return _connect(query.new_zeros(batch, length, heads, value.shape[-1]), query, key, value)
-    q, k, v = (plan.arrange(x) for x in (query, key, value))
-    seen, kv_heads = plan.find_seen(q, k), k.shape[0]
-    count, width = seen.shape[1:]
-    step = max(1, MOST_SCORES // (BLOCK * BLOCK * width))
-    heads = []
-    sinks = [None] * kv_heads if options.sinks is None else options.sinks.unflatten(0, (kv_heads, -1)).unbind(0)
-    for kv_head, queries in enumerate(q.unflatten(0, (kv_heads, -1)).unbind(0)):
-        lists = seen[kv_head if len(seen) > 1 else 0]
-        tensors = queries, k[kv_head], v[kv_head], replace(options, sinks=sinks[kv_head])
-        parts = [
-            checkpoint(_attend_chosen, plan, at, lists[at : at + step], *tensors, use_reentrant=False)
-            for at in range(0, count, step)
-        ]
-        heads.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
-    return plan.restore(torch.cat(heads))
 
 
 def _attend_chosen(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from transformers import (
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.attention.configure import configure_attention
 from peft_longlora.attention.settings import S2_ATTN
+from peft_longlora.hub.loading import load_part
 from peft_longlora.training.options import RunOptions
 
 
@@ -43,7 +43,7 @@ def load_tokenizer(options: RunOptions) -> PreTrainedTokenizerBase:
     """
     name = options.tokenizer or options.model
     what = "tokenizer" if options.tokenizer else "model"
-    tokenizer = _load(AutoTokenizer.from_pretrained, what, name, revision=_revision(options, name))
+    tokenizer = load_part(AutoTokenizer, name, what, revision=_revision(options, name))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -57,7 +57,7 @@ def sketch(options: RunOptions, config: LongLoraConfig) -> Sketch:
     """
     from accelerate import init_empty_weights
 
-    base = _load(AutoConfig.from_pretrained, "model", options.model, revision=options.model_revision)
+    base = load_part(AutoConfig, options.model, "model", revision=options.model_revision)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(base, attn_implementation=S2_ATTN, dtype=torch.bfloat16)
         model.tie_weights()
@@ -84,7 +84,7 @@ def load_adapted(options: RunOptions, config: LongLoraConfig, has_gpu: bool) -> 
             bnb_4bit_compute_dtype=stored,
             bnb_4bit_quant_storage=stored,
         )
-    base = _load(AutoModelForCausalLM.from_pretrained, "model", options.model, **given)
+    base = load_part(AutoModelForCausalLM, options.model, "model", **given)
     _configure(base, options)
     return get_peft_model(base, config)
 
@@ -100,19 +100,6 @@ def _configure(model: nn.Module, options: RunOptions) -> None:
     """Name the kernels. The adapter sets everything else of the attention, and keeps these names."""
     if options.attn_backend or options.dense_attention:
         configure_attention(model, backend=options.attn_backend, dense_attention=options.dense_attention)
-
-
-def _load(factory: Any, what: str, name: str, **given: Any) -> Any:
-    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).is_dir():
-        raise ValueError(f"{what}={name!r}: no such folder.")
-    given = {key: value for key, value in given.items() if value is not None}
-    try:
-        return factory(name, **given)
-    except ImportError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ValueError(f"{what}={name!r} cannot be loaded: {reason}") from error
 
 
 def _revision(options: RunOptions, name: str) -> str | None:

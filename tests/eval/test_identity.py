@@ -50,8 +50,8 @@ def test_what_is_no_part_of_the_model_does_not_count(folder):
 
 
 def test_files_are_read_once_until_they_change(folder, tmp_path, monkeypatch):
-    read, plain = [], identity._sha256
-    monkeypatch.setattr(identity, "_sha256", lambda file: read.append(file.name) or plain(file))
+    read, plain = [], identity.sha256
+    monkeypatch.setattr(identity, "sha256", lambda file: read.append(file.name) or plain(file))
     found = [fingerprint(str(folder), Digests(tmp_path / "digests.json")) for _ in range(3)]
     assert len(set(found)) == 1 and sorted(read) == ["config.json", "model-1.safetensors", "model-2.safetensors"]
     about = (folder / "config.json").stat()

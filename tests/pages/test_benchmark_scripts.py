@@ -62,8 +62,11 @@ def test_blocks(tmp_path):
 def test_blocks_says_what_is_wrong(tmp_path, capsys):
     from peft_longlora.kernels import sdpa
 
-    right = sdpa.attend_blocks
-    with mock.patch.object(sdpa, "attend_blocks", lambda *args: right(*args) * 1.01), pytest.raises(SystemExit) as end:
+    right = sdpa.Sdpa.attend_blocks
+    with (
+        mock.patch.object(sdpa.Sdpa, "attend_blocks", lambda *args: right(*args) * 1.01),
+        pytest.raises(SystemExit) as end,
+    ):
         run("blocks.py", "--tiny", "--device", "cpu", "--json", tmp_path / "out.json")
     assert end.value.code == 1 and "wrong: adaptive sdpa" in capsys.readouterr().out
 

@@ -14,7 +14,7 @@ from peft_longlora.data.rows import read_rows
 from peft_longlora.eval.tasks.prompts import PromptTask
 
 
-def read_records(
+def named_records(
     source: str | Path, check: Callable[[dict[str, Any]], None], what: str
 ) -> list[tuple[str, dict[str, Any]]]:
     """(name of data, record) of a .jsonl or .json file (an object a line, or one list), each also .gz, or of a folder.
@@ -95,7 +95,7 @@ class RecordTask(PromptTask):
         if self._rows is None:
             counts: dict[str, int] = {}
             self._rows = []
-            for name, row in read_records(self.source, self.check_record, self.name):
+            for name, row in named_records(self.source, self.check_record, self.name):
                 counts[name] = counts.get(name, 0) + 1
                 if self.samples is None or counts[name] <= self.samples:
                     self._rows.append((name, row))

@@ -19,18 +19,12 @@ from peft_longlora.kernels.kernel import Options
 
 
 def attend(call: LayerCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(B, S, H, D_v) and the attention weights or None. If the settings say so, the fastest kernel computes it."""
-    settings, options, query = call.settings, call.options, call.query
-    is_fastest = settings.is_fastest and settings.is_enabled
+    """(B, S, H, D_v) and the attention weights or None, from transformers' attention or from a kernel."""
+    options, query = call.options, call.query
     positions = call.positions if call.is_sparse or _decides_alone(call) else None
-    if is_fastest and (cuts := _whole_rows(call, positions)) is not None:
-        chosen = Options(scaling=options.scaling, dropout=options.dropout, sinks=options.sinks)
-        return attend_in_groups(query, call.key, call.value, cuts, chosen).contiguous(), None
-    if (cuts := _chunks_of_documents(call, positions)) is not None:
-        return attend_in_groups(
-            query, call.key, call.value, cuts, replace(options, backend=windowed(options.backend))
-        ).contiguous(), None
-    name, mask = settings.dense_attention, call.mask
+    if (found := _for_kernels(call, positions)) is not None:
+        return attend_in_groups(query, call.key, call.value, *found).contiguous(), None
+    name, mask = call.settings.dense_attention, call.mask
     if isinstance(mask, S2Mask):
         mask = mask.dense(name, query.device, positions)
     if "flash" in name:
@@ -44,6 +38,19 @@ def attend(call: LayerCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         function = ALL_ATTENTION_FUNCTIONS[name]
     how = dict(dropout=options.dropout, scaling=options.scaling)
     return function(call.module, query, call.key, call.value, mask, **how, **call.more)
+
+
+def _for_kernels(call: LayerCall, positions: torch.Tensor | None) -> tuple[Cuts, Options] | None:
+    """Cuts and options of a call that a kernel of this package computes; None: transformers' attention does."""
+    settings, options = call.settings, call.options
+    own = replace(options, backend=windowed(options.backend))
+    if call.is_sparse and call.is_local and (cuts := call.local_cuts(positions)) is not None:
+        return cuts, own
+    is_fastest = settings.is_fastest and settings.is_enabled
+    if is_fastest and (cuts := _whole_rows(call, positions)) is not None:
+        return cuts, Options(scaling=options.scaling, dropout=options.dropout, sinks=options.sinks)
+    cuts = _chunks_of_documents(call, positions)
+    return None if cuts is None else (cuts, own)
 
 
 def _decides_alone(call: LayerCall) -> bool:

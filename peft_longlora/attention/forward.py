@@ -7,7 +7,6 @@ transformers finds `s2_attention_forward` under the name "s2_attn" (register.py)
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from peft_longlora.attention.mask import S2Mask
 from peft_longlora.attention.settings import settings_of
 from peft_longlora.attention.states import refuse_unfollowed
 from peft_longlora.kernels.attend import attend
-from peft_longlora.kernels.backends import windowed
 from peft_longlora.kernels.groups import refuse_bidirectional
 from peft_longlora.kernels.kernel import Options
 
@@ -73,17 +71,13 @@ def s2_attention_forward(
     if settings.sharing is not None:
         return settings.sharing.attend(call, call.pattern if is_sparse else "full"), None
     if not is_sparse:
-        own = call.local_cuts(call.positions) if call.is_sparse and call.is_local else None
-        if own is None:
-            return dense.attend(call)
-        options = replace(options, backend=windowed(options.backend))
-        return attend(query, key, value, own, options).contiguous(), None  # some models view it in another shape
+        return dense.attend(call)
     if not torch.compiler.is_compiling():
         refuse_unfollowed(settings, call.s2_mask, call.positions)
     pattern = call.pattern
     cuts, order = call.cuts(pattern), call.order
     if order is None:
-        return attend(query, key, value, cuts, options).contiguous(), None
+        return attend(query, key, value, cuts, options).contiguous(), None  # some models view it in another shape
     # (B, S) token indices, for (B, H, S, D) and for (B, S, H, D_v)
     query, key, value = (x.gather(2, order[:, None, :, None].expand_as(x)) for x in (query, key, value))
     out = attend(query, key, value, cuts, options)

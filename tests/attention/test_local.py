@@ -6,7 +6,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.masking_utils import chunked_causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
 from peft_longlora import configure_attention, use_attention
-from peft_longlora.attention import dense
 from peft_longlora.attention.local import Local, find_local
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.reference import s2_attention_reference
@@ -77,7 +76,7 @@ def test_a_step_is_that_of_the_definition(name, rows, monkeypatch):
         call = {name: torch.nn.functional.pad(x, (3, 0)) for name, x in PACKED.items()}
         call["attention_mask"] = (documents > 0).long()
     model = make(name)
-    monkeypatch.setattr(dense, "attend", lambda call: pytest.fail("dense attention with a mask"))
+    monkeypatch.setattr(S2Mask, "dense", lambda *_: pytest.fail("dense attention with a mask"))
     found = gradients(model, call, documents > 0)
     truth.segment_ids = documents
     wanted = gradients(make(name, "truth_of_local"), call, documents > 0)

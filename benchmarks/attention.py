@@ -2,6 +2,7 @@
 
     python benchmarks/attention.py                   # the table of docs/attention.md (one GPU, a few minutes)
     python benchmarks/attention.py --tiny            # every path on small shapes, on a CPU too
+    python benchmarks/attention.py --pattern local   # another pattern in S2's place
 
 Every method is first compared with the float32 reference, outputs and gradients. Then it runs without pause for
 `--seconds` to reach the clock that the power limit allows, and the median of as many seconds more is taken, while the
@@ -25,7 +26,7 @@ from ways import permute_varlen, roll, two_calls_fa4
 from peft_longlora.kernels import backends
 from peft_longlora.kernels.attend import attend
 from peft_longlora.kernels.cuts import Cuts
-from peft_longlora.kernels.groups import Groups
+from peft_longlora.kernels.groups import PATTERNS, Groups
 from peft_longlora.kernels.kernel import Needs, Options
 from peft_longlora.reference import s2_attention_reference
 
@@ -88,11 +89,12 @@ def methods(case: Case, device: torch.device, dtype: torch.dtype, only: list[str
             print(f"   {backend}: {reason or 'left out'}", flush=True)
             continue
         found.append(Method(f"full {backend}", partial(engine, "full", backend), f"full {backend}"))
-        found.append(Method(f"S2 {backend}", partial(engine, "s2", backend), f"full {backend}"))
-        if backend == "flash_attention_4":
+        name = "S2" if case.pattern == "s2" else case.pattern
+        found.append(Method(f"{name} {backend}", partial(engine, case.pattern, backend), f"full {backend}"))
+        if backend == "flash_attention_4" and case.pattern == "s2":
             found.append(Method("S2 two plain calls, flash_attention_4", two_calls_fa4, f"full {backend}"))
     full = "full varlen" if device.type == "cuda" else "full sdpa"
-    if case.heads % 2 == 0:
+    if case.heads % 2 == 0 and case.pattern == "s2":
         found.append(Method("S2 permute + varlen (original)", permute_varlen, full))
         found.append(Method("S2 permute + varlen, unbound", partial(permute_varlen, slices=False), full))
         if case.documents is None:
@@ -106,11 +108,11 @@ def check(case: Case, found: list[Method], device: torch.device, dtype: torch.dt
     group, documents = tokens // 4, None
     if case.documents:
         documents = [tokens * length // 2048 for length in (100, 300, 1000, 648)]
-    short = Case("check", case.heads, case.kv_heads, case.dim, tokens, group, documents)
+    short = Case("check", case.heads, case.kv_heads, case.dim, tokens, group, documents, case.pattern)
     qkv, dout = inputs(short, device, dtype)
     plain = [x.detach().float().requires_grad_() for x in qkv]
     ids = torch.repeat_interleave(torch.arange(1, 5), torch.tensor(documents))[None].to(device) if documents else None
-    for pattern in ("s2", "full"):
+    for pattern in (case.pattern, "full"):
         want = s2_attention_reference(*plain, group, segment_ids=ids, pattern=pattern)
         want = [want, *torch.autograd.grad(want, plain, dout.float())]
         for method in found:
@@ -156,7 +158,7 @@ def run_case(case: Case, device, dtype, args) -> dict:
     for name, row in rows.items():
         full = rows.get(row["full"])
         is_full = name.startswith("full")
-        pairs = case.pairs("full" if is_full else "s2")
+        pairs = case.pairs("full" if is_full else case.pattern)
         row["tflops"] = 3.5 * 4 * pairs * case.dim / row["both_ms"] / 1e9
         if full and not is_full:
             row["R_forward"] = row["forward_ms"] / full["forward_ms"] / case.share
@@ -175,19 +177,20 @@ def run_case(case: Case, device, dtype, args) -> dict:
 def run_growth(device, dtype, args) -> list[dict]:
     """Time a token from 8k to 256k tokens at fixed G, by the backend that is chosen, and the work a token has."""
     lengths = [256, 512, 1024] if args.tiny else [2**n for n in range(13, 19)]
-    every = [Case("growth", 4, 2, 16, n, 64) if args.tiny else Case("growth", 32, 8, 128, n, 8192) for n in lengths]
+    shape, group = ((4, 2, 16), 64) if args.tiny else ((32, 8, 128), 8192)
+    every = [Case("growth", *shape, n, group, pattern=args.pattern) for n in lengths]
     tensors = [inputs(case, device, dtype) for case in every]
     rounds: list[list[dict]] = [[] for _ in every]
     for _ in range(args.rounds):
         for case, (qkv, dout), measured in zip(every, tensors, rounds, strict=True):
-            measured.append(measure(lambda *x, c=case: engine("s2", None, *x, c), qkv, dout, args.seconds))
+            measured.append(measure(lambda *x, c=case: engine(c.pattern, None, *x, c), qkv, dout, args.seconds))
     _PLANS.clear()
     rows = []
     print("\ngrowth at fixed G", flush=True)
     for case, measured in zip(every, rounds, strict=True):
         row = {key: statistics.median(x[key] for x in measured) for key in measured[0]}
         row.update(tokens=case.tokens, us_a_token=row["both_ms"] * 1e3 / case.tokens)
-        row["keys_a_token"] = case.pairs("s2") / case.heads / case.tokens
+        row["keys_a_token"] = case.pairs(case.pattern) / case.heads / case.tokens
         row["ns_a_key"] = row["us_a_token"] * 1e3 / row["keys_a_token"]
         rows.append(row)
         print(f"   {case.tokens:7} tokens {row['both_ms']:9.3f} ms, {row['us_a_token']:.4f} us a token, "
@@ -201,6 +204,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes, float32 off the GPU")
     parser.add_argument("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backends", nargs="+", choices=backends.BACKENDS, help="default: all that run here")
+    parser.add_argument("--pattern", choices=[name for name in PATTERNS if name != "full"], default="s2")
     parser.add_argument("--cases", type=count, nargs="+", help="numbers of the cases to run, from 0")
     parser.add_argument(
         "--seconds", type=above_zero, help="of warming and of measuring a method (default 0.4; tiny 0.01)"
@@ -225,6 +229,7 @@ def main() -> None:
 
     for number, case in enumerate(cases(args.tiny)):
         if args.cases is None or number in args.cases:
+            case.pattern = args.pattern
             result["cases"].append(run_case(case, device, dtype, args))
             save()
     if not args.no_growth:

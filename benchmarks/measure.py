@@ -22,6 +22,7 @@ class Case:
     tokens: int
     group: int
     documents: list[int] | None = None
+    pattern: str = "s2"
 
     def plan(self, pattern: str) -> Groups:
         lengths = self.documents or [self.tokens]
@@ -38,7 +39,7 @@ class Case:
 
     @property
     def share(self) -> float:
-        return self.pairs("s2") / self.pairs("full")
+        return self.pairs(self.pattern) / self.pairs("full")
 
 
 def inputs(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:

@@ -15,7 +15,7 @@ def group_ids(segment_ids: torch.Tensor, group_size: int, shift: int) -> torch.T
     Args:
         segment_ids: (B, S) int, 0 = padding, a run of one positive number = one document.
         group_size: G, tokens.
-        shift: tokens by which the first group is shortened (0 or G / 2).
+        shift: tokens by which the groups start later: the length of the first group; 0 if it is whole.
 
     Example: one document of 10 tokens, G = 4: shift 0 gives 0000111122, shift 2 gives 0011112222.
     """
@@ -26,12 +26,22 @@ def group_ids(segment_ids: torch.Tensor, group_size: int, shift: int) -> torch.T
         for value, length in zip(values.tolist(), lengths.tolist(), strict=True):
             position = torch.arange(length, device=ids.device)
             if value and length > group_size:
-                position = (position + shift) // group_size
+                position = (position + (group_size - shift) % group_size) // group_size
             else:  # padding, or a document that fits into one group and stays dense
                 position = torch.zeros_like(position)
             ids[row, start : start + length] = position + group if value else 0
             start, group = start + length, group + int(position[-1]) + 1
     return ids
+
+
+def head_shifts(heads: int, kv_heads: int, group_size: int, pattern: str) -> torch.Tensor:
+    """(H,) the shift of each query head: 0 for those of the first half of the KV heads.
+
+    A single KV head is read by both halves; then the second half of the query heads is shifted.
+    """
+    straight = heads // 2 if kv_heads == 1 else kv_heads // 2 * (heads // kv_heads)
+    shift = {"s2": group_size // 2}.get(pattern, 0)
+    return torch.tensor([0] * straight + [shift] * (heads - straight))
 
 
 def seen_by_blocks(
@@ -101,8 +111,7 @@ def s2_attention_reference(
     if segment_ids is None:
         segment_ids = torch.ones(batch, length, dtype=torch.long, device=query.device)
     g, has_blocks = length if pattern == "full" else group_size, pattern in ("window", "adaptive")
-    straight = heads // 2 if kv_heads == 1 else kv_heads // 2 * (heads // kv_heads)
-    shifts = torch.tensor([0 if pattern != "s2" or h < straight else g // 2 for h in range(heads)])
+    shifts = head_shifts(heads, kv_heads, g, pattern)
     causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     mask = torch.zeros(batch, heads, length, length, dtype=torch.bool, device=query.device)
     for shift in shifts.unique().tolist() if length else ():

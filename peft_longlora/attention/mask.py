@@ -103,7 +103,7 @@ class S2Mask:
 
         Args:
             group_size: G, tokens.
-            pattern: "s2", "local" or "full".
+            pattern: one of `groups.PATTERNS`.
             position_ids: (1 or B, S) as the layer got them; they restart where a document starts. (transformers drops
                 this if it also gets a 2-D mask or a cache.) None: positions do not restart; then, without padding and
                 with a causal rule, nothing is read from the device.

@@ -48,7 +48,7 @@ class AttentionSettings:
     Attributes:
         config: the model's text config; its window may determine the group size.
         given_size: G in tokens, if the user gave it. group_size_ratio: otherwise G as a fraction of the window.
-        pattern: "s2", "local", "full", "window" or "adaptive".
+        pattern: one of `groups.PATTERNS` and `groups.BLOCK_PATTERNS`.
         chosen_blocks: how many blocks of keys "adaptive" chooses; None for as many as cost what S2-Attn costs.
         dense_layers: indices of layers that stay dense in training.
         dense_attention: the transformers attention that runs if S2-Attn does not.

@@ -57,7 +57,7 @@ def tokens_before(length: int, group_size: int, shift: int, first: int) -> int:
 
 def shift_of(group_size: int, pattern: str) -> int:
     """Tokens of the first group of the second half of the heads; 0 if it has the groups of the first half."""
-    return group_size // 2 if pattern == "s2" else 0
+    return {"s2": group_size // 2}.get(pattern, 0)
 
 
 def split_heads(heads: int, kv_heads: int) -> tuple[int, int]:
@@ -157,7 +157,7 @@ def plan_groups(
     Args:
         batch, length: B and S, tokens.
         group_size: G, tokens; even.
-        pattern: "s2", "local" (straight groups for every head) or "full" (documents stay whole).
+        pattern: one of `PATTERNS`; with "full" documents stay whole.
         documents: from `find_documents`. None: every row is one document, and nothing is synchronised.
         padding: (B, S) bool, True at padding.
         before, after: tokens of the first and of the last document on earlier and later ranks. A group with tokens on

@@ -172,7 +172,7 @@ def main() -> None:
         old = {(row["kind"], row["type"]): row for row in stored()["results"]} if again else {}
         rows = []
         for kind, name in types():
-            is_kept = again and name not in again
+            is_kept = (kind, name) in old and name not in again
             rows.append(old[kind, name] if is_kept else examine_apart(kind, name))
             if not is_kept:
                 print(json.dumps(rows[-1]), flush=True)

@@ -15,7 +15,7 @@ from peft_longlora.app import views
 from peft_longlora.app.guard import Guard
 from peft_longlora.app.page import Page
 from peft_longlora.app.views import View
-from peft_longlora.chat.document import SUFFIXES
+from peft_longlora.chat.document import TEXTS
 
 CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 MOST_FILE = "100mb"
@@ -30,7 +30,7 @@ def make_app(page: Page, title: str) -> gr.Blocks:
         gr.Markdown(f"# {title}\n{ABOUT.format(page.loaded.window)}", elem_id="title")
         with gr.Row(elem_id="layout"):
             with gr.Column(elem_id="document-part"):
-                file = gr.File(label="Document", file_types=list(SUFFIXES), height=130, elem_id="file")
+                file = gr.File(label="Document", file_types=list(TEXTS), height=130, elem_id="file")
                 usage = gr.HTML(views.EMPTY, elem_id="usage", label="Tokens", show_label=False)
             with gr.Column(elem_id="talk-part"):
                 # As text: what a document makes a model say is neither HTML nor an image to fetch. A label would lie

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from peft_longlora.data.limits import Limits
-from peft_longlora.data.pdf import read_pages
+from peft_longlora.data.pdf import read_pages, refuse_scan
 from peft_longlora.data.pdf_process import read_pages_apart
+from peft_longlora.data.rows import TEXTS
 
-SUFFIXES = (".txt", ".md", ".pdf")
 PAGE_BREAK = "\n\n"
 
 
@@ -72,13 +72,13 @@ def read_document(
         raise ValueError(f"{path} is a URL, and only files can be read: download it first.")
     path = Path(path).expanduser()
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: give one file ({', '.join(SUFFIXES)}).")
+        raise ValueError(f"{path} is a folder: give one file ({', '.join(TEXTS)}).")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no file but a pipe or a device: save the text as a file.")
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path}: {path.suffix or 'a name without suffix'} is none of {', '.join(SUFFIXES)}.")
+    if path.suffix.lower() not in TEXTS:
+        raise ValueError(f"{path}: {path.suffix or 'a name without suffix'} is none of {', '.join(TEXTS)}.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes).")
     limits = limits or Limits()
@@ -112,11 +112,7 @@ def _read_text(path: Path, limits: Limits) -> Document:
 
 
 def _made_of(path: Path, pages: list[str]) -> Document:
-    if not any(pages):
-        raise ValueError(
-            f"{path}: none of its {len(pages)} pages holds text; it is probably a scan. Run OCR on it first: "
-            f"ocrmypdf {path.name} text.pdf"
-        )
+    refuse_scan(path, pages)
     text, starts, labels = "", [], []
     for number, page in enumerate(pages, 1):
         if page:

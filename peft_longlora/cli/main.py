@@ -67,9 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         return command.run(args)
-    except (
-        BrokenPipeError
-    ):  # the reader of a pipe, such as `head`, has ended; without this Python complains when it flushes
+    except BrokenPipeError:
+        # The reader of a pipe, such as `head`, has ended; without this Python complains when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:

@@ -61,6 +61,18 @@ def iterate_pages(path: Path, limits: Limits, reader: pypdf.PdfReader) -> Iterat
         yield text
 
 
+def refuse_scan(path: Path, pages: list[str]) -> None:
+    """Refuse a PDF of which no page holds text.
+
+    Raises: ValueError.
+    """
+    if not any(pages):
+        raise ValueError(
+            f"{path}: none of its {len(pages)} pages holds text; it is probably a scan. Run OCR on it first "
+            f"(ocrmypdf {path.name} text.pdf), or leave it out."
+        )
+
+
 def _refusal(path: Path, error: Exception, what: str) -> ValueError:
     from pypdf.errors import DependencyError, FileNotDecryptedError
 

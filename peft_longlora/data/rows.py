@@ -20,7 +20,7 @@ from transformers.utils import logging
 from peft_longlora.data.counts import Counts
 from peft_longlora.data.folders import walk
 from peft_longlora.data.limits import Limits
-from peft_longlora.data.pdf import read_pages
+from peft_longlora.data.pdf import read_pages, refuse_scan
 from peft_longlora.data.repository import find_repositories, read_repository
 
 logger = logging.get_logger(__name__)
@@ -193,11 +193,7 @@ def _file_rows(path: Path, text_field: str | None) -> Iterator[tuple[str, Any]]:
 def _pdf_text(path: Path) -> str:
     """The text of all pages, with an empty line between two."""
     pages = read_pages(path, Limits())
-    if not any(pages):
-        raise ValueError(
-            f"{path}: none of its {len(pages)} pages holds text; it is probably a scan. Run OCR on it first "
-            f"(ocrmypdf), or move it out of the folder."
-        )
+    refuse_scan(path, pages)
     return "\n\n".join(filter(None, pages))
 
 

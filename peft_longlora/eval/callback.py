@@ -154,9 +154,8 @@ def _list(name: str, values: Any, kind: Any, example: str) -> list[Any]:
     found = list(values)
     if bad := [value for value in found if not _is_number(value, kind)]:
         raise ValueError(f"{name}={found!r}: {bad[0]!r} is not a number. Give a list such as {example}.")
-    return [
-        value.item() if hasattr(value, "item") else value for value in found
-    ]  # plain numbers have a plain repr and JSON
+    # Plain numbers have a plain repr and JSON.
+    return [value.item() if hasattr(value, "item") else value for value in found]
 
 
 def _is_number(value: Any, kind: type) -> bool:

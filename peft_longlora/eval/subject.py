@@ -182,6 +182,15 @@ class Subject:
         else:
             yield base
 
+    @contextmanager
+    def as_variant(self, variant: str) -> Iterator[Subject]:
+        """Within the block: the subject itself, or its base (`as_base`) if the variant is "base"."""
+        if variant == "base" and self.variant != "base":
+            with self.as_base() as base:
+                yield base
+        else:
+            yield self
+
 
 def load_subject(
     model: str,

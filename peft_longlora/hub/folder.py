@@ -22,7 +22,7 @@ from peft_longlora.adapter.files import hub_id, refuse_link
 from peft_longlora.hub.card import CardOptions, as_list, write_card
 from peft_longlora.hub.draft import Remote, begin_draft
 from peft_longlora.hub.provenance import TRAINING, sha256
-from peft_longlora.hub.public import base_on_hub, name_base_in
+from peft_longlora.hub.public import RECIPE, base_on_hub, name_base_in
 from peft_longlora.hub.push import with_base_license, writing_api
 from peft_longlora.hub.readme import README
 from peft_longlora.hub.results import RESULTS, copy_results, read_results
@@ -33,7 +33,7 @@ BELONGS = (
     *(CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, README, RESULTS, "results.md", "*.png", "*.jpg", "*.svg"),
     *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
     *("merges.txt", "*.tiktoken", "chat_template.jinja", "LICENSE*", "NOTICE*", "generation_config.json"),
-    *("recipe.yaml", "recipe.yml", TRAINING),
+    *(RECIPE, "recipe.yml", TRAINING),
 )
 
 

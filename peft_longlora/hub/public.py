@@ -19,7 +19,7 @@ from peft_longlora.hub.draft import Remote
 from peft_longlora.hub.readme import README, read_readme
 from peft_longlora.hub.results import RESULTS
 
-RECIPE = "recipe.yaml"
+RECIPE = "recipe.yaml"  # what `longlora train` was told, for others
 
 
 def base_on_hub(remote: Remote, draft: Path, subfolder: str = "") -> str | None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
+from peft_longlora.hub.public import RECIPE
 from peft_longlora.training.recipe import ADAPTER, Recipe, keys
 
 STATE = "trainer_state.json"  # the Trainer's
-RUN = "run.yaml"  # all values, to go on from
-RECIPE = "recipe.yaml"  # the same for others, without paths of this machine; a push takes it along
+RUN = "run.yaml"  # all values, to go on from. RECIPE holds the same for others, without paths of this machine
 PRIVATE = {"output_dir", "overwrite", "hub_token", "hub_model_id", "push_to_hub", "logging_dir"}
 # Keys of the Trainer that change what is learned, so they must stay when a run goes on.
 TRAINED_WITH = {

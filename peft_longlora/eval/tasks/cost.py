@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -118,5 +117,7 @@ def _time(device: torch.device, run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _process_peak() -> int:
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -78,10 +78,8 @@ class Harness:
         for number, variant in enumerate(variants, 1):
 
             def measure(variant: str = variant) -> dict[str, Any]:
-                if variant == "base" and subject.variant != "base":
-                    with subject.as_base() as base:
-                        return self._measure(base)
-                return self._measure(subject)
+                with subject.as_variant(variant) as one:
+                    return self._measure(one)
 
             yield Item(f"{self.name}/{variant}", self.name, number / len(variants), measure)
 

@@ -129,10 +129,8 @@ class Memorised:
         key = f"{self.name}/{dataset}/{length}/{variant}/{passage.number:06d}"
 
         def measure() -> dict[str, Any]:
-            if variant == "base" and subject.variant != "base":
-                with subject.as_base() as base:
-                    return self._measure(base, key, dataset, length, passage)
-            return self._measure(subject, key, dataset, length, passage)
+            with subject.as_variant(variant) as one:
+                return self._measure(one, key, dataset, length, passage)
 
         return Item(key, f"{self.name} {length}", (passage.number + 1) / self.passages, measure)
 

@@ -133,10 +133,8 @@ class Perplexity:
         key = f"{self.name}/{self.protocol}/{length}/{shown}/{window.document:06d}/{window.number:06d}"
 
         def start() -> Callable[[], dict[str, Any]]:
-            if shown == "base" and subject.variant != "base":
-                with subject.as_base() as base:
-                    return self._start(base, key, length, window)
-            return self._start(subject, key, length, window)
+            with subject.as_variant(shown) as one:
+                return self._start(one, key, length, window)
 
         return Item(key, f"{self.name} {length}", window.progress, lambda: start()(), start)
 

@@ -84,7 +84,7 @@ def apply(row: str, model: torch.nn.Module, length: int, estimate: MemoryPlan) -
         plan = fit_memory(model, length)
         print(plan, flush=True)
         about = dict(expected_gib=plan.peak / GIB, host_gib=plan.host / GIB, options=plan.options)
-        return about | dict(fixed_gib=plan.fixed / GIB, a_token=plan.a_token), nullcontext()
+        return about | dict(fixed_gib=plan.fixed / GIB, token_bytes=plan.token_bytes), nullcontext()
     checkpoint_blocks(model, keep=row in ("attention kept", "liger"))
     return {}, nullcontext()
 

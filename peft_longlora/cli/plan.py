@@ -120,7 +120,7 @@ def _advice(shape, training, args: argparse.Namespace, budget: int, host: int) -
 
 
 def _print_time(shape, plan, args: argparse.Namespace, length: int, group: int) -> None:
-    from peft_longlora.memory.rates import far, seconds
+    from peft_longlora.memory.rates import seconds, unlike_measured
 
     if args.tokens_per_second:
         step, source = length / args.tokens_per_second, "your own rate"
@@ -132,7 +132,7 @@ def _print_time(shape, plan, args: argparse.Namespace, length: int, group: int) 
     print(f"{step:.1f} s a step, {rate:,.0f} tokens/s in all ({source}; groups of {group} tokens)")
     cost = f", which cost {hours * args.gpus * args.price_per_hour:,.2f}" if args.price_per_hour else ""
     print(f"{args.tokens:,} tokens: {hours:,.1f} hours{cost}")
-    if not args.tokens_per_second and (unlike := far(shape, length, group, args.gpu, args.four_bit)):
+    if not args.tokens_per_second and (unlike := unlike_measured(shape, length, group, args.gpu, args.four_bit)):
         print(f"No measured step is like this one: it has {'; '.join(unlike)}. Time and cost may be far off: measure a")
         print("few steps, and give --tokens-per-second.")
 

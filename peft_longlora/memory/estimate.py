@@ -141,20 +141,20 @@ class Training:
 def fixed_parts(shape: Shape, training: Training) -> dict[str, int]:
     """Bytes on each GPU that do not grow with the row, by name."""
     tables = shape.table * (1 if shape.tied else 2)
-    a_weight = FOUR_BIT if training.four_bit else HALF
+    weight_bytes = FOUR_BIT if training.four_bit else HALF
     lora = shape.blocks * training.rank * (4 * shape.hidden + 2 * shape.query + 2 * shape.key)
     # Copies of the embeddings and norms are trained in single precision; the base's stay, for disabled adapters.
     copies = (shape.table if training.embeddings else 0) + (2 * shape.blocks + 1) * shape.hidden
     trained = lora + copies
     parts = {
-        "weights": shape.linear_weights * a_weight + tables * HALF,
+        "weights": shape.linear_weights * weight_bytes + tables * HALF,
         "adapter": trained * SINGLE,
         "gradients": trained * SINGLE,
         "optimiser": trained * ADAM,
     }
     parts = {name: round(size / training.shards) for name, size in parts.items()}
     if training.shards > 1:  # the block at hand and the next one are whole
-        parts["gathered weights"] = round(2 * shape.linear_weights / shape.blocks * a_weight) + shape.table * HALF
+        parts["gathered weights"] = round(2 * shape.linear_weights / shape.blocks * weight_bytes) + shape.table * HALF
     return parts | {"workspaces": STEADY_BYTES}
 
 
@@ -173,15 +173,14 @@ def estimate(
 ) -> MemoryPlan:
     """The plan of a step of `length` tokens a GPU with some `means`, filled (`plan.fill`)."""
     parts = fixed_parts(shape, training)
-    a_input, a_keep = HALF * shape.hidden, HALF * shape.query + SINGLE * shape.heads
-    inputs = a_input * (2 if means.get("offload") else shape.blocks)  # one is used while one comes back
-    a_loss = inputs + (HALF * 5 * shape.hidden if training.fused_loss else LOGITS * shape.vocabulary)
-    a_token = max(inputs + block_bytes(shape, bool(means.get("tile_tokens"))), a_loss)
+    input_bytes, kept_bytes = HALF * shape.hidden, HALF * shape.query + SINGLE * shape.heads
+    inputs = input_bytes * (2 if means.get("offload") else shape.blocks)  # one is used while one comes back
+    loss_bytes = inputs + (HALF * 5 * shape.hidden if training.fused_loss else LOGITS * shape.vocabulary)
+    token_bytes = max(inputs + block_bytes(shape, bool(means.get("tile_tokens"))), loss_bytes)
     saved = 2 * shape.hidden + 2 * shape.query + 2 * shape.key + 2 * shape.inner * shape.active
-    a_block = HALF * saved + SINGLE * shape.heads + (a_input if means.get("offload") else 0)
-    plan = MemoryPlan(
-        length, budget, sum(parts.values()), a_token, a_loss, a_block, a_keep, a_input, shape.blocks, means=means
-    )
+    free_bytes = HALF * saved + SINGLE * shape.heads + (input_bytes if means.get("offload") else 0)
+    sizes = token_bytes, loss_bytes, free_bytes, kept_bytes, input_bytes
+    plan = MemoryPlan(length, budget, sum(parts.values()), *sizes, shape.blocks, means=means)
     return fill(replace(plan, host_budget=host_budget, parts=parts, kernels=("Liger",)))
 
 

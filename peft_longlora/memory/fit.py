@@ -158,11 +158,11 @@ def _measure(
     """The plan with these means, from a few short steps."""
     checkpoint_blocks(model, keep=False, **means)
     blocks = len(find_blocks(model))
-    tokens, peak, a_token = _growth(model, length, loss, max(SHORTEST, 2 * (means.get("tile_tokens") or 0)))
-    bare = peak - tokens * a_token
+    tokens, peak, token_bytes = _growth(model, length, loss, max(SHORTEST, 2 * (means.get("tile_tokens") or 0)))
+    bare = peak - tokens * token_bytes
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     fixed = round(bare) + (ADAM_BYTES + (GRADIENT_BYTES if accumulates else 0)) * trained
-    plan = MemoryPlan(length, budget, fixed, a_token, 0.0, 0.0, 0.0, _input_bytes(model), blocks, means=means)
+    plan = MemoryPlan(length, budget, fixed, token_bytes, 0.0, 0.0, 0.0, _bytes_of_input(model), blocks, means=means)
     plan = replace(plan, host_budget=host_budget(), kernels=kernels_of(model))
     if plan.peak > budget:
         return plan
@@ -170,13 +170,13 @@ def _measure(
     some, more = min(FREE_PROBES[0], blocks // 2), min(FREE_PROBES[1], blocks)
     with_some, with_more = (_with(model, tokens, loss, dict(means, keep=False, free=free)) for free in (some, more))
     checkpoint_blocks(model, keep=False, **means)
-    a_block = (with_more - with_some) / (more - some) / tokens
-    a_loss = (with_some - bare) / tokens - some * a_block
-    a_keep = (with_attention - peak) / blocks / tokens
-    return fill(replace(plan, a_loss=a_loss, a_block=a_block, a_keep=a_keep))
+    free_bytes = (with_more - with_some) / (more - some) / tokens
+    loss_bytes = (with_some - bare) / tokens - some * free_bytes
+    kept_bytes = (with_attention - peak) / blocks / tokens
+    return fill(replace(plan, loss_bytes=loss_bytes, free_bytes=free_bytes, kept_bytes=kept_bytes))
 
 
-def _input_bytes(model: nn.Module) -> int:
+def _bytes_of_input(model: nn.Module) -> int:
     """A token's bytes in the input of a block."""
     return model.config.get_text_config().hidden_size * 2
 
@@ -184,7 +184,7 @@ def _input_bytes(model: nn.Module) -> int:
 def _growth(model: nn.Module, length: int, loss: Loss, shortest: int = SHORTEST) -> tuple[int, int, float]:
     """A number of tokens above which the peak grows steadily, the peak there, and a token's bytes."""
     # A block's backward holds its input, queries, keys, values and gradients; smaller growth belongs to other parts.
-    least = 6 * _input_bytes(model)
+    least = 6 * _bytes_of_input(model)
     tokens, slope = shortest, 0.0
     _peak(model, tokens, loss)  # compiles kernels
     peak = _peak(model, tokens, loss)

@@ -41,12 +41,12 @@ class MemoryPlan:
         length: tokens of a step.
         budget: bytes that may be used.
         fixed: weights, gradients, optimiser states, and everything else that does not grow with the row.
-        a_token: a token's bytes at the peak if every block is checkpointed and none keeps attention; the peak is in a
-            block's backward.
-        a_loss: a token's bytes when the loss is computed.
-        a_block: a token's additional bytes then, for each block that keeps everything.
-        a_keep: a token's bytes in the output of one block's attention.
-        a_input: a token's bytes in a block's input.
+        token_bytes: a token's bytes at the peak (in a block's backward), if every block is checkpointed and none keeps
+            attention.
+        loss_bytes: a token's bytes when the loss is computed.
+        free_bytes: a token's additional bytes then, for each block that keeps everything.
+        kept_bytes: a token's bytes in the output of one block's attention.
+        input_bytes: a token's bytes in a block's input.
         blocks: number of the model's blocks.
         free: how many of them are not checkpointed.
         keep: how many checkpointed blocks keep the output of attention.
@@ -60,11 +60,11 @@ class MemoryPlan:
     length: int
     budget: int
     fixed: int
-    a_token: float
-    a_loss: float
-    a_block: float
-    a_keep: float
-    a_input: float
+    token_bytes: float
+    loss_bytes: float
+    free_bytes: float
+    kept_bytes: float
+    input_bytes: float
     blocks: int
     free: int = 0
     keep: int = 0
@@ -87,20 +87,20 @@ class MemoryPlan:
     @property
     def working(self) -> float:
         """A token's bytes at the expected peak, but for what blocks keep of attention."""
-        arriving = self.a_keep if self.keep_in_host else 0.0  # the next block's, while this block's is used
-        return max(self.a_token + arriving, self.a_loss + self.free * self.a_block if self.free else 0.0)
+        arriving = self.kept_bytes if self.keep_in_host else 0.0  # the next block's, while this block's is used
+        return max(self.token_bytes + arriving, self.loss_bytes + self.free * self.free_bytes if self.free else 0.0)
 
     @property
     def peak(self) -> int:
         """The expected peak on the GPU."""
-        return round(self.fixed + self.length * (self.working + self.keep * self.a_keep))
+        return round(self.fixed + self.length * (self.working + self.keep * self.kept_bytes))
 
     @property
     def host(self) -> int:
         """Bytes that wait in the host's memory."""
         offload = int(self.means.get("offload", 0))
         inputs = -(-(self.blocks - self.free) // offload) if offload else 0
-        return round(self.length * (inputs * self.a_input + self.keep_in_host * self.a_keep))
+        return round(self.length * (inputs * self.input_bytes + self.keep_in_host * self.kept_bytes))
 
     @property
     def work(self) -> float:
@@ -115,19 +115,19 @@ class MemoryPlan:
     @property
     def longest(self) -> int:
         """The tokens of the longest step that fits with `offload` and `tile_tokens` of this plan."""
-        on_gpu = (self.budget - self.fixed) / self.a_token
+        on_gpu = (self.budget - self.fixed) / self.token_bytes
         offload = int(self.means.get("offload", 0))
-        in_host = self.host_budget / (-(-self.blocks // offload) * self.a_input) if offload else on_gpu
+        in_host = self.host_budget / (-(-self.blocks // offload) * self.input_bytes) if offload else on_gpu
         return max(0, int(min(on_gpu, in_host)))
 
     def __str__(self) -> str:
         parts = self.parts or {"weights, gradients, optimiser": self.fixed}
-        kept = f"{self.keep} blocks keep attention's output"
+        kept, more = f"{self.keep} blocks keep attention's output", self.working - self.token_bytes
         rows = [
             *parts.items(),
-            ("inputs of blocks and the working set of one", round(self.length * self.a_token)),
-            (f"more for {self.free} blocks that keep everything", round(self.length * (self.working - self.a_token))),
-            (kept, round(self.length * self.keep * self.a_keep)),
+            ("inputs of blocks and the working set of one", round(self.length * self.token_bytes)),
+            (f"more for {self.free} blocks that keep everything", round(self.length * more)),
+            (kept, round(self.length * self.keep * self.kept_bytes)),
             ("peak expected", self.peak),
             ("budget", self.budget),
             (f"in the host's memory ({self.keep_in_host} blocks' attention)", self.host),
@@ -144,12 +144,12 @@ def fill(plan: MemoryPlan) -> MemoryPlan:
     for free in range(plan.blocks + 1):
         one = replace(plan, free=free, keep=0, keep_in_host=0)
         if one.fits:
-            a_block, rest = max(1.0, plan.length * plan.a_keep), plan.blocks - free
-            keep = min(rest, int((one.budget - one.peak) / a_block))
+            kept, rest = max(1.0, plan.length * plan.kept_bytes), plan.blocks - free  # bytes of a block's attention
+            keep = min(rest, int((one.budget - one.peak) / kept))
             found.append(replace(one, keep=keep))
-            in_host = min(rest, int((one.host_budget - one.host) / a_block)) if plan.means.get("offload") else 0
+            in_host = min(rest, int((one.host_budget - one.host) / kept)) if plan.means.get("offload") else 0
             if in_host and (with_host := replace(one, keep_in_host=in_host)).fits:
-                keep = min(rest - in_host, int((one.budget - with_host.peak) / a_block))
+                keep = min(rest - in_host, int((one.budget - with_host.peak) / kept))
                 found.append(replace(with_host, keep=keep))
     return min(found, key=lambda one: one.work, default=plan)
 

@@ -71,7 +71,7 @@ def check_gpu(gpu: str) -> None:
         )
 
 
-def far(shape: Shape, length: int, group_size: int, gpu: str = "H100", four_bit: bool = False) -> list[str]:
+def unlike_measured(shape: Shape, length: int, group_size: int, gpu: str = "H100", four_bit: bool = False) -> list[str]:
     """In what a step is unlike all that were measured, in words; empty if the estimate of its seconds stands near them.
 
     A size is unlike if it is more than `NEAR` times the largest or less than a `NEAR`th of the smallest: narrow models

@@ -9,7 +9,7 @@ from peft_longlora import LongLoraConfig
 from peft_longlora.cli import main
 from peft_longlora.cli.plan import amount, size
 from peft_longlora.memory.estimate import SHAPES
-from peft_longlora.memory.rates import far
+from peft_longlora.memory.rates import unlike_measured
 from tests.helpers.paths import ROOT
 
 EMBEDDED = str(ROOT / "examples" / "assets" / "stdlib-llama-512")
@@ -92,8 +92,9 @@ def test_a_step_unlike_all_measured_ones_is_said(capsys, options, unlike):
 
 
 def test_experts_are_not_measured():
-    assert far(replace(SHAPES["llama-3.1-8b"], experts=8, active=2), 32768, 8192) == ["experts"]
-    assert not far(SHAPES["llama-3.1-8b"], 32768, 8192) and not far(SHAPES["llama-3.3-70b"], 131072, 32768)
+    assert unlike_measured(replace(SHAPES["llama-3.1-8b"], experts=8, active=2), 32768, 8192) == ["experts"]
+    assert not unlike_measured(SHAPES["llama-3.1-8b"], 32768, 8192)
+    assert not unlike_measured(SHAPES["llama-3.3-70b"], 131072, 32768)
 
 
 def test_a_model_on_disk(capsys):

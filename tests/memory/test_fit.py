@@ -13,7 +13,15 @@ from peft_longlora.memory.plan import MEANS, fill
 from tests.helpers.tiny import extend, make
 
 GIB = 2**30
-SIZES = dict(fixed=GIB // 4, a_token=100_000, a_loss=60_000, a_block=40_000, a_keep=8_000, a_input=4_000, blocks=8)
+SIZES = dict(
+    fixed=GIB // 4,
+    token_bytes=100_000,
+    loss_bytes=60_000,
+    free_bytes=40_000,
+    kept_bytes=8_000,
+    input_bytes=4_000,
+    blocks=8,
+)
 
 
 def plan(length=1000, budget=GIB, host=0, means=MEANS[0], **changes):

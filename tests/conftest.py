@@ -74,6 +74,12 @@ def base_folder(tmp_path, llama) -> str:
     return str(tmp_path / "base")
 
 
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Evaluations draw nothing: drawing takes a third of the time of a tiny one."""
+    monkeypatch.setattr("peft_longlora.eval.report.plots.write_plots", lambda results, folder: [])
+
+
 @pytest.fixture(scope="session")
 def fresh_process(tmp_path_factory) -> dict:
     """What tests/helpers/fresh_process.py saw in a process of its own: importing is slow, so one process serves all."""

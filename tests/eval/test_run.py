@@ -70,8 +70,7 @@ def test_a_window_is_started_before_the_one_before_it_is_finished(tmp_path, monk
     assert shown == ["s8.0", "s8.1", "f8.0", "s8.2", "f8.1", "f8.2", "s16.0", "s16.1", "f16.0", "f16.1"]
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_shares_add_up_to_the_whole(tmp_path, count, monkeypatch):
+def test_shares_add_up_to_the_whole(tmp_path, monkeypatch, count=3):
     """Processes are threads here, which meet at a barrier; the test marked slow has real ones."""
     plain, measured = Perplexity._finish, []
     monkeypatch.setattr(Perplexity, "_finish", lambda self, *args: measured.append(args[1]) or plain(self, *args))
@@ -198,7 +197,7 @@ def test_two_tasks_of_one_name_that_differ_are_refused(tmp_path):
     assert (tmp_path / "twice" / "samples.jsonl").read_bytes() == (tmp_path / "once" / "samples.jsonl").read_bytes()
 
 
-def test_plots_of_earlier_results_do_not_stay(tmp_path):
+def test_plots_of_earlier_results_do_not_stay(tmp_path, plots):
     """A folder may be gone on with for other tasks; a card shows all plots that lie there."""
     subject = scripted_subject(lambda prompt: " 7")
     evaluate(subject, [Passkey(lengths=[1000], depths=[0], seeds=1)], tmp_path)
@@ -226,7 +225,7 @@ def test_samples_that_a_shorter_command_leaves_out_are_named(tmp_path):
     assert run([1000, 2000]).notes == whole.notes
 
 
-def test_results_are_what_the_schema_says(tmp_path):
+def test_results_are_what_the_schema_says(tmp_path, plots):
     subject = scripted_subject(read_passkey)
     results = evaluate(subject, [Passkey(lengths=[1000, 2000], depths=[0, 1], seeds=3)], tmp_path)
     written = json.loads((tmp_path / "results.json").read_text())

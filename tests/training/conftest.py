@@ -28,7 +28,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def run(place, tmp_path, monkeypatch, capsys):
+def run(place, tmp_path, monkeypatch, capsys, no_plots):
     """Run the command in this process; returns its exit code, what it printed, and its output folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(place / "cache"))
 

@@ -18,7 +18,7 @@ CHOICES = [[" + b", " import", " while"], ["(10)", " class", "]"]]
 QUESTIONS = [("def add(a, b): return a", CHOICES[0]), ("for i in range", CHOICES[1])] * 3
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"])
 def base(request, tmp_path_factory) -> str:
     """A small model with a real tokenizer; lm-eval ties the output embeddings of each model it is given."""
     folder = tmp_path_factory.mktemp("model") / "base"

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftType
@@ -48,21 +50,64 @@ def find(place: str | os.PathLike, name: str, *, subfolder: str | None = None, *
             raise FileMissing(f"{place!r}: no {name} in it.")
         refuse_link(path)
         return path
-    if hub_id(place) is None:
-        raise ValueError(f"{place!r}: no such folder, and no id on the Hub ('owner/name').")
+    asked = {key: options[key] for key in ("revision", "cache_dir", "token") if key in options}
+    inner = f"{subfolder}/{name}" if subfolder else name
+    if not options.get("local_files_only") and not check_on_hub(place, inner, **asked):
+        raise FileMissing(f"{place!r}: no {name} in that repository.")
     try:
         return Path(hf_hub_download(place, name, subfolder=subfolder, **options))
-    except RepositoryNotFoundError as error:  # the Hub also says this of a repository that the user may not see
-        raise ValueError(
-            f"{place!r}: no such folder, and no such repository on the Hub. Check the name; if it is private or gated, "
-            f"log in with `hf auth login` or set HF_TOKEN."
-        ) from error
     except LocalEntryNotFoundError as error:
         raise FileMissing(f"{place!r}: no such folder, and the Hub is not reached: {error}") from error
     except EntryNotFoundError as error:
         raise FileMissing(f"{place!r}: no {name} in that repository.") from error
     except HfHubHTTPError as error:
         raise ValueError(f"{place!r}: the Hub refuses: {' '.join(str(error).split())[:300]}") from error
+
+
+def check_on_hub(
+    name: str, file: str, *, revision: str | None = None, cache_dir: str | None = None, token: str | bool | None = None
+) -> bool:
+    """Whether a repository has a file, in the Hub's cache here or on the Hub; asked once.
+
+    Downloads ask six times, for half a minute, and say every time that they failed.
+
+    Args:
+        name: the repository, "owner/name".
+        file: its path in the repository.
+
+    Raises:
+        FileMissing: the Hub cannot be asked.
+        ValueError: the name can be no id; there is no such repository or revision, or the user may not see it.
+    """
+    if hub_id(name) is None:
+        raise ValueError(f"{name!r}: no such folder, and no id on the Hub ('owner/name').")
+    if isinstance(try_to_load_from_cache(name, file, cache_dir=cache_dir, revision=revision), str):
+        return True
+    try:
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision), token=token)
+    except RepositoryNotFoundError as error:  # the Hub also says this of a repository that the user may not see
+        raise ValueError(
+            f"{name!r}: no such folder, and no such repository on the Hub. Check the name; if it is private or gated, "
+            f"log in with `hf auth login` or set HF_TOKEN."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(
+            f"{name!r}: no revision {revision!r} on the Hub. Check the name of the branch or tag."
+        ) from error
+    except EntryNotFoundError:
+        return False
+    except HfHubHTTPError:  # the Hub is there and does not answer now: a download asks again
+        return True
+    except OfflineModeIsEnabled as error:
+        raise FileMissing(
+            f"{name!r}: no such folder, and not in the cache of the Hub, which HF_HUB_OFFLINE keeps from being asked."
+        ) from error
+    except Exception as error:  # of the library that the Hub's client speaks through, which is not always the same
+        raise FileMissing(
+            f"{name!r}: no such folder, and the Hub is not reached to look for it there ({error}). Check the name, or "
+            f"the connection."
+        ) from error
+    return True
 
 
 @dataclass(frozen=True)

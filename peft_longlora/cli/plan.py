@@ -64,7 +64,8 @@ def group_size(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; returns 0 if the step fits and 1 if it does not."""
-    from peft_longlora.memory.estimate import Training, best_estimate, find_shape, longest
+    from peft_longlora.hub.loading import check_place
+    from peft_longlora.memory.estimate import SHAPES, Training, best_estimate, find_shape, longest
     from peft_longlora.memory.plan import ESTIMATED_FILLED, HOST_FILLED
     from peft_longlora.memory.rates import check_gpu
 
@@ -74,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{name}={value} must be above 0.")
     if args.tokens_per_second is None:
         check_gpu(args.gpu)
+    if args.model.lower() not in SHAPES:
+        check_place(args.model, "model")
     shape = find_shape(args.model)
     training = Training(args.rank, not args.no_embeddings, args.four_bit, not args.logits)
     budget, host = int(args.gpu_memory * ESTIMATED_FILLED), int(args.host_memory * HOST_FILLED)

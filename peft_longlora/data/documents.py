@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from peft_longlora.data.conversations import read_turns
 from peft_longlora.data.counts import Counts
 from peft_longlora.data.rows import NO_DATA, Sources, rows_of_sources
 
@@ -57,11 +58,12 @@ def read_documents(
 
 def read_records(
     sources: Sources, *, split: str = "train", config: str | None = None, counts: Counts | None = None
-) -> Iterator[dict[str, str]]:
+) -> Iterator[dict[str, Any]]:
     """LongAlpaca's records, as {"instruction", "input", "output", "source"}; "input" may be missing or null.
 
-    {"prompt", "completion"} of two strings, and {"messages"} of one question and its answer, are read as instruction
-    and output.
+    {"prompt", "completion"} of two strings, and a conversation of one question and its answer, are read as instruction
+    and output. Other conversations are {"messages", "source"}: turns as {"role", "content"}, in the order (system,)
+    user, assistant, user, assistant, ... They come as {"messages"}, or as ShareGPT's {"conversations"}.
 
     Args:
         sources: as for `read_documents`, without .txt, .md and .pdf.
@@ -71,38 +73,24 @@ def read_records(
 
     Raises:
         FileNotFoundError: a source does not exist.
-        ValueError: a source cannot be read, or a record has no instruction or no output.
+        ValueError: a source cannot be read; a record has no instruction or no output; a conversation has other turns,
+            an empty one, or calls of tools.
     """
     for name, row in rows_of_sources(sources, split, config, None, counts=counts):
         fields = row.keys() if isinstance(row, dict) and "instruction" not in row else set()
-        if "messages" in fields and not {"prompt", "completion"} <= fields:
-            question, answer, more = *_turns(name, row["messages"]), ""
+        key = next((key for key in ("messages", "conversations") if key in fields), None)
+        if key and not {"prompt", "completion"} <= fields:
+            turns = read_turns(name, row, key, _string)
+            if len(turns) != 2:
+                yield {"messages": turns, "source": name}
+                continue
+            (question, answer), more = (turn["content"] for turn in turns), ""
         else:
             is_pair = bool({"prompt", "completion"} & fields)
             keys = ("prompt", "completion") if is_pair else ("instruction", "output")
             question, answer = (_filled(name, row, key) for key in keys)
             more = "" if is_pair or row.get("input") is None else _string(name, row, "input")
         yield {"instruction": question, "output": answer, "input": more, "source": name}
-
-
-def _turns(name: str, turns: Any) -> tuple[str, str]:
-    """Question and answer of a conversation.
-
-    Raises: ValueError: another form than (system,) user, assistant.
-    """
-    if not isinstance(turns, list):
-        raise ValueError(f"{name}: 'messages' is a {type(turns).__name__} ({str(turns)[:40]!r}), not a list.")
-    roles = [turn.get("role") if isinstance(turn, dict) else None for turn in turns]
-    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise ValueError(
-            f"{name}: 'messages' has the roles {roles}. One question and its answer are read: (system,) user, "
-            f"assistant. Split the conversation."
-        )
-    places = [f"{name}: 'messages'[{number}]" for number in range(len(turns))]
-    texts = [_string(place, turn, "content") for place, turn in zip(places, turns, strict=True)]
-    for number in (-2, -1):
-        _filled(places[number], turns[number], "content")
-    return "\n\n".join(texts[:-1]), texts[-1]
 
 
 def _filled(name: str, row: Any, key: str) -> str:

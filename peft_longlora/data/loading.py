@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 KINDS = ("text", "records")
-FORMAT = 2  # of the file with the rows; a new number makes old files useless
+FORMAT = 3  # of the file with the rows; a new number makes old files useless
 AT_ONCE = 64  # rows written at a time
 
 

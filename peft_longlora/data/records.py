@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import takewhile
+from itertools import groupby
 from typing import Any, Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from peft_longlora.data.arguments import check_whole
+from peft_longlora.data.conversations import (
+    ASSISTANT,
+    CURE,
+    IGNORED,
+    MARK,
+    USER,
+    Turn,
+    begin_turns,
+    encode,
+    fill,
+    shared,
+    squeezed,
+    tokenize_turns,
+    without_template,
+)
 from peft_longlora.data.counts import Counts
-
-IGNORED = -100  # the label that transformers' losses leave out
-LLAMA_2_PROMPT = "[INST] {} [/INST]"
-MARK = "[[the answer]]"  # replaces a text, to check whether the chat template writes it
 
 
 def tokenize_record(
-    record: dict[str, str], tokenizer: PreTrainedTokenizerBase, counts: Counts | None = None
+    record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, counts: Counts | None = None
 ) -> dict[str, list[int]]:
-    """One record as {"input_ids", "labels"}, whole; labels are -100 before the answer.
+    """One record as {"input_ids", "labels"}, whole; labels are -100 outside of answers.
 
     The prompt is the tokenizer's chat template with one user turn, or Llama 2's [INST] if there is no template. The
     answer starts at the first token that differs between the prompt and the prompt with its answer (as in trl's
     SFTTrainer). Some templates would cut the answer: templates of reasoning models cut thoughts before </think>. Then
     the template gives only the text around the answer, and the answer is trained whole.
 
+    Of a conversation of several turns every answer is trained (`conversations.tokenize_turns`). A system message that
+    the template refuses or leaves out goes before the first question.
+
     Args:
-        record: {"instruction", "input", "output"} and, for errors, "source".
+        record: {"instruction", "input", "output"}, or {"messages"} as `read_records` yields them; and, for errors,
+            "source".
         tokenizer: the model's.
         counts: counts an answer that the template would have cut.
 
@@ -36,64 +50,75 @@ def tokenize_record(
         {"input_ids", "labels"}: lists of one length.
 
     Raises:
-        ValueError: the template fails or leaves out a message, or no token is left to train on.
+        ValueError: the template fails, leaves out a message, or cuts one of several turns; no token is left to train
+            on.
     """
     source = record.get("source", "A record")
-    user = f"{record['instruction']}\n{record['input']}" if record.get("input") else record["instruction"]
+    turns = begin_turns(tokenizer, record["messages"] if "messages" in record else _turns(record))
     if tokenizer.chat_template is None:
-        text = LLAMA_2_PROMPT.format(user)
-        prompt = tokenizer(text, verbose=False)["input_ids"]
-        ids = tokenizer(f"{text} {record['output']}{tokenizer.eos_token or ''}", verbose=False)["input_ids"]
+        row = without_template(turns, tokenizer)
+    elif sum(turn["role"] == ASSISTANT for turn in turns) > 1:
+        row = tokenize_turns(turns, tokenizer, source)
     else:
-        text, whole = _fill(tokenizer, source, user), _fill(tokenizer, source, user, record["output"])
-        if _count(whole, record["output"]) == _count(text, record["output"]):
-            whole = _around(tokenizer, source, user, record["output"])
-            if counts is not None:
-                counts.add_restored(source)
-        if not _count(text, user) and MARK not in _fill(tokenizer, source, MARK):
-            raise ValueError(f"{source}: the tokenizer's chat template leaves out what the user says. {_CURE}")
-        options: dict[str, Any] = dict(add_special_tokens=False, verbose=False)
-        prompt, ids = (tokenizer(part, **options)["input_ids"] for part in (text, whole))
-    start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False)))
-    if start == len(ids) or not record["output"].strip():
+        row = _one_answer(turns, tokenizer, source, counts)
+    if not any(label != IGNORED for label in row["labels"]) or not turns[-1]["content"].strip():
         raise ValueError(f"{source}: no token of the answer is left to train on. Fill the answer in, or remove it.")
+    return row
+
+
+def _turns(record: dict[str, str]) -> list[Turn]:
+    user = f"{record['instruction']}\n{record['input']}" if record.get("input") else record["instruction"]
+    return [{"role": USER, "content": user}, {"role": ASSISTANT, "content": record["output"]}]
+
+
+def _one_answer(
+    turns: list[Turn], tokenizer: PreTrainedTokenizerBase, source: str, counts: Counts | None
+) -> dict[str, list[int]]:
+    """(system,) user, assistant. An answer that the template would cut is trained whole."""
+    *asked, answer = turns
+    user, said = asked[-1]["content"], answer["content"]
+    text, whole = fill(tokenizer, source, asked), fill(tokenizer, source, turns)
+    if _count(whole, said) == _count(text, said):
+        whole = _around(tokenizer, source, asked, said)
+        if counts is not None:
+            counts.add_restored(source)
+    if not _count(text, user) and MARK not in fill(tokenizer, source, [*asked[:-1], {**asked[-1], "content": MARK}]):
+        raise ValueError(f"{source}: the tokenizer's chat template leaves out what the user says. {CURE}")
+    prompt, ids = (encode(tokenizer, part) for part in (text, whole))
+    start = shared(prompt, ids)
     return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
-
-
-_CURE = "Give the tokenizer another one: tokenizer.chat_template = ..., or None for Llama 2's [INST]."
-
-
-def _fill(tokenizer: PreTrainedTokenizerBase, source: str, user: str, answer: str | None = None) -> str:
-    """The chat template with one question, and its answer or the beginning of one."""
-    turns = [{"role": "user", "content": user}]
-    if answer is not None:
-        turns.append({"role": "assistant", "content": answer})
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{source}: the tokenizer's chat template fails ({error}). {_CURE}") from error
 
 
 def _count(text: str, part: str) -> int:
     """How often a text holds a part, however the template lays out its white space."""
-    return "".join(text.split()).count("".join(part.split()))
+    return squeezed(text).count(squeezed(part))
 
 
-def _around(tokenizer: PreTrainedTokenizerBase, source: str, user: str, answer: str) -> str:
+def _around(tokenizer: PreTrainedTokenizerBase, source: str, asked: list[Turn], answer: str) -> str:
     """The whole answer, with the text that the template writes around answers."""
-    head, mark, tail = _fill(tokenizer, source, user, MARK).rpartition(MARK)
+    head, mark, tail = fill(tokenizer, source, [*asked, {"role": ASSISTANT, "content": MARK}]).rpartition(MARK)
     if not mark:
-        raise ValueError(f"{source}: the tokenizer's chat template leaves the answer out. {_CURE}")
-    if "</think>" in head and "</think>" in answer and "</think>" not in user:
+        raise ValueError(f"{source}: the tokenizer's chat template leaves the answer out. {CURE}")
+    if "</think>" in head and "</think>" in answer and not any("</think>" in turn["content"] for turn in asked):
         raise ValueError(
             f"{source}: the tokenizer's chat template cuts the thoughts before </think> and writes others in their "
-            f"place. Take the thoughts out of the answer. Or: {_CURE}"
+            f"place. Take the thoughts out of the answer. Or: {CURE}"
         )
     return head + answer + tail
 
 
+def longest_prompt(labels: list[int]) -> slice:
+    """The longest stretch of a row that is not trained: the prompt, or that of several which holds the long text."""
+    end, best = 0, slice(0, 0)
+    for is_prompt, group in groupby(labels, lambda label: label == IGNORED):
+        start, end = end, end + sum(1 for _ in group)
+        if is_prompt and end - start > best.stop - best.start:
+            best = slice(start, end)
+    return best
+
+
 def tokenize_records(
-    records: Iterable[dict[str, str]],
+    records: Iterable[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     *,
@@ -106,8 +131,8 @@ def tokenize_records(
         records: as `read_records` yields them.
         tokenizer: the model's.
         max_length: tokens of a row, at most.
-        too_long: what to do with a longer record. "truncate": its prompt loses its middle; the beginning, the question
-            at the end and the whole answer stay. "drop": it is left out. "error": it is refused.
+        too_long: what to do with a longer record. "truncate": its longest prompt loses its middle; the beginning, the
+            question at the end and all answers stay. "drop": it is left out. "error": it is refused.
         counts: filled in along the way, and logged at the end. Everything that is cut or dropped is counted.
 
     Raises:
@@ -126,17 +151,20 @@ def tokenize_records(
         excess = len(ids) - max_length
         if excess > 0:
             counts.add_longer(record["source"])
-            room = labels.count(IGNORED) - excess  # for the prompt
+            prompt = longest_prompt(labels)
+            room = prompt.stop - prompt.start - excess  # for the prompt
             if too_long == "drop":
                 counts.dropped += 1
                 counts.dropped_tokens += len(ids)
                 continue
             if too_long == "error" or room < 1:
                 raise ValueError(
-                    f"{record['source']}: {len(ids)} tokens, of which {max_length - room} are the answer's, do not fit "
-                    f"in max_length={max_length}. Raise it, shorten the record, or pass too_long='drop'."
+                    f"{record['source']}: {len(ids)} tokens, of which {max_length - room} must stay (answers, "
+                    f"and shorter prompts), do not fit in max_length={max_length}. Raise it, shorten "
+                    f"the record, or pass too_long='drop'."
                 )
-            cut = slice((room + 1) // 2, (room + 1) // 2 + excess)
+            begin = prompt.start + (room + 1) // 2
+            cut = slice(begin, begin + excess)
             del ids[cut], labels[cut]
             counts.cut_tokens += excess
         counts.rows += 1

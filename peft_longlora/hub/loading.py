@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_longlora.adapter.files import find, read_json
+from peft_longlora.adapter.files import check_on_hub, find, read_json
 from peft_longlora.architecture import rows_of
 from peft_longlora.rope.parameters import check_rope, window_of
 from peft_longlora.rope.scale import scale_rope
@@ -144,6 +144,21 @@ def check_tokenizer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) 
         )
 
 
+def check_place(name: str, what: str, revision: str | None = None) -> None:
+    """Refuse a base or a tokenizer that is nowhere, before transformers looks for it.
+
+    Raises: ValueError: the message begins with `what`.
+    """
+    if Path(name).is_dir():
+        return
+    if Path(name).is_absolute() or name.startswith((".", "~")):
+        raise ValueError(f"{what}={name!r}: no such folder.")
+    try:
+        check_on_hub(name, "config.json", revision=revision)
+    except ValueError as error:
+        raise ValueError(f"{what}={error}") from error
+
+
 def load_part(factory: Any, name: str, what: str, **options: Any) -> Any:
     """A model, a config or a tokenizer, as one of transformers' auto classes loads it.
 
@@ -153,8 +168,7 @@ def load_part(factory: Any, name: str, what: str, **options: Any) -> Any:
 
     Raises: ValueError: it cannot be loaded; the message has the reason in one line.
     """
-    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).is_dir():
-        raise ValueError(f"{what}={name!r}: no such folder.")
+    check_place(name, what, options.get("revision"))
     options = {key: value for key, value in options.items() if value is not None}
     try:
         return factory.from_pretrained(name, **options)
@@ -172,8 +186,6 @@ def _is_no_fault_of_file(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     """The error in one line. An error that is not made for users also gets its class and a cure."""
     reason = " ".join(str(error).split())[:600]
-    if "couldn't connect to" in reason:
-        return "no such folder, and the Hub is not reached to look for it there. Check the name, or the connection."
     if reason and isinstance(error, OSError | ValueError | RuntimeError) and not isinstance(error, RecursionError):
         return reason
     kind = type(error).__name__

@@ -194,13 +194,25 @@ def test_bad_records_are_named(tmp_path, change, message):
 def test_records_in_trls_forms(tmp_path):
     turns = [("system", "Be brief."), ("user", "Why?"), ("assistant", "So.")]
     chat = [{"role": role, "content": content} for role, content in turns]
-    rows = [{"prompt": "Why?", "completion": "So."}, {"messages": chat[1:]}, {"messages": chat}]
+    rows = [{"prompt": "Why?", "completion": "So."}, {"messages": chat[1:]}]
     records = list(read_records(write(tmp_path / "a.jsonl", lines(*rows))))
-    assert [(r["instruction"], r["input"], r["output"]) for r in records] == [
-        ("Why?", "", "So."), ("Why?", "", "So."), ("Be brief.\n\nWhy?", "", "So."),
-    ]  # fmt: skip
+    assert [(r["instruction"], r["input"], r["output"]) for r in records] == [("Why?", "", "So.")] * 2
+    several, names = [*chat, *chat[1:]], {"system": "system", "user": "human", "assistant": "gpt"}
+    shared = [{"from": names[turn["role"]], "value": turn["content"]} for turn in several]
+    rows = [{"messages": several}, {"conversations": shared}, {"messages": chat, "tools": None}]
+    records = list(read_records(write(tmp_path / "a.jsonl", lines(*rows))))
+    assert [r["messages"] for r in records] == [several, several, chat] and records[1]["source"].endswith("a.jsonl:2")
+    tool = {"role": "tool", "content": "42"}
+    call = {"role": "assistant", "content": "I ask.", "tool_calls": [{"function": {"name": "f"}}]}
     for bad, message in (
-        (chat[1:] + chat[1:], r"'messages' has the roles \['user', 'assistant', 'user', 'assistant'\]"),
+        (chat[:2], r"'messages' has the roles \['system', 'user'\]"),
+        (chat[2:], r"'messages' has the roles \['assistant'\]"),
+        ([*chat, chat[2]], r"'messages' has the roles .*Questions and their answers are read: \(system,\) user"),
+        ([*chat[1:], tool, chat[2]], r"'messages' has the roles .*'tool', .*Tools are not read"),
+        ([chat[1], call], r"'messages'\[1\]: holds 'tool_calls', which is not read"),
+        ([chat[1], {**chat[2], "reasoning_content": "Hm."}], r"'messages'\[1\]: holds 'reasoning_content'"),
+        ([chat[1], {**chat[2], "weight": 0}], r"'messages'\[1\]: is marked as not to be trained"),
+        ([], r"'messages' has the roles \[\]"),
         (["Why?", "So."], r"'messages' has the roles \[None, None\]"),
         ([chat[1], {"role": "assistant", "content": None}], r"'messages'\[1\]: no 'content'"),
         ([{"role": "user", "content": " "}, chat[2]], r"'messages'\[0\]: 'content' is empty"),

@@ -77,7 +77,7 @@ def test_dropping_is_counted(tokenizer, log):
 
 def test_too_long_refusals(tokenizer):
     with pytest.raises(
-        ValueError, match=r"r:2: \d+ tokens, of which \d+ are the answer's, do not fit in max_length=64"
+        ValueError, match=r"r:2: \d+ tokens, of which \d+ must stay \(answers, .*\), do not fit in max_length=64"
     ):
         list(tokenize_records(long_records(), tokenizer, 64, too_long="error"))
     long_answer = {**RECORD, "output": "word " * 100, "source": "r:9"}

@@ -48,3 +48,36 @@ def test_what_is_wrong_is_said_in_the_words_of_the_argument(hub, pushed, puller,
     failure = puller(load_by_our_door, adapter, with_token)
     assert failure.types[0] == "ValueError" and f"adapter={adapter!r}" in failure.message, failure
     assert re.search(message, failure.message), failure
+
+
+def load_without_a_hub(name: str) -> str:
+    """What is said if nobody listens where the Hub is; transformers would ask six times, for 23 seconds."""
+    from unittest import mock
+
+    from huggingface_hub import hf_hub_url
+
+    from peft_longlora.hub.loading import load_model
+
+    def nobody(*args, **kwargs):
+        return hf_hub_url(*args, **kwargs, endpoint="http://127.0.0.1:9")
+
+    with mock.patch("peft_longlora.adapter.files.hf_hub_url", nobody), mock.patch("time.sleep") as waited:
+        try:
+            load_model(name)
+        except ValueError as error:
+            return f"{error} (waited {waited.call_count} times)"
+    return "loaded"
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("nosuch", "no such folder, and the Hub is not reached to look for it there"),
+        ("me/nosuch", "no such folder, and the Hub is not reached to look for it there"),
+        ("a//b", "no such folder, and no id on the Hub"),
+        ("./nosuch", "no such folder."),
+    ],
+)
+def test_a_base_that_is_nowhere_is_asked_for_once(puller, name, message):
+    said = puller(load_without_a_hub, name)
+    assert said.startswith(f"model={name!r}: {message}") and said.endswith("(waited 0 times)")

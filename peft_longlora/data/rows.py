@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import dataset_info
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from transformers.utils import logging
 
 from peft_longlora.data.counts import Counts
@@ -245,11 +247,33 @@ def _named(name: str) -> Iterator[None]:
         ) from error
 
 
+def _ask_hub(source: str) -> None:
+    """Refuse a dataset that is not there, or a Hub that is not reached; `datasets` would ask for half a minute.
+
+    Raises: FileNotFoundError.
+    """
+    try:
+        dataset_info(source, timeout=10)
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{source}: no file or folder here, and no such dataset on the Hub. Check the name; if it is private or "
+            f"gated, log in with `hf auth login` or set HF_TOKEN."
+        ) from error
+    except (HfHubHTTPError, OfflineModeIsEnabled):  # it is there and does not answer now, or its cache is asked
+        return
+    except Exception as error:  # of the library that the Hub's client speaks through, which is not always the same
+        raise FileNotFoundError(
+            f"{source}: no file or folder here, and the Hub is not reached to look for it there ({error}). Check the "
+            f"name, or the connection."
+        ) from error
+
+
 def _hub_rows(source: str, split: str, config: str | None) -> Iterator[tuple[str, Any]]:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source) or _kind(Path(source)) in SUFFIXES:
         raise FileNotFoundError(f"{source}: no such file or folder.")
     from datasets import load_dataset
 
+    _ask_hub(source)
     try:
         rows = load_dataset(source, config, split=split, streaming=True)
     except OSError as error:

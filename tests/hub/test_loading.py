@@ -50,21 +50,28 @@ def test_what_is_wrong_is_said_in_the_words_of_the_argument(hub, pushed, puller,
     assert re.search(message, failure.message), failure
 
 
-def load_without_a_hub(name: str) -> str:
+def load_without_a_hub(name: str, what: str) -> str:
     """What is said if nobody listens where the Hub is; transformers would ask six times, for 23 seconds."""
     from unittest import mock
 
-    from huggingface_hub import hf_hub_url
+    from huggingface_hub import HfApi, hf_hub_url
 
+    from peft_longlora.data import read_documents
     from peft_longlora.hub.loading import load_model
 
-    def nobody(*args, **kwargs):
-        return hf_hub_url(*args, **kwargs, endpoint="http://127.0.0.1:9")
+    nowhere = "http://127.0.0.1:9"
 
-    with mock.patch("peft_longlora.adapter.files.hf_hub_url", nobody), mock.patch("time.sleep") as waited:
+    def nobody(*args, **kwargs):
+        return hf_hub_url(*args, **kwargs, endpoint=nowhere)
+
+    with (
+        mock.patch("peft_longlora.adapter.files.hf_hub_url", nobody),
+        mock.patch("peft_longlora.data.rows.dataset_info", HfApi(nowhere).dataset_info),
+        mock.patch("time.sleep") as waited,
+    ):
         try:
-            load_model(name)
-        except ValueError as error:
+            load_model(name) if what == "model" else list(read_documents(name))
+        except (ValueError, FileNotFoundError) as error:
             return f"{error} (waited {waited.call_count} times)"
     return "loaded"
 
@@ -79,5 +86,11 @@ def load_without_a_hub(name: str) -> str:
     ],
 )
 def test_a_base_that_is_nowhere_is_asked_for_once(puller, name, message):
-    said = puller(load_without_a_hub, name)
+    said = puller(load_without_a_hub, name, "model")
     assert said.startswith(f"model={name!r}: {message}") and said.endswith("(waited 0 times)")
+
+
+def test_data_that_is_nowhere_is_asked_for_once(puller):
+    said = puller(load_without_a_hub, "me/nosuch", "data")
+    assert said.startswith("me/nosuch: no file or folder here, and the Hub is not reached to look for it there")
+    assert said.endswith("(waited 0 times)")

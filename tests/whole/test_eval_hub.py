@@ -135,7 +135,10 @@ def test_another_commit_of_an_adapter_or_a_base_is_another_run(longlora, hub, tm
         (["--data", "me/pg19", "--text-field", "body"], r"me/pg19 \(train\), record 1: .*'body'"),
         (["--data", "me/proof-pile"], "me/proof-pile: .*script"),
         pytest.param(["--data", "me/pg19", "--data-config", "long"], "me/pg19: .*long", marks=pytest.mark.slow),
-        (["--model", "me/none", "--data", "me/pg19"], "--model me/none: no such folder, and no such repository on the Hub"),
+        (
+            ["--model", "me/none", "--data", "me/pg19"],
+            "--model me/none: no such folder, and no such repository on the Hub",
+        ),
         (["--adapter", "me/none", "--data", "me/pg19"], "--adapter me/none: no such folder, and no such repository"),
     ],
 )

@@ -197,8 +197,7 @@ def test_bad_options_end_with_one_line_and_code_2_before_a_model_is_there(
     assert not [line for line in lines if "Traceback" in line or "usage:" in line]
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "unpacked"])
-@pytest.mark.parametrize("chat", [True, False], ids=["chat", "llama-2"])
+@pytest.mark.parametrize(("packing", "chat"), [(True, True), (False, False)], ids=["packed, chat", "llama-2"])
 def test_sft_longalpaca(run, base, tmp_path, packing, chat):
     if chat:
         tokenizer = AutoTokenizer.from_pretrained(base)

@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from peft_longlora.adapter.consistency import check_together
-from peft_longlora.adapter.files import AdapterFile, FileMissing, find, read_json
+from peft_longlora.adapter.files import AdapterFile, FileMissing, find, naming
 from peft_longlora.adapter.filled_in import check_filled_in
 from peft_longlora.adapter.rules import FORMAT_VERSION, RULES, plain
 from peft_longlora.adapter.variants import as_value_errors, check_variants
@@ -189,6 +189,7 @@ class LongLoraConfig(LoraConfig):
             setattr(self, name, value := plain(getattr(self, name)))
             if not is_right(value):
                 raise ValueError(f"{name}={value!r} {rule}.")
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         check_variants(self)
         with as_value_errors(self):
             super().__post_init__()
@@ -263,8 +264,8 @@ class LongLoraConfig(LoraConfig):
         """
         hub_options, _, _ = cls._split_kwargs(kwargs)
         place = dict(subfolder=subfolder, **hub_options)
-        read_json(find(pretrained_model_name_or_path, CONFIG_NAME, **place))
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        with naming(find(pretrained_model_name_or_path, CONFIG_NAME, **place)):
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         with suppress(FileMissing):  # PEFT loads the same file next, from the folder or from the Hub's cache
             config.file = AdapterFile.read(find(pretrained_model_name_or_path, SAFETENSORS_WEIGHTS_NAME, **place))
             config.folder = str(config.file.path.parent)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from peft import PeftType
+from peft import PeftConfig, PeftType
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 
 _AGAIN = "Get it again, or save the adapter anew."
@@ -152,15 +154,38 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}. {_AGAIN}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not the object that PEFT writes. {_AGAIN}")
-    if "peft_type" not in content:
+    if (kind := content.get("peft_type")) is None:
         raise ValueError(f"{path} names no peft_type, so its kind of adapter is not known. {_AGAIN}")
-    kind = content["peft_type"]
-    if kind is not None and str(kind) not in PeftType.__members__:
+    if str(kind) not in PeftType.__members__:
         raise ValueError(
             f"{path}: peft_type={kind!r} is unknown. It must be one of {', '.join(PeftType.__members__)}. Update peft "
             f"if a newer one made the adapter; otherwise get it again, or save it anew."
         )
     return content
+
+
+def read_config(place: str | os.PathLike, **options: Any) -> PeftConfig:
+    """The config of an adapter of any type, in a folder or on the Hub.
+
+    Args: as those of `find`.
+
+    Raises: ValueError: there is none, or it cannot be read. PEFT's own reader ends in errors that name no file.
+    """
+    with naming(find(place, CONFIG_NAME, **options)):
+        return PeftConfig.from_pretrained(str(place), **options)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """While PEFT reads an adapter_config.json: what it fails on is a `ValueError` that names the file.
+
+    Raises: ValueError: as `read_json`, or a field has a name or a value that this type of adapter cannot have.
+    """
+    read_json(path)
+    try:
+        yield
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}. {_AGAIN}") from error
 
 
 def is_link_out(file: Path) -> bool:

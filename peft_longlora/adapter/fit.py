@@ -19,7 +19,6 @@ from peft_longlora.adapter import trainable
 from peft_longlora.adapter.base import check_base
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.count import without_count
-from peft_longlora.adapter.merged import is_merged
 from peft_longlora.adapter.regexes import check_patterns
 from peft_longlora.attention.configure import check_device
 from peft_longlora.rope import learned
@@ -47,6 +46,7 @@ def check_before(
 
     Raises: ValueError, NotImplementedError.
     """
+    _check_ranks(config)
     check_patterns(config, model)
     config.refuse_second_use()
     check_base(config, model)
@@ -59,7 +59,21 @@ def check_before(
         check_device(model)
     if config.train_embeddings:
         _check_embeddings(config, model, tied)
-    _check_others(config, model, configs)
+    check_others(config, model, configs)
+
+
+def _check_ranks(config: LongLoraConfig) -> None:
+    """Refuse ranks that the file's tensors cannot have, before memory is taken for them."""
+    if config.file is None:
+        return
+    sizes = [size for name, shape in config.file.shapes.items() if "lora_" in name for size in shape]
+    largest = max([config.r, *config.rank_pattern.values()])
+    if sizes and largest > max(sizes):
+        raise ValueError(
+            f"{config.file.path}: the config beside it says r={largest} (r or rank_pattern), but no size of a tensor "
+            f"in it is above {max(sizes)}. One of the two files is damaged or belongs to another adapter: get both "
+            f"again."
+        )
 
 
 def _check_learned(config: LongLoraConfig, model: PreTrainedModel) -> None:
@@ -161,10 +175,16 @@ def _check_loader(config: LongLoraConfig) -> None:
         )
 
 
-def _check_others(
+def check_others(
     config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig], called: str = "the new one"
 ) -> None:
-    """Refuse an adapter that wants another RoPE or attention than an adapter on the model."""
+    """Refuse an adapter that wants another RoPE or attention than an adapter on the model.
+
+    Args:
+        configs: those of all adapters by name. called: what to call the new one if it is not among them.
+
+    Raises: ValueError.
+    """
     new_name = next((repr(name) for name, each in configs.items() if each is config), called)
     for name, other in configs.items():
         if other is config:
@@ -185,24 +205,6 @@ def _check_others(
 
 def _without_equal(wish: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in wish.items() if name not in other or other[name] != value}
-
-
-def check_again(
-    name: str, config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig], place: str
-) -> None:
-    """Refuse to fill an adapter that is merged, or from a file of an adapter with another RoPE or attention.
-
-    Args:
-        name: of the adapter that is there. config: of the file. place: the file's folder or repository.
-
-    Raises: ValueError.
-    """
-    if is_merged(model):
-        raise ValueError(
-            f"Adapter {name!r} is merged into the base's weights, where other weights from {place} would not arrive. "
-            f"Call unmerge_adapter() first."
-        )
-    _check_others(config, model, {name: configs[name]}, f"the one in {place}")
 
 
 def rope_of(config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig]) -> RopeWish:

@@ -79,7 +79,7 @@ class LongLoraModel(EndingLoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if config.rope_type == "learned":
                 copies.learn_rope(model, adapter_name, is_trained=not config.inference_mode)
-            fit.check_after(config, self._shapes(adapter_name), fit.embedding_shapes(model))
+            fit.check_after(config, self.shapes_of(adapter_name), fit.embedding_shapes(model))
             copies.state_tied_sizes(model, adapter_name)
         except Exception:
             self._undo(adapter_name, before)
@@ -186,7 +186,7 @@ class LongLoraModel(EndingLoraModel):
         model.add_model_tags(["longlora"])
         peft_config.model_tags = model.model_tags
 
-    def _shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    def shapes_of(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
         """The names in the file, and the shapes, of an adapter's tensors."""
         state = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
         return {f"base_model.{name}": tuple(tensor.shape) for name, tensor in count.without_count(state).items()}

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
+
+from peft import LoraConfig
 
 from peft_longlora.kernels.groups import BLOCK_PATTERNS, PATTERNS
 
@@ -17,7 +20,13 @@ _LENGTHS = (
     *("context_length", "group_size"),
     *("base_context_length", "applied_context_length", "applied_group_size", "vocab_size"),
 )
-_SWITCHES = ("train_embeddings", "train_norms")
+# With PEFT's own: the text "false" is true in Python, so a damaged file would switch them on.
+_SWITCHES = (
+    "train_embeddings",
+    "train_norms",
+    *(each.name for each in fields(LoraConfig) if each.type in (bool, "bool")),
+)
+_RANK = 2**20  # no weight has as many rows
 
 
 def plain(value: Any) -> Any:
@@ -39,6 +48,10 @@ def _is_ratio(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= 1
 
 
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= _RANK
+
+
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
@@ -53,12 +66,12 @@ def _are_names(value: Any) -> bool:
     return value is None or (isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in value))
 
 
-def _is_list_of_layers(value: Any) -> bool:
+def _are_indices(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(type(i) is int and i >= 0 for i in value))
 
 
-def _is_range_of_layers(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and _is_list_of_layers(value)
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and _are_indices(value)
 
 
 # For each field: its rule, and a function that checks a value.
@@ -85,7 +98,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         f"is unknown. Use one of {', '.join(map(repr, (*PATTERNS, *BLOCK_PATTERNS)))}",
         lambda value: value in (*PATTERNS, *BLOCK_PATTERNS),
     ),
-    "r": ("must be a whole number, 1 or more", lambda value: type(value) is int and value >= 1),
+    "r": (f"must be a whole number, 1 or more and at most {_RANK}", _is_rank),
     "lora_alpha": ("must be a finite number: LoRA's product is multiplied by lora_alpha / r", _is_number),
     "lora_dropout": (
         "must be a number, 0 or more and below 1",
@@ -93,8 +106,8 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "bias": ("is unknown. Use one of 'none', 'all', 'lora_only'", lambda value: value in ("none", "all", "lora_only")),
     "rank_pattern": (
-        "must map names of modules to whole numbers, 1 or more",
-        _is_pattern_of(lambda value: type(value) is int and value >= 1),
+        f"must map names of modules to whole numbers, 1 or more and at most {_RANK}",
+        _is_pattern_of(_is_rank),
     ),
     "alpha_pattern": ("must map names of modules to numbers", _is_pattern_of(_is_number)),
     **dict.fromkeys(
@@ -114,12 +127,21 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "layers_to_transform": (
         "must be a layer's index, 0 or more, a list of them, or None",
-        lambda value: value is None or _is_list_of_layers(value if isinstance(value, list) else [value]),
+        lambda value: value is None or _are_indices(value if isinstance(value, list) else [value]),
     ),
     "layer_replication": (
         "must be a list of pairs of layer indices, [first, the one after the last], or None",
-        lambda value: value is None or (isinstance(value, list) and all(map(_is_range_of_layers, value))),
+        lambda value: value is None or (isinstance(value, list) and all(map(_is_range, value))),
     ),
     "modules_to_save": ("must be a list of names, or None", _are_names),
-    "dense_layers": ("must be a list of layer indices, 0 or more", _is_list_of_layers),
+    "alora_invocation_tokens": (
+        "must be a list of tokens, each a whole number, 0 or more; or None",
+        lambda value: value is None or (value != [] and _are_indices(value)),
+    ),
+    **dict.fromkeys(
+        ("base_model_name_or_path", "revision", "peft_version"),
+        ("must be text, or None", lambda value: isinstance(value, str | None)),
+    ),
+    "auto_mapping": ("must be a dict, or None", lambda value: isinstance(value, dict | None)),
+    "dense_layers": ("must be a list of layer indices, 0 or more", _are_indices),
 }

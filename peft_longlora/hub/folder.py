@@ -14,11 +14,10 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, get_session
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from peft_longlora.adapter.config import LongLoraConfig
-from peft_longlora.adapter.files import hub_id, refuse_link
+from peft_longlora.adapter.files import hub_id, read_config, refuse_link
 from peft_longlora.hub.card import CardOptions, as_list, write_card
 from peft_longlora.hub.draft import Remote, begin_draft
 from peft_longlora.hub.provenance import TRAINING, sha256
@@ -186,7 +185,7 @@ def _read(folder: Path) -> LongLoraConfig:
             (folder / "config.json").is_file()
         )
         raise ValueError(f"{str(folder)!r}: no {CONFIG_NAME} in it, so it is no adapter.{merged}")
-    config = PeftConfig.from_pretrained(str(folder))
+    config = read_config(folder)
     if not isinstance(config, LongLoraConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"{str(folder)!r} is an adapter of type {kind}; only LONGLORA adapters are pushed here.")

@@ -20,14 +20,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from peft_longlora.adapter.again import check_again
 from peft_longlora.adapter.config import LongLoraConfig
-from peft_longlora.adapter.files import hub_id
-from peft_longlora.adapter.fit import check_again
+from peft_longlora.adapter.files import hub_id, read_config
 from peft_longlora.hub.card import CardOptions, as_list, try_card, write_card
 from peft_longlora.hub.draft import Remote, begin_draft, complete_snapshot
 from peft_longlora.hub.readme import README, is_trainers_draft
@@ -134,7 +134,7 @@ def push_card(
         remote = Remote(api, repo_id, revision, names)
         remote.download("", Path(folder))
         api.hf_hub_download(repo_id, CONFIG_NAME, revision=revision, local_dir=folder)
-        config = PeftConfig.from_pretrained(folder)
+        config = read_config(folder)
         if not isinstance(config, LongLoraConfig):
             raise ValueError(f"{repo_id} is an adapter of type {config.peft_type}; this card is only for LONGLORA.")
         config.card = CardOptions(template, license, as_list(datasets), as_list(language), adapter=repo_id)
@@ -273,9 +273,9 @@ def _update_card(model: nn.Module, output_dir: str) -> None:
 
 
 def _load_adapter(model: PeftModel, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-    """PEFT reads no config if the name is taken. Weights trained with one RoPE would then run with another."""
-    if isinstance(model.peft_config.get(adapter_name), LongLoraConfig):
-        config = PeftConfig.from_pretrained(model_id, **model._split_kwargs(kwargs)[0])
-        if isinstance(config, LongLoraConfig):
-            check_again(adapter_name, config, model.get_base_model(), model.peft_config, str(model_id))
+    """PEFT reads no config if the name is taken, and a damaged one in errors that name no file."""
+    options = model._split_kwargs(kwargs)[0]
+    config = read_config(model_id, **options)
+    if isinstance(config, LongLoraConfig) and isinstance(model.peft_config.get(adapter_name), LongLoraConfig):
+        check_again(adapter_name, LongLoraConfig.from_pretrained(model_id, **options), model.base_model, str(model_id))
     return type(model).load_adapter(model, model_id, adapter_name, *args, **kwargs)

@@ -162,12 +162,36 @@ def test_configs_can_be_copied_and_printed():
             r"context_length=256 .* do not fit applied_context_length=99,.*Make a new",
         ),
         (dict(train_norms="no"), r"train_norms='no' must be True or False"),
+        (dict(use_rslora="false"), r"use_rslora='false' must be True or False"),
+        (dict(inference_mode=1), r"inference_mode=1 must be True or False"),
+        (dict(ensure_weight_tying=[]), r"ensure_weight_tying=\[\] must be True or False"),
+        (dict(alora_invocation_tokens=True), r"alora_invocation_tokens=True must be a list of tokens"),
+        (dict(alora_invocation_tokens=[]), r"alora_invocation_tokens=\[\] must be a list of tokens"),
+        (dict(alora_invocation_tokens=["a"]), r"alora_invocation_tokens=\['a'\] must be a list of tokens"),
+        (dict(r=10**30), r"r=1000000000000000000000000000000 must be a whole number, 1 or more and at most 1048576"),
+        (dict(rank_pattern={"q_proj": 10**9}), r"rank_pattern={'q_proj': 1000000000} must map"),
+        (dict(base_model_name_or_path=["a"]), r"base_model_name_or_path=\['a'\] must be text, or None"),
+        (dict(revision=3), r"revision=3 must be text, or None"),
+        (dict(auto_mapping="os"), r"auto_mapping='os' must be a dict, or None"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_refusals_name_field_value_rule_and_cure(kwargs, message):
     with pytest.raises(ValueError, match=message):
         LongLoraConfig(**kwargs)
+
+
+def test_no_pattern_may_be_written_as_none():
+    config = LongLoraConfig(rank_pattern=None, alpha_pattern=None)
+    assert config.rank_pattern == config.alpha_pattern == {}
+
+
+def test_every_switch_of_peft_has_a_rule():
+    """The text "false" is true in Python."""
+    switches = {name for name, value in LongLoraConfig().to_dict().items() if isinstance(value, bool)}
+    for name in switches - {"init_lora_weights"}:
+        with pytest.raises(ValueError, match=f"{name}='false' must be True or False"):
+            LongLoraConfig(**{name: "false"})
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\udc80"])

@@ -172,6 +172,34 @@ def test_loading_over_an_adapter_with_another_scaling_is_refused(tmp_path):
     assert torch.equal(logits(copy.deepcopy(model)), wanted)
 
 
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        (dict(lora_alpha=64), "has lora_alpha=8, and the one in .* was trained with lora_alpha=64"),
+        (dict(alpha_pattern={"q_proj": 64}), "has alpha_pattern={}"),
+        (dict(use_rslora=True), "use_rslora=True"),
+        (dict(use_dora=True), "use_dora=True"),
+        (dict(r=2), "r=2"),
+        (dict(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+        (dict(target_modules=["q_proj"]), "lacks 12 of the 16 tensors"),
+        (dict(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]), "holds 4 tensors .*no place"),
+        (dict(train_norms=True), "holds 5 tensors .*no place"),
+    ],
+)
+def test_loading_over_an_adapter_that_computes_otherwise_is_refused(other, said, tmp_path):
+    """One with other weights, or with other settings for training, is taken."""
+    plain = dict(train_embeddings=False, train_norms=False)
+    extend(make(), **{**plain, **other}).save_pretrained(tmp_path / "other")
+    train(extend(make(), lora_dropout=0.1, init_lora_weights="gaussian", **plain)).save_pretrained(tmp_path / "same")
+    model = extend(make(), **plain)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=said):
+        model.load_adapter(tmp_path / "other", "default")
+    assert_same(snapshot(model), before)
+    model.load_adapter(tmp_path / "same", "default")
+    torch.testing.assert_close(logits(model), logits(PeftModel.from_pretrained(make(), tmp_path / "same")))
+
+
 @pytest.mark.parametrize("name", ["embed_tokens", "model.embed_tokens"])
 def test_lora_on_embeddings_beside_a_trained_copy_is_refused(name):
     model = make()

@@ -99,6 +99,7 @@ BREAKS = {
     "tied base": (None, dict(tie_word_embeddings=True), [WEIGHTS, "lacks 1 of", "lm_head"]),
     "other architecture": (None, dict(model_type="gpt_neox"), ["target_modules"]),
     "unknown layer": (lambda f: set_config(f, dense_layers=[7]), {}, ["dense_layers", "[7]"]),
+    "a rank beyond memory": (lambda f: set_config(f, r=2**20), {}, [WEIGHTS, "r=1048576", "above 32"]),
     "bad rope": (lambda f: set_config(f, applied_rope_parameters={"rope_type": "spiral"}), {}, ["spiral"]),
 }
 
@@ -145,6 +146,8 @@ def test_a_folder_that_does_not_fit_is_refused_and_the_base_is_untouched(name, d
         ("null", "holds a NoneType"),
         ("", "is damaged: Expecting value"),
         ("{}", "names no peft_type"),
+        ('{"peft_type": null}', "names no peft_type"),
+        ('{"peft_type": "LONGLORA", "self": 1}', "cannot be read: TypeError: .*multiple values for argument 'self'"),
         ('{"peft_type": "longlora"}', "peft_type='longlora' is unknown"),
     ],
 )
@@ -152,6 +155,16 @@ def test_a_config_file_that_is_no_config_is_refused(text, said, tmp_path):
     (tmp_path / CONFIG).write_text(text)
     with pytest.raises(ValueError, match=f"{CONFIG}.* {said}"):
         LongLoraConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"peft_type": "lora"}', '{"peft_type": "LORA", "self": 1}'])
+def test_another_adapter_of_a_model_is_read_with_the_name_of_its_file(text, adapter, tmp_path):
+    """PEFT's own reader ends in a TypeError or KeyError that names none."""
+    model = PeftModel.from_pretrained(make(), adapter)
+    (tmp_path / CONFIG).write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path / CONFIG}"):
+        model.load_adapter(tmp_path, "second")
+    assert list(model.peft_config) == ["default"]
 
 
 def test_weights_that_come_in_another_way_are_looked_at_too(adapter):

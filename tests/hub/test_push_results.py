@@ -180,6 +180,9 @@ def test_a_base_in_a_folder_is_said_and_can_be_named(hub, pusher, measured, tmp_
     [
         (None, "no such folder. Give the folder of an adapter"),
         ({"config.json": b"{}"}, "no adapter_config.json in it, so it is no adapter. It looks like a whole model"),
+        ({"adapter_config.json": b"[]"}, "adapter_config.json holds a list, not the object that PEFT writes"),
+        ({"adapter_config.json": b'{"peft_type": "longlora"}'}, "adapter_config.json: peft_type='longlora' is unknown"),
+        ({"adapter_config.json": b'{"peft_type": "LONGLORA", "self": 1}'}, "adapter_config.json cannot be read: Type"),
         ({"adapter_config.json": b'{"peft_type": "LORA"}'}, "is an adapter of type LORA; only LONGLORA"),
         ({"adapter_config.json": b'{"peft_type": "LONGLORA"}'}, "no adapter_model.safetensors in it"),
     ],

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from transformers import PreTrainedTokenizerBase
 
 from peft_longlora.hub.provenance import sha256
@@ -25,6 +27,8 @@ from peft_longlora.hub.writing import write_whole
 WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
 CONFIGS = ("config.json", "adapter_config.json", "generation_config.json")
 PROBE = "The 3 quick brown  foxes\n\tdef f(x): return x\n ü 漢字 😀 <s>"
+# Which adapters a module of PEFT's uses. `_adapters_disabled` is a PeftModel's, the others are layers'.
+OF_ADAPTERS = ("active_adapters", "merged_adapters", "disable_adapters", "_adapters_disabled")
 # Of a config in memory: what says nothing about the numbers.
 UNTOLD = ("use_cache", "_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -145,12 +149,10 @@ def model_digest(model: torch.nn.Module) -> tuple[str, list[str]]:
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
         lines = [f"{name} {digest}" for name, digest in zip(held, pool.map(_tensor_digest, held.values()), strict=True)]
     for name, module in model.named_modules():
-        scaling = getattr(module, "scaling", None)
-        if isinstance(scaling, dict):  # of LoRA's layers, by adapter
-            states = [
-                getattr(module, state, None) for state in ("active_adapters", "merged_adapters", "disable_adapters")
-            ]
-            lines.append(f"{name} {sorted(scaling.items())} {states}")
+        if isinstance(module, PeftModel | BaseTunerLayer | AuxiliaryTrainingWrapper):
+            scaling = getattr(module, "scaling", None)  # of LoRA's layers, by adapter
+            states = [sorted(scaling.items())] if isinstance(scaling, dict) else []
+            lines.append(f"{name} {[*states, *(getattr(module, state, None) for state in OF_ADAPTERS)]}")
     for name in ("config", "generation_config"):  # the latter names the tokens that end an answer
         config = getattr(model, name, None)
         told = config.to_dict() if hasattr(config, "to_dict") else vars(config) if hasattr(config, "__dict__") else {}
@@ -196,5 +198,7 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """What a model runs on."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    """What a model runs on, and whether its float32 products are rounded to TF32 or bfloat16."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    precision = torch.get_float32_matmul_precision()
+    return name if precision == "highest" else f"{name}, float32 products of {precision} precision"

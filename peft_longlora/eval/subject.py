@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.configure import configure_attention, use_attention
-from peft_longlora.attention.settings import settings_of
+from peft_longlora.attention.settings import S2_ATTN, settings_of
 from peft_longlora.data.encoding import encode_all
 from peft_longlora.eval.identity import (
     Digests,
@@ -86,7 +86,7 @@ class Subject:
             "tokenizer": _shown(tokenizer.name_or_path),
             "dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
             "attention": attention if attention == "dense" else f"sparse ({_pattern(model)})",
-            "attn_implementation": "default",
+            "attn_implementation": _dense_attention(model),
             "rope_parameters": base_rope(config),
             "native_window": native,
             "window": window,
@@ -238,4 +238,16 @@ def _shown(name: str) -> str:
 
 def _pattern(model: nn.Module) -> str:
     settings = settings_of(next(iter(find_attention_modules(model).values())))
-    return f"{settings.pattern}, groups of {settings.group_size}"
+    said = f"{settings.pattern}, groups of {settings.group_size}"
+    if settings.chosen_blocks is not None:
+        said += f", {settings.chosen_blocks} chosen blocks"
+    if settings.dense_layers:
+        said += f", layers {', '.join(map(str, sorted(settings.dense_layers)))} dense"
+    return said
+
+
+def _dense_attention(model: nn.Module) -> str:
+    """transformers' name of the attention that runs where S2-Attn does not."""
+    name = getattr(model.config.get_text_config(), "_attn_implementation", None) or "default"
+    layers = find_attention_modules(model).values() if name == S2_ATTN else ()
+    return next((settings_of(layer).dense_attention for layer in layers), name)

@@ -1,16 +1,28 @@
 """What tells two runs apart: every byte of weights, the tokenizer, its template; and nothing that changes no number."""
 
 import hashlib
+import json
 import os
 import shutil
 
 import pytest
 import torch
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from peft_longlora import configure_attention
 from peft_longlora.eval import identity
-from peft_longlora.eval.identity import Digests, fingerprint, model_digest, template_digest, tokenizer_digest
+from peft_longlora.eval.identity import (
+    Digests,
+    device_name,
+    fingerprint,
+    model_digest,
+    template_digest,
+    tokenizer_digest,
+)
+from peft_longlora.eval.subject import Subject
+from tests.helpers.answering_models import letter_tokenizer
 from tests.helpers.paths import EMBEDDED
 from tests.helpers.tiny import extend, make
 
@@ -122,6 +134,52 @@ def test_a_model_in_memory_is_all_that_it_computes_with():
     see(tuned)
     next(m for m in tuned.modules() if isinstance(getattr(m, "scaling", None), dict)).scaling["default"] *= 2
     see(tuned)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj"]),
+        IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_an_adapter_that_is_switched_off_is_another_model(config):
+    model = get_peft_model(make(), config)
+    on = model_digest(model)[0]
+    with model.disable_adapter():
+        assert model_digest(model)[0] != on
+    assert model_digest(model)[0] == on
+
+
+def test_how_a_model_in_memory_attends_is_part_of_it():
+    """What `use_attention(model, "sparse")` computes with, and which kernel computes the rest."""
+
+    def described(name: str, attention: str = "dense", **settings) -> str:
+        model = make()
+        model.set_attn_implementation(name)
+        if settings:
+            configure_attention(model, **{"group_size": 16, **settings})
+        return json.dumps(Subject.of(model, letter_tokenizer(), attention).description)
+
+    sparse = [{"pattern": "s2"}, {"pattern": "local"}, {"group_size": 8}, {"dense_layers": [0]}, {"dense_layers": [1]}]
+    sparse += [{"group_size": None, "pattern": "adaptive", "chosen_blocks": count} for count in (1, 2)]
+    found = [described("s2_attn", "sparse", **settings) for settings in sparse]
+    found += [described(name) for name in ("sdpa", "eager")]
+    assert len(set(found)) == len(found)
+    assert described("s2_attn", group_size=16) == described("sdpa"), "dense, it is what stock computes"
+
+
+def test_the_precision_of_products_is_part_of_the_device():
+    device, before = torch.device("cpu"), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        exact = device_name(device)
+        torch.set_float32_matmul_precision("medium")
+        assert device_name(device) == f"{exact}, float32 products of medium precision"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_tensors_that_are_elsewhere_are_named():

@@ -168,6 +168,20 @@ def test_a_run_is_of_the_versions_and_the_device_that_it_began_with(tmp_path, mo
             evaluate(letter_subject(), tasks, tmp_path / "out")
 
 
+def test_a_run_is_of_one_length_of_answers(tmp_path):
+    """A longer answer may hold what a shorter one does not."""
+
+    def run(task) -> float:
+        folder = tmp_path / task.name
+        return evaluate(scripted_subject(lambda prompt: " 7 and 12345 and art"), [task], folder).results[0].value
+
+    source = write_topics(tmp_path)
+    assert [run(Topics(source=source, max_new_tokens=n)) for n in (2, 50)] == [0.0, 1.0]
+    for n in (2, 50):
+        run(Passkey(lengths=[1000], depths=[0], seeds=1, max_new_tokens=n))
+    assert (tmp_path / "topics" / "earlier-1").is_dir() and (tmp_path / "passkey" / "earlier-1").is_dir()
+
+
 def test_a_second_run_is_refused_while_the_first_lasts(tmp_path):
     """It comes while the first measures, which loses nothing by it; when the first has ended, it may."""
     task, refused = Perplexity(letters(tmp_path), [8]), []

@@ -74,7 +74,7 @@ class LongQA(RecordTask):
     @property
     def parameters(self) -> dict[str, Any]:
         """The settings for making and cutting prompts."""
-        made = {"chat": self.chat, "max_length": self.max_length, "prompts": self._templates}
+        made = {**super().parameters, "max_length": self.max_length, "prompts": self._templates}
         return {**made, "rouge_score": versions("rouge-score").get("rouge_score")}
 
     def questions(self) -> Iterator[Question]:

@@ -136,7 +136,7 @@ class GeneratedTask(PromptTask):
     @property
     def parameters(self) -> dict[str, Any]:
         """Without lengths, depths and numbers: they are in the samples' names, so a later run may add more."""
-        return {"chat": self.chat, "seed": self.seed}
+        return {"chat": self.chat, "seed": self.seed, "max_new_tokens": self.max_new_tokens}
 
     def data(self) -> dict[str, Any] | None:
         """The books, if any."""

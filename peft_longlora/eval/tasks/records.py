@@ -111,7 +111,7 @@ class RecordTask(PromptTask):
     @property
     def parameters(self) -> dict[str, Any]:
         """Only the settings of prompts; the samples' names say which records were used."""
-        return {"chat": self.chat}
+        return {"chat": self.chat, "max_new_tokens": self.max_new_tokens}
 
     def data(self) -> dict[str, Any]:
         """The records that are used."""

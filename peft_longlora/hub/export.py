@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.count import without_count
 from peft_longlora.adapter.files import read_json
 from peft_longlora.adapter.probe import Probe
-from peft_longlora.adapter.trainable import named_modules
+from peft_longlora.adapter.trainable import find_module, named_modules
 from peft_longlora.hub.card import CardOptions, make_card
 from peft_longlora.hub.markdown import literal, one_line
 from peft_longlora.hub.readme import README, check_metadata, read_readme
@@ -94,6 +96,11 @@ def export_lora(
             "rope_type='learned': a server takes a base's RoPE from its config, and the learned factors are in the "
             "adapter. Merge instead: model.merge_and_unload().save_pretrained(folder)."
         )
+    if config.layer_replication and fold_into is not None:
+        raise ValueError(
+            f"layer_replication={config.layer_replication!r}: replicated layers share their weights, so no base of its "
+            f"own can hold them. Leave fold_into out, or serve the adapter with transformers."
+        )
     if any(layer.disable_adapters for layer in merged.layers_of(model)):
         raise ValueError(
             "The adapter is switched off, so the model has its base's RoPE and computes what its base does. Export "
@@ -118,17 +125,20 @@ def export_lora(
     _check_places(folder, fold_into)
     folder.mkdir(parents=True, exist_ok=True)
     plain = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
-    plain |= {"modules_to_save": None, "trainable_token_indices": None, "ensure_weight_tying": False}
+    # What ties copies is folded away with them; what ties LoRA of embeddings and output layer stays.
+    plain |= {"modules_to_save": None, "trainable_token_indices": None}
+    plain["ensure_weight_tying"] = config.ensure_weight_tying and not whole
     exported = LoraConfig(**{**plain, "inference_mode": True, "peft_type": PeftType.LORA})
     folded = _folded_state(base, name)
-    if fold_into is not None:
-        base.save_pretrained(Path(fold_into), state_dict=dict(folded))
-        exported.base_model_name_or_path = str(fold_into)
-    save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    exported.save_pretrained(folder)
-    _write_lora_card(model, config, folder, fold_into)
-    if probe is not None:
-        probe.compare(PeftModel.from_pretrained(_rebuilt(base, folded), folder), "What was exported")
+    with _untied_if_unlike(base, folded):
+        if fold_into is not None:
+            base.save_pretrained(Path(fold_into), state_dict=dict(folded))
+            exported.base_model_name_or_path = str(fold_into)
+        save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        exported.save_pretrained(folder)
+        _write_lora_card(model, config, folder, fold_into)
+        if probe is not None:
+            probe.compare(PeftModel.from_pretrained(_rebuilt(base, folded), folder), "What was exported")
     return folder
 
 
@@ -175,6 +185,26 @@ def _folded_state(base: PreTrainedModel, adapter: str) -> dict[str, torch.Tensor
         if not _OF_ADAPTERS.search(key):
             state.setdefault(key, tensor.detach())
     return state
+
+
+@contextmanager
+def _untied_if_unlike(base: PreTrainedModel, state: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Within the block a tied base's config says so only if these tensors are: one of the two may have been trained."""
+    ends = [
+        state.get(f"{name}.weight")
+        for layer in (base.get_input_embeddings(), base.get_output_embeddings())
+        for name, _ in find_module(base, layer)
+    ]
+    is_known = len(ends) == 2 and all(weight is not None and not weight.is_meta for weight in ends)
+    is_unlike = is_known and not torch.equal(*ends)
+    configs = [c for c in (base.config, base.config.get_text_config()) if getattr(c, "tie_word_embeddings", False)]
+    try:
+        for config in configs * is_unlike:
+            config.tie_word_embeddings = False
+        yield
+    finally:
+        for config in configs:
+            config.tie_word_embeddings = True
 
 
 def _rebuilt(base: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:

@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_longlora import LongLoraConfig
+from peft_longlora import LongLoraConfig, scale_rope
 from peft_longlora.hub.export import export_lora
 from peft_longlora.hub.original import convert_original_adapter
 from tests.helpers.configs import tiny_llama_config
@@ -71,6 +71,36 @@ def test_embeddings_and_norms_are_folded_into_a_base_or_refused(tmp_path, tied):
     base = LlamaForCausalLM.from_pretrained(PeftConfig.from_pretrained(tmp_path / "plain").base_model_name_or_path)
     assert base.config.tie_word_embeddings == tied
     assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "plain")), before)
+
+
+@pytest.mark.parametrize(
+    "trained, fold",
+    [
+        (dict(modules_to_save=["lm_head"]), True),
+        (dict(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True), False),
+        (dict(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True), True),
+    ],
+    ids=["a copy of one", "LoRA of both", "LoRA of both, folded"],
+)
+def test_what_is_trained_of_a_tied_base_is_exported(tmp_path, trained, fold):
+    """One of the two may have changed; then the base that is written is untied, and the one in memory is not."""
+    LlamaForCausalLM(tiny_llama_config(tie_word_embeddings=True)).save_pretrained(tmp_path / "base")
+    model = adapt(str(tmp_path / "base"), train_embeddings=False, train_norms=False, **trained)
+    before = logits(model)
+    export_lora(model, tmp_path / "plain", fold_into=tmp_path / "folded" if fold else None)
+    assert model.config.tie_word_embeddings and torch.equal(logits(model), before)
+    base = LlamaForCausalLM.from_pretrained(tmp_path / ("folded" if fold else "base"))
+    if not fold:
+        scale_rope(base, model.peft_config["default"].context_length)
+    assert base.config.tie_word_embeddings == ("modules_to_save" not in trained)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path / "plain")), before)
+
+
+def test_replicated_layers_are_in_no_base(tmp_path, base_folder):
+    model = adapt(base_folder, train_embeddings=False, train_norms=False, layer_replication=[[0, 2], [1, 2]])
+    with pytest.raises(ValueError, match=r"layer_replication=\[\[0, 2\], \[1, 2\]\]: .*Leave fold_into out"):
+        export_lora(model, tmp_path / "plain", fold_into=tmp_path / "folded")
+    assert not (tmp_path / "plain").exists() and not (tmp_path / "folded").exists()
 
 
 def test_an_init_that_changed_the_base_is_refused(base_folder, tmp_path):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from typing import Any
 
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraConfig, LoraModel
 from torch import nn
 from transformers.utils import logging
 
@@ -20,6 +21,21 @@ from peft_longlora.rope import scale as rope
 from peft_longlora.rope.learned import settle
 
 logger = logging.get_logger(__name__)
+# Options of LoRA with which its product is more than scaling * B A.
+_VARIANTS = (
+    "use_rslora",
+    "lora_bias",
+    *(each.name for each in fields(LoraConfig) if "is_lora_variant" in each.metadata),
+)
+
+
+def beyond_lora(config: LoraConfig) -> str:
+    """What an adapter has besides the product of plain LoRA, in words; empty if it has nothing."""
+    found = [f"{name}={value!r}" for name in _VARIANTS if (value := getattr(config, name))]
+    found += [f"modules_to_save={config.modules_to_save!r}"] * bool(config.modules_to_save)
+    if config.trainable_token_indices is not None:
+        found.append(f"trainable_token_indices={config.trainable_token_indices!r}")
+    return ", ".join(found)
 
 
 class EndingLoraModel(LoraModel):
@@ -143,6 +159,25 @@ class EndingLoraModel(LoraModel):
         if probe is not None:
             probe.compare(model, "The merged model")
         return model
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, **options: Any
+    ) -> None:
+        """Make an adapter of the weighted LoRA of others.
+
+        Args: as PEFT's.
+
+        Raises: ValueError: one of them has more than plain LoRA, which PEFT would leave out or scale otherwise.
+        """
+        self._check_names(adapters)
+        for name in adapters:
+            if more := beyond_lora(self.peft_config[name]):
+                raise ValueError(
+                    f"Adapter {name!r} is more than plain LoRA ({more}), so a weighted sum of LoRA's matrices does not "
+                    f"compute the weighted sum of the adapters. Merge {name!r} alone, or train with "
+                    f"train_embeddings=False, train_norms=False and plain LoRA."
+                )
+        super().add_weighted_adapter(adapters, weights, adapter_name, **options)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()

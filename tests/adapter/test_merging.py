@@ -9,7 +9,9 @@ from transformers import LlamaForCausalLM
 
 from peft_longlora import LongLoraConfig
 from tests.helpers.configs import tiny_llama_config
-from tests.helpers.tiny import extend, logits, make, train
+from tests.helpers.tiny import assert_same, extend, logits, make, snapshot, train
+
+PLAIN = dict(train_embeddings=False, train_norms=False)
 
 
 def two(**fields):
@@ -152,3 +154,41 @@ def test_trained_rows_of_tied_embeddings_merge(tied):
     with torch.no_grad():
         expected = model(ids).logits
         torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"combination_type": "cat"}, {"combination_type": "svd", "svd_rank": 6}])
+def test_a_weighted_sum_of_adapters_is_their_sum(options):
+    model = extend(make(), "a", **PLAIN)
+    model.add_adapter("b", LongLoraConfig(r=2, context_length=128, lora_alpha=3, **PLAIN))
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        train(model)
+    model.base_model.set_adapter(["a", "b"])
+    both = logits(model)
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", **options)
+    model.set_adapter("sum")
+    torch.testing.assert_close(logits(model), both, atol=1e-4, rtol=1e-4)
+    assert model.peft_config["sum"].applied_rope_parameters == model.peft_config["a"].applied_rope_parameters
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"train_norms": True},
+        {"trainable_token_indices": [3, 4]},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"rope_type": "learned"},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_what_a_weighted_sum_would_leave_out_is_refused(more):
+    """PEFT leaves it out, or scales it otherwise, and says nothing."""
+    model = train(extend(make(), "a", **{**PLAIN, **more}))
+    before = snapshot(model)
+    name = "modules_to_save" if more.keys() & {"train_norms", "rope_type"} else next(iter(more))
+    with pytest.raises(ValueError, match=f"Adapter 'a' is more than plain LoRA .*{name}=.*Merge 'a' alone"):
+        model.add_weighted_adapter(["a"], [1.0], "half", combination_type="cat")
+    assert list(model.peft_config) == ["a"]
+    assert_same(snapshot(model), before)

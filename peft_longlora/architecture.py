@@ -92,9 +92,23 @@ def is_causal_layer(module: nn.Module) -> bool:
 
 def is_local_layer(module: nn.Module, config: PreTrainedConfig) -> bool:
     """Whether a layer has its own window or chunks, which it keeps."""
-    if layer_types := getattr(config, "layer_types", None):
-        return any(name in layer_types[module.layer_idx] for name in ("sliding", "chunked", "window"))
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types and module.layer_idx is not None:  # a layer that several places share may have no index
+        return is_local_type(layer_types[module.layer_idx])
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+
+
+def is_local_type(layer_type: str) -> bool:
+    """Whether transformers calls layers with a window or chunks of their own so."""
+    return any(name in layer_type for name in ("sliding", "chunked", "window"))
+
+
+def one_of(config: PreTrainedConfig, name: str) -> Any:
+    """A number of all layers; None if a config has none, or if its layers have numbers of their own."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' heterogeneous configs refuse to name one for all layers
+        return None
 
 
 def check_architecture(model: PreTrainedModel) -> None:
@@ -119,11 +133,15 @@ def check_architecture(model: PreTrainedModel) -> None:
             f"{kind} ({type(model).__name__}) does not take its attention from transformers' attention interface, so "
             f"S2-Attn would never run. Use an architecture that does (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
         )
-    if not find_rotary_modules(model):
-        raise NotImplementedError(
-            f"{kind} ({type(model).__name__}) has no rotary position embeddings that could be rescaled, so its window "
-            f"cannot be extended. Use a rotary architecture (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
-        )
+
+
+def check_masks(model: PreTrainedModel) -> None:
+    """Refuse a model whose layers would get another mask than their own under S2-Attn.
+
+    Raises: NotImplementedError.
+    """
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    layers = find_attention_modules(model).values()
     asking = [one for module in layers for one in module.modules() if _names_attentions(one)]
     if asking:
         raise NotImplementedError(

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.rules import plain
-from peft_longlora.architecture import rows_of
+from peft_longlora.architecture import one_of, rows_of
 from peft_longlora.rope import state as rotary
-from peft_longlora.rope.parameters import is_nested
+from peft_longlora.rope.parameters import is_nested, of_full_attention
 from peft_longlora.rope.values import SCALING
 
 logger = logging.get_logger(__name__)
@@ -67,19 +66,11 @@ def check_base(config: LongLoraConfig, model: nn.Module) -> None:
 def layout_of(model: nn.Module) -> dict[str, Any]:
     """What tells two bases apart whose weights have equal names and shapes: model_type and the layout of heads."""
     config = model.config.get_text_config()
-    found = {name: _if_one(config, name) for name in _HEADS}
+    found = {name: one_of(config, name) for name in _HEADS}
     if found["head_dim"] is None and isinstance(found["num_attention_heads"], int):
         found["head_dim"] = config.hidden_size // found["num_attention_heads"]
     heads = {name: value for name, value in found.items() if isinstance(value, int)}
     return {"model_type": config.model_type, **heads}
-
-
-def _if_one(config: PreTrainedConfig, name: str) -> Any:
-    """A number of the whole model; None if it has none, or if its layers have numbers of their own."""
-    try:
-        return getattr(config, name, None)
-    except RuntimeError:  # transformers' heterogeneous configs refuse to name one for all layers
-        return None
 
 
 def _check_layout(config: LongLoraConfig, model: nn.Module) -> None:
@@ -119,7 +110,7 @@ def _differing(wanted: dict[str, Any], found: dict[str, Any]) -> tuple[str, Any,
     Entries that only one of them has come from another version of transformers.
     """
     if not is_nested(wanted) and is_nested(found):
-        found = found.get("full_attention") or {}
+        found = of_full_attention(found)
     for name, value in wanted.items():
         if isinstance(value, dict) and isinstance(found.get(name), dict):
             if difference := _differing(value, found[name]):
@@ -134,4 +125,4 @@ def _is_applied(config: LongLoraConfig, parameters: dict[str, Any] | None) -> bo
     applied = config.applied_rope_parameters
     if applied is None or config.base_context_length is None or not parameters:
         return False
-    return applied == (parameters if is_nested(applied) else parameters.get("full_attention", parameters))
+    return applied == (parameters if is_nested(applied) else of_full_attention(parameters))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from peft_longlora.rope.parameters import ROUNDING, is_nested
+from peft_longlora.rope.parameters import PROPORTIONAL, ROUNDING, is_nested, of_full_attention
 from peft_longlora.rope.values import ORIGINAL, SCALING
 
 if TYPE_CHECKING:
@@ -80,8 +80,11 @@ def _other_than_named(
         applied: the parameters in use. of_base: the base's own, empty if they are not known.
     """
     kind = {"ntk": "default", "learned": "yarn"}.get(rope_type, rope_type)
+    of_base = of_full_attention(of_base)
+    is_proportional = of_base.get("rope_type") == PROPORTIONAL
+    kind = PROPORTIONAL if is_proportional else kind
     wanted: dict[str, Any] = {"rope_type": kind, "type": kind}
-    if kind != "default":
+    if rope_type != "ntk":
         # The factor was rounded to whole tokens in older files.
         near = abs(applied.get("factor", 0.0) * base - window) <= 1
         wanted["factor"] = applied.get("factor") if near else window / base
@@ -89,23 +92,23 @@ def _other_than_named(
         wanted[ORIGINAL] = base
     if kind == "llama3":
         wanted |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    of_base = _of_full_attention(of_base)
     if rope_type == "ntk" and {"rope_theta"} <= applied.keys() & of_base.keys():
         ratio = applied["rope_theta"] / of_base["rope_theta"]
-        if not _is_raised(ratio, window / base):
+        share = of_base.get("partial_rotary_factor", 1.0) if is_proportional else 1.0
+        if not _is_raised(ratio, window / base, share):
             return f"rope_theta={applied['rope_theta']!r} is not the base's {of_base['rope_theta']!r}, raised as 'ntk'"
         of_base = {name: value for name, value in of_base.items() if name != "rope_theta"}
     return _other_entry(applied, wanted, of_base)
 
 
-def _is_raised(ratio: float, factor: float) -> bool:
-    """Whether theta's ratio is factor ** (d / (d - 2)) for an even d, the numbers of a head that rotate."""
-    power = math.log(ratio) / math.log(factor) if factor > 1 and ratio > 0 else 0.0
-    if power <= 1:
+def _is_raised(ratio: float, factor: float, share: float) -> bool:
+    """Whether theta's ratio is factor ** (d / (r - 2)) for an even d, the numbers of a head, and r, the share of them
+    that rotates."""
+    if factor <= 1 or ratio <= 0:
         return False
-    d = 2 * power / (power - 1)
-    even = max(4, round(d / 2) * 2)
-    return math.isclose(ratio, factor ** (even / (even - 2)), rel_tol=_CLOSE)
+    rotating = ((d, 2 * int(share * d // 2)) for d in range(4, 1026, 2))
+    power = math.log(ratio) / math.log(factor)
+    return any(r > 2 and math.isclose(power, d / (r - 2), rel_tol=_CLOSE) for d, r in rotating)
 
 
 def _other_than_given(given: dict[str, Any], applied: dict[str, Any], of_base: dict[str, Any]) -> str | None:
@@ -124,11 +127,7 @@ def _other_than_given(given: dict[str, Any], applied: dict[str, Any], of_base: d
                 return f"{kind}: {difference}"
         return None
     wanted = {"type": given.get("rope_type"), ORIGINAL: applied.get(ORIGINAL), **given}
-    return _other_entry(applied, wanted, _of_full_attention(of_base))
-
-
-def _of_full_attention(parameters: dict[str, Any]) -> dict[str, Any]:
-    return (parameters.get("full_attention") or {}) if is_nested(parameters) else parameters
+    return _other_entry(applied, wanted, of_full_attention(of_base))
 
 
 def _other_entry(applied: dict[str, Any], wanted: dict[str, Any], of_base: dict[str, Any]) -> str | None:

@@ -25,8 +25,8 @@ from peft_longlora.adapter.config import LongLoraConfig, refuse_other_tuner
 from peft_longlora.adapter.ending import EndingLoraModel
 from peft_longlora.adapter.files import check_numbers, check_whole
 from peft_longlora.adapter.state import AdapterState, check_place
-from peft_longlora.architecture import check_architecture, rows_of
-from peft_longlora.attention.configure import configure_attention
+from peft_longlora.architecture import rows_of
+from peft_longlora.attention.configure import check_model, configure_attention
 from peft_longlora.attention.settings import AttentionState
 from peft_longlora.rope import scale as rope
 from peft_longlora.rope import state as rotary
@@ -52,7 +52,7 @@ class LongLoraModel(EndingLoraModel):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_place(model, adapter_name)  # before PEFT forgets the first adapter's config
-        check_architecture(model)
+        check_model(model)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         self._on_taken = self.on_made()
 

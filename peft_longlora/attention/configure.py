@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from peft_longlora.architecture import (
     check_architecture,
+    check_masks,
     find_attention_modules,
     find_text_model,
     is_local_layer,
@@ -32,6 +33,7 @@ from peft_longlora.attention.settings import (
 from peft_longlora.attention.trial import try_out
 from peft_longlora.kernels.backends import check_backend
 from peft_longlora.kernels.groups import check_blocks, check_pattern, group_size_of
+from peft_longlora.rope.absent import check_positions
 from peft_longlora.rope.parameters import window_of
 from peft_longlora.rope.state import OWNER
 
@@ -84,7 +86,7 @@ def configure_attention(
         NotImplementedError: an architecture that does not take its attention from transformers' interface, or has no
             rotary embeddings. The model is not changed then.
     """
-    check_architecture(model)
+    check_model(model)
     config, text = model.config.get_text_config(), find_text_model(model)
     layers = find_attention_modules(model)
     asked = dict(
@@ -155,6 +157,16 @@ def configure_attention(
         before.put_on(model)
         raise
     return settings
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse a model that S2-Attn cannot run in, or whose window cannot be extended.
+
+    Raises: NotImplementedError.
+    """
+    check_architecture(model)
+    check_positions(model)
+    check_masks(model)
 
 
 def _of_adapter(model: PreTrainedModel) -> AttentionSettings | None:

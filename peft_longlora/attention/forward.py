@@ -18,6 +18,7 @@ from peft_longlora.attention import dense
 from peft_longlora.attention.caution import warn_of_packed
 from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.mask import S2Mask
+from peft_longlora.attention.ready import LastQueries
 from peft_longlora.attention.settings import settings_of
 from peft_longlora.attention.states import refuse_unfollowed
 from peft_longlora.kernels.attend import attend
@@ -32,7 +33,7 @@ def s2_attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: S2Mask | torch.Tensor | None,
+    attention_mask: S2Mask | LastQueries | torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
@@ -57,6 +58,11 @@ def s2_attention_forward(
 
     Source: the interface of transformers.modeling_utils.AttentionInterface.
     """
+    if isinstance(attention_mask, LastQueries):
+        whole, count = attention_mask.whole, attention_mask.count
+        query = nn.functional.pad(query, (0, 0, whole.length - count, 0))
+        out, _ = s2_attention_forward(module, query, key, value, whole, dropout, scaling, **kwargs)
+        return out[:, -count:], None
     settings = settings_of(module)
     options = Options(scaling, dropout, kwargs.get("softcap"), kwargs.get("s_aux"), settings.backend)
     call = LayerCall(module, settings, query, key, value, attention_mask, options, kwargs)

@@ -14,6 +14,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
 from transformers.utils import logging
 
+from peft_longlora.attention.ready import ReadyMask
 from peft_longlora.kernels.blocks import BlockPlan
 from peft_longlora.kernels.cuts import regular_groups, tensors_of
 from peft_longlora.kernels.groups import (
@@ -28,7 +29,7 @@ from peft_longlora.kernels.groups import (
 logger = logging.get_logger(__name__)
 
 
-class S2Mask:
+class S2Mask(ReadyMask):
     """The mask of one forward, before it is known whether a layer is sparse or dense.
 
     Attributes:
@@ -51,24 +52,6 @@ class S2Mask:
     def device(self) -> torch.device:
         """Where the model computes."""
         return self.arguments["device"]
-
-    # transformers takes a mask that is not 2-D as ready, which this one is.
-    ndim = 4
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"This architecture asks its attention mask for {name!r}: it computes with the mask itself, which S2-Attn "
-            f"does not support. Load it with attn_implementation='sdpa'."
-        )
-
-    def to(self, *args: Any, **kwargs: Any) -> S2Mask:
-        """Returns itself: accelerate's hooks move the arguments of layers, and each layer moves the tensors it
-        needs."""
-        return self
-
-    def contiguous(self) -> S2Mask:
-        """Returns itself: `generate` calls this on masks that it makes ahead for static caches."""
-        return self
 
     def dense(self, implementation: str, device: torch.device, position_ids: torch.Tensor | None = None) -> Any:
         """The mask that `implementation` ("sdpa", "flash_attention_2", ...) would have been given.

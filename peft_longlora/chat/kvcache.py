@@ -249,9 +249,10 @@ def quantiser_options(backend: str, config: PreTrainedConfig) -> dict[str, Any]:
     After every 128 more tokens transformers dequantises everything and quantises it again. If the groups stay the same,
     this loses almost nothing. hqq's axis 0, or larger groups, would regroup all tokens each time.
     """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    sizes = [getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads for layer in layers]
     axis = {"quanto": 0, "hqq": 1}[backend]
-    return dict(nbits=4, q_group_size=math.gcd(64, head_dim), axis_key=axis, axis_value=axis)
+    return dict(nbits=4, q_group_size=math.gcd(64, *sizes), axis_key=axis, axis_value=axis)
 
 
 def _copied(cache: Cache) -> Cache:

@@ -229,8 +229,9 @@ def _write_lora_card(
 ) -> None:
     text_config = model.get_base_model().config.get_text_config()
     overrides = {
-        "rope_parameters": text_config.rope_parameters,
-        "max_position_embeddings": text_config.max_position_embeddings,
+        name: value
+        for name in ("rope_parameters", "max_position_embeddings")
+        if (value := getattr(text_config, name, None)) is not None  # a model without positions may state no RoPE
     }
     base = one_line(config.base_model_name_or_path)
     rank = max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r

@@ -72,7 +72,7 @@ class Shape:
                 experts,
                 (getattr(config, "num_experts_per_tok", None) or 1) if experts > 1 else 1,
             )
-        except AttributeError as error:
+        except (AttributeError, RuntimeError) as error:  # transformers' for sizes that layers differ in
             raise ValueError(
                 f"model_type={config.model_type!r}: its config lacks a size of a decoder ({error}). "
                 f"plan knows decoders such as Llama's; fit_memory measures any model on its GPU."

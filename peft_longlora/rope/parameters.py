@@ -6,22 +6,40 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from peft_longlora.architecture import is_local_type
 from peft_longlora.rope.values import ORIGINAL, check_values
 
 ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "longrope", "learned")
+PROPORTIONAL = "proportional"  # a base's own form, in which only a part of each head rotates; it may have a factor
 ROUNDING = 0.01  # people write factors with two or three digits, which is about this inexact
 
 
 def base_rope(config: PreTrainedConfig) -> dict[str, Any]:
     """The rope_parameters of the layers with full attention (a config may hold one dict for each layer type).
 
-    Raises: NotImplementedError: there are dicts, and none for full attention.
+    Returns: an empty dict if these layers have no RoPE.
+
+    Raises: NotImplementedError: there are dicts, and it is unclear which of them is for full attention.
     """
     parameters = getattr(config, "rope_parameters", None) or {}
-    if not is_nested(parameters):
-        return parameters
-    check_form(config)
-    return parameters["full_attention"]
+    if is_nested(parameters):
+        check_form(config)
+    return of_full_attention(parameters)
+
+
+def full_type(parameters: dict[str, Any]) -> str | None:
+    """The layer type with full attention in nested rope_parameters: the only one that names no window or chunks.
+
+    Returns: None if there are several, or none.
+    """
+    types = [name for name, value in parameters.items() if value is None or isinstance(value, dict)]
+    full = [name for name in types if not is_local_type(name)]
+    return "full_attention" if "full_attention" in full else full[0] if len(full) == 1 else None
+
+
+def of_full_attention(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The part of rope_parameters, nested or not, that is for full attention; empty if there is none."""
+    return (parameters.get(full_type(parameters)) or {}) if is_nested(parameters) else parameters
 
 
 def check_form(config: PreTrainedConfig) -> None:
@@ -31,13 +49,13 @@ def check_form(config: PreTrainedConfig) -> None:
     """
     parameters = getattr(config, "rope_parameters", None)
     is_dict = isinstance(parameters, dict) and bool(parameters)
-    is_dict = is_dict and (not is_nested(parameters) or isinstance(parameters.get("full_attention"), dict))
+    is_dict = is_dict and (not is_nested(parameters) or full_type(parameters) is not None)
     if not is_dict or not isinstance(getattr(config, "max_position_embeddings", None), int):
         kinds = f" for {sorted(parameters)}" if isinstance(parameters, dict) else ""
         raise NotImplementedError(
             f"{config.model_type} states its RoPE in a form of its own (rope_parameters{kinds or f'={parameters!r}'}), "
-            f"not for full_attention or for all layers, so it is unclear what to rescale. Use an architecture with "
-            f"plain rope_parameters (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
+            f"not for all layers or for one type without a window, so it is unclear what to rescale. Use an "
+            f"architecture with plain rope_parameters (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
         )
 
 
@@ -137,12 +155,11 @@ def stated_length(config: PreTrainedConfig, context_length: int | None, rope_par
     Raises: ValueError: they give a shorter window than context_length. A longer window is allowed: it leaves room.
     """
     stored, before = config.max_position_embeddings, base_rope(config)
-    if is_nested(rope_parameters):
-        rope_parameters = rope_parameters.get("full_attention") or before
+    rope_parameters = of_full_attention(rope_parameters) or before
     kind, factor = rope_parameters["rope_type"], rope_parameters.get("factor", 1.0)
     if kind == "yarn":
         original = rope_parameters[ORIGINAL]
-    elif kind in ("linear", "dynamic"):
+    elif kind in ("linear", "dynamic") or (kind == PROPORTIONAL and "factor" in rope_parameters):
         original = stored if keeps_length(config, kind) else round(stored / before.get("factor", 1.0))
     else:  # their parameters do not give a window
         return context_length or stored

@@ -12,16 +12,18 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from peft_longlora.architecture import find_rotary_modules
+from peft_longlora.rope.absent import check_nothing_asked, check_positions, is_positionless
+from peft_longlora.rope.named import refuse_scaled, scaled_parameters
 from peft_longlora.rope.parameters import (
     base_rope,
     check_form,
     check_rope,
     completed,
+    full_type,
     is_nested,
-    keeps_length,
     stated_length,
     window_of,
 )
@@ -51,12 +53,13 @@ def scale_rope(
 
     Returns:
         The rope_parameters now in use (those of full attention layers, unless you gave one dict for each layer type),
-        or None if nothing was done.
+        or None if no RoPE was changed. Where full attention has no position embeddings at all, as in Jamba or in
+        Granite 4's hybrids, only the window in the config is raised.
 
     Raises:
         ValueError: an unknown rope_type, both rope_type and rope_parameters, a model whose RoPE is scaled already
             or belongs to an adapter.
-        NotImplementedError: no rotary module, or one that a config cannot rebuild.
+        NotImplementedError: positions that are no RoPE of transformers, or one that a config cannot rebuild.
     """
     model = _without_owner(model)
     config = model.config.get_text_config()
@@ -67,18 +70,24 @@ def scale_rope(
             "Without an adapter use 'yarn', with whose factors the training starts."
         )
     context_length = None if context_length is None else _tokens(context_length)
-    if not find_rotary_modules(model):
-        raise NotImplementedError(
-            f"{type(model).__name__} has no rotary position embeddings that could be rescaled. Use a rotary model."
-        )
-    check_form(config)
+    check_positions(model)
+    if find_rotary_modules(model):
+        check_form(config)
     if hasattr(model, STATES):
         raise ValueError("RoPE of this model is rescaled already. Call restore_rope(model) first.")
-    if rope_parameters is None and (context_length is None or context_length <= window_of(config)):
+    is_longer = context_length is not None and context_length > window_of(config)
+    if is_positionless(model):
+        check_nothing_asked(model, rope_type, rope_parameters)
+        if is_longer:
+            base = RopeState.of(model)
+            config.max_position_embeddings = context_length
+            setattr(model, STATES, (base, RopeState.of(model)))
+        return None
+    if rope_parameters is None and not is_longer:
         return None
     if rope_parameters is None:
-        _refuse_scaled(config)
-        new, length = _scaled_parameters(model, context_length, rope_type)
+        refuse_scaled(config)
+        new, length = scaled_parameters(model, context_length, rope_type)
     else:
         new = completed(rope_parameters, config)
         length = stated_length(config, context_length, new)
@@ -155,38 +164,6 @@ def switch_rope(model: PreTrainedModel, *, scaled: bool) -> None:
             states[1].keep()
 
 
-def _refuse_scaled(config: PreTrainedConfig) -> None:
-    rope = base_rope(config)
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(
-            f"The base's RoPE is scaled already ({rope}), and two scalings cannot be combined. Give the "
-            f"complete new rope_parameters in transformers' format (for example {{**base, 'factor': ...}})."
-        )
-
-
-def _scaled_parameters(model: PreTrainedModel, context_length: int, rope_type: str) -> tuple[dict[str, Any], int]:
-    """The new entries of rope_parameters, and the max_position_embeddings that belongs to them."""
-    config = model.config.get_text_config()
-    window = config.max_position_embeddings
-    factor = context_length / window
-    if rope_type == "linear" or rope_type == "dynamic":
-        return {"rope_type": rope_type, "factor": factor}, window if keeps_length(config, rope_type) else context_length
-    if rope_type == "ntk":
-        buffers = dict(find_rotary_modules(model)[0].named_buffers())
-        dim = 2 * buffers.get("full_attention_inv_freq", buffers.get("inv_freq")).numel()
-        if dim <= 2:
-            raise ValueError(
-                f"rope_type='ntk' raises theta by factor ** (d / (d - 2)), and only d={dim} numbers of each head "
-                f"rotate in this model. Use another rope_type, such as 'linear'."
-            )
-        theta = base_rope(config)["rope_theta"] * factor ** (dim / (dim - 2))
-        return {"rope_type": "default", "rope_theta": theta}, context_length
-    new = {"rope_type": rope_type, "factor": factor, "original_max_position_embeddings": window}
-    if rope_type == "llama3":  # the band edges that Llama 3.1 was released with
-        new |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    return new, context_length
-
-
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The new parameters of one kind of layer; entries that are not a scaling are kept if `new` has none."""
     return {**{key: value for key, value in old.items() if key not in SCALING}, **new}
@@ -205,7 +182,7 @@ def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
             )
         config.rope_parameters = _merge(parameters, new)
     else:
-        changes = new if is_nested(new) else {"full_attention": new}
+        changes = new if is_nested(new) else {full_type(parameters): new}
         if unknown := sorted(changes.keys() - parameters.keys()):
             raise NotImplementedError(
                 f"{config.model_type} keeps rope_parameters for {sorted(parameters)}, not for {unknown}, so it is "
@@ -219,7 +196,7 @@ def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
             f"built, so it cannot be rescaled afterwards. Give rope_parameters={new} to from_pretrained instead."
         )
     config.max_position_embeddings = length
-    if getattr(config, "head_dim", 0) is None:
+    if "head_dim" in vars(config) and vars(config)["head_dim"] is None:
         # Models read None as this quotient, but transformers' scaled RoPE does not (mixtral), so write the number.
         config.head_dim = config.hidden_size // config.num_attention_heads
     try:

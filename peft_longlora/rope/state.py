@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from peft_longlora.architecture import find_rotary_modules
+from peft_longlora.architecture import find_rotary_modules, one_of
 from peft_longlora.rope.parameters import check_form, window_of
 
 STATES = "longlora_rope"
@@ -23,7 +23,8 @@ class RopeState:
     """The RoPE of one model: config entries, buffers and attributes, to put back bit for bit.
 
     Attributes:
-        rope_parameters, max_position_embeddings, head_dim: of the text config.
+        rope_parameters, max_position_embeddings, head_dim: of the text config. head_dim is None if it has none, or
+            if layers differ in it.
         window: tokens, as the text config gives it.
         modules: (rotary module, its buffers, its plain attributes).
     """
@@ -39,12 +40,13 @@ class RopeState:
     def of(cls, model: PreTrainedModel) -> RopeState:
         """The RoPE that `model` has now."""
         config = model.config.get_text_config()
-        check_form(config)
+        if find_rotary_modules(model):
+            check_form(config)
         modules = [(m, dict(m.named_buffers(recurse=False)), attributes_of(m)) for m in find_rotary_modules(model)]
         return cls(
-            copy.deepcopy(config.rope_parameters),
+            copy.deepcopy(getattr(config, "rope_parameters", None)),
             config.max_position_embeddings,
-            _head_dim(config),
+            one_of(config, "head_dim"),
             window_of(config),
             modules,
         )
@@ -56,9 +58,10 @@ class RopeState:
             transplant(module, buffers, attributes)
 
     def _write(self, config: PreTrainedConfig) -> None:
-        config.rope_parameters = copy.deepcopy(self.rope_parameters)
+        if self.rope_parameters is not None or hasattr(config, "rope_parameters"):
+            config.rope_parameters = copy.deepcopy(self.rope_parameters)
         config.max_position_embeddings = self.max_position_embeddings
-        if hasattr(config, "head_dim"):
+        if self.head_dim is not None or one_of(config, "head_dim") is not None:
             config.head_dim = self.head_dim
 
     def twins_on(self, model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
@@ -95,16 +98,6 @@ class _Keeper:
         if any(module._buffers[n].dtype != b.dtype for n, b in self.buffers.items() if n in module._buffers):
             # The attributes too: "dynamic" and "longrope" note there which frequencies are in force after a long row.
             transplant(module, self.buffers, self.attributes)
-
-
-def _head_dim(config: PreTrainedConfig) -> int | None:
-    try:
-        return getattr(config, "head_dim", None)
-    except RuntimeError as error:  # transformers' for configs whose layers differ
-        raise NotImplementedError(
-            f"The layers of {config.model_type} have heads of different sizes (head_dim), so one RoPE scaling does not "
-            f"fit them all. Use an architecture whose layers are alike (llama, qwen3, mistral, gemma3, ...)."
-        ) from error
 
 
 def rope_of(model: PreTrainedModel, *, scaled: bool) -> RopeState:

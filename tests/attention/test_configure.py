@@ -179,10 +179,10 @@ def test_no_hook_is_left_behind(llama):
     assert len(llama._forward_pre_hooks) == configured
 
 
-@pytest.mark.parametrize("full", [{}, {"full_attention": None}], ids=["none", "empty"])
-def test_rope_of_other_kinds_of_layers_is_refused(full):
-    """As deepseek_v4, zaya and beam state it: the window of full attention cannot be read from it."""
+def test_rope_of_two_kinds_of_layers_without_a_window_is_refused():
+    """As deepseek_v4 states it: it is unclear which of them is full attention."""
     model = LlamaForCausalLM(tiny_llama_config())
-    model.config.rope_parameters = {"main": {"rope_type": "default", "rope_theta": 1e4}, **full}
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    model.config.rope_parameters = {"main": plain, "compress": plain}
     with pytest.raises(NotImplementedError, match="a form of its own"):
         configure_attention(model, group_size=4)

@@ -81,7 +81,7 @@ class Examination(Parts):
         try:
             return get_peft_model(base, self.config())
         except REFUSALS as error:
-            for name, value in (("rope_type", "ntk"), ("train_embeddings", False)):
+            for name, value in (("rope_type", "linear"), ("rope_type", "ntk"), ("train_embeddings", False)):
                 if f"{name}={value!r}" in str(error):
                     self.conditions.append(f"{name}={value!r}")
                     return get_peft_model(base, self.config(**{name: value}))
@@ -115,7 +115,9 @@ class Examination(Parts):
         silent = [n for n, p in names.items() if p.grad is None or not 0 < p.grad.abs().max() < float("inf")]
         self.check("trained without a gradient:", not silent, f"{len(silent)} of {len(names)}, {silent[:2]}")
         self.check("LoRA is trained", any("lora_A" in name for name in names))
-        self.check("RoPE entries lost:", not (lost := lost_entries(rope_before, text.rope_parameters)), lost)
+        self.check(
+            "RoPE entries lost:", not (lost := lost_entries(rope_before, getattr(text, "rope_parameters", None))), lost
+        )
         self.attempt("sight", lambda: self._sight(model))
         with tempfile.TemporaryDirectory() as folder:
             self.attempt("disabled", lambda: self._disabled(model, short, of_base))

@@ -100,7 +100,7 @@ def tiny_config(model_type: str, changes: dict[str, Any] | None = None) -> PreTr
     if text is not default:
         of_text = next((values[name] for name, value in vars(default).items() if value is text), values)
     of_text.update(changes or {})
-    if changes:
+    if changes and "layer_types" not in changes:
         of_text.pop("layer_types", None)
     return AutoConfig.for_model(model_type, **values)
 
@@ -244,4 +244,18 @@ def tiny_model(
                 parameter.zero_()
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * (0.15 if parameter.dim() > 1 else 0.1))
+    return with_inputs(model, model_type)
+
+
+def with_inputs(model: PreTrainedModel, model_type: str) -> PreTrainedModel:
+    """The model, which gets what its processor would give it beside text."""
+    inputs = NUMBERS.get(model_type, {}).get("inputs", {})
+
+    def add(_module: Any, _args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        ids = kwargs["input_ids"]
+        missing = {name: number for name, number in inputs.items() if kwargs.get(name) is None}
+        return (), {**kwargs, **{name: torch.full_like(ids, number) for name, number in missing.items()}}
+
+    if inputs:  # PEFT calls the forward of the whole model, and no hooks of it
+        model.base_model.register_forward_pre_hook(add, with_kwargs=True)
     return model

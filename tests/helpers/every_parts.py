@@ -15,7 +15,7 @@ from peft_longlora import use_attention
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import settings_of
 from peft_longlora.chat import KVCache
-from tests.helpers.every_config import tiny_model
+from tests.helpers.every_config import NUMBERS, tiny_model, with_inputs
 from tests.helpers.every_truth import (
     DOCUMENTS,
     LENGTH,
@@ -62,13 +62,15 @@ class Parts:
         self.late: list[str] = []
         self.ids = tokens(2, LENGTH)
         self.layers: tuple[int, int] | None = None
+        if asked := NUMBERS.get(model_type, {}).get("inputs"):
+            self.conditions.append(f"give it {', '.join(asked)} in training, as its processor does")
 
     def build(self, attention: str | None = None) -> PreTrainedModel:
         return tiny_model(self.model_type, self.kind, attention, self.changes)
 
     def load(self, folder: str, *, sparse: bool = False) -> PreTrainedModel:
         """The merged folder in plain transformers; or with the truth as the attention of its language model."""
-        model = self.kind_of_model.from_pretrained(folder).eval()
+        model = with_inputs(self.kind_of_model.from_pretrained(folder).eval(), self.model_type)
         if sparse:
             model.config.get_text_config(decoder=True)._attn_implementation = TRUTH
         return model
@@ -119,7 +121,8 @@ class Parts:
             self.conditions.append("transformers reads back other weights than it saved")
             return False
         self.check("merged differs in plain transformers:", far(ours, theirs) < ROUNDING, far(ours, theirs))
-        rope, merged = (m.config.get_text_config(decoder=True).rope_parameters for m in (model, plain))
+        texts = (m.config.get_text_config(decoder=True) for m in (model, plain))
+        rope, merged = (getattr(text, "rope_parameters", None) for text in texts)
         self.check("merged config's RoPE:", rope == merged, merged)
         return True
 

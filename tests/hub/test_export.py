@@ -14,6 +14,7 @@ from peft_longlora import LongLoraConfig, scale_rope
 from peft_longlora.hub.export import export_lora
 from peft_longlora.hub.original import convert_original_adapter
 from tests.helpers.configs import tiny_llama_config
+from tests.helpers.every_config import tiny_model
 from tests.helpers.original import write_original
 
 TOKENS = torch.arange(3, 83)[None]
@@ -298,3 +299,14 @@ def test_two_active_adapters_are_not_exported_as_one(base_folder, tmp_path):
     model.base_model.set_adapter(["default", "b"])
     with pytest.raises(ValueError, match=r"\['default', 'b'\] are active, and one is exported at a time"):
         export_lora(model, tmp_path / "lora")
+
+
+def test_a_base_without_positions_is_told_only_the_window(tmp_path):
+    model = get_peft_model(
+        tiny_model("jamba"), LongLoraConfig(r=2, context_length=256, train_embeddings=False, train_norms=False)
+    )
+    model.get_base_model().config.name_or_path = str(tmp_path / "base")
+    text = (export_lora(model, tmp_path / "plain") / "README.md").read_text()
+    server = shlex.split(re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1])
+    assert json.loads(server[server.index("--hf-overrides") + 1]) == {"max_position_embeddings": 256}
+    assert "has no position embeddings" in text and "must be loaded with these" not in text

@@ -8,7 +8,7 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import get_peft_model
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPTNeoXConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPTNeoXConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from peft_longlora import LongLoraConfig, restore_rope, scale_rope
@@ -417,7 +417,7 @@ def test_scaling_twice_is_refused():
 
 def test_a_model_without_rotary_embeddings_is_refused():
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=4))
-    with pytest.raises(NotImplementedError, match=r"GPT2LMHeadModel has no rotary"):
+    with pytest.raises(NotImplementedError, match=r"gpt2 .GPT2LMHeadModel. has no rotary"):
         scale_rope(model, 4096)
 
 
@@ -455,12 +455,3 @@ def test_frequencies_stay_float32_without_an_adapter_also_after_a_long_row(kind,
             model(row)
     restore_rope(model)
     assert not rotary._forward_pre_hooks
-
-
-@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="transformers has no Gemma 4")
-def test_layers_with_heads_of_different_sizes_are_refused():
-    more = dict(head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
-    more |= dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=97, num_key_value_heads=2)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text", **SIZES, **more))
-    with pytest.raises(NotImplementedError, match=r"heads of different sizes .*Use an architecture"):
-        get_peft_model(model, LongLoraConfig(r=2))

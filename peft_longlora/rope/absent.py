@@ -1,0 +1,153 @@
+"""Models whose full attention has no position embeddings (NoPE): nothing is rescaled, their window is only a number.
+
+Jamba, Nemotron-H, Kimi Linear and Granite 4's hybrids are such: their states and convolutions tell tokens apart. A
+model without rotary modules may as well have positions of another kind (learned ones, relative biases, a rotation of
+its own), which nothing here could extend. No name says which it is, so a few tokens are run and moved.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_longlora.architecture import (
+    find_attention_modules,
+    find_rotary_modules,
+    find_state_layers,
+    find_text_model,
+    is_local_layer,
+)
+from peft_longlora.few_tokens import at_rest, can_run, far, key_of, outputs, rows
+from peft_longlora.rope.parameters import full_type, is_nested
+
+# Keys in another order are summed in another order; with positions at least one layer differs by tens of percent.
+MOST, MOST_OF_HALF = 1e-3, 2e-2
+# For each kind that was tried, whether it has no positions.
+_tried: dict[str, bool] = {}
+
+
+def is_positionless(model: PreTrainedModel) -> bool:
+    """Whether full attention has no RoPE, by the model's parts. `check_positions` sees to it that it has no other
+    positions either."""
+    if not find_rotary_modules(model):
+        return True
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return is_nested(parameters) and (kind := full_type(parameters)) is not None and parameters[kind] is None
+
+
+def check_positions(model: PreTrainedModel) -> None:
+    """Refuse a model whose positions are neither RoPE of transformers nor absent, or whose window is unknown.
+
+    Raises: NotImplementedError.
+    """
+    if not is_positionless(model):
+        return
+    config = model.config.get_text_config()
+    kind = f"{model.config.model_type} ({type(model).__name__})"
+    cure = "Use a rotary architecture (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
+    attention = find_text_model(model).get_correct_attn_implementation(None)
+    if (key := key_of(model)) not in _tried:
+        if not can_run(model, attention):
+            raise NotImplementedError(
+                f"{kind} has no rotary position embeddings that could be rescaled, and whether it has positions of "
+                f"another kind shows only when it runs, which it cannot now: its weights are not all on this device. "
+                f"Make the adapter before the model is sharded or moved, or use a rotary architecture."
+            )
+        _tried[key] = _try(model, attention)
+    if not _tried[key] or not isinstance(getattr(config, "max_position_embeddings", None), int):
+        raise NotImplementedError(
+            f"{kind} has no rotary position embeddings that could be rescaled, so its window cannot be extended. {cure}"
+        )
+
+
+def check_nothing_asked(model: PreTrainedModel, rope_type: str, rope_parameters: dict[str, Any] | None) -> None:
+    """Refuse a rescaling of a RoPE that is not there.
+
+    Raises: ValueError.
+    """
+    if rope_parameters is not None or rope_type != "yarn":  # the default, which the user may not have given
+        asked = f"{rope_parameters=}" if rope_parameters is not None else f"{rope_type=}"
+        raise ValueError(
+            f"{asked} has no effect: full attention of {model.config.model_type} has no position embeddings, so there "
+            f"is nothing to rescale. Leave it out; context_length alone raises the window."
+        )
+
+
+def _try(model: PreTrainedModel, attention: str) -> bool:
+    """Whether nothing but masks and states tells a model's tokens apart."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    most = MOST_OF_HALF if is_half else MOST
+    attending = list(find_attention_modules(model).values())
+    full = [module for module in attending if not is_local_layer(module, config)]
+    watch, move = _Watch(), _Move()
+    try:
+        config._attn_implementation = attention
+        with at_rest(model):
+            for layers, hook in (([*attending, *find_state_layers(model).values()], watch), (full, move)):
+                handles = [module.register_forward_hook(hook, with_kwargs=True) for module in layers]
+                try:  # one token, repeated, for `watch`; a text for `move`
+                    ids = rows(model)[:1]
+                    outputs(model, ids[:, :1].expand_as(ids) if hook is watch else ids)
+                finally:
+                    for handle in handles:
+                        handle.remove()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a layer that takes its tokens in another way, so nothing is known of it
+        return False
+    finally:
+        config._attn_implementation = before
+    return bool(move.errors) and max(watch.errors[0], *move.errors) <= most
+
+
+class _Watch:
+    """A hook: how far the tokens differ with which a layer begins. In the first layer, only embedded positions tell
+    equal tokens apart."""
+
+    def __init__(self) -> None:
+        self.errors: list[float] = []
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+        hidden = _hidden(args, kwargs)
+        self.errors.append(far(hidden, hidden[:, :1].expand_as(hidden)))
+
+
+class _Move:
+    """A hook: how far the last token's output differs if the tokens that it sees stand in the reverse order."""
+
+    def __init__(self) -> None:
+        self.errors: list[float] = []
+        self._is_moving = False
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if self._is_moving:
+            return
+        hidden = _hidden(args, kwargs)
+        last, others = hidden[:, -1:], hidden[:, :-1]
+
+        def with_others(new: torch.Tensor) -> float:
+            all_ = torch.cat([new, last], 1)
+            again = module(
+                *(all_ if x is hidden else x for x in args),
+                **{k: all_ if x is hidden else x for k, x in kwargs.items()},
+            )
+            before, after = (x[0][:, -1] if isinstance(x, tuple) else x[:, -1] for x in (out, again))
+            return far(after, before)
+
+        self._is_moving = True
+        try:
+            # A token that does not see others, because it chose keys, would say nothing.
+            sees = with_others(last.expand_as(others)) > MOST_OF_HALF
+            self.errors.append(with_others(others.flip(1)) if sees else float("inf"))
+        finally:
+            self._is_moving = False
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """(B, S, hidden) what a layer reads."""
+    return args[0] if args else kwargs["hidden_states"]

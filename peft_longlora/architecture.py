@@ -179,12 +179,18 @@ def find_state_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of a language model in which a token reaches later ones by another way than attention, by name.
 
     They hold a recurrent state, or the last inputs of a convolution. Such a layer holds a convolution, or takes a
-    cache without calling transformers' attention. Blocks that only contain such layers, or attention, are left out.
+    cache without calling transformers' attention. Blocks that only contain such layers, or attention, are left out; so
+    are blocks of the same class that contain another kind of layer (Nemotron-H).
     """
-    layers = {}
-    for name, module in text_modules(model).items():
+    layers, modules = {}, text_modules(model)
+    blocks = {
+        type(module)
+        for module in modules.values()
+        if _takes_cache(module) and any(_takes_cache(one) for one in module.modules() if one is not module)
+    }
+    for name, module in modules.items():
         convolves = any(isinstance(one, nn.Conv1d) for one in module.children())
-        holds = _takes_cache(module) and not any(_takes_cache(one) for one in module.modules() if one is not module)
+        holds = _takes_cache(module) and type(module) not in blocks
         if (convolves or holds) and not isinstance(module, PreTrainedModel) and not _calls_attention(module):
             layers[name] = module
     return layers

@@ -40,7 +40,7 @@ def with_mask(kind: str) -> dict:
 @pytest.mark.parametrize("kind", ["none", "2-D", "4-D"])
 def test_a_backward_outside_of_use_attention_recomputes_what_was_computed(kind, reentrant):
     model = sparse("llama")
-    checkpoint_activations(model, {"use_reentrant": reentrant})
+    checkpoint_activations(model, use_reentrant=reentrant)
     model.enable_input_require_grads()
     inputs = with_mask(kind)
     expected = logits_and_gradients(build("llama").train(), inputs, TOKENS > 0)
@@ -67,7 +67,7 @@ def test_layers_without_a_mask_recompute_what_the_last_call_computed(reentrant, 
 
     monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda *args, **kwargs: None)
     model = sparse("llama")
-    checkpoint_activations(model, {"use_reentrant": reentrant})
+    checkpoint_activations(model, use_reentrant=reentrant)
     model.enable_input_require_grads()
     inputs = dict(input_ids=TOKENS, use_cache=False)
     expected = logits_and_gradients(build("llama").train(), inputs, TOKENS > 0)

@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening
 
 from peft_longlora import LongLoraConfig, configure_attention, use_attention
 from peft_longlora.architecture import find_state_layers
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.attention.states import Apart
+from tests.helpers.every_config import tiny_model
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 SIZES |= dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
@@ -181,6 +182,10 @@ def test_which_layers_hold_a_state():
         "minimax": {"MiniMaxLightningAttention"},
         "bamba": {"BambaMixer"},
     }
+    if "nemotron_h" in CONFIG_MAPPING:  # whose blocks are all of one class, which takes a cache
+        assert {type(x).__name__ for x in find_state_layers(tiny_model("nemotron_h")).values()} == {
+            "NemotronHMamba2Mixer"
+        }
     config = AutoConfig.for_model("llama", **SIZES)
     assert not find_state_layers(AutoModelForCausalLM.from_config(config))
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from peft_longlora.chat import Conversation, KVCache
 from peft_longlora.hub.generation import decoding
@@ -17,8 +18,11 @@ MODELS = {
     "granitemoehybrid": dict(
         layer_types=["mamba", "attention"], num_local_experts=0, shared_intermediate_size=48, **MAMBA
     ),
+    "lfm3": dict(layer_types=["conv", "full_attention"], head_dim=16),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4, num_experts=2),
     "zamba2": dict(mamba_d_state=8, n_mamba_heads=2, layers_block_type=["mamba", "hybrid"], chunk_size=16),
 }
+MODELS = {name: sizes for name, sizes in MODELS.items() if name in CONFIG_MAPPING}
 
 
 @pytest.mark.parametrize("name", MODELS)

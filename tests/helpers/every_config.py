@@ -100,7 +100,7 @@ def tiny_config(model_type: str, changes: dict[str, Any] | None = None) -> PreTr
     if text is not default:
         of_text = next((values[name] for name, value in vars(default).items() if value is text), values)
     of_text.update(changes or {})
-    if changes and "layer_types" not in changes:
+    if changes and "sliding_window" in changes:
         of_text.pop("layer_types", None)
     return AutoConfig.for_model(model_type, **values)
 

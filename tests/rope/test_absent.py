@@ -15,7 +15,7 @@ from tests.helpers.every_config import WINDOW, tiny_config, tiny_model
 
 LONGER = 4 * WINDOW
 IDS = torch.arange(3, 43)[None]
-GRANITE = {"position_embedding_type": "nope", "layer_types": ["mamba", "attention"]}  # as its hybrids are published
+GRANITE = {"position_embedding_type": "nope"}  # as its hybrids are published
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ def found_by(name, pattern, training, packed, mesh):
     call = dict(PACKED) if packed else dict(input_ids=ROW)
     length = ROW.shape[1]
     if mesh is not None:
-        checkpoint_activations(model, {"use_reentrant": False})
+        checkpoint_activations(model, use_reentrant=False)
         parallelize_sequence(model, mesh)
         call = shard_batch(call, mesh.get_local_rank(), mesh.size())
     logits = model(**call, use_cache=False).logits

@@ -20,7 +20,7 @@ from measure import Case, error, inputs, measure, replay, versions
 from options import Parser, above_zero, device_here, new_file, positive
 from ways import two_calls_fa4
 
-from peft_longlora.kernels.cuts import Plan, tensors_of
+from peft_longlora.kernels.cuts import Boundaries, tensors_of
 from peft_longlora.kernels.flash import FlashAttention4
 from peft_longlora.kernels.groups import Groups, split_heads
 from peft_longlora.kernels.kernel import Kernel, Pieces
@@ -78,16 +78,16 @@ WAYS = {
 ENGINE = "the same, heads of a KV head not packed into a tile (engine)"
 
 
-def launches(way: Way, cut: str, plan: Plan, q: torch.Tensor, k: torch.Tensor) -> list[Launch]:
-    found = list(_cut(plan, q.shape[1], k.shape[1], cut == "batches"))
+def launches(way: Way, cut: str, bounds: Boundaries, q: torch.Tensor, k: torch.Tensor) -> list[Launch]:
+    found = list(_cut(bounds, q.shape[1], k.shape[1], cut == "batches"))
     if way.order != "largest" and len(found) > 2:
         found.insert({"first": 0, "middle": 1}[way.order], found.pop())
     return [part for one in found for part in _part(one, way.parts)]
 
 
-def _cut(plan: Plan, heads: int, kv_heads: int, in_batches: bool) -> tuple[Launch, ...]:
+def _cut(bounds: Boundaries, heads: int, kv_heads: int, in_batches: bool) -> tuple[Launch, ...]:
     # With a head dim of 2^38 a launch counts as worth its batches, however small it is.
-    return plan_launches(plan, heads, kv_heads, LEAST_BATCHED_WORK, in_batches, not in_batches)
+    return plan_launches(bounds, heads, kv_heads, LEAST_BATCHED_WORK, in_batches, not in_batches)
 
 
 def _part(launch: Launch, parts: int) -> list[Launch]:
@@ -127,10 +127,10 @@ def run(found: list[Launch], call, way: Way, device: torch.device) -> None:
         current.wait_stream(stream)
 
 
-def cuts_of(launch: Launch, plan: Plan, cu_seqlens: torch.Tensor) -> Pieces:
+def cuts_of(launch: Launch, bounds: Boundaries, cu_seqlens: torch.Tensor) -> Pieces:
     if launch.count:
         return Pieces(None, launch.piece)
-    return Pieces(cu_seqlens[plan.span(launch.half)], plan.max_length(launch.half))
+    return Pieces(cu_seqlens[bounds.span(launch.half)], bounds.max_length(launch.half))
 
 
 class Attend(torch.autograd.Function):
@@ -139,8 +139,8 @@ class Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, groups: Groups, way: Way, kernel: Kernel):
         layout, cu_seqlens = tensors_of(groups, q.device)
-        plan = Plan.read(layout)
-        found = launches(way, way.forward, plan, q, k)
+        bounds = Boundaries.read(layout)
+        found = launches(way, way.forward, bounds, q, k)
         lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
         out = None if way.is_apart else torch.empty_like(q)
         parts = {x: q.new_empty(q.shape[0], x.heads[1] - x.heads[0], q.shape[2]) for x in found if way.is_apart}
@@ -148,19 +148,19 @@ class Attend(torch.autograd.Function):
         def call(x: Launch) -> None:
             to = parts[x] if way.is_apart else x.tokens(out, x.heads)
             tensors = x.tokens(q, x.heads), x.tokens(k, x.kv_heads), x.tokens(v, x.kv_heads), to, x.sums(lse)
-            kernel.forward(*tensors, cuts_of(x, plan, cu_seqlens), q.shape[2] ** -0.5, 0.0)
+            kernel.forward(*tensors, cuts_of(x, bounds, cu_seqlens), q.shape[2] ** -0.5, 0.0)
 
         run(found, call, way, q.device)
         out = torch.cat([parts[x] for x in sorted(found, key=lambda x: x.heads)], 1) if way.is_apart else out
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
-        ctx.plan, ctx.way, ctx.kernel = plan, way, kernel
+        ctx.bounds, ctx.way, ctx.kernel = bounds, way, kernel
         return out
 
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-        plan, way, kernel = ctx.plan, ctx.way, ctx.kernel
-        found = launches(way, way.backward, plan, q, k)
+        bounds, way, kernel = ctx.bounds, ctx.way, ctx.kernel
+        found = launches(way, way.backward, bounds, q, k)
         grads = [torch.empty_like(x) for x in (q, k, v) if not way.is_apart]
         parts = {}
 
@@ -172,7 +172,7 @@ class Attend(torch.autograd.Function):
             else:
                 to = [x.tokens(y, cut) for y, cut in zip(grads, heads, strict=True)]
             given = x.tokens(dout, x.heads), x.tokens(q, x.heads), x.tokens(k, x.kv_heads), x.tokens(v, x.kv_heads)
-            pieces = cuts_of(x, plan, cu_seqlens)
+            pieces = cuts_of(x, bounds, cu_seqlens)
             kernel.backward(*given, x.tokens(out, x.heads), x.sums(lse), *to, pieces, q.shape[2] ** -0.5, 0.0)
 
         run(found, call, way, q.device)

@@ -1,6 +1,6 @@
 """Where one attention is cut, in the form that its backend needs: numbers on the host, or tensors that compile.
 
-`Plan` defines the wire format of the tensors: how a plan is written, how large it can be, and how it is read.
+`Boundaries` defines the format of the tensors: how they are written and read, and how large they can be.
 attention's `mask` (once a forward) and `s2_attention` make cuts; `operators`, `sdpa` and `flex` read them.
 """
 
@@ -21,7 +21,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Boundaries:
     """Boundaries of both halves of the heads and the stretches of padding, in flattened tokens.
 
     As tensors it is a pair, because torch.compile does not guard on numbers inside tensors:
@@ -35,8 +35,8 @@ class Plan:
     padding: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, groups: Groups) -> Plan:
-        """The plan of a forward; neighbouring pieces of padding become one stretch."""
+    def of(cls, groups: Groups) -> Boundaries:
+        """Those of a plan; neighbouring pieces of padding become one stretch."""
         ends: list[int] = []
         for start, end in pairwise(groups.straight):
             if start in groups.padding_starts:
@@ -50,8 +50,8 @@ class Plan:
         return [len(self.straight), len(self.shifted), len(ends), *boundaries, *ends], boundaries
 
     @classmethod
-    def read(cls, layout: torch.Tensor) -> Plan:
-        """Read a plan from its layout tensor."""
+    def read(cls, layout: torch.Tensor) -> Boundaries:
+        """Read them from a layout tensor."""
         n, m, p = layout[:3].tolist()
         rest = layout[3 : 3 + n + m + p].tolist()
         ends = rest[n + m :]
@@ -81,7 +81,7 @@ def tensors_of(groups: Groups, device: torch.device) -> Pair:
     """Layout and cu_seqlens of a plan, made once for each device."""
 
     def make() -> Pair:
-        layout, boundaries = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in Plan.of(groups).write())
+        layout, boundaries = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in Boundaries.of(groups).write())
         if device.type == "cuda":  # pinned, so that the copy does not wait for the device
             boundaries = boundaries.pin_memory().to(device, non_blocking=True)
         return layout, boundaries
@@ -116,7 +116,7 @@ def plan_tensors(
     The tensors are as large as the largest plan of B * S tokens, because a shape that depends on data breaks the graph.
     """
     found = tensors_of(find_groups(segment_ids, batch, length, group_size, pattern), device)
-    tensors = [x.new_empty(size) for x, size in zip(found, Plan.most(batch * length), strict=True)]
+    tensors = [x.new_empty(size) for x, size in zip(found, Boundaries.most(batch * length), strict=True)]
     for room, x in zip(tensors, found, strict=True):
         room[: len(x)] = x
     return tuple(tensors)
@@ -124,7 +124,7 @@ def plan_tensors(
 
 @plan_tensors.register_fake
 def _(segment_ids, batch, length, group_size, pattern, device):
-    sizes = Plan.most(batch * length)
+    sizes = Boundaries.most(batch * length)
     layout = torch.empty(sizes[0], dtype=torch.int32, device="cpu")
     return layout, torch.empty(sizes[1], dtype=torch.int32, device=device)
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from peft_longlora.kernels.cuts import Plan
+from peft_longlora.kernels.cuts import Boundaries
 from peft_longlora.kernels.groups import split_heads
 
 # A half with more batches than this is given as cumulative lengths, if the kernel accepts them.
@@ -61,9 +61,9 @@ def head_halves(heads: int, kv_heads: int) -> tuple[list[tuple[int, int]], list[
     return [(0, h), (h, heads)], [(0, h_kv or min(h, 1)), (h_kv, kv_heads)]
 
 
-def halves_of(plan: Plan, heads: int, kv_heads: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
+def halves_of(bounds: Boundaries, heads: int, kv_heads: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
     """The halves to compute, as (name, query heads [from, to), KV heads [from, to))."""
-    if not plan.is_split:
+    if not bounds.is_split:
         return [("straight", (0, heads), (0, kv_heads))]
     return list(zip(("straight", "shifted"), *head_halves(heads, kv_heads), strict=True))
 
@@ -92,23 +92,23 @@ def find_batches(boundaries: Sequence[int], padding: Sequence[tuple[int, int]] =
 
 @lru_cache(maxsize=64)
 def plan_launches(
-    plan: Plan, heads: int, kv_heads: int, dim: int, takes_batches: bool, takes_pieces: bool
+    bounds: Boundaries, heads: int, kv_heads: int, dim: int, takes_batches: bool, takes_pieces: bool
 ) -> tuple[Launch, ...]:
     """The kernel calls of one attention, the largest first.
 
     Args:
-        plan: boundaries of the halves.
+        bounds: the boundaries of both halves.
         heads, kv_heads, dim: H, H_kv and D.
         takes_batches, takes_pieces: see `kernel.Kernel`.
     """
     launches: list[Launch] = []
-    for half, q, kv in halves_of(plan, heads, kv_heads):
-        if q[0] == q[1] or len(getattr(plan, half)) < 2:
+    for half, q, kv in halves_of(bounds, heads, kv_heads):
+        if q[0] == q[1] or len(getattr(bounds, half)) < 2:
             continue
-        batches = find_batches(getattr(plan, half), plan.padding) if takes_batches else []
+        batches = find_batches(getattr(bounds, half), bounds.padding) if takes_batches else []
         work = sum(piece * piece * count for _, piece, count, _ in batches) * (q[1] - q[0]) * dim
         is_worth = len(batches) == 1 or (1 < len(batches) <= MOST_BATCHES and work >= LEAST_BATCHED_WORK)
-        if takes_pieces and (plan.padding or not is_worth):
+        if takes_pieces and (bounds.padding or not is_worth):
             launches.append(Launch(half, q, kv))
         else:
             launches.extend(Launch(half, q, kv, *batch) for batch in batches)

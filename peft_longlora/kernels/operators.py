@@ -15,7 +15,7 @@ from typing import Optional
 import torch
 
 from peft_longlora.kernels.aten import CpuAttention, CudnnAttention, TorchVarlen
-from peft_longlora.kernels.cuts import Cuts, Plan
+from peft_longlora.kernels.cuts import Boundaries, Cuts
 from peft_longlora.kernels.flash import FlashAttention2, FlashAttention3, FlashAttention4
 from peft_longlora.kernels.kernel import Backend, Kernel, Needs, Options, Pieces
 from peft_longlora.kernels.launches import Launch, plan_launches
@@ -62,20 +62,20 @@ def run_launches(launches: Sequence[Launch], call: Callable[[Launch], None], dev
             current.wait_stream(stream)
 
 
-def _pieces(launch: Launch, plan: Plan, cu_seqlens: torch.Tensor, window: int) -> Pieces:
+def _pieces(launch: Launch, bounds: Boundaries, cu_seqlens: torch.Tensor, window: int) -> Pieces:
     if launch.count:
         return Pieces(None, launch.piece, window=window)
-    return Pieces(cu_seqlens[plan.span(launch.half)], plan.max_length(launch.half), window=window)
+    return Pieces(cu_seqlens[bounds.span(launch.half)], bounds.max_length(launch.half), window=window)
 
 
-def _launches(plan: Plan, q: torch.Tensor, k: torch.Tensor, kernel: Kernel) -> tuple[Launch, ...]:
+def _launches(bounds: Boundaries, q: torch.Tensor, k: torch.Tensor, kernel: Kernel) -> tuple[Launch, ...]:
     dim = q.shape[2]
-    return plan_launches(plan, q.shape[1], k.shape[1], dim, kernel.takes_batches, kernel.takes_pieces)
+    return plan_launches(bounds, q.shape[1], k.shape[1], dim, kernel.takes_batches, kernel.takes_pieces)
 
 
-def _clear(plan: Plan, *tensors: torch.Tensor) -> None:
+def _clear(bounds: Boundaries, *tensors: torch.Tensor) -> None:
     """Write zeros at padding. Kernels attend there (only to padding), or leave it unwritten."""
-    for start, end in plan.padding:
+    for start, end in bounds.padding:
         for x in tensors:
             x[start:end].zero_()
 
@@ -104,19 +104,19 @@ def attend_halves(
 
     Returns: (N, H, D_v), 0 at padding, and the log-sum-exp of the scores, (H, N) float32.
     """
-    kernel, plan = KERNELS[backend], Plan.read(layout)
+    kernel, bounds = KERNELS[backend], Boundaries.read(layout)
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
     def call(x: Launch) -> None:
         kv = x.kv_heads
         tensors = x.tokens(q, x.heads), x.tokens(k, kv), x.tokens(v, kv), x.tokens(out, x.heads), x.sums(lse)
-        kernel.forward(*tensors, _pieces(x, plan, cu_seqlens, window), scaling, softcap)
+        kernel.forward(*tensors, _pieces(x, bounds, cu_seqlens, window), scaling, softcap)
 
-    run_launches(_launches(plan, q, k, kernel), call, q.device)
+    run_launches(_launches(bounds, q, k, kernel), call, q.device)
     if sinks is not None:
         add_sinks_(out, lse, sinks)
-    _clear(plan, out)
+    _clear(bounds, out)
     return out, lse
 
 
@@ -141,15 +141,15 @@ def attend_halves_backward(
     window: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v. They are 0 at padding, whatever the gradient of the output is there."""
-    kernel, plan = KERNELS[backend], Plan.read(layout)
-    launches = _launches(plan, q, k, kernel)
+    kernel, bounds = KERNELS[backend], Boundaries.read(layout)
+    launches = _launches(bounds, q, k, kernel)
     if dout.stride(-1) != 1 or 0 in dout.stride():  # the gradient of a sum is one number with strides of 0
         dout = dout.contiguous()
     if kernel.ties_layouts:  # out is dense
         q, dout = q.contiguous(), dout.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     grads = dict.fromkeys(("straight", "shifted"), (dk, dv))
-    if plan.is_split and k.shape[1] == 1 and q.shape[1] > 1:  # both halves read the single KV head
+    if bounds.is_split and k.shape[1] == 1 and q.shape[1] > 1:  # both halves read the single KV head
         grads["shifted"] = torch.empty_like(dk), torch.empty_like(dv)
 
     def call(x: Launch) -> None:
@@ -164,7 +164,7 @@ def attend_halves_backward(
             x.tokens(dq, x.heads),
             x.tokens(to_k, kv),
             x.tokens(to_v, kv),
-            _pieces(x, plan, cu_seqlens, window),
+            _pieces(x, bounds, cu_seqlens, window),
             scaling,
             softcap,
         )
@@ -173,7 +173,7 @@ def attend_halves_backward(
     if grads["shifted"][0] is not dk:
         for total, part in zip((dk, dv), grads["shifted"], strict=True):
             total += part
-    _clear(plan, dq, dk, dv)
+    _clear(bounds, dq, dk, dv)
     return dq, dk, dv
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from peft_longlora.kernels.cuts import Plan
+from peft_longlora.kernels.cuts import Boundaries
 
 # Numbers by which `with_sink_key` widens heads: kernels want a multiple of 8.
 WIDER = 8
@@ -32,7 +32,7 @@ def sinks_gradient(
     dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor, layout: torch.Tensor
 ) -> torch.Tensor:
     """As `gradient_of_sinks`, as an operator; layout: from `Cuts.tensors`, for the padding."""
-    return gradient_of_sinks(dout, out, lse, sinks, Plan.read(layout).padding)
+    return gradient_of_sinks(dout, out, lse, sinks, Boundaries.read(layout).padding)
 
 
 def gradient_of_sinks(

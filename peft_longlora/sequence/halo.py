@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from peft_longlora.kernels.attend import DEFAULTS, checked
 from peft_longlora.kernels.backends import pick_kernel
-from peft_longlora.kernels.cuts import Plan, regular_groups, tensors_of
+from peft_longlora.kernels.cuts import Boundaries, regular_groups, tensors_of
 from peft_longlora.kernels.kernel import Kernel, Options, Pieces
 from peft_longlora.kernels.launches import head_halves
 from peft_longlora.kernels.operators import KERNELS, attend_halves, attend_halves_backward
@@ -105,7 +105,7 @@ class _Attend(torch.autograd.Function):
                 near_lse.copy_(kept_lse)
         if sinks is not None:
             add_sinks_(out, lse, sinks)
-            for start, end in Plan.of(halo.groups).padding:
+            for start, end in Boundaries.of(halo.groups).padding:
                 out[start:end].zero_()
         ctx.save_for_backward(q, k, v, out, lse, sinks, *(x for pair in kept.far for x in pair))
         return out
@@ -128,7 +128,7 @@ class _Attend(torch.autograd.Function):
             dq[own, heads] += dq_far
         dsinks = None
         if sinks is not None and ctx.needs_input_grad[3]:
-            dsinks = gradient_of_sinks(dout, out, lse, sinks, Plan.of(halo.groups).padding)
+            dsinks = gradient_of_sinks(dout, out, lse, sinks, Boundaries.of(halo.groups).padding)
         _add(halo.sends, _by_half(q, dk, dv), travelling)
         return dq, dk, dv, dsinks, None, None, None, None, None
 

@@ -5,7 +5,7 @@ import torch
 
 from peft_longlora import s2_attention
 from peft_longlora.kernels import operators
-from peft_longlora.kernels.cuts import Plan, tensors_of
+from peft_longlora.kernels.cuts import Boundaries, tensors_of
 from peft_longlora.kernels.groups import plan_from_segment_ids, plan_groups
 from peft_longlora.kernels.launches import LEAST_BATCHED_WORK, find_batches, plan_launches
 from peft_longlora.reference import s2_attention_reference
@@ -175,8 +175,8 @@ def test_find_batches(boundaries, expected):
 
 def test_large_regular_work_is_batched_and_small_or_irregular_work_is_not():
     def kinds(groups, heads=32):
-        plan = Plan.read(tensors_of(groups, torch.device("cpu"))[0])
-        return [x.count for x in plan_launches(plan, heads, 8, 128, True, True)]
+        bounds = Boundaries.read(tensors_of(groups, torch.device("cpu"))[0])
+        return [x.count for x in plan_launches(bounds, heads, 8, 128, True, True)]
 
     assert kinds(plan_groups(1, 32768, 8192)) == [4, 3, 2]
     assert LEAST_BATCHED_WORK > 2 * 512 * 2048 * 128 * 32
@@ -189,7 +189,7 @@ def test_layout_survives_its_tensors():
     ids = segments([[-3, 20, 30, -7], [17, 43]])
     groups = plan_from_segment_ids(ids, 16)
     layout, cu_seqlens = tensors_of(groups, torch.device("cpu"))
-    plan = Plan.read(layout)
-    assert (plan.straight, plan.shifted) == (groups.straight, groups.shifted)
-    assert plan.padding == ((0, 3), (53, 60))
-    assert tuple(cu_seqlens[plan.span("shifted")].tolist()) == groups.shifted
+    bounds = Boundaries.read(layout)
+    assert (bounds.straight, bounds.shifted) == (groups.straight, groups.shifted)
+    assert bounds.padding == ((0, 3), (53, 60))
+    assert tuple(cu_seqlens[bounds.span("shifted")].tolist()) == groups.shifted

@@ -13,6 +13,14 @@ from peft_longlora.attention import configure
 from tests.helpers import architectures
 from tests.helpers.architectures import CASES, build, examine
 
+# What is unusual about these, another case has too, and test_every_architecture.py examines all model types.
+ALIKE = {
+    *("cohere", "ernie4_5", "exaone4", "glm", "glm4", "granite", "granitemoe", "hunyuan_v1_dense", "ministral"),
+    *("nemotron", "olmo2", "olmo3", "olmoe", "phi", "qwen2_moe", "qwen3_moe", "seed_oss", "starcoder2"),
+}
+BY_DEFAULT = [
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name in ALIKE else []) for case in CASES
+]
 # Shares of the logits' size. Sums in another order and merged weights differ by 1e-6 to 2e-4; a wrong mask by 1.
 ROUNDING = 2e-3
 
@@ -25,7 +33,7 @@ def warnings_seen(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", BY_DEFAULT)
 def test_an_architecture_is_supported_or_refused_with_the_reason(case, warnings_seen):
     found = examine(case)
     if case.refused:

@@ -8,9 +8,10 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import Linear, LoraModel
 
 from peft_longlora import LongLoraConfig, configure_attention, use_attention
+from peft_longlora.rope.state import OWNER
 from tests.helpers.tiny import IDS, extend, logits, make, train
 
 IDLE = {
@@ -286,4 +287,6 @@ def test_a_mismatch_names_the_adapter_and_the_folder_and_only_what_differs(field
 
 
 def test_stock_lora_is_as_it_was():
-    get_peft_model(make(), LoraConfig(r=4, target_modules=["q_proj"]))
+    model = get_peft_model(make(), LoraConfig(r=4, target_modules=["q_proj"]))
+    assert type(model.base_model) is LoraModel and not hasattr(model.get_base_model(), OWNER)
+    assert type(model.get_base_model().model.layers[0].self_attn.q_proj) is Linear

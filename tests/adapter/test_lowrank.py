@@ -158,22 +158,18 @@ def test_evaluation_is_pefts_own_bit_for_bit(plain):
         assert torch.equal(model(IDS).logits, found)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        dict(use_dora=True),
-        dict(bias="lora_only", train_norms=False),
-        dict(lora_bias=True),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("change", [dict(use_dora=True), dict(lora_bias=True)], ids=str)
 def test_what_is_not_plain_lora_takes_pefts_path(change, monkeypatch):
-    kind = make(dtype=torch.bfloat16, attention_bias=True)
-    model = extend(kind, **change)
-    if "bias" not in change:
-        monkeypatch.setattr(lowrank, "add_low_rank", None)  # a call fails
-    model.train()
+    model = extend(make(dtype=torch.bfloat16, attention_bias=True), **change).train()
+    monkeypatch.setattr(lowrank, "add_low_rank", None)  # a call fails
     model(input_ids=IDS, labels=IDS).loss.backward()
+
+
+def test_a_trained_bias_of_the_base_gets_a_gradient():
+    model = extend(make(dtype=torch.bfloat16, attention_bias=True), bias="lora_only", train_norms=False).train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    biases = [p for name, p in model.named_parameters() if name.endswith("_proj.base_layer.bias")]
+    assert biases and all(p.requires_grad and p.grad.any() for p in biases)
 
 
 def test_switched_off_and_merged_adapters_take_pefts_path(monkeypatch):

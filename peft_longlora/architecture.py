@@ -81,7 +81,7 @@ def find_attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in text_modules(model).items()
-        if hasattr(module, "layer_idx") and _calls_attention(module)
+        if hasattr(module, "layer_idx") and _calls_attention(type(module))
     }
 
 
@@ -142,7 +142,7 @@ def check_masks(model: PreTrainedModel) -> None:
     """
     kind = getattr(model.config, "model_type", type(model).__name__)
     layers = find_attention_modules(model).values()
-    asking = [one for module in layers for one in module.modules() if _names_attentions(one)]
+    asking = [one for module in layers for one in module.modules() if _names_attentions(type(one))]
     if asking:
         raise NotImplementedError(
             f"{kind} ({type(model).__name__}) chooses keys with a mask of its own, which {type(asking[0]).__name__} "
@@ -171,7 +171,7 @@ def rows_of(embeddings: nn.Module) -> int:
     return getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
 
 
-# How a layer's forward names the cache: since transformers 5.24, before, and in Mamba layers before.
+# How a forward names the cache: since transformers 5.24, before, and in Mamba layers before.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 
 
@@ -186,51 +186,35 @@ def find_state_layers(model: nn.Module) -> dict[str, nn.Module]:
     blocks = {
         type(module)
         for module in modules.values()
-        if _takes_cache(module) and any(_takes_cache(one) for one in module.modules() if one is not module)
+        if _takes_cache(type(module)) and any(_takes_cache(type(one)) for one in module.modules() if one is not module)
     }
     for name, module in modules.items():
         convolves = any(isinstance(one, nn.Conv1d) for one in module.children())
-        holds = _takes_cache(module) and type(module) not in blocks
-        if (convolves or holds) and not isinstance(module, PreTrainedModel) and not _calls_attention(module):
+        holds = _takes_cache(type(module)) and type(module) not in blocks
+        if (convolves or holds) and not isinstance(module, PreTrainedModel) and not _calls_attention(type(module)):
             layers[name] = module
     return layers
 
 
-def _takes_cache(module: nn.Module) -> bool:
-    return _takes_a_cache(type(module))
-
-
 @cache
-def _takes_a_cache(kind: type[nn.Module]) -> bool:
+def _takes_cache(kind: type[nn.Module]) -> bool:
     return any(name in inspect.signature(kind.forward).parameters for name in CACHE_ARGUMENTS)
 
 
-def _calls_attention(module: nn.Module) -> bool:
-    return _calls_the_attention(type(module))
-
-
 @cache
-def _calls_the_attention(kind: type[nn.Module]) -> bool:
+def _calls_attention(kind: type[nn.Module]) -> bool:
     """Whether a class calls transformers' attention interface."""
     return any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in _codes(kind))
 
 
-def counts_tokens(module: nn.Module) -> bool:
-    """Whether a layer counts tokens from the start of its row or cache, and not by the positions it is given."""
-    return _counts_the_tokens(type(module))
-
-
 @cache
-def _counts_the_tokens(kind: type[nn.Module]) -> bool:
+def counts_tokens(kind: type[nn.Module]) -> bool:
+    """Whether a class of layers counts tokens from the start of its row or cache, not by the positions it is given."""
     return any({"arange", "get_seq_length"} <= set(code.co_names) for code in _codes(kind))
 
 
-def _names_attentions(module: nn.Module) -> bool:
-    return _names_the_attentions(type(module))
-
-
 @cache
-def _names_the_attentions(kind: type[nn.Module]) -> bool:
+def _names_attentions(kind: type[nn.Module]) -> bool:
     """Whether a class does something else for an attention of a certain name."""
     constants = [constant for code in _codes(kind) for constant in code.co_consts]
     flat = [one for x in constants for one in (x if isinstance(x, tuple | frozenset) else (x,))]

@@ -29,19 +29,23 @@ def key_of(model: PreTrainedModel, *more: str) -> str:
     return f"{type(model).__module__}.{type(model).__qualname__} {hashlib.sha256(said.encode()).hexdigest()}"
 
 
+def is_elsewhere(model: PreTrainedModel) -> bool:
+    """Whether weights of a model are not whole in memory: on the meta device, DeepSpeed ZeRO-3, sharded."""
+    return any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "placements") for p in model.parameters())
+
+
 def can_run(model: PreTrainedModel, attention: str) -> bool:
     """Whether a model can run here and now.
 
-    Not if its weights are elsewhere (meta device, DeepSpeed ZeRO-3, sharded), if it waits on the CPU for a GPU that it
-    needs (quantised, a flash kernel), or if it is compiled.
+    Not if its weights are elsewhere, if it waits on the CPU for a GPU that it needs (quantised, a flash kernel), or if
+    it is compiled.
 
     Args:
         attention: the transformers attention with which it would run.
     """
-    is_split = any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "placements") for p in model.parameters())
     needs_gpu = getattr(model, "is_quantized", False) or "flash" in attention
     waits = needs_gpu and next(model.parameters()).device.type == "cpu"
-    return not is_split and not waits and model._compiled_call_impl is None
+    return not is_elsewhere(model) and not waits and model._compiled_call_impl is None
 
 
 def tolerance_of(model: PreTrainedModel) -> float:

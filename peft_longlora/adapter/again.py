@@ -14,6 +14,7 @@ from peft_longlora.adapter import fit
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.merged import is_merged
 from peft_longlora.adapter.model import LongLoraModel
+from peft_longlora.adapter.wishes import check_wishes
 
 # Fields that do not change what given weights compute: how weights are made and trained, what a file says of itself.
 # Which modules the adapter has is read from the file's tensors.
@@ -41,7 +42,7 @@ def check_again(name: str, config: LongLoraConfig, tuner: LongLoraModel, place: 
             f"Adapter {name!r} is merged into the base's weights, where other weights from {place} would not arrive. "
             f"Call unmerge_adapter() first."
         )
-    fit.check_others(config, tuner.model, {name: there}, f"the one in {place}")
+    check_wishes(config, tuner.model, {name: there}, f"the one in {place}")
     changes_base = there.changes_base or config.changes_base  # then weights belong to the base that this left
     for field in [*_COMPUTES, *["init_lora_weights"] * changes_base]:
         ours, theirs = getattr(there, field), getattr(config, field)
@@ -51,4 +52,4 @@ def check_again(name: str, config: LongLoraConfig, tuner: LongLoraModel, place: 
                 f"its weights would compute something else here. Load it under another name, or give the adapter the "
                 f"same settings."
             )
-    fit.check_after(config, tuner.shapes_of(name), fit.embedding_shapes(tuner.model))
+    fit.check_after(config, tuner.model, tuner.shapes_of(name))

@@ -1,13 +1,11 @@
-"""Checks that an adapter fits its model, the other adapters on it, and the file with its weights.
+"""Checks that an adapter fits its model, and the file with its weights. Nothing is changed here.
 
-`model` calls `check_before` before it changes anything, and `check_after` when the adapter is in place. Neither changes
-anything.
+`check_before` is called before the adapter is put on the model, and `check_after` when it is in place.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import transformers
 from packaging.version import Version
@@ -20,11 +18,11 @@ from peft_longlora.adapter.base import check_base
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.count import without_count
 from peft_longlora.adapter.regexes import check_patterns
+from peft_longlora.adapter.wishes import check_wishes
 from peft_longlora.attention.configure import check_device
 from peft_longlora.rope import learned
 from peft_longlora.rope import state as rotary
 
-RopeWish = dict[str, Any] | tuple[Any, ...] | None
 logger = logging.get_logger(__name__)
 _WRAPPERS = re.compile(r"\.(original_module|modules_to_save|base_layer)(?=\.)")
 
@@ -59,7 +57,7 @@ def check_before(
         check_device(model)
     if config.train_embeddings:
         _check_embeddings(config, model, tied)
-    check_others(config, model, configs)
+    check_wishes(config, model, configs)
 
 
 def _check_ranks(config: LongLoraConfig) -> None:
@@ -175,75 +173,11 @@ def _check_loader(config: LongLoraConfig) -> None:
         )
 
 
-def check_others(
-    config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig], called: str = "the new one"
-) -> None:
-    """Refuse an adapter that wants another RoPE or attention than an adapter on the model.
+def check_after(config: LongLoraConfig, model: PreTrainedModel, wanted: dict[str, tuple[int, ...]]) -> None:
+    """Compare the tensors of a new adapter with the file that its weights come from.
 
     Args:
-        configs: those of all adapters by name. called: what to call the new one if it is not among them.
-
-    Raises: ValueError.
-    """
-    new_name = next((repr(name) for name, each in configs.items() if each is config), called)
-    for name, other in configs.items():
-        if other is config:
-            continue
-        wishes = {
-            "RoPE": [rope_of(each, model, configs) for each in (other, config)],
-            "attention": [attention_of(each, model) for each in (other, config)],
-        }
-        for what, (there, new) in wishes.items():
-            if there != new:
-                if isinstance(there, dict) and isinstance(new, dict):
-                    there, new = _without_equal(there, new), _without_equal(new, there)
-                raise ValueError(
-                    f"Adapters {name!r} and {new_name} want different {what} of one model: {there} and {new}. A "
-                    f"model can have only one. Give both adapters the same settings, or load each on its own model."
-                )
-
-
-def _without_equal(wish: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in wish.items() if name not in other or other[name] != value}
-
-
-def rope_of(config: LongLoraConfig, model: PreTrainedModel, configs: dict[str, LongLoraConfig]) -> RopeWish:
-    """The RoPE that an adapter wants, equal for two configs that mean the same; None: the base's."""
-    if config.applied_rope_parameters is not None:
-        return config.applied_rope_parameters
-    for other in configs.values():  # another adapter with the same fields already made it
-        if other.applied_rope_parameters is not None and _fields_of(other) == _fields_of(config):
-            return other.applied_rope_parameters
-    window = rotary.rope_of(model, scaled=False).window
-    if config.rope_parameters is None and (config.context_length or 0) <= window:
-        return None
-    return _fields_of(config)
-
-
-def _fields_of(config: LongLoraConfig) -> tuple[Any, ...]:
-    return config.context_length, config.rope_type, config.rope_parameters
-
-
-def attention_of(config: LongLoraConfig, model: PreTrainedModel) -> dict[str, Any]:
-    """The attention that an adapter wants, as arguments of `configure_attention`; equal if two mean the same."""
-    is_full = config.attention_pattern == "full"  # then nothing else has an effect
-    return dict(
-        group_size=None if is_full else config.group_size_on(rotary.rope_of(model, scaled=False).window),
-        pattern=config.attention_pattern,
-        dense_layers=[] if is_full else sorted(set(config.dense_layers or ())),
-        dense_every=0 if is_full else config.dense_every or 0,
-        chosen_blocks=config.chosen_blocks if config.attention_pattern == "adaptive" else None,
-    )
-
-
-def check_after(
-    config: LongLoraConfig, wanted: dict[str, tuple[int, ...]], embeddings: dict[str, tuple[int, ...]]
-) -> None:
-    """Compare the tensors of a new adapter (name: shape) with the file that its weights come from.
-
-    Args:
-        embeddings: the base's own embeddings and output layer. The file may hold them too: PEFT saves them if the
-            vocabulary was resized (`save_embedding_layers`), under the names of its wrappers if there are wrappers.
+        wanted: the shapes of the adapter's tensors, by their names in the file.
 
     Raises: ValueError: a tensor is missing from the file, is too many, has another shape, or holds what no weights are.
     """
@@ -256,6 +190,8 @@ def check_after(
             f"being {missing[0]}. The file is incomplete, or belongs to another base than this model "
             f"(it names {config.base_model_name_or_path})."
         )
+    # The file may also hold the base's own embeddings and output layer, under the names of PEFT's wrappers.
+    embeddings = _embedding_shapes(model)
     extra = {name: _WRAPPERS.sub("", name) for name in sorted(found.keys() - wanted.keys())}
     needed = wanted | {name: embeddings[plain] for name, plain in extra.items() if plain in embeddings}
     for name, shape in needed.items():
@@ -273,7 +209,7 @@ def check_after(
     config.file.check_numbers(found)
 
 
-def embedding_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+def _embedding_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """The names in the file, and the shapes, of the base's own tensors that PEFT saves if they were resized."""
     return {
         f"base_model.model.{name}.{key}": tuple(parameter.shape)

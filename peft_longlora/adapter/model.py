@@ -25,6 +25,7 @@ from peft_longlora.adapter.config import LongLoraConfig, refuse_other_tuner
 from peft_longlora.adapter.ending import EndingLoraModel
 from peft_longlora.adapter.files import check_numbers, check_whole
 from peft_longlora.adapter.state import AdapterState, check_place
+from peft_longlora.adapter.wishes import wanted_attention
 from peft_longlora.architecture import rows_of
 from peft_longlora.attention.configure import check_model, configure_attention
 from peft_longlora.attention.settings import AttentionState
@@ -79,7 +80,7 @@ class LongLoraModel(EndingLoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if config.rope_type == "learned":
                 copies.learn_rope(model, adapter_name, is_trained=not config.inference_mode)
-            fit.check_after(config, self.shapes_of(adapter_name), fit.embedding_shapes(model))
+            fit.check_after(config, model, self.shapes_of(adapter_name))
             copies.state_tied_sizes(model, adapter_name)
         except Exception:
             self._undo(adapter_name, before)
@@ -174,7 +175,7 @@ class LongLoraModel(EndingLoraModel):
         else:  # a second adapter; `fit` has checked that it wants the same
             others = (c.applied_rope_parameters for c in self.peft_config.values() if c is not peft_config)
             applied = next(others, peft_config.applied_rope_parameters)  # one config may serve both (DPO's reference)
-        settings = configure_attention(model, **fit.attention_of(peft_config, model))
+        settings = configure_attention(model, **wanted_attention(peft_config, model))
         peft_config.applied_rope_parameters = applied
         peft_config.applied_group_size = settings.group_size
         window = rotary.rope_of(model, scaled=True).window

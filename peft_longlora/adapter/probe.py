@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from peft_longlora.architecture import rows_of
+from peft_longlora.few_tokens import at_rest, far, is_elsewhere
 
 TOKENS = 16
 logger = logging.get_logger(__name__)
@@ -32,8 +33,7 @@ class Probe:
     def of(cls, model: PreTrainedModel) -> Probe | None:
         """Ask a model; None if it is quantised, offloaded or shared out, or needs more than tokens."""
         dtypes = {parameter.dtype for parameter in model.parameters()}
-        is_split = any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "placements") for p in model.parameters())
-        if is_split or not dtypes <= TOLERANCE.keys() or getattr(model, "is_quantized", False):
+        if is_elsewhere(model) or not dtypes <= TOLERANCE.keys() or getattr(model, "is_quantized", False):
             return None
         generator = torch.Generator().manual_seed(0)
         rows = min(rows_of(model.get_input_embeddings()), model.config.get_text_config().vocab_size)
@@ -51,7 +51,7 @@ class Probe:
         """
         found = _logits(model, self.tokens)
         tolerance = max(TOLERANCE.get(parameter.dtype, 1.0) for parameter in model.parameters())
-        error = ((found - self.logits).norm() / self.logits.norm().clamp(min=1e-6)).item()
+        error = far(found, self.logits)
         if not error <= tolerance:
             raise ValueError(
                 f"{what} does not compute what the adapter does: on {TOKENS} tokens its logits are {error:.0%} of "
@@ -62,11 +62,5 @@ class Probe:
 
 @torch.no_grad()
 def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        device = next(model.parameters()).device
-        return model(input_ids=tokens.to(device), use_cache=False).logits.float().cpu()
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with at_rest(model):
+        return model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits.float().cpu()

@@ -68,7 +68,7 @@ def s2_attention_forward(
     call = LayerCall(module, settings, query, key, value, attention_mask, options, kwargs)
     if settings.probe is not None:
         settings.probe(call)
-    if settings.refuses_packed or counts_tokens(module):
+    if settings.refuses_packed or counts_tokens(type(module)):
         _refuse_packed(call)
     if not torch.compiler.is_compiling():
         _refuse_unknown(kwargs)

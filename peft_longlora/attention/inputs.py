@@ -18,12 +18,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from peft_longlora.architecture import find_entrances, follow
+from peft_longlora.architecture import CACHE_ARGUMENTS, find_entrances, follow
 from peft_longlora.attention.lengths import check_lengths, check_padding
 from peft_longlora.attention.pending import Forward, next_node
 from peft_longlora.attention.schedule import Schedule
-
-CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 
 
 @dataclass
@@ -175,7 +173,7 @@ class ModelInputs:
             now = self.now
             now.caller, now.position_ids, now.cu_seq_lens = module, position_ids, cu_seq_lens
             now.attention_mask = given("attention_mask")
-            now.has_cache = any(kwargs.get(name) is not None for name in CACHE_NAMES)
+            now.has_cache = any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS)
             now.notes = {"has gradients": torch.is_grad_enabled()}
             if not torch.compiler.is_compiling():
                 now.notes["begins"] = next_node()

@@ -14,6 +14,7 @@ from peft_longlora.architecture import find_attention_modules, find_text_model, 
 from peft_longlora.attention.configure import FASTEST, configure_attention, use_attention
 from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.settings import S2_ATTN, AttentionSettings, AttentionState, settings_of
+from peft_longlora.few_tokens import at_rest
 from peft_longlora.kernels.groups import whole_number
 
 # The first tokens of a row attract attention from everywhere, whatever they say. This does not count as reach.
@@ -87,7 +88,6 @@ def _as_row(row: torch.Tensor | Sequence[int], number: int, beyond: int) -> torc
 @contextmanager
 def _attending_densely(model: nn.Module, whole: nn.Module) -> Iterator[list[AttentionSettings]]:
     """The settings of all layers, while the model attends densely in evaluation mode."""
-    modes = {module: module.training for module in model.modules()}
     before = None
     if whole.config._attn_implementation != S2_ATTN:
         before = AttentionState.of(whole)
@@ -96,14 +96,11 @@ def _attending_densely(model: nn.Module, whole: nn.Module) -> Iterator[list[Atte
         settings = list({id(s): s for s in map(settings_of, find_attention_modules(whole).values())}.values())
         if any(one.sharing is not None for one in settings):
             raise ValueError("The ranks of this model share sequences. Measure within `with unshared(model):`.")
-        model.eval()
-        with use_attention(whole, "dense", dense_attention=FASTEST):
+        with at_rest(model), use_attention(whole, "dense", dense_attention=FASTEST):
             yield settings
     finally:
         if before is not None:
             before.put_on(whole)
-        for module, training in modes.items():
-            module.training = training
 
 
 @dataclass

@@ -26,7 +26,7 @@ ARROWS = {
     "memory": {"attention", "rope.mixing", "architecture"},
     "attention": {"kernels", "rope", "few_tokens", "architecture"},
     "sequence": {"attention", "kernels", "data", "architecture"},
-    "adapter": {"attention", "rope", "kernels.groups", "architecture"},
+    "adapter": {"attention", "rope", "kernels.groups", "few_tokens", "architecture"},
     "hub": {"adapter", "rope", "architecture"},
     "eval": {"hub", "sequence", "attention", "rope", "data", "architecture"},
     "chat": {"hub", "rope", "data", "architecture"},

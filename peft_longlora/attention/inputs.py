@@ -142,15 +142,16 @@ class ModelInputs:
             handle.remove()
         self.handles = []
 
-    def positions(self, more: dict[str, Any]) -> torch.Tensor | None:
-        """(1 or B, S) positions, from the arguments of a layer or of the model.
+    @property
+    def are_counted(self) -> bool:
+        """Whether the model that runs was called without position_ids: it then counts every token of the row, so what
+        a layer gets says nothing about documents."""
+        return self.caller is not None and self.position_ids is None
 
-        Returns None if the model was called without position_ids: it then counts every token of the row, so what a
-        layer got says nothing about documents.
-        """
+    def positions(self, more: dict[str, Any]) -> torch.Tensor | None:
+        """(1 or B, S) positions, from the arguments of a layer or of the model."""
         given = more.get("position_ids")
-        is_counted = self.caller is not None and self.position_ids is None
-        return self.position_ids if given is None or is_counted else text_positions(given)
+        return self.position_ids if given is None else text_positions(given)
 
     def boundaries(self, more: dict[str, Any]) -> torch.Tensor | None:
         """Cumulative lengths of the documents, from the arguments of a layer or of the model."""

@@ -92,8 +92,11 @@ class LayerCall:
     @property
     def positions(self) -> torch.Tensor | None:
         """(1 or B, S) positions that restart where a document starts, from cumulative lengths if they are given."""
-        boundaries = self.settings.inputs.boundaries(self.more)
-        return self.settings.inputs.positions(self.more) if boundaries is None else self.s2_mask.positions(boundaries)
+        inputs = self.settings.inputs
+        if (boundaries := inputs.boundaries(self.more)) is not None:
+            return self.s2_mask.positions(boundaries)
+        # A layer that is recomputed, after the call, cannot tell the model's own count from positions that were given.
+        return None if self.once("is counted", lambda: inputs.are_counted) else inputs.positions(self.more)
 
     @property
     def order(self) -> torch.Tensor | None:

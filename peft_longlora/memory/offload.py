@@ -189,7 +189,9 @@ class Offload:
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call `function` on `args`, and compute it again in the backward."""
-        address = args[0].data_ptr()  # not the input itself: torch keeps `pack` until the backward is over
+        # Not the input itself: torch keeps `pack` until the backward is over. Others are small (Gemma 4: each block's
+        # part of a tensor that is there in any case).
+        address, others = args[0].data_ptr(), args[1:]
 
         def pack(tensor: torch.Tensor) -> Any:
             is_input = tensor.data_ptr() == address
@@ -198,7 +200,8 @@ class Offload:
             else:
                 packed = self.host.put(tensor, self.block)
             if is_input and self._is_followed:
-                self._last = _Again(function, packed, _random_states(tensor.device), _precision(tensor.device.type))
+                states = _random_states(tensor.device), _precision(tensor.device.type)
+                self._last = _Again(lambda x: function(x, *others), packed, *states)
             return packed
 
         with saved_tensors_hooks(pack, self._unpack):

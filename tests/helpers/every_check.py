@@ -127,6 +127,7 @@ class Examination(Parts):
             self.attempt("dense", lambda: self._dense(model, plain))
             self.attempt("sparse", lambda: self._sparse(model, plain))
         self.attempt("generation", lambda: self._generation(model))
+        self.attempt("evaluation", lambda: self._scores(model))
         self.attempt("unloading", lambda: self._unloading(model, short, of_base, before))
 
     def _finding(self) -> Finding:

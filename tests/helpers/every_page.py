@@ -44,7 +44,8 @@ follows from what the model's parts are and do, and so does the result of a mode
 - LoRA, embeddings and norms of the language model are trained, and nothing else is.
 - With the adapter switched off or unloaded, logits and config are the base's, bit for bit.
 - The saved adapter loads with equal logits. Plain transformers reads the merged folder with equal logits.
-- Generation with a cache gives the tokens of generation without.
+- Generation with a cache gives the tokens of generation without. So does the cache of `longlora chat`, which is filled
+  in chunks and taken back, and the losses of `longlora eval` are those of the whole row's logits.
 - RoPE keeps every entry that is not a scaling, such as the sections of several axes.
 
 A model with a condition is supported if you do what the condition says. A refused model raises `NotImplementedError` or

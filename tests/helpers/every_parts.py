@@ -15,6 +15,7 @@ from peft_longlora import use_attention
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import settings_of
 from peft_longlora.chat import KVCache
+from peft_longlora.eval.losses import TokenLosses
 from tests.helpers.every_config import NUMBERS, tiny_model, with_inputs
 from tests.helpers.every_truth import (
     DOCUMENTS,
@@ -237,6 +238,14 @@ class Parts:
         whole = logits(model, torch.cat([self.ids[:1, :50], self.ids[1:, :1]], 1))[:, -1]
         error = far(found[0], whole)
         self.check("the cache of chat differs from the whole row:", error < ROUNDING, error)
+
+    def _scores(self, model: PeftModel) -> None:
+        """The losses of `longlora eval`, whose output layer gets the hidden states in chunks."""
+        row = self.ids[0]
+        losses = TokenLosses(model.eval(), chunk_size=32)(row[:-1], row[1:])
+        whole = torch.nn.functional.cross_entropy(logits(model, row[None, :-1])[0], row[1:], reduction="none")
+        error = (losses - whole).abs().max().item()
+        self.check("the losses of evaluation differ from the logits':", error < ROUNDING, error)
 
     def _unloading(self, model: PeftModel, short: torch.Tensor, of_base: torch.Tensor, before: dict) -> None:
         base = model.unload()

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CONFIG_MAPPING
 
 from peft_longlora.memory import checkpoint_blocks
 from peft_longlora.memory.blocks import find_blocks
 from peft_longlora.memory.keep import is_attention
+from tests.helpers.every_config import tiny_model
 from tests.helpers.tiny import IDS, extend, make
 
 
@@ -27,13 +29,13 @@ class _Count(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def step(model, in_half=False):
+def step(model, in_half=False, **more):
     model.train()
     model.zero_grad()
     torch.manual_seed(3)  # dropout
     with _Count() as counted:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=in_half):
-            loss = model(input_ids=IDS.to(model.device), labels=IDS.to(model.device), use_cache=False).loss
+            loss = model(input_ids=IDS.to(model.device), labels=IDS.to(model.device), use_cache=False, **more).loss
         loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, counted
 
@@ -65,6 +67,26 @@ def test_loss_and_gradients_are_those_of_the_plain_step(dtype, options, device, 
     assert torch.equal(loss, again) and grads.keys() == found.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(found[name], grad, msg=name)
+
+
+OPTIONS = [dict(), dict(keep=False), dict(keep=False, offload=True), dict(keep=False, offload=2)]
+KINDS = {"gpt_oss": {}, "gemma3_text": {}, "gemma4_text": dict(rope_type="linear"), "qwen3_5_text": {}}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", [name for name in KINDS if name in CONFIG_MAPPING])
+def test_layers_with_windows_states_and_shared_keys(name, options, monkeypatch):
+    """Gemma 4's blocks also get a part of the embeddings each."""
+    monkeypatch.setattr("peft_longlora.memory.offload.LEAST_BYTES", 1)
+    model = extend(tiny_model(name), group_size=16, **KINDS[name])
+    for call in (dict(), dict(position_ids=torch.arange(IDS.shape[1]).remainder(40).expand(IDS.shape))):
+        checkpoint_blocks(model, free=len(find_blocks(model)))
+        loss, grads, _ = step(model, **call)
+        checkpoint_blocks(model, **options)
+        again, found, _ = step(model, **call)
+        assert torch.equal(loss, again) and grads.keys() == found.keys()
+        for one, grad in grads.items():
+            torch.testing.assert_close(found[one], grad, msg=one)
 
 
 def test_under_autocast():

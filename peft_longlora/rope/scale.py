@@ -10,9 +10,11 @@ import copy
 import operator
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_longlora.architecture import find_rotary_modules
 from peft_longlora.rope.absent import check_nothing_asked, check_positions, is_positionless
@@ -164,37 +166,11 @@ def switch_rope(model: PreTrainedModel, *, scaled: bool) -> None:
             states[1].keep()
 
 
-def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The new parameters of one kind of layer; entries that are not a scaling are kept if `new` has none."""
-    return {**{key: value for key, value in old.items() if key not in SCALING}, **new}
-
-
 def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
     """Write the config, and give every rotary module the buffers that a newly made one would have."""
-    config = model.config.get_text_config()
-    parameters = copy.deepcopy(config.rope_parameters)
+    config, modules = model.config.get_text_config(), find_rotary_modules(model)
     is_valid = _is_valid(model)
-    if not is_nested(parameters):
-        if is_nested(new):
-            raise ValueError(
-                f"rope_parameters={new} holds one dict for each layer type, but {config.model_type} has one dict for "
-                f"all layers: {parameters}. Give a dict of that form."
-            )
-        config.rope_parameters = _merge(parameters, new)
-    else:
-        changes = new if is_nested(new) else {full_type(parameters): new}
-        if unknown := sorted(changes.keys() - parameters.keys()):
-            raise NotImplementedError(
-                f"{config.model_type} keeps rope_parameters for {sorted(parameters)}, not for {unknown}, so it is "
-                f"unclear what to rescale. Give rope_parameters as a dict of these layer types."
-            )
-        merged = {key: _merge(parameters[key] or {}, value) for key, value in changes.items() if value is not None}
-        config.rope_parameters = {**parameters, **merged}
-    if hasattr(config, "kv_lora_rank") and any(p.get("mscale_all_dim") for p in (parameters, config.rope_parameters)):
-        raise NotImplementedError(
-            f"Latent attention ({config.model_type}) takes mscale_all_dim from rope_parameters when the model is "
-            f"built, so it cannot be rescaled afterwards. Give rope_parameters={new} to from_pretrained instead."
-        )
+    config.rope_parameters = _combined(config, new)
     config.max_position_embeddings = length
     if "head_dim" in vars(config) and vars(config)["head_dim"] is None:
         # Models read None as this quotient, but transformers' scaled RoPE does not (mixtral), so write the number.
@@ -204,23 +180,60 @@ def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
         config.validate_rope()
         if is_valid:  # rules of the architecture, without which the saved config could not be read
             _validate(model)
-        donors = [fresh(module, config) for module in find_rotary_modules(model)]
+        donors = [fresh(module, config) for module in modules]
     except (KeyError, TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
         raise ValueError(
             f"rope_parameters={new} cannot be used for {config.model_type}: {error}. Give rope_parameters that this "
             f"architecture accepts, or use rope_type='ntk', which needs no scaled type."
         ) from error
-    for module, donor in zip(find_rotary_modules(model), donors, strict=True):
+    for module, donor in zip(modules, donors, strict=True):
         buffers = dict(donor.named_buffers(recurse=False))
-        if not all(buffer.isfinite().all() for buffer in buffers.values()):
-            raise ValueError(f"rope_parameters={new} give {config.model_type} frequencies that are not finite numbers.")
-        for name, old_buffer in module.named_buffers(recurse=False):
-            if name.endswith("inv_freq") and name in buffers and buffers[name].shape != old_buffer.shape:
-                raise NotImplementedError(
-                    f"transformers computes {config.model_type}'s {name} with shape {tuple(buffers[name].shape)} for "
-                    f"rope_parameters={new}, the model has {tuple(old_buffer.shape)}. Use rope_type='ntk'."
-                )
+        _check_buffers(buffers, module, f"rope_parameters={new}", config.model_type)
         transplant(module, buffers, attributes_of(donor))
+
+
+def _combined(config: PreTrainedConfig, new: dict[str, Any]) -> dict[str, Any]:
+    """The rope_parameters of a config with new entries. Where they are one dict for each layer type, `new` is for full
+    attention, or has such dicts itself."""
+    old, kind = config.rope_parameters, config.model_type
+    if is_nested(new) and not is_nested(old):
+        raise ValueError(
+            f"rope_parameters={new} holds one dict for each layer type, but {kind} has one dict for all layers: {old}. "
+            f"Give a dict of that form."
+        )
+    if not is_nested(old):
+        combined = _merge(old, new)
+    else:
+        changes = new if is_nested(new) else {full_type(old): new}
+        if unknown := sorted(changes.keys() - old.keys()):
+            raise NotImplementedError(
+                f"{kind} keeps rope_parameters for {sorted(old)}, not for {unknown}, so it is unclear what to rescale. "
+                f"Give rope_parameters as a dict of these layer types."
+            )
+        combined = {**old, **{k: _merge(old[k] or {}, change) for k, change in changes.items() if change is not None}}
+    if hasattr(config, "kv_lora_rank") and any(each.get("mscale_all_dim") for each in (old, combined)):
+        raise NotImplementedError(
+            f"Latent attention ({kind}) takes mscale_all_dim from rope_parameters when the model is built, so it "
+            f"cannot be rescaled afterwards. Give rope_parameters={new} to from_pretrained instead."
+        )
+    return combined
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The new parameters of one kind of layer; entries that are not a scaling are kept if `new` has none."""
+    return {**{key: value for key, value in old.items() if key not in SCALING}, **new}
+
+
+def _check_buffers(buffers: dict[str, torch.Tensor], module: nn.Module, asked: str, kind: str) -> None:
+    """Refuse frequencies that no rotary module can use, or not this one."""
+    if not all(buffer.isfinite().all() for buffer in buffers.values()):
+        raise ValueError(f"{asked} give {kind} frequencies that are not finite numbers.")
+    for name, old in module.named_buffers(recurse=False):
+        if name.endswith("inv_freq") and name in buffers and buffers[name].shape != old.shape:
+            raise NotImplementedError(
+                f"transformers computes {kind}'s {name} with shape {tuple(buffers[name].shape)} for {asked}, the model "
+                f"has {tuple(old.shape)}. Use rope_type='ntk'."
+            )
 
 
 def _validate(model: PreTrainedModel) -> None:

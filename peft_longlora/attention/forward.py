@@ -68,9 +68,8 @@ def s2_attention_forward(
     call = LayerCall(module, settings, query, key, value, attention_mask, options, kwargs)
     if settings.probe is not None:
         settings.probe(call)
-    if settings.refuses_packed or counts_tokens(type(module)):
-        _refuse_packed(call)
     if not torch.compiler.is_compiling():
+        _refuse_packed(call)
         _refuse_unknown(kwargs)
         warn_of_packed(call)
     is_sparse = _takes_pattern(call)
@@ -95,16 +94,18 @@ def _refuse_packed(call: LayerCall) -> None:
 
     Raises: NotImplementedError.
     """
+    refuses = call.settings.refuses_packed
+    if not refuses and not counts_tokens(type(call.module)):
+        return
     positions = call.positions if isinstance(call.mask, S2Mask) and call.settings.is_enabled else None
     # Such a layer scales its queries by the token's place, from this place on (transformers calls it so).
-    begins = 0 if call.settings.refuses_packed else getattr(call.module, "floor_scale", 0)
-    if positions is None or call.cached or call.query.shape[2] <= begins or torch.compiler.is_compiling():
+    begins = 0 if refuses else getattr(call.module, "floor_scale", 0)
+    if positions is None or call.cached or call.query.shape[2] <= begins:
         return
     if call.mask.is_packed(positions):
-        if call.settings.refuses_packed:
-            raise NotImplementedError(call.settings.refuses_packed)
         raise NotImplementedError(
-            f"{type(call.module).__name__} counts the tokens of a row by itself, also where a document starts, so "
+            refuses
+            or f"{type(call.module).__name__} counts the tokens of a row by itself, also where a document starts, so "
             f"packed documents would not be computed as they are alone. Give each a row of its own (packing=False)."
         )
 

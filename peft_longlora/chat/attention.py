@@ -19,7 +19,7 @@ from torch import nn
 from peft_longlora.architecture import find_attention_modules, is_local_layer
 from peft_longlora.chat.dialogue import Dialogue
 from peft_longlora.chat.kvcache import KVCache
-from peft_longlora.chat.passages import SPAN, Passage, make_passage
+from peft_longlora.chat.passages import Passage, make_passage, span_of
 
 LAYERS = 4  # the last ones: their attention goes to what the model is about to say
 SINKS = 4  # first tokens of a row, which attract attention whatever they say (arXiv:2309.17453)
@@ -58,7 +58,7 @@ def document_attention(kv: KVCache, row: list[int], start: int) -> torch.Tensor:
 
 
 def top_passages(scores: torch.Tensor, dialogue: Dialogue, count: int) -> list[Passage]:
-    """The spans of SPAN tokens with the most attention; no two of them overlap.
+    """The spans (`span_of`) with the most attention; no two of them overlap.
 
     Args:
         scores: (tokens of the document,), as `document_attention` gives them.
@@ -66,7 +66,7 @@ def top_passages(scores: torch.Tensor, dialogue: Dialogue, count: int) -> list[P
     scores = scores.clone()
     scores[: max(0, SINKS - len(dialogue.head))] = 0
     whole = scores.sum().clamp(min=torch.finfo(torch.float32).tiny)
-    width = min(SPAN, len(scores))
+    width = span_of(len(scores))
     sums = scores.unfold(0, width, 1).sum(-1)
     found = []
     while len(found) < count and sums.max() > 0:

@@ -14,9 +14,9 @@ from functools import lru_cache
 from types import ModuleType
 
 from peft_longlora.chat.dialogue import Dialogue
-from peft_longlora.chat.passages import SPAN, Passage, make_passage
+from peft_longlora.chat.passages import Passage, make_passage, span_of
 
-STRIDE = 16  # tokens from the beginning of one span to that of the next
+STEPS = 8  # a span begins every so many-th part of a span
 ANSWER = 2.0  # the weight of a word of the answer; a word of the question has weight 1 (benchmarks/passages.py)
 NAMED = 4  # the most words that are named for a passage
 _RUNS = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
@@ -66,9 +66,9 @@ class WordIndex:
         self.dialogue = dialogue
         self.common = frozenset(bm25s.stopwords.STOPWORDS_EN_PLUS)
         self.stem = lru_cache(None)(snowball.stemmer("english").stemWord)
-        self.width = min(SPAN, len(dialogue.offsets))
+        self.width = span_of(len(dialogue.offsets))
         last = len(dialogue.offsets) - self.width
-        self.firsts = sorted({*range(0, last, STRIDE), last})
+        self.firsts = sorted({*range(0, last, max(1, self.width // STEPS)), last})
         ends = [(dialogue.offsets[i][0], dialogue.offsets[i + self.width - 1][1]) for i in self.firsts]
         self.words = [split_words(dialogue.document.text[start:end]) for start, end in ends]
         stems = [[self.stem(word) for word in words] for words in self.words]

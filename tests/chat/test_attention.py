@@ -91,11 +91,11 @@ def test_passages_of_text_without_spaces_are_short_and_apart(tmp_path, text):
     """A token is a byte here, three to a Chinese character."""
     dialogue = Conversation(a_reader(chat=True), a_document(tmp_path, text)).dialogue
     scores = torch.rand(len(dialogue.document_ids), generator=torch.Generator().manual_seed(0))
-    best = len(scores) // 2
-    scores[best : best + passages.SPAN] += 5
+    best, width = len(scores) // 2, passages.span_of(len(scores))
+    scores[best : best + width] += 5
     found = attention.top_passages(scores, dialogue, 3)
-    assert len(found) == 3 and all(len(p.text) <= passages.SPAN for p in found)
-    first, last = (dialogue.offsets[i][k] for i, k in ((best, 0), (best + passages.SPAN - 1, 1)))
+    assert len(found) == 3 and all(len(p.text) <= width for p in found)
+    first, last = (dialogue.offsets[i][k] for i, k in ((best, 0), (best + width - 1, 1)))
     assert found[0].text == text[first:last]
 
 

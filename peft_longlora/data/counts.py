@@ -19,6 +19,7 @@ class Counts:
         documents: documents or records read.
         tokens: their tokens.
         rows: made from them.
+        answer_tokens: of records, the tokens of rows that are trained.
         longer: documents or records longer than the window.
         names: sources of the first few of them.
         cut_tokens: tokens left out of rows.
@@ -36,6 +37,7 @@ class Counts:
     documents: int = 0
     tokens: int = 0
     rows: int = 0
+    answer_tokens: int = 0
     longer: int = 0
     names: list[str] = field(default_factory=list)
     cut_tokens: int = 0
@@ -65,9 +67,10 @@ class Counts:
 
     def __str__(self) -> str:
         files = f" of {self.kept:,} files" if self.kept else ""
+        trained = f" with {self.answer_tokens:,} tokens of answers, which are trained" if self.answer_tokens else ""
         text = (
-            f"{self.documents:,} read{files}, {self.tokens:,} tokens -> {self.rows:,} rows; {self.longer:,} longer "
-            f"than the window{_named(self.names, self.longer)}; left out: "
+            f"{self.documents:,} read{files}, {self.tokens:,} tokens -> {self.rows:,} rows{trained}; "
+            f"{self.longer:,} longer than the window{_named(self.names, self.longer)}; left out: "
         )
         reasons = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
         parts = [f"{count:,} {reason}" for reason, count in reasons]

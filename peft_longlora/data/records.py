@@ -169,5 +169,6 @@ def tokenize_records(
             counts.cut_tokens += excess
         counts.rows += 1
         counts.pieces += 1
+        counts.answer_tokens += len(labels) - labels.count(IGNORED)
         yield row
     counts.report()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from peft_longlora.data import tokenize_record, tokenize_records
+from peft_longlora.data import Counts, tokenize_record, tokenize_records
 
 TURNS = [
     ("user", "Who is it?"),
@@ -89,9 +89,12 @@ def test_a_long_conversation_loses_the_middle_of_its_longest_prompt(tokenizer):
     tokenizer.chat_template = PLAIN
     turns = [*CHAT[:2], {"role": "user", "content": "Start. " + "filler " * 300 + "End?"}, CHAT[3], *CHAT]
     whole = tokenize_record({"messages": turns}, tokenizer)
-    (row,) = tokenize_records([{"messages": turns, "source": "a"}], tokenizer, 160)
+    counts = Counts()
+    (row,) = tokenize_records([{"messages": turns, "source": "a"}], tokenizer, 160, counts=counts)
     text = tokenizer.decode(row["input_ids"])
     assert len(row["input_ids"]) == len(row["labels"]) == 160 and "Start." in text and "End?" in text
     said = [[label for label in each["labels"] if label != -100] for each in (row, whole)]
     assert said[0] == said[1]
     assert all(label in (-100, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
+    assert counts.answer_tokens == len(said[0])
+    assert f" -> 1 rows with {len(said[0])} tokens of answers, which are trained; 1 longer than" in str(counts)

@@ -136,7 +136,7 @@ def read_recipe(path: str | Path | None, words: list[str] | tuple[str, ...] = ()
         ValueError: not YAML; an unknown key (the message names the nearest); a value of a wrong type or outside its
             rule; a required key is missing.
     """
-    name = "run" if path is None else Path(path).stem
+    name = "run" if path is None else _name(Path(path))
     values: dict[str, Any] = {}
     for key, value in [*(_read_file(Path(path)).items() if path else ()), *_read_words(words)]:
         known = _find(key)
@@ -166,9 +166,14 @@ def own_recipes() -> dict[str, Path]:
     return {path.stem: path for folder in (package.parent, package) for path in (folder / "recipes").glob("*.yaml")}
 
 
+def _name(path: Path) -> str:
+    """A recipe's name: that of its file without .yaml. Names have dots of their own, such as llama-3.1-8b-256k."""
+    return path.name.removesuffix(".yaml").removesuffix(".yml")
+
+
 def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        path = own_recipes().get(path.stem, path)
+        path = own_recipes().get(_name(path), path)
     if (path / "config.json").is_file():
         raise ValueError(f"{path}: this is a model, not a recipe. Give it with --model {path}.")
     if not path.is_file():

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 
 from peft_longlora.training import read_recipe
-from peft_longlora.training.recipe import keys
+from peft_longlora.training.recipe import keys, own_recipes
 from peft_longlora.training.values import convert
+from tests.helpers.paths import ROOT
 
 pytest.importorskip("trl")
 LEAST = {"model": "base", "data": "books", "context_length": 1024}
@@ -110,11 +112,15 @@ def test_files_refused(tmp_path, text, message):
         read_recipe(write(tmp_path, text))
 
 
-def test_a_recipe_of_the_package_by_its_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", sorted(own_recipes()))
+def test_a_recipe_of_the_package_by_its_name(tmp_path, monkeypatch, name):
+    """Some names have a dot, such as llama-3.1-8b-256k."""
     monkeypatch.chdir(tmp_path)
-    for name in ("llama-2-7b-32k", "recipes/llama-2-7b-32k.yaml"):
-        recipe = read_recipe(name, ["--r", "2"])
-        assert recipe.output_dir == Path("runs/llama-2-7b-32k") and recipe.config.context_length == 32768
+    said = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+    for given in (name, f"recipes/{name}.yaml"):
+        recipe = read_recipe(given, ["--r", "2"])
+        assert recipe.output_dir == Path(f"runs/{name}") and recipe.name == name
+        assert recipe.config.context_length == said["context_length"]
 
 
 def test_no_such_file_and_no_key():

@@ -20,7 +20,8 @@ Importing this package registers `LongLoraConfig` with peft and "s2_attn" with t
 
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.model import LongLoraModel
-from peft_longlora.attention.configure import configure_attention, use_attention
+from peft_longlora.attention.configure import configure_attention
+from peft_longlora.attention.mode import use_attention
 from peft_longlora.attention.reach import far_layers
 from peft_longlora.hub.export import export_lora
 from peft_longlora.hub.original import convert_original_adapter

@@ -1,14 +1,11 @@
-"""`configure_attention` and `use_attention`: the switches that say which layers of a model attend how."""
+"""`configure_attention` says how the layers of a model attend, and puts S2-Attn on it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -22,12 +19,11 @@ from peft_longlora.architecture import (
 from peft_longlora.attention.effect import RATIO, check_effect
 from peft_longlora.attention.schedule import Schedule, check_dense_every
 from peft_longlora.attention.settings import (
+    FASTEST,
     S2_ATTN,
     AttentionSettings,
     AttentionState,
-    Mode,
     replace_settings,
-    settings_of,
     settings_on,
 )
 from peft_longlora.attention.trial import try_out
@@ -38,9 +34,6 @@ from peft_longlora.rope.parameters import window_of
 from peft_longlora.rope.state import OWNER
 
 logger = logging.get_logger(__name__)
-
-
-FASTEST = "fastest"
 
 
 def configure_attention(
@@ -87,76 +80,105 @@ def configure_attention(
             rotary embeddings. The model is not changed then.
     """
     check_model(model)
-    config, text = model.config.get_text_config(), find_text_model(model)
-    layers = find_attention_modules(model)
+    config = model.config.get_text_config()
     asked = dict(
-        group_size=group_size, group_size_ratio=group_size_ratio, chosen_blocks=chosen_blocks, dense_layers=dense_layers
-    )
-    check_effect(pattern or "s2", **asked, dense_every=dense_every)
+        group_size=group_size, group_size_ratio=group_size_ratio, pattern=pattern, chosen_blocks=chosen_blocks,
+        dense_layers=dense_layers, dense_every=dense_every,
+    )  # fmt: skip
+    check_effect(**{**asked, "pattern": pattern or "s2"})
     if owned := _of_adapter(model):
-        _refuse_other(owned, dict(**asked, pattern=pattern, dense_every=dense_every), window_of(config))
-        group_size, group_size_ratio, pattern = owned.given_size, owned.group_size_ratio, owned.pattern
-        chosen_blocks, dense_layers = owned.chosen_blocks, sorted(owned.dense_layers)
-        dense_every = owned.schedule.dense_every
-    group_size_ratio = RATIO if group_size_ratio is None else group_size_ratio
+        _refuse_other(owned, asked, window_of(config))
+        asked = {**_said_by(owned), "group_size": owned.given_size, "group_size_ratio": owned.group_size_ratio}
+    known = settings_on(model)
+    dense_attention, is_fastest = _dense_attention(model, known, dense_attention)
+    settings = AttentionSettings(
+        config,
+        **_checked(model, training_forwards=known.training_forwards if known else 0, **asked),
+        dense_attention=dense_attention,
+        is_fastest=is_fastest,
+        backend=backend or (known.backend if known else None),
+        sharing=known.sharing if known else None,
+        is_enabled=known.is_enabled if owned else True,
+    )
+    _check_backend(config, settings.backend)
+    layers = find_attention_modules(model).values()
+    if layers and all(is_local_layer(module, config) for module in layers):
+        logger.warning(
+            f"Every layer of this model has its own window (sliding_window="
+            f"{getattr(config, 'sliding_window', None)}) and keeps it, so S2-Attn changes no layer. If the model was "
+            f"trained without it, load it with sliding_window=None."
+        )
+    _put_on(model, settings)
+    return settings
+
+
+def _checked(
+    model: PreTrainedModel,
+    *,
+    training_forwards: int,
+    group_size: int | None,
+    group_size_ratio: float | None,
+    pattern: str | None,
+    chosen_blocks: int | None,
+    dense_layers: list[int] | None,
+    dense_every: int | None,
+) -> dict[str, Any]:
+    """What `configure_attention` was asked for as fields of `AttentionSettings`, with the defaults.
+
+    Raises: ValueError.
+    """
+    ratio = RATIO if group_size_ratio is None else group_size_ratio
     pattern = "s2" if pattern is None else pattern
-    indices = {module.layer_idx for module in layers.values()}
+    indices = {module.layer_idx for module in find_attention_modules(model).values()}
     if unknown := sorted(set(dense_layers or ()) - indices):
         raise ValueError(
             f"dense_layers={dense_layers} names {unknown}, which this model does not have: its layers are "
             f"{min(indices)} to {max(indices)}."
         )
     group_size = group_size if group_size is None else check_pattern(group_size, pattern)
-    check_pattern(group_size_of(group_size, group_size_ratio, window_of(config)), pattern)
-    dense_every = check_dense_every(dense_every)
-    previous = config._attn_implementation
-    known = settings_on(model)
-    if dense_attention in (None, FASTEST):
-        is_fastest = dense_attention == FASTEST
-        if previous != S2_ATTN:
-            dense_attention = previous
-        else:
-            dense_attention = known.dense_attention if known else text.get_correct_attn_implementation(None)
-            is_fastest = is_fastest or (known is not None and known.is_fastest)
-    else:
-        dense_attention, is_fastest = text.get_correct_attn_implementation(dense_attention), False
-    backend = backend or (known.backend if known else None)
-    settings = AttentionSettings(
-        config,
-        group_size,
-        group_size_ratio,
-        pattern,
-        frozenset(dense_layers or ()),
-        dense_attention,
-        backend,
-        is_fastest,
+    check_pattern(group_size_of(group_size, ratio, window_of(model.config.get_text_config())), pattern)
+    return dict(
+        given_size=group_size,
+        group_size_ratio=ratio,
+        pattern=pattern,
         chosen_blocks=check_blocks(chosen_blocks),
-        sharing=known.sharing if known else None,
-        is_enabled=known.is_enabled if owned else True,
-        schedule=Schedule(dense_every, known.training_forwards if known else 0),
+        dense_layers=frozenset(dense_layers or ()),
+        schedule=Schedule(check_dense_every(dense_every), training_forwards),
     )
-    _check_backend(config, settings.backend)
-    if layers and all(is_local_layer(module, config) for module in layers.values()):
-        logger.warning(
-            f"Every layer of this model has its own window (sliding_window="
-            f"{getattr(config, 'sliding_window', None)}) and keeps it, so S2-Attn changes no layer. If the model was "
-            f"trained without it, load it with sliding_window=None."
-        )
-    parts = [name for name in model.config.sub_configs if getattr(model.config, name, None) is config]
-    before = AttentionState.of(model)
 
-    def put_on(name: str = S2_ATTN) -> None:
+
+def _dense_attention(model: PreTrainedModel, known: AttentionSettings | None, asked: str | None) -> tuple[str, bool]:
+    """The transformers attention that runs if S2-Attn does not, and whether the fastest kernel runs where it can.
+
+    Args:
+        known: the settings that are on the model. asked: as in `configure_attention`.
+    """
+    text, now = find_text_model(model), model.config.get_text_config()._attn_implementation
+    if asked not in (None, FASTEST):
+        return text.get_correct_attn_implementation(asked), False
+    if now != S2_ATTN:
+        return now, asked == FASTEST
+    if known is None:
+        return text.get_correct_attn_implementation(None), asked == FASTEST
+    return known.dense_attention, asked == FASTEST or known.is_fastest
+
+
+def _put_on(model: PreTrainedModel, settings: AttentionSettings) -> None:
+    """Put S2-Attn on a model, and try it on a few tokens. If that fails, restore the model and raise."""
+    config, before = settings.config, AttentionState.of(model)
+    parts = [name for name in model.config.sub_configs if getattr(model.config, name, None) is config]
+
+    def use(name: str) -> None:
         # Encoders of images and sounds keep their attention.
         model.set_attn_implementation({"": name, parts[0]: name} if parts else name)
 
-    put_on()
-    replace_settings(model, dict.fromkeys(layers, settings))
+    use(S2_ATTN)
+    replace_settings(model, dict.fromkeys(find_attention_modules(model), settings))
     try:
-        try_out(model, settings, put_back=lambda: put_on(settings.dense_attention), put_on=put_on)
+        try_out(model, settings, use)
     except Exception:
         before.put_on(model)
         raise
-    return settings
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -175,23 +197,28 @@ def _of_adapter(model: PreTrainedModel) -> AttentionSettings | None:
     return settings_on(base) if hasattr(base, OWNER) else None
 
 
-def _refuse_other(owned: AttentionSettings, asked: dict[str, Any], window: int) -> None:
-    """Refuse settings other than the adapter's, because its config and its card would not say them.
-
-    Raises: ValueError.
-    """
-    if asked["group_size_ratio"] is not None:
-        asked["group_size"] = group_size_of(None, asked["group_size_ratio"], window)
-    there = dict(
+def _said_by(owned: AttentionSettings) -> dict[str, Any]:
+    """What an adapter's settings say, as arguments of `configure_attention`."""
+    return dict(
         group_size=owned.group_size,
         pattern=owned.pattern,
         chosen_blocks=owned.chosen_blocks,
         dense_layers=sorted(owned.dense_layers),
         dense_every=owned.schedule.dense_every,
     )
+
+
+def _refuse_other(owned: AttentionSettings, asked: dict[str, Any], window: int) -> None:
+    """Refuse settings other than the adapter's, because its config and its card would not say them.
+
+    Raises: ValueError.
+    """
+    asked = dict(asked)
+    if asked["group_size_ratio"] is not None:
+        asked["group_size"] = group_size_of(None, asked["group_size_ratio"], window)
     if asked["dense_layers"] is not None:
         asked["dense_layers"] = sorted(set(asked["dense_layers"]))
-    for name, has in there.items():
+    for name, has in _said_by(owned).items():
         if asked[name] is not None and asked[name] != has:
             raise ValueError(
                 f"{name}={asked[name]!r}, but this model's LongLoRA adapter has {name}={has!r}, and its config and "
@@ -226,45 +253,3 @@ def check_device(model: PreTrainedModel) -> None:
             f"a CPU. Train it on a GPU; on a CPU, load the trained adapter for inference "
             f"(PeftModel.from_pretrained(model, folder))."
         )
-
-
-@contextmanager
-def use_attention(model: nn.Module, mode: Mode, *, dense_attention: str | None = None) -> Iterator[None]:
-    """Within the block, attend as `mode` says. It works on bare and on PEFT models.
-
-    Args:
-        model: a model whose attention is "s2_attn".
-        mode: "auto" (sparse while `module.training`), "sparse" (in evaluation and prefill too, to measure a pattern
-            by itself) or "dense".
-        dense_attention: "fastest" as in `configure_attention`, for evaluation; None: no change.
-
-    Raises:
-        ValueError: an unknown mode, a model without S2-Attn, or "sparse" while its adapter is disabled.
-    """
-    if mode not in ("auto", "sparse", "dense"):
-        raise ValueError(f"mode={mode!r} is unknown. Use 'auto', 'sparse' or 'dense'.")
-    if dense_attention not in (None, FASTEST):
-        raise ValueError(
-            f"dense_attention={dense_attention!r} cannot be set for a block of code. Use None or 'fastest' here, or "
-            f"name a transformers attention in configure_attention(model, dense_attention=...)."
-        )
-    layers = find_attention_modules(model).values()
-    if not layers or any(getattr(m.config, "_attn_implementation", S2_ATTN) != S2_ATTN for m in layers):
-        raise ValueError(
-            "This model does not use S2-Attn. Load it with attn_implementation='s2_attn', call configure_attention, "
-            "or add a LongLoraConfig adapter first."
-        )
-    before = {id(s): (s, s.mode, s.is_fastest) for s in map(settings_of, layers)}
-    if mode == "sparse" and not all(settings.is_enabled for settings, *_ in before.values()):
-        raise ValueError(
-            "The adapter with S2-Attn is disabled, so the model is its base, which is dense. Leave "
-            "disable_adapter() first, or call configure_attention(model) on the base."
-        )
-    try:
-        for settings, *_ in before.values():
-            settings.mode = mode
-            settings.is_fastest = settings.is_fastest or dense_attention == FASTEST
-        yield
-    finally:
-        for settings, *previous in before.values():
-            settings.mode, settings.is_fastest = previous

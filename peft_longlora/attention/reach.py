@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from peft_longlora.architecture import find_attention_modules, find_text_model, is_local_layer
-from peft_longlora.attention.configure import FASTEST, configure_attention, use_attention
+from peft_longlora.attention.configure import configure_attention
 from peft_longlora.attention.layer import LayerCall
-from peft_longlora.attention.settings import S2_ATTN, AttentionSettings, AttentionState, settings_of
+from peft_longlora.attention.mode import use_attention
+from peft_longlora.attention.settings import FASTEST, S2_ATTN, AttentionSettings, AttentionState, settings_of
 from peft_longlora.few_tokens import at_rest
 from peft_longlora.kernels.groups import whole_number
 

@@ -30,6 +30,7 @@ from peft_longlora.rope.parameters import window_of
 logger = logging.get_logger(__name__)
 
 S2_ATTN = "s2_attn"
+FASTEST = "fastest"  # as `dense_attention`: the fastest installed kernel, not a transformers attention
 Mode = Literal["auto", "sparse", "dense"]
 _SETTINGS = "s2_settings"
 

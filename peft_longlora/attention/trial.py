@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from peft_longlora.architecture import is_causal_layer
 from peft_longlora.attention.caution import MASK, ROPE
 from peft_longlora.attention.layer import LayerCall
-from peft_longlora.attention.settings import AttentionSettings
+from peft_longlora.attention.settings import S2_ATTN, AttentionSettings
 from peft_longlora.few_tokens import TOKENS, at_rest, can_run, far, key_of, outputs, rows, short, tolerance_of
 
 LENGTHS = (13, 11)  # tokens of the documents of a packed row
@@ -25,15 +25,13 @@ KNOWN = {"s_aux", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_
 _tried: dict[str, str | None] = {}
 
 
-def try_out(
-    model: PreTrainedModel, settings: AttentionSettings, put_back: Callable[[], None], put_on: Callable[[], None]
-) -> None:
+def try_out(model: PreTrainedModel, settings: AttentionSettings, use: Callable[[str], None]) -> None:
     """Run a few tokens through a model with its own attention and with that of `settings`, and compare.
 
     Args:
         model: with S2-Attn on it.
         settings: of its layers.
-        put_back, put_on: give the model its own attention, and S2-Attn again.
+        use: gives the model the attention of a name.
 
     Nothing is run if the model cannot run now (`few_tokens.can_run`), if ranks share its sequences, or if a model of
     the same class and config was tried before.
@@ -52,41 +50,62 @@ def try_out(
     if settings.sharing is not None or not can_run(model, settings.dense_attention):
         return
     kind = f"{model.config.model_type} ({type(model).__name__})"
-    ids = rows(model)
+    ids, most = rows(model), tolerance_of(model)
     with at_rest(model):
-        put_back()
+        use(settings.dense_attention)
         try:
-            own = outputs(model, ids)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            put_on()
-            raise NotImplementedError(
-                f"{kind} cannot be run on token ids alone, so S2-Attn cannot be tried on it: "
-                f"{type(error).__name__}: {short(error)} Use a model that reads plain text, or its language model "
-                f"alone."
-            ) from error
-        put_on()
-        called: list[nn.Module] = []
-        unknown: set[str] = set()
-
-        def see(call: LayerCall) -> None:
-            called.append(call.module)
-            unknown.update(name for name in call.more if name not in KNOWN and _counts(call.more[name]))
-
-        settings.probe, before = see, settings.probe
-        settings.mode, mode = "dense", settings.mode
-        try:
-            dense = outputs(model, ids)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            raise NotImplementedError(
-                f"{kind} does not run with S2-Attn's mask in place of its own: {type(error).__name__}: {short(error)} "
-                f"Use an architecture that leaves the mask to its attention (llama, qwen3, mistral, gemma3, ...)."
-            ) from error
+            own = _own(model, ids, kind)
         finally:
-            settings.probe, settings.mode = before, mode
+            use(S2_ATTN)
+        dense = _through_layers(model, settings, ids, kind)
+        settings.refuses_packed = None
+        if own.isfinite().all():
+            _compare(own, dense, most, kind)
+            settings.refuses_packed = _try_packed(model, settings, ids[0], dense[0], most, kind)
+    _tried[key] = settings.refuses_packed
+
+
+def _own(model: PreTrainedModel, ids: torch.Tensor, kind: str) -> torch.Tensor:
+    """What a model computes with its own attention.
+
+    Raises: NotImplementedError: it fails.
+    """
+    try:
+        return outputs(model, ids)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise NotImplementedError(
+            f"{kind} cannot be run on token ids alone, so S2-Attn cannot be tried on it: {type(error).__name__}: "
+            f"{short(error)} Use a model that reads plain text, or its language model alone."
+        ) from error
+
+
+def _through_layers(model: PreTrainedModel, settings: AttentionSettings, ids: torch.Tensor, kind: str) -> torch.Tensor:
+    """What a model computes with dense attention in the layers of S2-Attn.
+
+    Raises: NotImplementedError: it fails, it calls no such layer, or it gives one what the kernels do not know.
+    """
+    called: list[nn.Module] = []
+    unknown: set[str] = set()
+
+    def see(call: LayerCall) -> None:
+        called.append(call.module)
+        unknown.update(name for name in call.more if name not in KNOWN and _counts(call.more[name]))
+
+    settings.probe, probe = see, settings.probe
+    settings.mode, mode = "dense", settings.mode
+    try:
+        found = outputs(model, ids)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise NotImplementedError(
+            f"{kind} does not run with S2-Attn's mask in place of its own: {type(error).__name__}: {short(error)} "
+            f"Use an architecture that leaves the mask to its attention (llama, qwen3, mistral, gemma3, ...)."
+        ) from error
+    finally:
+        settings.probe, settings.mode = probe, mode
     if not any(map(is_causal_layer, called)):
         raise NotImplementedError(
             f"{kind} calls none of its attention layers on plain text, so S2-Attn would never run. Use another model."
@@ -96,24 +115,26 @@ def try_out(
             f"{kind} gives its attention {', '.join(sorted(unknown))}, which the kernels of S2-Attn do not know: they "
             f"would leave it out. Use an architecture whose attention is decided by queries, keys, values and a mask."
         )
-    settings.refuses_packed = None
-    if own.isfinite().all():
-        tolerance = tolerance_of(model)
-        error = far(dense, own)
-        if not error <= tolerance:
-            raise NotImplementedError(
-                f"{kind} computes something else if its attention has another name: {error:.1%} of the size of its "
-                f"outputs on {TOKENS} tokens. S2-Attn would train another model. Use another architecture."
-            )
-        half = TOKENS // 2
-        # The two rows differ only behind their first half.
-        if dense.dim() == 3 and not far(dense[0, :half], dense[1, :half]) <= tolerance:
-            raise NotImplementedError(
-                f"{kind} lets tokens see later ones, which groups cannot express. Use a causal language model."
-            )
-        with at_rest(model):
-            settings.refuses_packed = _try_packed(model, settings, ids[0], dense[0], tolerance, kind)
-    _tried[key] = settings.refuses_packed
+    return found
+
+
+def _compare(own: torch.Tensor, dense: torch.Tensor, most: float, kind: str) -> None:
+    """Refuse a model that computes something else in the layers of S2-Attn, or is not causal.
+
+    Raises: NotImplementedError.
+    """
+    error = far(dense, own)
+    if not error <= most:
+        raise NotImplementedError(
+            f"{kind} computes something else if its attention has another name: {error:.1%} of the size of its "
+            f"outputs on {TOKENS} tokens. S2-Attn would train another model. Use another architecture."
+        )
+    half = TOKENS // 2
+    # The two rows differ only behind their first half.
+    if dense.dim() == 3 and not far(dense[0, :half], dense[1, :half]) <= most:
+        raise NotImplementedError(
+            f"{kind} lets tokens see later ones, which groups cannot express. Use a causal language model."
+        )
 
 
 def _try_packed(

@@ -3,7 +3,8 @@
 A question sees the document and all that was said before it. The document's keys and values are computed once, for all
 questions, and each answer can show which passages of the document it attended to.
 
-    document.py -> dialogue.py (tokens) -> kvcache.py (keys and values) -> conversation.py -> passages.py
+    document.py -> dialogue.py (tokens) -> kvcache.py (keys and values) -> conversation.py -> stream.py (an answer)
+    passages.py (places in the document) from attention.py (what the answer saw) or words.py (the words it shares)
 """
 
 from peft_longlora.chat.conversation import Conversation

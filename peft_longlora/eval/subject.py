@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from peft_longlora.architecture import find_attention_modules
-from peft_longlora.attention.configure import configure_attention, use_attention
+from peft_longlora.attention.configure import configure_attention
+from peft_longlora.attention.mode import use_attention
 from peft_longlora.attention.settings import S2_ATTN, settings_of
 from peft_longlora.data.encoding import encode_all
 from peft_longlora.eval.identity import (

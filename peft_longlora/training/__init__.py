@@ -1,8 +1,9 @@
 """A run without code: a recipe names model, data, adapter and trainer, and `train` does the rest; `longlora train`.
 
-Read `recipe` (which keys there are, and how they are checked), `run` (what happens in which order), then what it calls:
-`arguments`, `model`, `meter` (the log), `stopping` (Ctrl-C), `checkpoints` (going on), `finish` (evaluation, card,
-push).
+Read `recipe` (a file becomes settings: `loader` reads YAML, `options` are the keys that are this room's own, `values`
+gives words their types), then `run` (what happens in which order) and what it calls: `places` (where it may write),
+`identity` (its rows and its base), `arguments`, `model`, `meter` (the log), `stopping` (Ctrl-C), `checkpoints` (going
+on), `finish` (evaluation, card, push) and `completed` (nothing is left to train).
 """
 
 from peft_longlora.training.checkpoints import last_checkpoint

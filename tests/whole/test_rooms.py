@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -208,6 +209,14 @@ def test_a_room_opens_with_its_public_names(room):
     for name in module.__all__:
         value = getattr(module, name)
         assert value.__doc__ and not name.startswith("_"), name
+
+
+@pytest.mark.parametrize("folder", sorted({file.rpartition(".")[0] for file in FILES if "." in file}))
+def test_the_paragraph_of_a_folder_names_its_files(folder):
+    said = ast.get_docstring(ast.parse(FILES[f"{folder}.__init__"].read_text()))
+    files = {file.rpartition(".")[2] for file in FILES if file.rpartition(".")[0] == folder}
+    files -= {"__init__", "__main__"}
+    assert not {name for name in files if not re.search(rf"\b{name}(\.py\b|`| {{3}})", said)}
 
 
 def test_the_data_path_names_files_that_exist():

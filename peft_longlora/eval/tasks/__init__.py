@@ -2,8 +2,8 @@
 
 Read `task.py`, then `perplexity.py` (windows of documents), `memorised.py` (passages of a text) or `prompts.py`. Two
 groups build on `prompts.py`: `passkey.py` and `ruler.py` make their texts (with `haystack.py` and `words.py`);
-`records.py` with `topics.py`, `multidoc.py` and `longqa.py` use given texts. `metrics.py` scores answers, `cost.py`
-measures time and memory, and `harness.py` calls lm-eval.
+`records.py` with `topics.py`, `multidoc.py` and `longqa.py` use given texts. `metrics.py` scores answers,
+`beside_base.py` measures a task on the base too, `cost.py` measures time and memory, and `harness.py` calls lm-eval.
 """
 
 from peft_longlora.eval.tasks.cost import Cost

@@ -1,10 +1,14 @@
 """The files beside an adapter's weights, and how adapters are pushed, loaded and converted.
 
-`card` writes README.md (`readme` finds out who wrote the old one, `markdown` escapes text). `results` reads and
-writes results.json, and `provenance` says whether it is of these weights. `push` (a model), `folder` and `trainers`
-bring all to the Hub, on a `draft` of what is there; `public` names the base. `loading` loads a base with an adapter,
-and `generation` says how it generates. `export` turns our adapters into plain LoRA, and `original` turns the original
-project's adapters into ours. `writing` writes a file completely or not at all.
+    card         writes README.md: `readme` finds out who wrote the old one, `markdown` escapes text
+    results      reads and writes results.json, and `provenance` says whether it is of these weights
+    push         a model, `folder` a folder and `trainers` a Trainer's saves go to the Hub, on a `draft` of what is
+                 there; `public` names the base
+    loading      a base with an adapter, and `generation` says how it generates
+    export       our adapters become plain LoRA, with a card of their own (`lora_card`); `original` makes the original
+                 project's adapters ours
+
+`writing` writes a file completely or not at all.
 """
 
 from peft_longlora.hub.export import export_lora

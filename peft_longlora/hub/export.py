@@ -7,15 +7,12 @@ for servers that keep one base and many LoRA adapters.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType
@@ -32,17 +29,12 @@ from peft_longlora.adapter.count import without_count
 from peft_longlora.adapter.files import read_json
 from peft_longlora.adapter.probe import Probe
 from peft_longlora.adapter.trainable import find_module, named_modules
-from peft_longlora.hub.card import CardOptions, make_card
-from peft_longlora.hub.markdown import literal, one_line
-from peft_longlora.hub.readme import README, check_metadata, read_readme
-from peft_longlora.hub.writing import write_whole
+from peft_longlora.hub.lora_card import write_lora_card
+from peft_longlora.hub.readme import README
 from peft_longlora.rope.state import attributes_of
 
-LORA_TEMPLATE = Path(__file__).parent / "templates" / "lora_card.md"
 PREFIX = "base_model.model."
 WRITTEN = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, README, "config.json", "model.safetensors")
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes (vllm/config/lora.py, 0.32)
-NOT_IN_VLLM = ("use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
 # In a tensor's name: it belongs to an adapter, or to what an adapter's copy stands for.
 _OF_ADAPTERS = re.compile(r"\.(lora_\w+|modules_to_save|original_module|token_adapter|base_layer)\.")
 
@@ -73,6 +65,40 @@ def export_lora(
             modules were trained and fold_into is None; a folder is a file or holds another adapter; an init changed
             the base; or the export computes something else.
     """
+    name = _exportable(model, is_folded=fold_into is not None)
+    config = model.peft_config[name]
+    base = model.get_base_model()
+    probe = Probe.of(base) if check else None
+    state = without_count(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    weights = {key: tensor.contiguous() for key, tensor in state.items() if "lora_" in key}
+    if (whole := sorted(state.keys() - weights.keys())) and fold_into is None:
+        raise ValueError(
+            f"The adapter holds {len(whole)} trained tensors that are not LoRA's, the first being {whole[0]}, and "
+            f"servers of LoRA adapters do not take such tensors. Give fold_into=FOLDER to save them in a copy of the "
+            f"base, merge the model, or train with train_embeddings=False, train_norms=False."
+        )
+    folder = Path(folder)
+    _check_places(folder, fold_into)
+    folder.mkdir(parents=True, exist_ok=True)
+    exported = _plain_config(config, has_copies=bool(whole))
+    folded = _folded_state(base, name)
+    with _untied_if_unlike(base, folded):
+        if fold_into is not None:
+            base.save_pretrained(Path(fold_into), state_dict=dict(folded))
+            exported.base_model_name_or_path = str(fold_into)
+        save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        exported.save_pretrained(folder)
+        write_lora_card(model, config, folder, fold_into)
+        if probe is not None:
+            probe.compare(PeftModel.from_pretrained(_rebuilt(base, folded), folder), "What was exported")
+    return folder
+
+
+def _exportable(model: PeftModel, *, is_folded: bool) -> str:
+    """The name of the active adapter, if it is ours and can be a plain LoRA.
+
+    Raises: ValueError.
+    """
     active = list(model.active_adapters) if isinstance(model, PeftModel) else []
     if len(active) > 1:
         raise ValueError(
@@ -96,7 +122,7 @@ def export_lora(
             "rope_type='learned': a server takes a base's RoPE from its config, and the learned factors are in the "
             "adapter. Merge instead: model.merge_and_unload().save_pretrained(folder)."
         )
-    if config.layer_replication and fold_into is not None:
+    if config.layer_replication and is_folded:
         raise ValueError(
             f"layer_replication={config.layer_replication!r}: replicated layers share their weights, so no base of its "
             f"own can hold them. Leave fold_into out, or serve the adapter with transformers."
@@ -111,35 +137,20 @@ def export_lora(
             "The adapter is merged into the base's weights, so it would be exported twice: in the base and as LoRA. "
             "Call model.unmerge_adapter() first."
         )
-    base = model.get_base_model()
-    probe = Probe.of(base) if check else None
-    state = without_count(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
-    weights = {key: tensor.contiguous() for key, tensor in state.items() if "lora_" in key}
-    if (whole := sorted(state.keys() - weights.keys())) and fold_into is None:
-        raise ValueError(
-            f"The adapter holds {len(whole)} trained tensors that are not LoRA's, the first being {whole[0]}, and "
-            f"servers of LoRA adapters do not take such tensors. Give fold_into=FOLDER to save them in a copy of the "
-            f"base, merge the model, or train with train_embeddings=False, train_norms=False."
-        )
-    folder = Path(folder)
-    _check_places(folder, fold_into)
-    folder.mkdir(parents=True, exist_ok=True)
+    return name
+
+
+def _plain_config(config: LongLoraConfig, *, has_copies: bool) -> LoraConfig:
+    """The config of the exported adapter.
+
+    Args:
+        has_copies: embeddings, norms or other whole modules were trained, and are in the folded base.
+    """
     plain = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
-    # What ties copies is folded away with them; what ties LoRA of embeddings and output layer stays.
     plain |= {"modules_to_save": None, "trainable_token_indices": None}
-    plain["ensure_weight_tying"] = config.ensure_weight_tying and not whole
-    exported = LoraConfig(**{**plain, "inference_mode": True, "peft_type": PeftType.LORA})
-    folded = _folded_state(base, name)
-    with _untied_if_unlike(base, folded):
-        if fold_into is not None:
-            base.save_pretrained(Path(fold_into), state_dict=dict(folded))
-            exported.base_model_name_or_path = str(fold_into)
-        save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        exported.save_pretrained(folder)
-        _write_lora_card(model, config, folder, fold_into)
-        if probe is not None:
-            probe.compare(PeftModel.from_pretrained(_rebuilt(base, folded), folder), "What was exported")
-    return folder
+    # What ties copies is folded away with them; what ties LoRA of embeddings and output layer stays.
+    plain["ensure_weight_tying"] = config.ensure_weight_tying and not has_copies
+    return LoraConfig(**{**plain, "inference_mode": True, "peft_type": PeftType.LORA})
 
 
 def _check_places(folder: Path, fold_into: str | os.PathLike | None) -> None:
@@ -222,37 +233,3 @@ def _rebuilt(base: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTraine
     if lacking := [name for name, tensor in plain.state_dict().items() if tensor.is_meta]:
         raise ValueError(f"The base that was written lacks {lacking[0]} and {len(lacking) - 1} more tensors.")
     return plain.eval()
-
-
-def _write_lora_card(
-    model: PeftModel, config: LongLoraConfig, folder: Path, fold_into: str | os.PathLike | None
-) -> None:
-    text_config = model.get_base_model().config.get_text_config()
-    overrides = {
-        name: value
-        for name in ("rope_parameters", "max_position_embeddings")
-        if (value := getattr(text_config, name, None)) is not None  # a model without positions may state no RoPE
-    }
-    base = one_line(config.base_model_name_or_path)
-    rank = max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
-    config = copy.copy(config)
-    config.card = CardOptions(template=LORA_TEMPLATE)
-    extra: dict[str, Any] = {
-        "folded": str(fold_into) if fold_into is not None else None,
-        "overrides_shell": shlex.quote(json.dumps(overrides, sort_keys=True)),
-        "not_in_vllm": _not_in_vllm(config, rank),
-        "vllm_rank": next((allowed for allowed in VLLM_RANKS if allowed >= rank), None),
-        "overrides_literal": repr(overrides),
-        "base_literal": literal(base),
-        "base_shell": shlex.quote(base),
-        "name_shell": shlex.quote(one_line(folder.name)),
-        "adapter_shell": shlex.quote(one_line(folder)),
-    }
-    check_metadata(old := read_readme(folder / README), folder / README)
-    write_whole(folder / README, str(make_card(config, str(folder), extra=extra, old=old)))
-
-
-def _not_in_vllm(config: LongLoraConfig, rank: int) -> str:
-    """The settings of an adapter that vLLM refuses (vllm/lora/peft_helper.py, 0.32); empty if there are none."""
-    found = [f"{name}={value!r}" for name in NOT_IN_VLLM if (value := getattr(config, name, None))]
-    return ", ".join(found + ([f"r={rank}"] if rank > VLLM_RANKS[-1] else []))

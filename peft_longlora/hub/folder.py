@@ -131,14 +131,12 @@ def push_folder(
         if (folder / TRAINING).is_file():
             (draft / TRAINING).write_bytes((folder / TRAINING).read_bytes())
         name_base_in(folder, draft, local, base or hub_id(local))
+        if base is not None:
+            _write_config(folder, draft, base)
         config.card = CardOptions(None, license, as_list(datasets), as_list(language), adapter=remote.repo_id)
         config.card = with_base_license(config, api.token)
         config.folder = None  # its results are in the draft already
         write_card(config, draft, weights=sha256(folder / SAFETENSORS_WEIGHTS_NAME))
-        if base is not None:
-            content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-            content["base_model_name_or_path"] = base
-            (draft / CONFIG_NAME).write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
         files = {name: folder / name for name in names} | {path.name: path for path in draft.iterdir()}
         gone = remote.gone("", draft)
         operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
@@ -215,3 +213,10 @@ def _copy_results(folder: Path, results: Path | None, draft: Path) -> None:
         for name in read_results(folder)[1]:
             if results is None or not (draft / name).exists():
                 (draft / name).write_bytes((folder / name).read_bytes())
+
+
+def _write_config(folder: Path, draft: Path, base: str) -> None:
+    """The adapter's config, with the base's id on the Hub."""
+    content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    content["base_model_name_or_path"] = base
+    (draft / CONFIG_NAME).write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")

@@ -1,6 +1,6 @@
 """Rows of data files, source trees and datasets on the Hub, each with its place in the source.
 
-Called by `documents` and by the evaluation. Imports `datasets` only to read from the Hub, and `pyarrow` for .parquet.
+Called by `documents` and by the evaluation. Imports `pyarrow` only for .parquet.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import dataset_info
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from transformers.utils import logging
 
 from peft_longlora.data.counts import Counts
 from peft_longlora.data.folders import walk
+from peft_longlora.data.hub_rows import NAME_ON_HUB, hub_rows
 from peft_longlora.data.limits import Limits
 from peft_longlora.data.pdf import read_pages, refuse_scan
 from peft_longlora.data.repository import find_repositories, read_repository
@@ -66,7 +65,9 @@ def rows_of_sources(
     for source in [sources] if isinstance(sources, str | Path) else sources:
         path = Path(source)
         if not path.exists():
-            yield from _hub_rows(str(source), split, config)
+            if not NAME_ON_HUB.fullmatch(str(source)) or _kind(path) in SUFFIXES:
+                raise FileNotFoundError(f"{source}: no such file or folder.")
+            yield from hub_rows(str(source), split, config)
         elif repositories and path.is_dir():
             yield from _repositories(path, text_field, counts)
         else:
@@ -245,52 +246,3 @@ def _named(name: str) -> Iterator[None]:
             f"{name}: not JSON ({error.msg} at line {error.lineno}, column {error.colno}). A file must hold one "
             f"object a line, or one list of objects. {NO_DATA}"
         ) from error
-
-
-def _ask_hub(source: str) -> None:
-    """Refuse a dataset that is not there, or a Hub that is not reached; `datasets` would ask for half a minute.
-
-    Raises: FileNotFoundError.
-    """
-    try:
-        dataset_info(source, timeout=10)
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{source}: no file or folder here, and no such dataset on the Hub. Check the name; if it is private or "
-            f"gated, log in with `hf auth login` or set HF_TOKEN."
-        ) from error
-    except (HfHubHTTPError, OfflineModeIsEnabled):  # it is there and does not answer now, or its cache is asked
-        return
-    except Exception as error:  # of the library that the Hub's client speaks through, which is not always the same
-        raise FileNotFoundError(
-            f"{source}: no file or folder here, and the Hub is not reached to look for it there ({error}). Check the "
-            f"name, or the connection."
-        ) from error
-
-
-def _hub_rows(source: str, split: str, config: str | None) -> Iterator[tuple[str, Any]]:
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source) or _kind(Path(source)) in SUFFIXES:
-        raise FileNotFoundError(f"{source}: no such file or folder.")
-    from datasets import load_dataset
-
-    _ask_hub(source)
-    try:
-        rows = load_dataset(source, config, split=split, streaming=True)
-    except OSError as error:
-        raise FileNotFoundError(f"{source}: no file or folder here, and not read from the Hub: {error}") from error
-    except (ValueError, RuntimeError) as error:  # no such split or configuration, or a script, which is never run
-        raise ValueError(f"{source}: not read from the Hub: {error}") from error
-    rows, number = iter(rows), 0
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:  # of a damaged file, of the network, or of `datasets` itself
-            if isinstance(error, ImportError | MemoryError):
-                raise
-            raise ValueError(
-                f"{source} ({split}), behind record {number}: not read from the Hub: {type(error).__name__}: {error}"
-            ) from error
-        number += 1
-        yield f"{source} ({split}), record {number}", row

@@ -5,8 +5,8 @@ Reading order: `evaluation.py` (evaluate: check, open, measure, gather), `run.py
     subject.py      a model with its tokenizer; it gives losses (losses.py) and answers
     corpus.py       documents, and the windows that perplexity is measured in
     tasks/          the tasks: each task gives items, each item gives one sample
-    share.py        the share of a task that one process measures (processes.py); journal.py keeps its samples under the
-                    run's identity.py, and lock.py keeps another run out of the folder
+    share.py        the share of a task that one process measures (processes.py); journal.py keeps its samples
+                    (samples.py) under the run's identity.py, and lock.py keeps another run out of the folder
     gather.py       samples become rows and notes
     report/         tables, plots, and two runs side by side
     callback.py     the same while a model trains

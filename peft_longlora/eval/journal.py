@@ -8,10 +8,9 @@ locks, two runs in one folder still lose no sample.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -20,10 +19,11 @@ from uuid import uuid4
 from transformers.utils import logging
 
 from peft_longlora.eval.lock import LOCK, FolderLock
+from peft_longlora.eval.samples import SAMPLES, read_samples
 from peft_longlora.hub.results import PLOTS, RESULTS
 from peft_longlora.hub.writing import write_whole, writing
 
-RUN, SAMPLES = "run.json", "samples.jsonl"
+RUN = "run.json"
 DIGESTS = "digests.json"
 WRITTEN = (RUN, "samples*.jsonl", RESULTS, "results.md")  # belongs to one run, as the plots do
 _MERGING = re.compile(r"\.[0-9a-f]{32}\.merging")
@@ -252,41 +252,6 @@ def refuse_folders(output: Path) -> None:
 
 def _plots_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.png") if PLOTS.fullmatch(path.name))
-
-
-def read_samples(path: Path, on_damage: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """The samples of a file, one at a time; none if it is not there. A last line without an end is not read.
-
-    Args:
-        on_damage: called for each line that is not a sample, with a sentence that names file, line and fault.
-    """
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.endswith(b"\n"):
-                try:
-                    record = json.loads(line.decode())
-                    fault = _fault(record)
-                except (ValueError, RecursionError) as error:
-                    fault = f"{type(error).__name__}: {error}"
-                if fault:
-                    on_damage(f"{path}, line {number}, is damaged ({fault}).")
-                else:
-                    yield record
-
-
-def _fault(record: Any) -> str | None:
-    """The fault of a sample: it has no key, or a number is not a number. None if it has no fault."""
-    if not isinstance(record, dict) or not isinstance(record.get("key"), str):
-        return "not an object with a 'key'"
-    for measure in record.get("measures", []):
-        if not isinstance(measure, list) or len(measure) not in (4, 5) or not isinstance(measure[0], str):
-            return f"{measure!r} is not a measure [metric, group, numerator, denominator]"
-        for number in measure[2:4]:
-            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-                return f"{number!r} is not a number in {measure!r}"
-    return None
 
 
 def _difference(old: Any, new: Any) -> str:

@@ -66,7 +66,7 @@ def load_without_a_hub(name: str, what: str) -> str:
 
     with (
         mock.patch("peft_longlora.adapter.files.hf_hub_url", nobody),
-        mock.patch("peft_longlora.data.rows.dataset_info", HfApi(nowhere).dataset_info),
+        mock.patch("peft_longlora.data.hub_rows.dataset_info", HfApi(nowhere).dataset_info),
         mock.patch("time.sleep") as waited,
     ):
         try:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_longlora.eval.journal import SAMPLES, read_samples
 from peft_longlora.eval.report import statistics
 from peft_longlora.eval.report.cells import Cell, collect_cells, sort_key
+from peft_longlora.eval.samples import SAMPLES, read_samples
 from peft_longlora.hub.results import RESULTS, Results, Row, rounded
 
 OF_TEXT = ("perplexity", "bits_per_byte")  # metrics that belong to the text they are measured on

@@ -27,6 +27,8 @@ class Counts:
         dropped_tokens: their tokens.
         restored: answers that are trained whole although the chat template would have cut them.
         restored_names: sources of the first few of them.
+        rewritten: questions whose text the chat template writes otherwise, or cuts.
+        rewritten_names: sources of the first few of them.
         left_out: the number of files and empty texts that are not read, by reason.
         kept: files of repositories that are read.
         pieces: of documents, in rows. The first token of a piece is read, and no token predicts it.
@@ -45,6 +47,8 @@ class Counts:
     dropped_tokens: int = 0
     restored: int = 0
     restored_names: list[str] = field(default_factory=list)
+    rewritten: int = 0
+    rewritten_names: list[str] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     kept: int = 0
     pieces: int = 0
@@ -60,6 +64,11 @@ class Counts:
         """Count an answer that is trained whole although the chat template would have cut it."""
         self.restored += 1
         self.restored_names += [name] if len(self.restored_names) < NAMED else []
+
+    def add_rewritten(self, name: str) -> None:
+        """Count a question whose text the chat template writes otherwise, or cuts."""
+        self.rewritten += 1
+        self.rewritten_names += [name] if len(self.rewritten_names) < NAMED else []
 
     def leave_out(self, reason: str, count: int = 1) -> None:
         """Count a file, or a text, that is not read."""
@@ -86,13 +95,18 @@ class Counts:
                 f"; {self.restored} answers that the chat template would have cut, such as thoughts before </think>, "
                 f"are trained whole{_named(self.restored_names, self.restored)}"
             )
+        if self.rewritten:
+            text += (
+                f"; {self.rewritten} questions that the chat template writes otherwise, or cuts"
+                f"{_named(self.rewritten_names, self.rewritten)}"
+            )
         return text
 
     def report(self) -> None:
-        """Log the counts: as a warning if tokens were left out, or if an answer differs from the chat template's."""
+        """Log the counts: as a warning if tokens were left out, or if a text differs from the chat template's."""
         if self.is_quiet:
             return
-        is_odd = self.cut_tokens or self.dropped or self.restored or self.left_out or self.is_stopped
+        is_odd = self.cut_tokens or self.dropped or self.restored or self.rewritten or self.left_out or self.is_stopped
         logger.log(logging.WARNING if is_odd else logging.INFO, str(self))
 
 

@@ -44,14 +44,14 @@ def tokenize_record(
         record: {"instruction", "input", "output"}, or {"messages"} as `read_records` yields them; and, for errors,
             "source".
         tokenizer: the model's.
-        counts: counts an answer that the template would have cut.
+        counts: counts an answer that the template would have cut, and a question that it writes otherwise.
 
     Returns:
         {"input_ids", "labels"}: lists of one length.
 
     Raises:
-        ValueError: the template fails, leaves out a message, or cuts one of several turns; no token is left to train
-            on.
+        ValueError: the template fails, leaves out a message, or cuts one of several turns; it does not write the
+            question before the answer; no token is left to train on.
     """
     source = record.get("source", "A record")
     turns = begin_turns(tokenizer, record["messages"] if "messages" in record else _turns(record))
@@ -82,11 +82,29 @@ def _one_answer(
         whole = _around(tokenizer, source, asked, said)
         if counts is not None:
             counts.add_restored(source)
-    if not _count(text, user) and MARK not in fill(tokenizer, source, [*asked[:-1], {**asked[-1], "content": MARK}]):
-        raise ValueError(f"{source}: the tokenizer's chat template leaves out what the user says. {CURE}")
+    if not _count(text, user):  # left out, or written otherwise, as by `| trim` and more
+        marked = [*asked[:-1], {**asked[-1], "content": MARK}]
+        text_of_mark, user = fill(tokenizer, source, marked), MARK
+        if MARK not in text_of_mark:
+            raise ValueError(f"{source}: the tokenizer's chat template leaves out what the user says. {CURE}")
+        begins = _common(text_of_mark, fill(tokenizer, source, [*marked, answer]))
+        if counts is not None:
+            counts.add_rewritten(source)
+    else:
+        begins = _common(text, whole)
+    if not _count(begins, user):
+        raise ValueError(
+            f"{source}: the tokenizer's chat template does not begin the answered conversation with what the user "
+            f"says, as it does when the model is asked. {CURE}"
+        )
     prompt, ids = (encode(tokenizer, part) for part in (text, whole))
     start = shared(prompt, ids)
     return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
+
+
+def _common(text: str, other: str) -> str:
+    """What both texts begin with."""
+    return text if other.startswith(text) else text[: shared(text, other)]
 
 
 def _count(text: str, part: str) -> int:

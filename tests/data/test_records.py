@@ -103,6 +103,10 @@ TEMPLATES = {
     "other roles": "{% for m in messages %}{% if m.role == 'human' %}{{ m.content }}{% endif %}{% endfor %}",
     "answers alone": "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}",
     "broken": "{{ messages[0]['content'] + 1 }}",
+    "last turn alone": "{% set m = messages[-1] %}<{{ m.role }}>{{ m.content }}{{ eos_token }}",
+    "backwards": "{% for m in messages | reverse %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ eos_token }}",
+    "small letters": TURN.replace("m.content", "m.content | lower") + "{{ m.content }}" + END,
+    "first lines": TURN.replace("m.content", "m.content.split('\\n')[0]") + "{{ m.content }}" + END,
 }
 OUTPUTS = {
     "thoughts": "<think>\nLong wavelengths pass.\n</think>\n\nRayleigh scattering.",
@@ -141,6 +145,8 @@ def test_no_template_takes_any_of_the_answer(tokenizer, log, name, output):
         ("other roles", "plain", "leaves the answer out"),
         ("answers alone", "plain", "leaves out what the user says"),
         ("broken", "plain", r"fails \(.*\)"),
+        ("last turn alone", "plain", "does not begin the answered conversation with what the user says"),
+        ("backwards", "plain", "does not begin the answered conversation with what the user says"),
         ("thoughts of its own", "thoughts", "cuts the thoughts before </think> and writes others in their place"),
     ],
 )
@@ -149,6 +155,19 @@ def test_a_template_that_leaves_a_side_out_is_refused_by_name(tokenizer, name, o
     record = {"instruction": "Why?", "output": OUTPUTS[output], "source": "a.jsonl:7"}
     with pytest.raises(ValueError, match=rf"a\.jsonl:7: the tokenizer's chat template {message}.*chat_template = "):
         list(tokenize_records([record], tokenizer, 512))
+
+
+@pytest.mark.parametrize("name", ["small letters", "first lines", "keeps"])
+def test_a_question_that_is_written_otherwise_is_said(tokenizer, log, name):
+    tokenizer.chat_template = TEMPLATES[name]
+    record = {"instruction": "Why?", "input": "A long text.", "output": "Blue.", "source": "a.jsonl:7"}
+    counts = Counts()
+    row = next(tokenize_records([record], tokenizer, 512, counts=counts))
+    assert trained(tokenizer, row) == "Blue.<eos>"
+    assert ("A long text." in tokenizer.decode(row["input_ids"])) == (name == "keeps")
+    counts.report()
+    said = "1 questions that the chat template writes otherwise, or cuts (a.jsonl:7)"
+    assert (said in log.text) == (name != "keeps")
 
 
 def test_an_answer_that_the_question_spells_out_is_no_answer(tokenizer):

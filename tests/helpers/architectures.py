@@ -11,6 +11,8 @@ import tempfile
 from dataclasses import dataclass, field
 
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from transformers import (
     AttentionInterface,
@@ -26,6 +28,7 @@ from peft_longlora import LongLoraConfig
 from peft_longlora.reference import s2_attention_reference
 
 WINDOW, CONTEXT, GROUP = 64, 128, 16  # tokens
+GPTJ_HAS_INTERFACE = Version(transformers.__version__) >= Version("5.24")
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ CASES = [
     ),
     Case("gpt2", GPT2, "learned positions", refused=NO_ROPE),
     Case("opt", dict(word_embed_proj_dim=64, ffn_dim=48), "learned positions", refused=NO_ROPE),
-    Case("gptj", GPT2, "its own rotary code", refused=NO_ROPE),  # before transformers 5.24: no interface
+    Case("gptj", GPT2, "its own rotary code", refused=NO_ROPE if GPTJ_HAS_INTERFACE else NO_INTERFACE),
     Case("falcon", {}, "its own attention code", refused=NO_INTERFACE),
     Case("bloom", dict(n_layer=2, n_head=4), "ALiBi", refused=NO_INTERFACE),
     Case("mpt", dict(d_model=64, n_heads=4, n_layers=2), "ALiBi", refused=NO_INTERFACE),

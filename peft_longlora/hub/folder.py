@@ -21,7 +21,7 @@ from peft_longlora.adapter.files import hub_id, read_config, refuse_link
 from peft_longlora.hub.card import CardOptions, as_list, write_card
 from peft_longlora.hub.draft import Remote, begin_draft
 from peft_longlora.hub.provenance import TRAINING, sha256
-from peft_longlora.hub.public import RECIPE, base_on_hub, name_base_in
+from peft_longlora.hub.public import RECIPE, base_note, base_on_hub, check_base, name_base_in
 from peft_longlora.hub.push import with_base_license, writing_api
 from peft_longlora.hub.readme import README
 from peft_longlora.hub.results import RESULTS, copy_results, read_results
@@ -106,8 +106,7 @@ def push_folder(
         raise ValueError(
             f"{repo_id!r} is no name of a repository. Give 'owner/name', or 'name' for one of your own."
         ) from error
-    if base is not None and hub_id(base) is None:
-        raise ValueError(f"base={base!r} is no id on the Hub ('owner/name').")
+    check_base(base)
     names, left_out = choose_files(folder, tuple(include))
     local, notes = config.base_model_name_or_path, []
     api = writing_api(token)
@@ -125,7 +124,7 @@ def push_folder(
             raise ValueError(f"The Hub is not reached ({error}). Nothing is pushed; try again.") from error
         if base is None and hub_id(local) is None:
             base = base_on_hub(remote, draft)
-            notes.append(_base_note(local, base))
+            notes.append(base_note(local, base))
         config.base_model_name_or_path = base or local
         _copy_results(folder, Path(results) if results else None, draft)
         if (folder / TRAINING).is_file():
@@ -191,18 +190,6 @@ def _read(folder: Path) -> LongLoraConfig:
     if config.file is None:
         raise ValueError(f"{str(folder)!r}: no {SAFETENSORS_WEIGHTS_NAME} in it. Save the adapter anew.")
     return config
-
-
-def _base_note(local: str | None, kept: str | None) -> str:
-    if kept is not None:
-        return (
-            f"{CONFIG_NAME} names the base {local!r}, which is not on the Hub. The repository, or the card, names "
-            f"{kept!r}: this is taken. Give base='owner/name' for another one."
-        )
-    return (
-        f"{CONFIG_NAME} names the base {local!r}, which is not on the Hub, so nobody else can load the adapter. Push "
-        f"again with base='owner/name'."
-    )
 
 
 def _copy_results(folder: Path, results: Path | None, draft: Path) -> None:

@@ -6,6 +6,8 @@ Called by folder.py and push.py.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,13 +15,58 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 from peft.utils import CONFIG_NAME
+from transformers.utils import logging
 
+from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import hub_id
 from peft_longlora.hub.draft import Remote
 from peft_longlora.hub.readme import README, read_readme
 from peft_longlora.hub.results import RESULTS
 
 RECIPE = "recipe.yaml"  # what `longlora train` was told, for others
+
+logger = logging.get_logger(__name__)
+
+
+def check_base(base: str | None) -> None:
+    """Refuse a base that nobody else can load.
+
+    Raises: ValueError: it is no id on the Hub.
+    """
+    if base is not None and hub_id(base) is None:
+        raise ValueError(f"base={base!r} is no id on the Hub ('owner/name').")
+
+
+@contextmanager
+def naming_bases(configs: Iterable[LongLoraConfig], base: str | None, remote: Remote, draft: Path) -> Iterator[None]:
+    """Within the block, configs that are saved name their base as the Hub does. Warns of one that is not there.
+
+    Args:
+        base: its id, if the user gave it. draft: as for `base_on_hub`.
+    """
+    before = [(config, config.base_model_name_or_path) for config in configs]
+    try:
+        for config, local in before:
+            if base is not None or hub_id(local) is not None:
+                config.base_model_name_or_path = base or local
+            else:
+                kept = base_on_hub(remote, draft)
+                logger.warning(base_note(local, kept))
+                config.base_model_name_or_path = kept or local
+        yield
+    finally:
+        for config, local in before:
+            config.base_model_name_or_path = local
+
+
+def warn_of_folder(config: LongLoraConfig) -> None:
+    """Warn, once, that a trainer pushes an adapter whose base is a folder of this machine."""
+    if hub_id(config.base_model_name_or_path) is None:
+        logger.warning_once(
+            f"The adapter names the base {config.base_model_name_or_path!r}, which is not on the Hub, so nobody else "
+            f"can load what this trainer pushes. Push it once more afterwards: longlora push FOLDER NAME --base "
+            f"owner/name."
+        )
 
 
 def base_on_hub(remote: Remote, draft: Path, subfolder: str = "") -> str | None:
@@ -39,6 +86,23 @@ def base_on_hub(remote: Remote, draft: Path, subfolder: str = "") -> str | None:
     if text := read_readme(draft / README):
         named.append(_entry(lambda text: ModelCard(text).data.to_dict(), text, "base_model"))
     return next((found for each in named if (found := hub_id(each))), None)
+
+
+def base_note(local: str | None, kept: str | None) -> str:
+    """What to tell the user of an adapter whose base is not on the Hub.
+
+    Args:
+        local: what the adapter's config names. kept: what the repository names already, and the push takes.
+    """
+    if kept is not None:
+        return (
+            f"{CONFIG_NAME} names the base {local!r}, which is not on the Hub. The repository, or the card, names "
+            f"{kept!r}: this is taken. Give base='owner/name' for another one."
+        )
+    return (
+        f"{CONFIG_NAME} names the base {local!r}, which is not on the Hub, so nobody else can load the adapter. Push "
+        f"again with base='owner/name'."
+    )
 
 
 def name_base(content: Any, local: str | None, base: str | None) -> Any:

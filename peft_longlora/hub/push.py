@@ -30,6 +30,7 @@ from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import hub_id, read_config
 from peft_longlora.hub.card import CardOptions, as_list, try_card, write_card
 from peft_longlora.hub.draft import Remote, begin_draft, complete_snapshot
+from peft_longlora.hub.public import check_base, naming_bases, warn_of_folder
 from peft_longlora.hub.readme import README, is_trainers_draft
 
 
@@ -37,6 +38,7 @@ def push_adapter(
     model: nn.Module,
     repo_id: str,
     *,
+    base: str | None = None,
     commit_message: str | None = "Upload adapter",
     commit_description: str | None = None,
     private: bool | None = None,
@@ -54,6 +56,8 @@ def push_adapter(
     Args:
         model: with a LongLoRA adapter; `get_peft_model`'s, or transformers' own after `add_adapter`.
         repo_id: "owner/name"; made if it is not there.
+        base: the base's id on the Hub, for a base that was loaded from a folder. None: the one that the repository
+            names already; if there is none, a warning says that nobody else can load the adapter.
         commit_message: the first line of the commit.
         commit_description: what follows it.
         private: make a new repository private. None: what the owner's settings say.
@@ -66,11 +70,12 @@ def push_adapter(
         The commit.
 
     Raises:
-        ValueError: the model has no LongLoRA adapter.
+        ValueError: the model has no LongLoRA adapter, or the base is no id on the Hub.
         LocalTokenNotFoundError: no token is given or stored; the message says how to get one.
         HfHubHTTPError: the Hub refused. Nothing is committed then; repeat the same call to complete the push.
     """
     api, configs = writing_api(token), adapters_of(model)
+    check_base(base)
     remote = Remote.create(api, repo_id, revision, private)
     with TemporaryDirectory() as place:
         has_folders = isinstance(model, PeftModel)  # one folder for each adapter that is not named "default"
@@ -82,7 +87,8 @@ def push_adapter(
             if source is not None:
                 complete_snapshot(api, source)
             begin_draft(remote, subfolder, source, Path(place, subfolder))
-        with _on_the_hub(configs, remote.repo_id, api, tags, has_folders):
+        named = naming_bases(configs.values(), base, remote, Path(place))
+        with named, _on_the_hub(configs, remote.repo_id, api, tags, has_folders):
             model.save_pretrained(place)
         return api.upload_folder(
             repo_id=remote.repo_id,
@@ -163,7 +169,9 @@ def update_card(model: nn.Module, output_dir: str | os.PathLike) -> None:
     is_draft = is_trainers_draft(Path(output_dir, README))
     if is_above or is_draft:
         config = copy.copy(configs[name])
-        config.card = with_base_license(config, None) if is_draft else config.card
+        if is_draft:
+            warn_of_folder(config)
+            config.card = with_base_license(config, None)
         try_card(config, output_dir, subfolder=name if is_above else None)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from peft_longlora.hub.card import CardOptions, as_list, try_card, write_card
+from peft_longlora.hub.public import warn_of_folder
 from peft_longlora.hub.push import adapters_of, with_base_license
 
 if TYPE_CHECKING:  # the Trainer imports half of the installed packages
@@ -69,6 +70,7 @@ def _of_trainer(config: Any, trainer: Trainer) -> CardOptions:
     """The options of the card if the trainer pushes to a repository."""
     if not (repo_id := trainer.hub_model_id or trainer.args.hub_model_id):
         return CardOptions.of(config)
+    warn_of_folder(config)
     return replace(with_base_license(config, trainer.args.hub_token), adapter=repo_id)
 
 

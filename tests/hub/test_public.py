@@ -5,7 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from unittest import mock
 
+from peft import get_peft_model
+from transformers import LlamaForCausalLM
+
+from peft_longlora import LongLoraConfig
+from peft_longlora.hub import public
+from peft_longlora.hub.readme import _TRAINERS_DRAFT
+from tests.helpers.tiny import extend, make
 from tests.hub.test_push_results import push_both, push_by_command, save_measured
 
 
@@ -32,6 +40,48 @@ def test_no_path_of_this_machine_is_pushed(hub, pusher, tmp_path):
         texts = [files[name] for name in ("README.md", "results.json", "recipe.yaml")]
         assert not any(b"secret" in text for text in texts)
     assert json.loads((folder / "results.json").read_text()) == results
+
+
+def push_from_folder(folder: str, repo_id: str, **options) -> tuple[list[str], str]:
+    """What a push of a model says whose base was loaded from a folder, and what its config names afterwards."""
+    LlamaForCausalLM.from_pretrained("me/base").save_pretrained(folder)
+    base = LlamaForCausalLM.from_pretrained(folder, attn_implementation="s2_attn")
+    model = get_peft_model(base, LongLoraConfig(r=2, context_length=256))
+    said: list[str] = []
+    with mock.patch.object(public.logger, "warning", said.append):
+        model.push_to_hub(repo_id, **options)
+    return said, model.peft_config["default"].base_model_name_or_path
+
+
+def test_a_model_whose_base_is_in_a_folder_is_pushed_with_a_word(hub, pusher, tmp_path):
+    """As `longlora push` does: the base's id is given, or known to the repository, or missed aloud."""
+    folder, repo = str(tmp_path / "my-base"), "me/from-a-folder"
+
+    def named() -> str:
+        return json.loads(hub.files(repo)["adapter_config.json"])["base_model_name_or_path"]
+
+    [said], after = pusher(push_from_folder, folder, repo)
+    assert f"names the base {folder!r}, which is not on the Hub, so nobody else can load the adapter" in said
+    assert "base='owner/name'" in said and named() == after == folder
+    said, after = pusher(push_from_folder, folder, repo, base="me/base")
+    assert said == [] and named() == "me/base" and after == folder, "the model in memory is as it was"
+    assert "base_model: me/base" in hub.files(repo)["README.md"].decode()
+    [said], _ = pusher(push_from_folder, folder, repo)
+    assert "names 'me/base': this is taken" in said and named() == "me/base"
+    assert "base='/nowhere' is no id on the Hub" in pusher(push_from_folder, folder, repo, base="/nowhere").message
+
+
+def test_a_trainers_push_says_it_too(tmp_path, monkeypatch):
+    """A Trainer uploads its folder, and asks the model to complete its card before."""
+    said: list[str] = []
+    monkeypatch.setattr(public.logger, "warning_once", said.append)
+    model = extend(make())
+    for name, count in (("/home/me/base", 1), ("me/base", 1)):
+        model.peft_config["default"].base_model_name_or_path = name
+        (tmp_path / "README.md").write_text(f"---\ntags: []\n---\n{_TRAINERS_DRAFT}")
+        model.create_or_update_model_card(str(tmp_path))
+        assert len(said) == count and "'/home/me/base', which is not on the Hub" in said[0]
+    assert "longlora push FOLDER NAME --base owner/name" in said[0]
 
 
 def test_a_name_that_is_none_and_a_token_that_is_wrong_are_said_with_their_cure(hub, pusher, tmp_path):

@@ -7,6 +7,8 @@ its own), which nothing here could extend. No name says which it is, so a few to
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,8 +82,6 @@ def _try(model: PreTrainedModel, attention: str) -> bool:
     """Whether nothing but masks and states tells a model's tokens apart."""
     config = model.config.get_text_config()
     before = config._attn_implementation
-    is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-    most = MOST_OF_HALF if is_half else MOST
     attending = list(find_attention_modules(model).values())
     full = [module for module in attending if not is_local_layer(module, config)]
     watch, move = _Watch(), _Move()
@@ -102,7 +102,9 @@ def _try(model: PreTrainedModel, attention: str) -> bool:
         return False
     finally:
         config._attn_implementation = before
-    return bool(move.errors) and max(watch.errors[0], *move.errors) <= most
+    is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    is_watched = watch.errors[0] <= (MOST_OF_HALF if is_half else MOST)
+    return is_watched and bool(move.errors) and all(error <= most for error, most in move.errors)
 
 
 class _Watch:
@@ -118,34 +120,67 @@ class _Watch:
 
 
 class _Move:
-    """A hook: how far the last token's output differs if the tokens that it sees stand in the reverse order."""
+    """A hook: how far the last token's output differs if the tokens that it sees stand in the reverse order, and how
+    far it may.
+
+    The layer computes in float32 meanwhile: with small weights an order changes less than half precision rounds.
+    """
 
     def __init__(self) -> None:
-        self.errors: list[float] = []
+        self.errors: list[tuple[float, float]] = []
         self._is_moving = False
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         if self._is_moving:
             return
+        self._is_moving = True
+        try:
+            with _in_float32(module) as is_exact:
+                self._move(module, *(_as_float32((args, kwargs)) if is_exact else (args, kwargs)), is_exact)
+        finally:
+            self._is_moving = False
+
+    def _move(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_exact: bool) -> None:
         hidden = _hidden(args, kwargs)
         last, others = hidden[:, -1:], hidden[:, :-1]
 
-        def with_others(new: torch.Tensor) -> float:
+        def with_others(new: torch.Tensor) -> torch.Tensor:
             all_ = torch.cat([new, last], 1)
-            again = module(
+            out = module(
                 *(all_ if x is hidden else x for x in args),
                 **{k: all_ if x is hidden else x for k, x in kwargs.items()},
             )
-            before, after = (x[0][:, -1] if isinstance(x, tuple) else x[:, -1] for x in (out, again))
-            return far(after, before)
+            return out[0][:, -1] if isinstance(out, tuple) else out[:, -1]
 
-        self._is_moving = True
-        try:
-            # A token that does not see others, because it chose keys, would say nothing.
-            sees = with_others(last.expand_as(others)) > MOST_OF_HALF
-            self.errors.append(with_others(others.flip(1)) if sees else float("inf"))
-        finally:
-            self._is_moving = False
+        before = with_others(others)
+        # A token that does not see others, because it chose keys, would say nothing.
+        sees = far(with_others(last.expand_as(others)), before) > MOST_OF_HALF
+        error = far(with_others(others.flip(1)), before) if sees else float("inf")
+        self.errors.append((error, MOST if is_exact else MOST_OF_HALF))
+
+
+@contextmanager
+def _in_float32(module: nn.Module) -> Iterator[bool]:
+    """Within the block a layer holds its weights in float32, unless it is quantised; yields whether it does."""
+    held = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
+    half = [(tensor, data) for tensor, data in held if data.dtype in (torch.float16, torch.bfloat16)]
+    is_plain = all(tensor.is_floating_point() and tensor.element_size() > 1 for tensor in module.parameters())
+    try:
+        for tensor, data in half * is_plain:
+            tensor.data = data.float()
+        yield is_plain
+    finally:
+        for tensor, data in half:
+            tensor.data = data
+
+
+def _as_float32(value: Any) -> Any:
+    """Arguments of a layer, with their floating-point tensors in float32."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(map(_as_float32, value))
+    return {key: _as_float32(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from peft_longlora import LongLoraConfig, configure_attention, restore_rope, scale_rope
 from peft_longlora.rope import absent
@@ -81,6 +81,19 @@ def test_positions_of_another_kind_are_refused(name, dtype):
             call()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_positions_show_with_weights_as_small_as_a_new_models(dtype):
+    """Tokens in another order then change a layer by less than half precision rounds."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=64, rotary_dim=8)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gptj", **sizes)).to(dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(NotImplementedError, match=r"no rotary position embeddings|its attention from"):
+        scale_rope(model, LONGER)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [n for n in ("jamba", "nemotron_h", "kimi_linear") if n in CONFIG_MAPPING])
 def test_no_positions_are_found_in_half_precision_too(name, dtype):
@@ -115,4 +128,4 @@ class Own(nn.Module):
 def test_a_layer_that_does_not_look_at_others_says_nothing():
     move, hidden = absent._Move(), torch.randn(1, 24, 8)
     move(Own(), (hidden,), {}, Own()(hidden))
-    assert move.errors == [float("inf")]
+    assert move.errors == [(float("inf"), absent.MOST)]

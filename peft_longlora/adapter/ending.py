@@ -21,17 +21,18 @@ from peft_longlora.rope import scale as rope
 from peft_longlora.rope.learned import settle
 
 logger = logging.get_logger(__name__)
-# Options of LoRA with which its product is more than scaling * B A.
-_VARIANTS = (
+# Options of LoRA with which its product is more than scaling * B A. aLoRA's is that behind its tokens.
+_VARIANTS = {
     "use_rslora",
     "lora_bias",
     *(each.name for each in fields(LoraConfig) if "is_lora_variant" in each.metadata),
-)
+}
+_VARIANTS -= {"alora_invocation_tokens", "velora_config"}
 
 
 def beyond_lora(config: LoraConfig) -> str:
     """What an adapter has besides the product of plain LoRA, in words; empty if it has nothing."""
-    found = [f"{name}={value!r}" for name in _VARIANTS if (value := getattr(config, name))]
+    found = [f"{name}={value!r}" for name in sorted(_VARIANTS) if (value := getattr(config, name))]
     found += [f"modules_to_save={config.modules_to_save!r}"] * bool(config.modules_to_save)
     if config.trainable_token_indices is not None:
         found.append(f"trainable_token_indices={config.trainable_token_indices!r}")
@@ -177,6 +178,11 @@ class EndingLoraModel(LoraModel):
                     f"compute the weighted sum of the adapters. Merge {name!r} alone, or train with "
                     f"train_embeddings=False, train_norms=False and plain LoRA."
                 )
+        if len({str(self.peft_config[name].alora_invocation_tokens) for name in adapters}) > 1:
+            raise ValueError(
+                f"Adapters {adapters} have different alora_invocation_tokens, and a sum of them would have those of "
+                f"{adapters[0]!r}. Add up adapters that begin at the same tokens."
+            )
         super().add_weighted_adapter(adapters, weights, adapter_name, **options)
 
     def _check_merge_allowed(self) -> None:

@@ -192,3 +192,12 @@ def test_what_a_weighted_sum_would_leave_out_is_refused(more):
         model.add_weighted_adapter(["a"], [1.0], "half", combination_type="cat")
     assert list(model.peft_config) == ["a"]
     assert_same(snapshot(model), before)
+
+
+def test_adapters_that_wait_for_different_tokens_are_not_added_up():
+    model = extend(make(), "a", alora_invocation_tokens=[5], **PLAIN)
+    model.add_adapter("b", LongLoraConfig(r=4, context_length=128, alora_invocation_tokens=[6], **PLAIN))
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] have different alora_invocation_tokens"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", combination_type="cat")
+    model.add_weighted_adapter(["a"], [0.5], "c", combination_type="cat")
+    assert model.peft_config["c"].alora_invocation_tokens == [5]

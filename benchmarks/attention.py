@@ -26,8 +26,9 @@ from ways import permute_varlen, roll, two_calls_fa4
 from peft_longlora.kernels import backends
 from peft_longlora.kernels.attend import attend
 from peft_longlora.kernels.cuts import Cuts
-from peft_longlora.kernels.groups import PATTERNS, Groups
+from peft_longlora.kernels.groups import Groups
 from peft_longlora.kernels.kernel import Needs, Options
+from peft_longlora.kernels.patterns import PATTERNS
 from peft_longlora.reference import s2_attention_reference
 
 

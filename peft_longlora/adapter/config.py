@@ -18,7 +18,7 @@ from peft_longlora.adapter.rules import FORMAT_VERSION, RULES, plain
 from peft_longlora.adapter.variants import as_value_errors, check_variants
 from peft_longlora.attention.effect import RATIO
 from peft_longlora.attention.schedule import check_dense_every
-from peft_longlora.kernels.groups import check_blocks, check_pattern, group_size_of
+from peft_longlora.kernels.patterns import check_blocks, check_pattern, group_size_of
 from peft_longlora.rope.parameters import check_rope
 
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

@@ -12,7 +12,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from peft_longlora.kernels.groups import BLOCK_PATTERNS, PATTERNS
+from peft_longlora.kernels.patterns import BLOCK_PATTERNS, PATTERNS
 
 # The version of the file format. It grows when an older package would misread new files.
 FORMAT_VERSION = 1

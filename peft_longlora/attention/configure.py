@@ -28,7 +28,7 @@ from peft_longlora.attention.settings import (
 )
 from peft_longlora.attention.trial import try_out
 from peft_longlora.kernels.backends import check_backend
-from peft_longlora.kernels.groups import check_blocks, check_pattern, group_size_of
+from peft_longlora.kernels.patterns import check_blocks, check_pattern, group_size_of
 from peft_longlora.rope.absent import check_positions
 from peft_longlora.rope.parameters import window_of
 from peft_longlora.rope.state import OWNER

@@ -18,8 +18,8 @@ from peft_longlora.attention.local import Local, cuts_of, find_local
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.attention.settings import AttentionSettings
 from peft_longlora.kernels.cuts import Cuts, plan_tensors
-from peft_longlora.kernels.groups import BLOCK_PATTERNS
 from peft_longlora.kernels.kernel import Options
+from peft_longlora.kernels.patterns import BLOCK_PATTERNS
 
 
 @dataclass(frozen=True)

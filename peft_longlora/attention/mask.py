@@ -86,7 +86,7 @@ class S2Mask(ReadyMask):
 
         Args:
             group_size: G, tokens.
-            pattern: one of `groups.PATTERNS`.
+            pattern: one of `patterns.PATTERNS`.
             position_ids: (1 or B, S) as the layer got them; they restart where a document starts. (transformers drops
                 this if it also gets a 2-D mask or a cache.) None: positions do not restart; then, without padding and
                 with a causal rule, nothing is read from the device.

@@ -16,7 +16,7 @@ from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.mode import use_attention
 from peft_longlora.attention.settings import FASTEST, S2_ATTN, AttentionSettings, AttentionState, settings_of
 from peft_longlora.few_tokens import at_rest
-from peft_longlora.kernels.groups import whole_number
+from peft_longlora.kernels.patterns import whole_number
 
 # The first tokens of a row attract attention from everywhere, whatever they say. This does not count as reach.
 SINKS = 128

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from peft_longlora.kernels.groups import whole_number
+from peft_longlora.kernels.patterns import whole_number
 
 
 @dataclass

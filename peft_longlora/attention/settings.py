@@ -24,7 +24,7 @@ from peft_longlora.attention.effect import RATIO
 from peft_longlora.attention.inputs import ModelInputs
 from peft_longlora.attention.schedule import Schedule
 from peft_longlora.attention.states import StateLayers
-from peft_longlora.kernels.groups import group_size_of
+from peft_longlora.kernels.patterns import group_size_of
 from peft_longlora.rope.parameters import window_of
 
 logger = logging.get_logger(__name__)
@@ -49,7 +49,7 @@ class AttentionSettings:
     Attributes:
         config: the model's text config; its window may determine the group size.
         given_size: G in tokens, if the user gave it. group_size_ratio: otherwise G as a fraction of the window.
-        pattern: one of `groups.PATTERNS` and `groups.BLOCK_PATTERNS`.
+        pattern: one of `patterns.PATTERNS` and `patterns.BLOCK_PATTERNS`.
         chosen_blocks: how many blocks of keys "adaptive" chooses; None for as many as cost what S2-Attn costs.
         dense_layers: indices of layers that stay dense in training.
         dense_attention: the transformers attention that runs if S2-Attn does not.

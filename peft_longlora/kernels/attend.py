@@ -9,8 +9,9 @@ import torch
 from peft_longlora.kernels.backends import check_backend, pick_backend
 from peft_longlora.kernels.blocks import BlockPlan
 from peft_longlora.kernels.cuts import Cuts, find_groups, plan_tensors
-from peft_longlora.kernels.groups import BLOCK_PATTERNS, check_blocks, check_pattern, find_documents, whole_number
+from peft_longlora.kernels.groups import find_documents
 from peft_longlora.kernels.kernel import Options, zero_output
+from peft_longlora.kernels.patterns import BLOCK_PATTERNS, check_blocks, check_pattern, whole_number
 
 DEFAULTS = Options()
 

@@ -1,22 +1,19 @@
 """Where the groups of S2-Attn start and end: host-side arithmetic, done once a forward.
 
-Called by attention's `mask` (once a forward) and by `s2_attention` (for direct calls). Imports only torch.
+Called by attention's `mask` (once a forward) and by `s2_attention` (for direct calls).
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fractions import Fraction
 from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
 
-PATTERNS = ("s2", "local", "full")
-# Patterns whose queries see blocks of keys instead of groups: see `blocks`.
-BLOCK_PATTERNS = ("window", "adaptive")
+from peft_longlora.kernels.patterns import shift_of
+
 # Not a document's number: it marks tokens that a mask lets see later ones.
 BIDIRECTIONAL = -(2**31)
 # Kernels that need a contiguous partition also compute padding. Short pieces make that cheap.
@@ -53,11 +50,6 @@ def tokens_before(length: int, group_size: int, shift: int, first: int) -> int:
     Example: L = 10, G = 4, token 3: 3 with straight groups; 1 with shift 2, whose second group is [2, 6).
     """
     return first if length <= group_size or first < shift else (first - shift) % group_size
-
-
-def shift_of(group_size: int, pattern: str) -> int:
-    """Tokens of the first group of the second half of the heads; 0 if it has the groups of the first half."""
-    return {"s2": group_size // 2}.get(pattern, 0)
 
 
 def split_heads(heads: int, kv_heads: int) -> tuple[int, int]:
@@ -233,56 +225,3 @@ def runs_of_equal_pieces(boundaries: tuple[int, ...], skip: frozenset[int]) -> l
         else:
             runs.append((start, end - start, 1))
     return runs
-
-
-def whole_number(value: Any) -> int | None:
-    """A whole number of Python, numpy or torch as an int; None for anything else, also for True and False."""
-    if type(value) is int:
-        return value
-    try:
-        # numpy 2.2, the last for Python 3.10, takes its own bool as an index, with a warning.
-        return None if type(value).__name__.startswith("bool") else operator.index(value)
-    except TypeError:
-        return None
-
-
-def check_pattern(group_size: Any, pattern: str) -> int:
-    """The group size as an int. Refuses an unknown pattern, and a size that cannot be shifted by half.
-
-    Raises: ValueError.
-    """
-    if pattern not in (*PATTERNS, *BLOCK_PATTERNS):
-        known = ", ".join(map(repr, (*PATTERNS, *BLOCK_PATTERNS)))
-        raise ValueError(f"pattern={pattern!r} is unknown. Use one of {known}.")
-    size = whole_number(group_size)
-    if size is None or size < 2 or size % 2:
-        raise ValueError(
-            f"group_size={group_size!r} cannot be used: it must be an even number of tokens, 2 or more, because "
-            f"shifted heads move their groups by half of it."
-        )
-    return size
-
-
-def group_size_of(group_size: int | None, ratio: float, window: int) -> int:
-    """G in tokens: the given size, or a fraction of the window, rounded down to an even number.
-
-    Raises: ValueError: a ratio outside (0, 1].
-
-    Example: 0.58 of 100 tokens is 58, although the product of the two floats is a little less.
-    """
-    if group_size is not None:
-        return group_size
-    if not 0 < ratio <= 1:
-        raise ValueError(f"group_size_ratio={ratio} is outside (0, 1]: it is a fraction of the window ({window}).")
-    # The fraction that the user meant: a float cannot hold 0.58 or 1/3.
-    return max(2, int(window * Fraction(ratio).limit_denominator(10**6)) // 2 * 2)
-
-
-def check_blocks(blocks: Any) -> int | None:
-    """The number of chosen blocks, None for the default. Raises: ValueError: not a whole number, or below 1."""
-    if blocks is not None and (whole_number(blocks) or 0) < 1:
-        raise ValueError(
-            f"chosen_blocks={blocks!r} must be a whole number of blocks of 128 keys, 1 or more; None for as many as "
-            f"cost what S2-Attn costs."
-        )
-    return None if blocks is None else whole_number(blocks)

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from peft_longlora.kernels.groups import PATTERNS, Groups, plan_groups, shift_of, tokens_before
+from peft_longlora.kernels.groups import Groups, plan_groups, tokens_before
+from peft_longlora.kernels.patterns import PATTERNS, shift_of
 
 # For each rank and half of the heads (or for all heads at once): tokens [from, to).
 Ranges = tuple[tuple[tuple[int, int], ...], ...]
@@ -28,7 +29,7 @@ class Edges(NamedTuple):
     Attributes:
         length: tokens. head, tail: tokens of its first and its last document, 0 for padding.
         first, last: positions of the first and of the last token.
-        group_size, pattern: G, and the pattern's place among `groups.PATTERNS`: the same on all ranks.
+        group_size, pattern: G, and the pattern's place among `patterns.PATTERNS`: the same on all ranks.
         has_hole: whether there is padding inside a document, 0 or 1.
     """
 

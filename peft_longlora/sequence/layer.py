@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.local import documents_of
 from peft_longlora.attention.mask import S2Mask
-from peft_longlora.kernels.groups import BLOCK_PATTERNS
+from peft_longlora.kernels.patterns import BLOCK_PATTERNS
 from peft_longlora.sequence import halo, ulysses, window
 from peft_longlora.sequence.edges import Edges, exchange_edges, plan_halo
 

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
 
 from peft_longlora import LongLoraConfig
-from peft_longlora.kernels.groups import PATTERNS
+from peft_longlora.kernels.patterns import PATTERNS
 
 # The field table of the contract.
 DEFAULTS = {

@@ -7,7 +7,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from peft_longlora import LongLoraConfig, configure_attention, use_attention
-from peft_longlora.kernels.groups import BLOCK_PATTERNS
+from peft_longlora.kernels.patterns import BLOCK_PATTERNS
 from peft_longlora.reference import s2_attention_reference
 from peft_longlora.sequence import parallelize_sequence
 from tests.helpers.tiny import extend, make

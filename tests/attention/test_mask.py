@@ -8,7 +8,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from peft_longlora import configure_attention, use_attention
 from peft_longlora.attention.mask import S2Mask, s2_mask
-from peft_longlora.kernels.groups import PATTERNS, plan_from_segment_ids
+from peft_longlora.kernels.groups import plan_from_segment_ids
+from peft_longlora.kernels.patterns import PATTERNS
 from tests.helpers.configs import tiny_llama_config
 from tests.helpers.releases import CACHE, checkpoint_activations
 

@@ -6,7 +6,7 @@ import torch
 
 from peft_longlora import s2_attention
 from peft_longlora.kernels.blocks import BLOCK, BlockPlan, default_blocks
-from peft_longlora.kernels.groups import BLOCK_PATTERNS
+from peft_longlora.kernels.patterns import BLOCK_PATTERNS
 from peft_longlora.reference import s2_attention_reference
 
 # name: B, S, H, H_kv, D, D_v, documents of each row (a negative length is padding)

@@ -12,9 +12,10 @@ from peft_longlora import s2_attention
 from peft_longlora.kernels import backends
 from peft_longlora.kernels.attend import attend
 from peft_longlora.kernels.cuts import Cuts, tensors_of
-from peft_longlora.kernels.groups import BLOCK_PATTERNS, plan_groups
+from peft_longlora.kernels.groups import plan_groups
 from peft_longlora.kernels.kernel import Needs, Options
 from peft_longlora.kernels.operators import attend_halves, attend_halves_backward
+from peft_longlora.kernels.patterns import BLOCK_PATTERNS
 from peft_longlora.reference import s2_attention_reference
 from peft_longlora.sequence.halo import attend_far, attend_far_backward, merge
 

@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,9 +9,7 @@ from hypothesis import strategies as st
 
 from peft_longlora.kernels.cuts import tensors_of
 from peft_longlora.kernels.groups import (
-    check_pattern,
     find_documents,
-    group_size_of,
     plan_from_segment_ids,
     plan_groups,
     runs_of_equal_pieces,
@@ -166,23 +163,3 @@ def test_tensors_hold_the_boundaries_and_are_made_once():
 def test_runs_of_equal_pieces():
     assert runs_of_equal_pieces((0, 2, 6, 10), frozenset()) == [(0, 2, 1), (2, 4, 2)]
     assert runs_of_equal_pieces((0, 4, 8, 12), frozenset({4})) == [(0, 4, 1), (8, 4, 1)]
-
-
-@pytest.mark.parametrize("group_size", [np.int64(4), np.int32(4), np.uint8(4), torch.tensor(4)])
-def test_whole_numbers_of_other_libraries_are_group_sizes(group_size):
-    assert type(check_pattern(group_size, "s2")) is int and check_pattern(group_size, "s2") == 4
-
-
-@pytest.mark.parametrize("group_size", [np.float64(4), torch.tensor(4.0), np.bool_(True), torch.tensor(True), "4"])
-def test_what_is_no_whole_number_is_no_group_size(group_size):
-    with pytest.raises(ValueError, match="must be an even number of tokens"):
-        check_pattern(group_size, "s2")
-
-
-@pytest.mark.parametrize("window", [10, 64, 100, 4096, 8192, 32768, 131072, 1_000_000])
-def test_a_fraction_of_the_window_is_exact(window):
-    """For every ratio of two digits and every n-th part: the float product is a token short for some."""
-    for percent in range(1, 101):
-        assert group_size_of(None, percent / 100, window) == max(2, window * percent // 100 // 2 * 2)
-    for parts in range(1, 100):
-        assert group_size_of(None, 1 / parts, window) == max(2, window // parts // 2 * 2)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_longlora import s2_attention
-from peft_longlora.kernels.groups import PATTERNS
+from peft_longlora.kernels.patterns import PATTERNS
 from peft_longlora.reference import s2_attention_reference
 
 # Padded left and right, packed, and both; documents shorter than, equal to and longer than G = 4.

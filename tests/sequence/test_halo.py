@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 
 from peft_longlora.kernels.cuts import tensors_of
-from peft_longlora.kernels.groups import PATTERNS, find_documents, plan_groups
+from peft_longlora.kernels.groups import find_documents, plan_groups
 from peft_longlora.kernels.kernel import Options
 from peft_longlora.kernels.operators import attend_halves, attend_halves_backward
+from peft_longlora.kernels.patterns import PATTERNS
 from peft_longlora.reference import s2_attention_reference
 from peft_longlora.sequence.edges import Edges, exchange_edges, plan_halo
 from peft_longlora.sequence.halo import attend, attend_far, attend_far_backward, merge

@@ -27,7 +27,7 @@ ARROWS = {
     "memory": {"attention", "rope.mixing", "architecture"},
     "attention": {"kernels", "rope", "few_tokens", "architecture"},
     "sequence": {"attention", "kernels", "data", "architecture"},
-    "adapter": {"attention", "rope", "kernels.groups", "few_tokens", "architecture"},
+    "adapter": {"attention", "rope", "kernels.patterns", "few_tokens", "architecture"},
     "hub": {"adapter", "rope", "architecture"},
     "eval": {"hub", "sequence", "attention", "rope", "data", "architecture"},
     "chat": {"hub", "rope", "data", "architecture"},
@@ -164,18 +164,15 @@ def test_extras_are_imported_by_no_file_at_its_top():
     assert not {file: found for file, found in wrong.items() if found}
 
 
-@pytest.mark.parametrize(
-    ("place", "allowed"),
-    [("reference", {"torch"}), ("kernels.groups", {"torch"}), ("kernels", {"torch", "transformers", "kernels"})],
-)
-def test_the_ground_needs_torch_alone(place, allowed):
+@pytest.mark.parametrize("place", ["reference", "kernels"])
+def test_the_ground_needs_torch_alone(place):
     """The definition and the arithmetic; of the kernels, none but backends and flash know transformers."""
+    known = {"torch", "peft_longlora"} | sys.stdlib_module_names
     for file in FILES:
         if is_in(file, {place}):
-            found = (
-                {each.module.partition(".")[0] for each in imports(file)} - sys.stdlib_module_names - {"peft_longlora"}
-            )
-            assert found <= ({"torch"} if file not in ("kernels.backends", "kernels.flash") else allowed), file
+            found = {each.module.partition(".")[0] for each in imports(file)} - known
+            more = {"transformers", "kernels"} if file in ("kernels.backends", "kernels.flash") else set()
+            assert found <= more, file
 
 
 def test_top_and_bottom():

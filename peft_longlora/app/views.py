@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from dataclasses import dataclass
 
 from peft_longlora.chat import Conversation, Passage
@@ -13,6 +14,7 @@ MANY = "Enough of your questions wait already. Ask again after an answer."
 FULL = "All places are taken. Try again later."
 NOWHERE = "<small>After an answer: passages that hold its words.</small>"
 NONE_FOUND = "<small>No passage holds a word of the answer or of the question.</small>"
+FULL_LINE = 45  # characters; a line that an editor broke is longer, if it does not end a paragraph
 WAITING = "\u2026"  # an answer that has no word yet
 
 
@@ -79,6 +81,17 @@ def passages(conversation: Conversation) -> str:
     return "".join(map(_passage, found)) or NONE_FOUND
 
 
+def unwrapped(text: str) -> str:
+    """Prose that an editor broke into lines, in paragraphs, so that it fills a column; code, lists and verse stay."""
+    parts = re.split(r"(\n\s*\n)", text)
+    for number in range(0, len(parts), 2):
+        lines = parts[number].split("\n")
+        full = lines[0 if number else 1 : -1]  # a passage may begin inside a line
+        if full and all(len(line) >= FULL_LINE and line[0].strip() for line in full):
+            parts[number] = " ".join(lines)
+    return "".join(parts)
+
+
 def _passage(passage: Passage) -> str:
-    place, reason, text = (html.escape(part) for part in (passage.place, passage.reason, passage.text))
+    place, reason, text = (html.escape(part) for part in (passage.place, passage.reason, unwrapped(passage.text)))
     return f'<div class="passage"><b>{place}</b> <small>{reason}</small><p>{text}</p></div>'

@@ -1,4 +1,4 @@
-"""What the server answers to anybody: a content policy with every answer, no files of readers, and a bound for uploads.
+"""What the server answers to anybody: a content policy with every answer, no files, no API, and a bound for uploads.
 
 An ASGI middleware, between the web server and gradio's own app.
 """
@@ -62,6 +62,9 @@ class Guard:
         parts = scope["path"].lstrip("/").removeprefix("gradio_api/")
         if parts.startswith(("file=", "file/", "proxy=")):
             return 404, "No files are served here."
+        # gradio does not list functions that are private, and still runs them by their names.
+        if parts.startswith(("call/", "api/", "run/")) and parts.rstrip("/") not in ("run/predict", "api/predict"):
+            return 404, "There is no API here."
         if scope["method"] == "POST" and parts.rstrip("/") == "upload" and self._bytes() >= self.most_bytes:
             return 507, "Too many files wait on this server. Try again later."
         return None

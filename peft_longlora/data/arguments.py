@@ -18,7 +18,7 @@ def check_whole(name: str, value: Any, least: int, what: str) -> int:
     Raises: ValueError: not a whole number, or below `least`.
     """
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        number = None if type(value).__name__.startswith("bool") else operator.index(value)
     except TypeError:
         number = None
     if number is None or number < least:

@@ -107,7 +107,7 @@ def scale_rope(
 def _tokens(context_length: Any) -> int:
     """A number of Python, numpy or torch as an int."""
     try:
-        tokens = 0 if isinstance(context_length, bool) else operator.index(context_length)
+        tokens = 0 if type(context_length).__name__.startswith("bool") else operator.index(context_length)
     except TypeError:
         tokens = 0
     if tokens < 1:

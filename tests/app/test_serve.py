@@ -50,6 +50,13 @@ def test_no_files_are_served(tmp_path):
         assert answers(Guard(inner, tmp_path), "GET", path)[::2] == (404, b"No files are served here.")
 
 
+def test_functions_are_not_called_by_their_names(tmp_path):
+    for path in ("/gradio_api/call/ask", "/call/ask/v2", "/gradio_api/run/ask", "/run/ask/", "/gradio_api/api/ask"):
+        assert answers(Guard(inner, tmp_path), "POST", path)[::2] == (404, b"There is no API here.")
+    for path in ("/gradio_api/run/predict", "/gradio_api/queue/join"):  # what the page itself asks for
+        assert answers(Guard(inner, tmp_path), "POST", path)[0] == 200
+
+
 def test_uploads_have_a_sum(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.txt").write_bytes(b"x" * 60)
@@ -82,6 +89,10 @@ def test_there_is_no_api_no_monitoring_and_no_history(server):
         assert json.load(answer) == {"named_endpoints": {}, "unnamed_endpoints": {}}
     with pytest.raises(urllib.error.HTTPError, match="40"):
         urllib.request.urlopen(f"{url}monitoring/summary")
+    for name in ("call/ask", "call/v2/ask", "run/ask", "api/ask"):
+        with pytest.raises(urllib.error.HTTPError, match="40"):
+            header = {"Content-Type": "application/json"}
+            urllib.request.urlopen(urllib.request.Request(f"{url}gradio_api/{name}", b'{"data": ["x"]}', header))
     chat = next(block for block in app.blocks.values() if isinstance(block, gradio.Chatbot))
     assert chat.render_markdown is False and chat.sanitize_html
 

@@ -44,7 +44,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, ImportError, OSError: a file, model or cache cannot be used.
     """
-    from peft_longlora.chat.document import read_document
     from peft_longlora.chat.words import import_rankers
     from peft_longlora.hub.loading import is_out_of_memory, load_model
 
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         import_rankers()  # an error before the model is loaded, and not after the first answer
     if any(not question.strip() for question in args.ask or []):
         raise ValueError("--ask is empty.")
-    document = read_document(args.file)  # refuses a bad file before a model is loaded
+    document = _open(args.file)  # refuses a bad file before a model is loaded
     loaded = load_model(**model_options(args), device=args.device)
     try:
         chat = Chat(args, loaded, document)
@@ -146,15 +145,16 @@ class Chat:
 
     def change(self, path: str) -> None:
         """Begin a conversation about another file; the old one stays if that cannot be read."""
-        from peft_longlora.chat import read_document
-
         if not path:
             _say(f"{self.conversation.dialogue.document.name}: {self.conversation.usage}. {FILE} PATH reads another.")
             return
         try:
-            document = read_document(path)
+            document = _open(path)
         except (ValueError, ImportError, OSError) as error:
             _say(f"{' '.join(str(error).split())} The document is still {self.conversation.dialogue.document.name}.")
+            return
+        except KeyboardInterrupt:
+            _say(f"\nStopped. The document is still {self.conversation.dialogue.document.name}.")
             return
         self.conversation.close()  # before the next one needs the memory
         self.begin(document)
@@ -173,11 +173,23 @@ class Chat:
             _say(f"  {passage.place} ({passage.reason}): {' '.join(passage.text.split())}")
 
 
+def _open(path: str) -> Document:
+    """Read a file. A PDF may take long, so its pages are counted, and Ctrl-C ends it."""
+    from peft_longlora.chat.document import read_document
+
+    return read_document(
+        path, is_stopped=lambda: False, on_page=lambda done, all: _count("Opening", done, all, "pages")
+    )
+
+
 def _progress(done: int, total: int) -> None:
+    _count("Reading", done, total, "tokens")
+
+
+def _count(what: str, done: int, total: int, unit: str) -> None:
     if sys.stderr.isatty():
-        print(
-            f"\rReading: {done:,} of {total:,} tokens", end="\n" if done >= total else "", file=sys.stderr, flush=True
-        )
+        end = "\n" if done >= total else ""
+        print(f"\r{what}: {done:,} of {total:,} {unit}", end=end, file=sys.stderr, flush=True)
 
 
 def _say(text: str) -> None:

@@ -52,13 +52,16 @@ def check_positions(model: PreTrainedModel) -> None:
     cure = "Use a rotary architecture (llama, qwen3, mistral, gemma3, gpt_neox, ...)."
     attention = find_text_model(model).get_correct_attn_implementation(None)
     if (key := key_of(model)) not in _tried:
-        if not can_run(model, attention):
+        found = _try(model, attention) if can_run(model, attention) else None
+        if found is None and _is_decided_elsewhere():
+            return
+        if found is None:
             raise NotImplementedError(
                 f"{kind} has no rotary position embeddings that could be rescaled, and whether it has positions of "
                 f"another kind shows only when it runs, which it cannot now: its weights are not all on this device. "
                 f"Make the adapter before the model is sharded or moved, or use a rotary architecture."
             )
-        _tried[key] = _try(model, attention)
+        _tried[key] = found
     if not _tried[key] or not isinstance(getattr(config, "max_position_embeddings", None), int):
         raise NotImplementedError(
             f"{kind} has no rotary position embeddings that could be rescaled, so its window cannot be extended. {cure}"
@@ -78,8 +81,14 @@ def check_nothing_asked(model: PreTrainedModel, rope_type: str, rope_parameters:
         )
 
 
-def _try(model: PreTrainedModel, attention: str) -> bool:
-    """Whether nothing but masks and states tells a model's tokens apart."""
+def _is_decided_elsewhere() -> bool:
+    """Whether the first process has the weights and decides for all: FSDP may load them there alone."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0
+
+
+def _try(model: PreTrainedModel, attention: str) -> bool | None:
+    """Whether nothing but masks and states tells a model's tokens apart; None if its weights are empty."""
     config = model.config.get_text_config()
     before = config._attn_implementation
     attending = list(find_attention_modules(model).values())
@@ -98,6 +107,8 @@ def _try(model: PreTrainedModel, attention: str) -> bool:
                         handle.remove()
     except torch.OutOfMemoryError:
         raise
+    except _EmptyError:
+        return None
     except Exception:  # a layer that takes its tokens in another way, so nothing is known of it
         return False
     finally:
@@ -105,6 +116,10 @@ def _try(model: PreTrainedModel, attention: str) -> bool:
     is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
     is_watched = watch.errors[0] <= (MOST_OF_HALF if is_half else MOST)
     return is_watched and bool(move.errors) and all(error <= most for error, most in move.errors)
+
+
+class _EmptyError(Exception):
+    """A layer gives nothing, or no numbers: its weights are empty."""
 
 
 class _Watch:
@@ -153,6 +168,8 @@ class _Move:
             return out[0][:, -1] if isinstance(out, tuple) else out[:, -1]
 
         before = with_others(others)
+        if not before.isfinite().all() or not before.any():
+            raise _EmptyError
         # A token that does not see others, because it chose keys, would say nothing.
         sees = far(with_others(last.expand_as(others)), before) > MOST_OF_HALF
         error = far(with_others(others.flip(1)), before) if sees else float("inf")

@@ -146,14 +146,23 @@ def _rope_of(config: dict[str, Any], text: Any) -> Any:
     return (own or parts)[0].get("rope_parameters")
 
 
+# What a model may be loaded with whose every layer has a window, as its config class has it by default.
+WITHOUT_WINDOWS = {
+    "load it with sliding_window=None; otherwise S2-Attn changes no layer": dict(
+        sliding_window=None, use_sliding_window=False
+    ),
+    "take a model that has full_attention among its layer_types; where all layers slide, as in its config class, "
+    "S2-Attn changes no layer": dict(layer_types=["sliding_attention", "full_attention"]),
+}
+
+
 def examine(model_type: str, kind: str) -> Finding:
-    """What holds for a model type. If each of its layers has a window, it is examined without the windows too."""
+    """What holds for a model type. If each of its layers has a window, it is examined with other layers too."""
     found = Examination(model_type, kind).run()
     if found.why != ["S2-Attn changes no layer"]:
         return found
-    without = Examination(model_type, kind, sliding_window=None, use_sliding_window=False).run()
-    if without.result != "supported":
-        return found
-    return Finding(
-        "conditional", ["load it with sliding_window=None; otherwise S2-Attn changes no layer"], without.layers
-    )
+    for condition, changes in WITHOUT_WINDOWS.items():
+        other = Examination(model_type, kind, **changes).run()
+        if other.result == "supported":
+            return Finding("conditional", [condition], other.layers)
+    return found

@@ -118,6 +118,23 @@ def test_a_model_that_cannot_run_is_not_believed():
         scale_rope(model, LONGER)
 
 
+def test_processes_without_weights_leave_it_to_the_first(monkeypatch):
+    """FSDP may load weights in the first process alone; the others hold empty ones."""
+    model, other = tiny_model("jamba"), tiny_model("gpt2")
+    with torch.no_grad():
+        for parameter in [*model.parameters(), *other.parameters()]:
+            parameter.zero_()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    absent.check_positions(model)
+    absent.check_positions(other)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    for one in (model, other):
+        with pytest.raises(NotImplementedError, match="shows only when it runs"):
+            absent.check_positions(one)
+    assert not absent._tried
+
+
 class Own(nn.Module):
     """A layer in which a token sees itself alone."""
 

@@ -213,6 +213,12 @@ def counts_tokens(kind: type[nn.Module]) -> bool:
     return any({"arange", "get_seq_length"} <= set(code.co_names) for code in _codes(kind))
 
 
+def counts_from(module: nn.Module) -> int:
+    """The place from which on the count of a layer that `counts_tokens` changes what it computes: it scales queries by
+    their place, and transformers calls the first step so."""
+    return getattr(module, "floor_scale", 0)
+
+
 @cache
 def _names_attentions(kind: type[nn.Module]) -> bool:
     """Whether a class does something else for an attention of a certain name."""

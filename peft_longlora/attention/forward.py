@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from peft_longlora.architecture import counts_tokens, is_causal_layer
+from peft_longlora.architecture import counts_from, counts_tokens, is_causal_layer
 from peft_longlora.attention import dense
 from peft_longlora.attention.caution import warn_of_packed
 from peft_longlora.attention.layer import LayerCall
@@ -74,7 +74,7 @@ def s2_attention_forward(
         warn_of_packed(call)
     is_sparse = _takes_pattern(call)
     if settings.sharing is not None:
-        return settings.sharing.attend(call, call.pattern if is_sparse else "full"), None
+        return settings.sharing.attend(call, call.pattern if is_sparse else "full").contiguous(), None
     if not is_sparse:
         return dense.attend(call)
     if not torch.compiler.is_compiling():
@@ -98,8 +98,7 @@ def _refuse_packed(call: LayerCall) -> None:
     if not refuses and not counts_tokens(type(call.module)):
         return
     positions = call.positions if isinstance(call.mask, S2Mask) and call.settings.is_enabled else None
-    # Such a layer scales its queries by the token's place, from this place on (transformers calls it so).
-    begins = 0 if refuses else getattr(call.module, "floor_scale", 0)
+    begins = 0 if refuses else counts_from(call.module)
     if positions is None or call.cached or call.query.shape[2] <= begins:
         return
     if call.mask.is_packed(positions):

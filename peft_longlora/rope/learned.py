@@ -63,7 +63,7 @@ def check(model: PreTrainedModel, rotary: list[nn.Module]) -> None:
     Raises: NotImplementedError.
     """
     config = model.config.get_text_config()
-    if is_nested(config.rope_parameters) or len(rotary) != 1 or "inv_freq" not in rotary[0]._buffers:
+    if len(rotary) != 1 or is_nested(config.rope_parameters) or "inv_freq" not in rotary[0]._buffers:
         raise NotImplementedError(
             f"rope_type='learned': {config.model_type} has {len(rotary)} rotary modules, or a RoPE for each type of "
             f"layer, and 'longrope' is one list of factors for all layers. {_CURE}"

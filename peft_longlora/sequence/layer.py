@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from peft_longlora.architecture import counts_from, counts_tokens
 from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.local import documents_of
 from peft_longlora.attention.mask import S2Mask
@@ -46,6 +47,7 @@ class SharedSequence:
                 that is not causal.
         """
         _check(call, pattern)
+        _refuse_count(call, self.mesh.size())
         if call.is_local:
             return self._attend_local(call)
         mask, size, group = call.s2_mask, call.settings.group_size, self.mesh.get_group()
@@ -126,6 +128,17 @@ def _check(call: LayerCall, pattern: str) -> None:
         raise ValueError(
             "The model was called without position_ids, and would count each rank's tokens from 0. Give it those of "
             "the whole sequence (shard_batch does)."
+        )
+
+
+def _refuse_count(call: LayerCall, ranks: int) -> None:
+    """Refuse a layer that would count the tokens of each rank's stretch from 0. Raises: NotImplementedError."""
+    length = call.query.shape[2] * ranks
+    if counts_tokens(type(call.module)) and length > counts_from(call.module):
+        raise NotImplementedError(
+            f"Layer {call.module.layer_idx} ({type(call.module).__name__}) counts the tokens of a row by itself and "
+            f"scales its queries by their place, in rows of more than {counts_from(call.module):,} tokens. On a later "
+            f"rank of these {length:,} it would count from 0. Train this model without sequence parallelism."
         )
 
 

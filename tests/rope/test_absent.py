@@ -51,6 +51,11 @@ def test_a_scaling_of_nothing_is_refused(asked):
         get_peft_model(tiny_model("jamba"), LongLoraConfig(r=2, context_length=LONGER, **asked))
 
 
+def test_there_is_nothing_to_learn():
+    with pytest.raises(NotImplementedError, match="has 0 rotary modules"):
+        get_peft_model(tiny_model("jamba"), LongLoraConfig(r=2, context_length=LONGER, rope_type="learned"))
+
+
 def test_an_adapter_raises_the_window_and_is_read_again(tmp_path):
     config = LongLoraConfig(r=2, context_length=LONGER, group_size=16)
     model = get_peft_model(tiny_model("jamba"), config)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import nn
 
 # float32 logits of one chunk.
@@ -32,8 +33,9 @@ class TokenLosses:
         self.model = model
         self.head = model.get_output_embeddings()
         if self.head is None:
+            kind = type(model.get_base_model() if isinstance(model, PeftModel) else model)
             raise NotImplementedError(
-                f"{type(model).__name__} has no output embeddings, so it cannot score tokens. Use a causal model."
+                f"{kind.__name__} names no output embeddings, so it cannot score tokens. Use a causal model."
             )
         self.chunk_size = chunk_size
         self._is_plain: bool | None = None

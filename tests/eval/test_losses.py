@@ -83,5 +83,5 @@ def test_nothing_is_left_on_the_model():
 
 
 def test_a_model_without_output_embeddings_is_refused():
-    with pytest.raises(NotImplementedError, match="LlamaModel has no output embeddings"):
+    with pytest.raises(NotImplementedError, match="LlamaModel names no output embeddings"):
         TokenLosses(make().model)

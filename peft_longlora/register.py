@@ -16,7 +16,7 @@ from peft_longlora.attention.forward import s2_attention_forward
 from peft_longlora.attention.mask import s2_mask
 from peft_longlora.attention.settings import S2_ATTN
 from peft_longlora.hub.card import write_cards_of_save
-from peft_longlora.hub.push import give_methods
+from peft_longlora.hub.methods import give_methods
 
 NAME = "LONGLORA"
 

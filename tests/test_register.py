@@ -11,7 +11,7 @@ from torch.nn.modules import module
 
 from peft_longlora import LongLoraConfig, LongLoraModel, register
 from peft_longlora.hub.card import write_cards_of_save
-from peft_longlora.hub.push import give_methods
+from peft_longlora.hub.methods import give_methods
 
 
 def test_without_the_import_a_user_sees_a_key_error(fresh_process):

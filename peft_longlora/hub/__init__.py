@@ -2,8 +2,8 @@
 
     card         writes README.md: `readme` finds out who wrote the old one, `markdown` escapes text
     results      reads and writes results.json, and `provenance` says whether it is of these weights
-    push         a model, `folder` a folder and `trainers` a Trainer's saves go to the Hub, on a `draft` of what is
-                 there; `public` names the base
+    push         a model goes to the Hub, with `folder` a folder, with `trainers` a Trainer's saves, on a `draft` of
+                 what is there; `public` names the base, `methods` are those that a model gets for this
     loading      a base with an adapter, and `generation` says how it generates
     export       our adapters become plain LoRA, with a card of their own (`lora_card`); `original` makes the original
                  project's adapters ours

@@ -116,17 +116,21 @@ def reason(why: list[str]) -> str:
     return text[0].lower() + text[1:]
 
 
+def title_of(row: dict) -> str:
+    """The first cell of README's row for a result."""
+    titles = {"refused": lambda: f"refused: {reason(row['why'])}", "conditional": lambda: "supported with a condition"}
+    return titles.get(row["result"], lambda: row["result"])()
+
+
 def readme_table(results: dict) -> str:
-    """README's table of support."""
+    """README's table of support. A type that two classes build with two results is there twice, once as of images."""
     names: dict[str, list[str]] = defaultdict(list)
+    first: dict[str, str] = {}
     for row in results["results"]:
-        if row["result"] == "supported":
-            title = "supported"
-        elif row["result"] == "refused":
-            title = f"refused: {reason(row['why'])}"
-        else:
-            title = row["result"] if row["result"] != "conditional" else "supported with a condition"
-        if f"`{row['type']}`" not in names[title]:
+        title = title_of(row)
+        if first.setdefault(row["type"], title) != title:
+            names[title].append(f"`{row['type']}` (with images)")
+        elif f"`{row['type']}`" not in names[title]:
             names[title].append(f"`{row['type']}`")
     order = sorted(names, key=lambda title: (not title.startswith("supported"), -len(names[title]), title))
     lines = [f"| {title} ({len(names[title])}) | {', '.join(names[title])} |" for title in order]

@@ -145,7 +145,7 @@ class Row:
 
 @dataclass
 class Results:
-    """The content of a results.json; docs/evaluation.md describes the file.
+    """The content of a results.json, as the schema at the top of this file describes it.
 
     Attributes:
         created: the time, ISO 8601, UTC.

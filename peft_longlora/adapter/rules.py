@@ -13,6 +13,7 @@ from typing import Any
 from peft import LoraConfig
 
 from peft_longlora.kernels.patterns import BLOCK_PATTERNS, PATTERNS
+from peft_longlora.rope.values import MOST_TOKENS
 
 # The version of the file format. It grows when an older package would misread new files.
 FORMAT_VERSION = 1
@@ -41,7 +42,7 @@ def plain(value: Any) -> Any:
 
 
 def _is_length(value: Any) -> bool:
-    return value is None or (type(value) is int and value >= 1)
+    return value is None or (type(value) is int and 1 <= value <= MOST_TOKENS)
 
 
 def _is_ratio(value: Any) -> bool:
@@ -81,7 +82,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         f"says so was changed by hand or is damaged: get it again",
         lambda value: type(value) is int and value >= 1,
     ),
-    **dict.fromkeys(_LENGTHS, ("must be a positive number of tokens, or None", _is_length)),
+    **dict.fromkeys(_LENGTHS, ("must be a positive number of tokens, at most 2**40, or None", _is_length)),
     **dict.fromkeys(_SWITCHES, ("must be True or False", lambda value: isinstance(value, bool))),
     **dict.fromkeys(
         ("applied_rope_parameters", "base_rope_parameters", "base_layout"),

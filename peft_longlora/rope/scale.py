@@ -30,7 +30,7 @@ from peft_longlora.rope.parameters import (
     window_of,
 )
 from peft_longlora.rope.state import OWNER, STATES, RopeState, attributes_of, fresh, transplant
-from peft_longlora.rope.values import SCALING
+from peft_longlora.rope.values import MOST_TOKENS, SCALING, check_values
 
 
 def scale_rope(
@@ -90,6 +90,7 @@ def scale_rope(
     if rope_parameters is None:
         refuse_scaled(config)
         new, length = scaled_parameters(model, context_length, rope_type)
+        check_values(new)
     else:
         new = completed(rope_parameters, config)
         length = stated_length(config, context_length, new)
@@ -110,8 +111,10 @@ def _tokens(context_length: Any) -> int:
         tokens = 0 if type(context_length).__name__.startswith("bool") else operator.index(context_length)
     except TypeError:
         tokens = 0
-    if tokens < 1:
-        raise ValueError(f"context_length={context_length!r} must be a positive number of tokens, or None.")
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise ValueError(
+            f"context_length={context_length!r} must be a positive number of tokens, at most 2**40, or None."
+        )
     return tokens
 
 
@@ -135,6 +138,11 @@ def restore_rope(model: PreTrainedModel) -> None:
 def _without_owner(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model, unless a LongLoRA adapter scales its RoPE."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise NotImplementedError(
+            f"{type(base).__name__} is not a transformers model, so there is no RoPE to rescale. Load one with "
+            f"AutoModelForCausalLM.from_pretrained."
+        )
     if hasattr(base, OWNER):
         raise ValueError(
             f"The RoPE of this {type(base).__name__} is its LongLoRA adapter's: it is switched and removed with the "

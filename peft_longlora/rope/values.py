@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 ORIGINAL = "original_max_position_embeddings"
+MOST_TOKENS = 2**40  # far beyond any window
 # Entries that say how RoPE is scaled. The others (theta, sections for images and videos, the share of a head that
 # rotates, ...) belong to the architecture, so a new scaling keeps them.
 SCALING = {
@@ -28,7 +29,7 @@ _TURNS = ("must be a number above 0, at most 10,000", 1e-6, 1e4)
 _RULES = {
     "factor": ("must be a number, 1 or more and at most a million: the new window divided by the base's", 1.0, 1e6),
     "rope_theta": ("must be a number above 0, at most 1e15", 1e-6, 1e15),
-    ORIGINAL: ("must be a number of tokens, 1 or more", 1, 2**40),
+    ORIGINAL: ("must be a number of tokens, 1 or more", 1, MOST_TOKENS),
     "partial_rotary_factor": ("must be a share of a head, above 0 and at most 1", 1e-6, 1.0),
     **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim", "short_mscale", "long_mscale"), _SCALES),
     **dict.fromkeys(("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"), _TURNS),

@@ -147,7 +147,11 @@ def test_configs_can_be_copied_and_printed():
         ),
         (dict(format_version=99), r"format_version=99.*newer.*Update"),
         (dict(format_version="two"), r"format_version='two' must be a whole number.*get it again"),
-        (dict(base_context_length="4k"), r"base_context_length='4k' must be a positive number of tokens, or None"),
+        (
+            dict(base_context_length="4k"),
+            r"base_context_length='4k' must be a positive number of tokens, at most 2\*\*40",
+        ),
+        (dict(context_length=10**30), r"context_length=1000000000000000000000000000000 must be a positive number"),
         (dict(vocab_size=-3), r"vocab_size=-3 must be a positive number"),
         (dict(applied_rope_parameters=[1]), r"applied_rope_parameters=\[1\] must be the dict .* or None"),
         (dict(lora_alpha=float("nan")), r"lora_alpha=nan must be a finite number"),

@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from peft_longlora import LongLoraConfig, restore_rope, scale_rope
 from peft_longlora.rope.parameters import window_of
 from tests.helpers.configs import tiny_llama_config
-from tests.helpers.tiny import make
+from tests.helpers.tiny import assert_same, make, snapshot
 
 WINDOW, LONGER, D = 64, 256, 8
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -400,6 +400,22 @@ def test_bad_values_are_refused_and_leave_the_model_as_it_was(kwargs, message):
     scale_rope(model, LONGER)
     restore_rope(model)
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "ntk", "dynamic", "yarn", "llama3"])
+def test_an_absurd_window_is_refused(rope_type):
+    model = make()
+    before = snapshot(model)
+    for length, said in ((10**11, "rope_parameters=.* must be a number"), (10**400, "at most 2\\*\\*40")):
+        with pytest.raises(ValueError, match=said):
+            scale_rope(model, length, rope_type=rope_type)
+    assert_same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("call", [lambda model: scale_rope(model, 128), restore_rope], ids=["scale", "restore"])
+def test_what_is_no_transformers_model_is_refused(call):
+    with pytest.raises(NotImplementedError, match="Linear is not a transformers model, so there is no RoPE"):
+        call(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("context_length", ["32k", 0, -1, 1.5, True])

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -24,7 +23,7 @@ from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import hub_id
 from peft_longlora.hub.markdown import cell, code, literal
 from peft_longlora.hub.provenance import carry_results, is_of_other_weights, read_training
-from peft_longlora.hub.readme import README, check_metadata, is_free, read_readme, tags_of, with_our_part
+from peft_longlora.hub.readme import README, UNREADABLE, check_metadata, is_free, read_readme, tags_of, with_our_part
 from peft_longlora.hub.results import Row, copy_results, read_notes, read_results
 from peft_longlora.hub.writing import write_whole
 
@@ -211,7 +210,7 @@ def _render(data: ModelCardData, template: str | Path | None, variables: dict[st
     path = str(template or TEMPLATE)
     try:
         card = ModelCard.from_template(data, template_path=path, **variables)
-    except (OSError, jinja2.TemplateError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (OSError, jinja2.TemplateError, *UNREADABLE) as error:
         line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise ValueError(
             f"template={path!r}{line} gives no card: {type(error).__name__}: {error}. Start from {TEMPLATE}, which has "

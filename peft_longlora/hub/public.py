@@ -20,7 +20,7 @@ from transformers.utils import logging
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import hub_id
 from peft_longlora.hub.draft import Remote
-from peft_longlora.hub.readme import README, read_readme
+from peft_longlora.hub.readme import README, UNREADABLE, read_readme
 from peft_longlora.hub.results import RESULTS
 
 RECIPE = "recipe.yaml"  # what `longlora train` was told, for others
@@ -162,5 +162,5 @@ def _entry(parse: Any, text: str, key: str) -> Any:
     """An entry of a file of the Hub; None if the file cannot be read, of which others tell."""
     try:
         return parse(text).get(key)
-    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+    except UNREADABLE:
         return None

@@ -13,6 +13,8 @@ BEGIN = "<!-- peft-longlora: this part is written anew at every save; what stand
 END = "<!-- peft-longlora: end -->"
 _OUR_PART = re.compile(rf"^{re.escape(BEGIN)}$.*?^{re.escape(END)}$", re.DOTALL | re.MULTILINE)
 _METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+# What huggingface_hub and yaml end in if metadata cannot be read.
+UNREADABLE = (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError)
 _TRAINERS_DRAFT = "generated automatically according to the information the Trainer had"
 # Lines that libraries write into a README, and that vary.
 _LIBRARY_LINE = re.compile(
@@ -48,7 +50,7 @@ def check_metadata(text: str, place: Path) -> None:
             values = value if isinstance(value, list) else [] if value is None else [value]
             if wrong := next((each for each in values if not isinstance(each, str)), None):
                 raise ValueError(f"{name} holds {wrong!r}, which is not a text")
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"The metadata at the top of {place} cannot be read: {' '.join(str(error).split())}. Correct it, or delete "
             f"the file."
@@ -88,7 +90,7 @@ def is_free(path: Path) -> bool:
         return True
     try:
         return is_draft(ModelCard(read_readme(path), ignore_metadata_errors=True).text)
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
+    except (OSError, *UNREADABLE):
         return False
 
 
@@ -106,7 +108,7 @@ def merged_readmes(disk: str, hub: str) -> str:
     try:
         ours, theirs = (ModelCard(text or "---\n{}\n---\n") for text in (disk, hub))
         tags = [*tags_of(hub), *tags_of(disk)]
-    except (ValueError, TypeError, yaml.YAMLError):  # `write_card` says what is wrong with it
+    except UNREADABLE:  # `write_card` says what is wrong with it
         return hub or disk
     data = {**theirs.data.to_dict(), **ours.data.to_dict()}
     data |= {"tags": list(dict.fromkeys(tags))} if tags else {}
@@ -118,7 +120,7 @@ def without_results(text: str) -> str:
     """A README without the results in its metadata; one whose metadata cannot be read stays as it is."""
     try:
         card = ModelCard(text)
-    except (ValueError, TypeError, yaml.YAMLError):
+    except UNREADABLE:
         return text
     data = {name: value for name, value in card.data.to_dict().items() if name != "model-index"}
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n{card.text}"

@@ -181,7 +181,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such recipe. Give a .yaml file, or one of {names}.")
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ValueError(f"{path}: not YAML{where}: {getattr(error, 'problem', None) or error}.") from None
@@ -215,7 +215,7 @@ def _pair(key: str, words: list[str]) -> tuple[str, Any]:
         return name, True
     try:
         values = [yaml.load(word, Loader) for word in words]
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         values = list(words)
     return name, values if len(values) > 1 else values[0]
 

@@ -3,7 +3,8 @@
 The ranking was chosen by the three novels of passages.json; the questions about those of passages_held_out.json were
 written before a ranking was run on them. Each question has its right answer, in the words of the question's author, and
 the lines of the book that give it. A question counts as found if one of the first three passages touches those lines.
-Rows: the ranking by the words of question and answer as `longlora chat` does it, and by those of the question alone.
+Rows: the ranking by the words of question and answer as `longlora chat` does it; the same if the model says only every
+second word of the answer, or the answer to the next question, which is wrong; and by the words of the question alone.
 With --model also by attention: the model reads the whole book, and the passages are those that it attends to while it
 is given the right answer.
 
@@ -54,6 +55,11 @@ def is_found(passages: list[Passage], lines: list[list[int]]) -> bool:
     return False
 
 
+def half(answer: str) -> str:
+    """Every second word of an answer."""
+    return " ".join(answer.split()[1::2])
+
+
 def by_attention(conversation: Conversation, question: dict) -> list[Passage]:
     """The passages that the model attends to while it is given the right answer."""
     turn = Turn(question["question"], question["answer"])
@@ -80,8 +86,12 @@ def main() -> None:
     rows = []
     for book, document in zip(books, documents, strict=True):
         index = WordIndex(Dialogue(tokenizer, document))
+        answers = [question["answer"] for question in book["questions"]]
+        wrong = dict(zip(answers, [*answers[1:], answers[0]], strict=True))
         ways = {
             "question and answer": lambda q, index=index: index.find(q["question"], q["answer"], SHOWN),
+            "half of the answer": lambda q, index=index: index.find(q["question"], half(q["answer"]), SHOWN),
+            "wrong answer": lambda q, index=index, wrong=wrong: index.find(q["question"], wrong[q["answer"]], SHOWN),
             "question alone": lambda q, index=index: index.find(q["question"], "", SHOWN),
         }
         if loaded:

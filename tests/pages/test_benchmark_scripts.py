@@ -214,8 +214,9 @@ def test_passages(tmp_path, capsys):
     common = ("--books", tmp_path, "--questions", tmp_path / "questions.json", "--tokenizer", EMBEDDED)
     run("passages.py", *common, "--output", tmp_path / "out.json")
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert rows == [{"title": "Days", "questions": 1, "question and answer": [True], "question alone": [False]}]
-    assert "Days: question and answer 1 of 1, question alone 0 of 1" in capsys.readouterr().out
+    ways = {"question and answer": [True], "half of the answer": [False], "wrong answer": [True]}  # of one question
+    assert rows == [{"title": "Days", "questions": 1, **ways, "question alone": [False]}]
+    assert "Days: question and answer 1 of 1, " in capsys.readouterr().out
     (tmp_path / "questions.json").write_text(json.dumps([{**book, "sha256": "0"}]))
     with pytest.raises(SystemExit, match=r"7\.txt\.gz is another edition"):
         run("passages.py", *common)

@@ -60,3 +60,18 @@ def test_scaling_holds_the_measured_numbers():
 def test_numbers_come_with_their_machine_and_their_command(file):
     result = json.loads((ROOT / f"benchmarks/results/{file}.json").read_text())
     assert {"command", "torch", "transformers", "device"} <= set(result.get("about", result))
+
+
+def test_the_places_found_are_those_that_were_counted():
+    text = (ROOT / "docs/serving.md").read_text()
+    books = json.loads((ROOT / "benchmarks/results/passages.json").read_text())["rows"]
+    said = {
+        "question and answer": "the question and the right answer",
+        "half of the answer": "the question and every second word of the answer",
+        "question alone": "the question alone",
+        "wrong answer": "the question and the answer to another one",
+    }
+    heads = [book["title"].removeprefix("The ") for book in books]
+    assert f"| the ranking is given | {' | '.join(heads)} |" in text and all(book["questions"] == 10 for book in books)
+    for way, words in said.items():
+        assert f"| {words} | {' | '.join(str(sum(book[way])) for book in books)} |" in text

@@ -115,6 +115,21 @@ def test_layers_with_a_window_may_have_rope_where_full_attention_has_none():
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
+@pytest.mark.parametrize("name", ["cohere2", "llama4_text"])
+def test_where_only_layers_with_a_window_rotate_rope_can_be_left(name, tmp_path):
+    """As README says: the window is raised, and nothing else."""
+    base = tiny_model(name)
+    wanted, rope = base(IDS).logits, copy.deepcopy(base.config.rope_parameters)
+    config = LongLoraConfig(r=2, context_length=LONGER, rope_parameters={"rope_type": "default"})
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path)
+    for one in (model, PeftModel.from_pretrained(tiny_model(name), tmp_path).eval()):
+        assert torch.equal(one(IDS).logits, wanted)
+        assert (one.config.rope_parameters, one.config.max_position_embeddings) == (rope, LONGER)
+    yarn = get_peft_model(tiny_model(name), LongLoraConfig(r=2, context_length=LONGER)).eval()
+    assert not torch.allclose(yarn(IDS).logits, wanted, atol=1e-3)
+
+
 def test_a_model_that_cannot_run_is_not_believed():
     config = tiny_config("jamba")
     with torch.device("meta"):

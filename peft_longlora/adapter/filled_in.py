@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from peft_longlora.rope.parameters import PROPORTIONAL, ROUNDING, is_nested, of_full_attention
-from peft_longlora.rope.values import ORIGINAL, SCALING
+from peft_longlora.rope.values import ORIGINAL, SCALING, kept_entries
 
 if TYPE_CHECKING:
     from peft_longlora.adapter.config import LongLoraConfig
@@ -135,7 +135,7 @@ def _other_entry(applied: dict[str, Any], wanted: dict[str, Any], of_base: dict[
     for name, value in applied.items():
         if name in wanted:
             right = wanted[name]
-        elif name in SCALING:
+        elif name in SCALING and name not in kept_entries(of_base):
             right = None
         elif name in of_base:
             right = of_base[name]

@@ -30,7 +30,7 @@ from peft_longlora.rope.parameters import (
     window_of,
 )
 from peft_longlora.rope.state import OWNER, STATES, RopeState, attributes_of, fresh, transplant
-from peft_longlora.rope.values import MOST_TOKENS, SCALING, check_values
+from peft_longlora.rope.values import MOST_TOKENS, check_values, kept_entries
 
 
 def scale_rope(
@@ -229,7 +229,7 @@ def _combined(config: PreTrainedConfig, new: dict[str, Any]) -> dict[str, Any]:
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The new parameters of one kind of layer; entries that are not a scaling are kept if `new` has none."""
-    return {**{key: value for key, value in old.items() if key not in SCALING}, **new}
+    return {**kept_entries(old), **new}
 
 
 def _check_buffers(buffers: dict[str, torch.Tensor], module: nn.Module, asked: str, kind: str) -> None:

@@ -39,6 +39,21 @@ _LISTS = {"short_factor", "long_factor"}
 _OPTIONAL = _RULES.keys() - _LISTS - {"factor", "rope_theta", ORIGINAL, "partial_rotary_factor"}  # may be None
 
 
+def kept_entries(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The entries of one kind of layer that say how nothing is scaled, which a new scaling keeps.
+
+    The original length is one of them where RoPE does not scale from it: queries may (ministral3).
+    """
+    is_own = "llama_4_scaling_beta" in parameters or parameters.get("rope_type") in (
+        None,
+        "default",
+        "linear",
+        "dynamic",
+    )
+    lost = SCALING - {ORIGINAL} if is_own else SCALING
+    return {name: value for name, value in parameters.items() if name not in lost}
+
+
 def check_values(parameters: dict[str, Any]) -> None:
     """Refuse values that RoPE cannot be computed with.
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from transformers import CONFIG_MAPPING
 
 from peft_longlora import LongLoraConfig, scale_rope
 from peft_longlora.rope.values import check_values
-from tests.helpers.tiny import assert_same, extend, make, snapshot
+from tests.helpers.tiny import assert_same, extend, logits, make, snapshot, train
 
 INF, NAN = float("inf"), float("nan")
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
@@ -72,6 +73,26 @@ def test_entries_that_are_no_scaling_are_kept():
     for kind in ("yarn", "linear", "ntk", "dynamic", "llama3"):
         scale_rope(copy := make(rope_parameters={**model.config.rope_parameters}), 128, rope_type=kind)
         assert own.items() <= copy.config.rope_parameters.items()
+
+
+@pytest.mark.parametrize("rope_type", ["yarn", "linear", "ntk", "dynamic", "llama3"])
+def test_a_length_that_queries_scale_by_is_kept(rope_type, tmp_path):
+    """ministral3 computes with `original_max_position_embeddings`, which a linear scaling does not have."""
+    if "ministral3" not in CONFIG_MAPPING:
+        pytest.skip("transformers has no ministral3")
+    own = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16}
+
+    def ministral():
+        return make("ministral3", head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 1e4, **own})
+
+    model = train(extend(ministral(), rope_type=rope_type))
+    kept = model.config.rope_parameters
+    assert kept["llama_4_scaling_beta"] == 0.1
+    assert kept["original_max_position_embeddings"] == (64 if rope_type in ("yarn", "llama3") else 16)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(ministral(), tmp_path)), logits(model))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(ministral()))
 
 
 def test_ntk_needs_more_than_one_pair_that_rotates():

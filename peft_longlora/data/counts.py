@@ -88,7 +88,7 @@ class Counts:
         if self.dropped:
             parts.append(f"{self.dropped:,} long records ({self.dropped_tokens:,} tokens)")
         if self.is_stopped:
-            parts.append("everything after these rows, as asked for")
+            parts.append("everything after these rows (max_rows)")
         text += ", ".join(parts) or "nothing"
         if self.restored:
             text += (

@@ -84,7 +84,8 @@ def wilson(successes: int, trials: int, confidence: float) -> tuple[float, float
     p, scale = successes / trials, 1 + z * z / trials
     centre = (p + z * z / (2 * trials)) / scale
     half = z / scale * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Both ends are exact there, and rounding would show 2.8e-17.
+    return 0.0 if successes == 0 else centre - half, 1.0 if successes == trials else centre + half
 
 
 def newcombe(first: tuple[float, float, float], second: tuple[float, float, float]) -> tuple[float, float]:

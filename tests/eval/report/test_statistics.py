@@ -9,6 +9,7 @@ from peft_longlora.eval.report.statistics import Ratios, difference, newcombe, w
 def test_wilson_is_the_published_formula():
     # Wilson 1927; the values are those of R's binom::binom.confint(method = "wilson")
     assert wilson(0, 10, 0.95) == pytest.approx((0.0, 0.2775328), abs=1e-6)
+    assert all(wilson(0, n, 0.95)[0] == 0 and wilson(n, n, 0.95)[1] == 1 for n in range(1, 200))
     assert wilson(10, 10, 0.95) == pytest.approx((0.7224672, 1.0), abs=1e-6)
     assert wilson(8, 10, 0.95) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
 

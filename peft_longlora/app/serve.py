@@ -45,7 +45,7 @@ def make_app(page: Page, title: str) -> gr.Blocks:
                     stop = gr.Button("Stop", size="sm", elem_id="stop")
                     clear = gr.Button("Forget the questions", size="sm", elem_id="forget")
             with gr.Column(elem_id="passages-part"):
-                gr.Markdown("### Passages that hold the words of the answer")
+                gr.Markdown("### Passages with words of the answer or the question")
                 passages = gr.HTML(views.NOWHERE, elem_id="passages")
         parts = [usage, chat, question, passages]
 

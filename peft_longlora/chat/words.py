@@ -1,9 +1,10 @@
 """Passages that hold the rare words of an answer and of its question, ranked by BM25.
 
-This looks for evidence: a passage that gives the answer shares words with it. It does not look into the model, so a
-passage shows where the document says something, not why the model said it. Words count by their stems ("buried" is
-"bury"), and words that are in every English text do not count; words of other languages stay as they are, or lose an
-ending everywhere. Called by conversation.py; imports bm25s and snowballstemmer when an index is made.
+This looks for evidence: a passage that gives the answer shares words with it. One passage in three is found by the
+question alone, for the case that the answer is wrong. It does not look into the model, so a passage shows where the
+document says something, not why the model said it. Words count by their stems ("buried" is "bury"), and words that are
+in every English text do not count; words of other languages stay as they are, or lose an ending everywhere. Called by
+conversation.py; imports bm25s and snowballstemmer when an index is made.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from collections import Counter
 from functools import lru_cache
 from types import ModuleType
 
+import numpy as np
+
 from peft_longlora.chat.dialogue import Dialogue
 from peft_longlora.chat.passages import Passage, make_passage, span_of
 
 STEPS = 8  # a span begins every so many-th part of a span
-ANSWER = 2.0  # the weight of a word of the answer; a word of the question has weight 1 (benchmarks/passages.py)
+ANSWER = 3.0  # the weight of a word of the answer; a word of the question has weight 1 (benchmarks/passages.py)
+EVERY = 3  # one passage in so many is chosen by the question alone
 NAMED = 4  # the most words that are named for a passage
 _RUNS = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 # Thai, Lao, Burmese, Khmer, Japanese and Chinese are written without spaces: every two characters are a word there.
@@ -83,21 +87,28 @@ class WordIndex:
         return [stem for stem in stems if stem in self.spans_with]
 
     def find(self, question: str, answer: str, count: int) -> list[Passage]:
-        """The passages that share the rarest words with the answer and the question; no two of them overlap."""
+        """The passages that share the rarest words with the answer and the question; no two of them overlap.
+
+        Every third one is chosen by the words of the question alone: an answer that is wrong leads to passages for what
+        it says, and this one shows what the document says about the question.
+        """
         asked, answered = self.stems(question), self.stems(answer)
-        scores = sum(
-            weight * self.bm25.get_scores(stems) for stems, weight in ((asked, 1.0), (answered, ANSWER)) if stems
-        )
         found: list[Passage] = []
         if not asked and not answered:
             return found
-        while len(found) < count and scores.max() > 0:
+        of_question, of_answer = (self.bm25.get_scores(stems) if stems else 0.0 for stems in (asked, answered))
+        both, free = of_question + ANSWER * of_answer, np.ones(len(self.firsts), dtype=bool)
+        while len(found) < count:
+            is_of_question = bool(answered and len(found) % EVERY == EVERY - 1 and (free * of_question > 0).any())
+            scores = free * (of_question if is_of_question else both)
+            if not scores.max() > 0:
+                break
             best = int(scores.argmax())
             first = self.firsts[best]
-            for i, other in enumerate(self.firsts):
-                if abs(other - first) < self.width:
-                    scores[i] = 0
-            passage = make_passage(self.dialogue, first, self.width, f"holds {self._named(best, {*asked, *answered})}")
+            free &= np.abs(np.asarray(self.firsts) - first) >= self.width
+            wanted = asked if is_of_question else [*asked, *answered]
+            reason = f"holds {self._named(best, set(wanted))}{', of the question' if is_of_question else ''}"
+            passage = make_passage(self.dialogue, first, self.width, reason)
             found += [passage] if passage else []
         return found
 

@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--file", required=True, help="the document: a path to a .txt, .md or .pdf file")
     add("--ask", action="append", metavar="QUESTION", help="answer this question and end; may be given several times")
-    add("--passages", type=positive, metavar="N", help="show N passages that hold the words of the answer")
+    add("--passages", type=positive, metavar="N", help="show N passages with words of the answer or the question")
     add_model_options(parser)
     add_answering_options(parser)
 

@@ -78,6 +78,18 @@ def test_an_answer_is_found_where_it_stands_whatever_the_question_looks_like(tmp
     assert len(set(places)) == len(places)
 
 
+def test_a_wrong_answer_leaves_one_passage_in_three_to_the_question(tmp_path):
+    lines = FILLER.splitlines()
+    lines[30], lines[80], lines[130] = ("A goat ate the cheese in a far valley.",) * 3
+    lines[180] = "They keep the ferry's lantern in the boathouse."
+    index = an_index(tmp_path, "\n".join(lines))
+    found = index.find("Where is the lantern?", "A goat ate the cheese in a far valley.", 3)
+    assert ["goat" in p.text for p in found] == [True, True, False]
+    assert "boathouse" in found[2].text and found[2].reason == "holds lantern, of the question"
+    found = index.find("Who is the plumber?", "A goat ate the cheese.", 3)  # no word of the question is in the text
+    assert ["goat" in p.text for p in found] == [True] * 3 and not any("question" in p.reason for p in found)
+
+
 def test_words_that_are_everywhere_name_no_passage(tmp_path):
     """A question and an answer that share only "and", "the" or "is" with a text have no passage in it."""
     index = an_index(tmp_path, FILLER + "The end and the beginning.")

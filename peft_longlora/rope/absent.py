@@ -113,9 +113,11 @@ def _try(model: PreTrainedModel, attention: str) -> bool | None:
         return False
     finally:
         config._attn_implementation = before
+    if not watch.errors or not move.errors:  # no layer of a kind that is known
+        return False
     is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
     is_watched = watch.errors[0] <= (MOST_OF_HALF if is_half else MOST)
-    return is_watched and bool(move.errors) and all(error <= most for error, most in move.errors)
+    return is_watched and all(error <= most for error, most in move.errors)
 
 
 class _EmptyError(Exception):

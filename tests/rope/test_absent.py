@@ -73,8 +73,9 @@ def test_an_adapter_raises_the_window_and_is_read_again(tmp_path):
         PeftModel.from_pretrained(merged, tmp_path / "adapter")
 
 
-# Learned and added to the embeddings; a rotation of the model's own; a bias of the scores by distance.
-OTHER = ["gpt2", "opt", "gptj", "codegen", "inkling_text"]
+# Learned and added to the embeddings; a rotation of the model's own; a bias of the scores by distance, in the last
+# without transformers' attention.
+OTHER = ["gpt2", "opt", "gptj", "codegen", "inkling_text", "bloom"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

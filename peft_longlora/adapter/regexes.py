@@ -12,7 +12,7 @@ import subprocess
 import sys
 from typing import Any
 
-from peft import LoraConfig
+from peft import PeftConfig
 from torch import nn
 
 SECONDS = 10
@@ -27,8 +27,8 @@ for is_full, pattern in patterns:
 _REPEATS = re.compile(r"[*+?{]")
 
 
-def check_patterns(config: LoraConfig, model: nn.Module) -> None:
-    """Refuse a config with a pattern that is no regular expression, or takes too long on a model's names.
+def check_patterns(config: PeftConfig, model: nn.Module) -> None:
+    """Refuse a config, of any type, with a pattern that is no regular expression, or takes too long on a model's names.
 
     Raises: ValueError.
     """
@@ -60,23 +60,29 @@ def check_patterns(config: LoraConfig, model: nn.Module) -> None:
     )
 
 
-def _written_in(config: LoraConfig) -> list[str]:
+def _written_in(config: PeftConfig) -> list[str]:
     """The regular expressions as the config has them."""
-    whole = [value for value in (config.target_modules, config.exclude_modules) if isinstance(value, str)]
-    keys = [*(config.rank_pattern or ()), *(config.alpha_pattern or ()), *(config.modules_to_save or ())]
-    return [*whole, *(key for key in keys if _is_pattern(key)), *_as_list(config.layers_pattern)]
+    whole, keys, saved, layers = _fields(config)
+    return [*whole, *(key for key in [*keys, *saved] if _is_pattern(key)), *_as_list(layers)]
 
 
-def _patterns_of(config: LoraConfig) -> list[tuple[bool, str]]:
+def _patterns_of(config: PeftConfig) -> list[tuple[bool, str]]:
     """The patterns that PEFT matches, as it matches them, and whether with a whole name."""
-    whole = [value for value in (config.target_modules, config.exclude_modules) if isinstance(value, str)]
-    keys = [*(config.rank_pattern or ()), *(config.alpha_pattern or ())]
+    whole, keys, saved, layers = _fields(config)
     return [
         *((True, value) for value in whole),
         *((False, rf"(.*\.)?({key})$") for key in keys if _is_pattern(key)),
-        *((False, rf"(^|.*\.){name}($|\..*)") for name in config.modules_to_save or () if _is_pattern(name)),
-        *((False, rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.") for name in _as_list(config.layers_pattern)),
+        *((False, rf"(^|.*\.){name}($|\..*)") for name in saved if _is_pattern(name)),
+        *((False, rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.") for name in _as_list(layers)),
     ]
+
+
+def _fields(config: PeftConfig) -> tuple[list[str], list[str], list[str], Any]:
+    """The fields that hold patterns; other types of adapters lack some."""
+    whole = [getattr(config, name, None) for name in ("target_modules", "exclude_modules")]
+    keys = [key for name in ("rank_pattern", "alpha_pattern") for key in getattr(config, name, None) or ()]
+    saved = list(getattr(config, "modules_to_save", None) or ())
+    return [value for value in whole if isinstance(value, str)], keys, saved, getattr(config, "layers_pattern", None)
 
 
 def _is_pattern(text: Any) -> bool:

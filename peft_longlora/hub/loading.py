@@ -14,7 +14,9 @@ from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import check_on_hub, find, read_json
+from peft_longlora.adapter.regexes import check_patterns
 from peft_longlora.architecture import rows_of
 from peft_longlora.rope.parameters import check_rope, window_of
 from peft_longlora.rope.scale import scale_rope
@@ -195,13 +197,15 @@ def _reason(error: Exception) -> str:
 def _add_adapter(base: PreTrainedModel, adapter: str, model: str, notes: list[str]) -> PeftModel:
     _check_adapter(adapter)
     try:
-        named = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        config = PeftConfig.from_pretrained(adapter)
+        if not isinstance(config, LongLoraConfig):  # which checks itself
+            check_patterns(config, base)
         loaded = PeftModel.from_pretrained(base, adapter)
     except Exception as error:  # a damaged file may raise anything
         if _is_no_fault_of_file(error):
             raise
         raise ValueError(f"adapter={adapter!r} cannot be loaded on {model}: {_reason(error)}") from error
-    if named and Path(named).name != Path(model).name:
+    if (named := config.base_model_name_or_path) and Path(named).name != Path(model).name:
         ours, theirs = (Path(name).name if Path(name).is_absolute() else name for name in (named, model))
         notes.append(f"The adapter names {ours!r} as its base, but is loaded on {theirs!r}.")
     return loaded

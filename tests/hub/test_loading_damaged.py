@@ -4,6 +4,7 @@ raise."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from peft_longlora import LongLoraConfig
+from peft_longlora.adapter import regexes
 from peft_longlora.hub import loading
 from peft_longlora.hub.loading import load_model
 from tests.helpers.evaluated import longlora, save_base
@@ -80,7 +82,19 @@ def test_a_wrong_value_of_an_adapter_is_named(copied, fields, said):
     assert said in str(raised.value) and len(str(raised.value)) < 1500
 
 
-@pytest.mark.parametrize("fields", [{"r": "2"}, {"lora_alpha": "8"}, {"rank_pattern": 3}, {"target_modules": "((("}])
+@pytest.mark.parametrize(
+    "pattern, said", [("(((", "it is no regular expression"), (r"([\w.]+)+!", "take longer than 1 s on this model's")]
+)
+def test_a_pattern_in_an_adapter_of_another_type_is_tried_first(copied, monkeypatch, pattern, said):
+    """PEFT would match it for ever."""
+    monkeypatch.setattr(regexes, "SECONDS", 1)
+    change(copied / "lora" / "adapter_config.json", {"target_modules": pattern})
+    with pytest.raises(ValueError, match=re.escape(said)) as raised:
+        load_model(str(copied / "base"), str(copied / "lora"), device="cpu")
+    assert str(raised.value).startswith(f"adapter={str(copied / 'lora')!r} cannot be loaded on ")
+
+
+@pytest.mark.parametrize("fields", [{"r": "2"}, {"lora_alpha": "8"}, {"rank_pattern": 3}])
 def test_what_peft_cannot_read_in_its_own_adapters_is_a_value_error_too(copied, fields):
     change(copied / "lora" / "adapter_config.json", fields)
     with pytest.raises(ValueError, match=r"cannot be loaded on .*damaged or holds a value of a wrong type") as raised:

@@ -67,13 +67,13 @@ def _tell(trainer: Trainer, options: RunOptions, folder: Path) -> None:
     args, state = trainer.args, trainer.state
     local = [Path(name).resolve().name for name in options.data if Path(name).exists()]
     read = trainer.train_dataset.info.description.split(";")[0]  # what follows may name files
-    tokens = next((entry["num_tokens"] for entry in reversed(state.log_history) if "num_tokens" in entry), None)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     rows = rows * args.world_size // options.sequence_parallel
     lines = [f"Not on the Hub: {', '.join(local)}"] if local else []
     lines += [f"Documents or records: {read}"] if read else []
     lines += [f"Training: {state.global_step:,} steps of {rows:,} rows, learning rate {args.learning_rate:g}"]
-    lines[-1] += f", {int(tokens):,} tokens" if tokens else ""
+    tokens = state.num_input_tokens_seen  # 0: the run began in a version that did not count over all starts
+    lines[-1] += f", {tokens:,} tokens" if tokens else ""
     write_training(folder, lines)
     model = trainer.accelerator.unwrap_model(trainer.model)
     try_card(model.peft_config[model.active_adapter], folder)

@@ -50,6 +50,7 @@ NO_KEYS = {
     "dataset_kwargs": "does not apply: the rows are ready",
     "completion_only_loss": "does not apply: with kind: records the loss is on answers only",
     "assistant_only_loss": "does not apply: with kind: records the loss is on answers only",
+    "include_num_input_tokens_seen": "is not needed: num_tokens of the log counts the whole run's tokens",
     "resume_from_checkpoint": "is not needed: a run goes on from the last checkpoint in output_dir",
 }  # fmt: skip
 ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "save_total_limit")

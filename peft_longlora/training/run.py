@@ -173,8 +173,11 @@ def make_trainer(plan: Plan, say: Callable[[str], None]) -> SFTTrainer:
     """Load the model, and make the trainer with its log, its card and its end."""
     from trl import SFTTrainer
 
-    class RecipeTrainer(MeteredMixin, SequenceParallelMixin, SFTTrainer):
-        """TRL's trainer, whose log holds the loss by position and tokens per second; processes may share rows."""
+    from peft_longlora.training.tokens import TokenCounter
+
+    class RecipeTrainer(MeteredMixin, SequenceParallelMixin, SFTTrainer, TokenCounter):
+        """TRL's trainer, whose log holds the loss by position, tokens per second and the run's tokens; processes may
+        share rows."""
 
     options, arguments = plan.recipe.run, plan.arguments
     set_seed(arguments.seed)  # the adapter's random numbers are the same whatever came before

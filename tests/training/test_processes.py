@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_base import prose, save_base
@@ -45,10 +46,13 @@ def run(place: Path, name: str, launcher: list, *more) -> Path:
     return output
 
 
+def history(folder: Path) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
 def losses(folder: Path) -> list[list[float]]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     names = ("loss", "loss_0_64", "loss_64_128", "loss_128_256", "num_tokens")
-    return [[entry[name] for name in names] for entry in history if "loss" in entry]
+    return [[entry[name] for name in names] for entry in history(folder) if "loss" in entry]
 
 
 def perplexities(folder: Path) -> list[float]:
@@ -78,3 +82,17 @@ def test_two_processes_train_and_measure_as_one(place, alone, request, rows, lau
     for ours, theirs in zip(losses(found), losses(alone[rows]), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-3)
     assert perplexities(found) == pytest.approx(perplexities(alone[rows]), rel=5e-3)
+
+
+@pytest.mark.parametrize(("steps", "more"), [(6, ("--sequence-parallel", 2)), (3, ())], ids=["shared", "ddp"])
+def test_two_processes_count_the_tokens_of_all_starts(place, steps, more):
+    """One epoch, in two starts: every token of the text, its start and its end, once."""
+    total = len(AutoTokenizer.from_pretrained(place / "base").tokenize(prose(1400, 3))) + 2
+    assert 5 * 256 < total < 6 * 256
+    (place / "six_rows.txt").write_text(prose(1400, 3))
+    given = ("--data", place / "six_rows.txt", "--eval-data", "null", "--save-strategy", "steps", "--save-steps", 1)
+    for until in (1, steps):
+        found = run(place, f"stopped-{steps}", TWO, *more, *given, "--max-steps", until)
+    counted = [entry["num_tokens"] for entry in history(found) if "num_tokens" in entry]
+    assert counted[-1] == total and counted == sorted(counted)
+    assert f", {total:,} tokens" in (found / "README.md").read_text()

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from peft_longlora.hub.public import RECIPE
+from peft_longlora.training.damage import check_checkpoint, read_mapping
 from peft_longlora.training.recipe import ADAPTER, Recipe, keys
 
 STATE = "trainer_state.json"  # the Trainer's
@@ -36,22 +37,27 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     Args:
         folder: the output folder.
     """
+    return next(iter(_whole_checkpoints(folder)), None)
+
+
+def _whole_checkpoints(folder: str | Path) -> list[Path]:
+    """The whole checkpoints of an output folder, newest first."""
     whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{STATE}")]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return sorted(whole, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
 def open_output(recipe: Recipe) -> Path | None:
     """The checkpoint from which the run goes on; None if it begins.
 
     Raises:
-        ValueError: the output folder is a file, holds an adapter of another kind of run, or a run whose recipe differs
-            in a key that changes what is learned.
+        ValueError: the output folder is a file, holds an adapter of another kind of run, a run whose recipe differs
+            in a key that changes what is learned, or a checkpoint or a note of the run that cannot be read.
     """
     folder = recipe.output_dir
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise ValueError(f"output_dir={str(folder)!r}: {path} is a file. Give a folder.")
-    last = last_checkpoint(folder)
+    last, *older = _whole_checkpoints(folder) or [None]
     if recipe.run.overwrite:
         return None
     if last is None:
@@ -66,7 +72,13 @@ def open_output(recipe: Recipe) -> Path | None:
             f"output_dir={str(folder)!r} holds {last.name} of a run without a {RUN}. Give another output_dir, or "
             f"--overwrite to begin anew."
         )
-    before = yaml.safe_load((folder / RUN).read_text(encoding="utf-8"))
+    try:
+        before = read_mapping(folder / RUN)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / RUN} is damaged: {error}. It says what the run in output_dir={str(folder)!r} was trained with, "
+            f"so the run cannot go on. Give another output_dir, or --overwrite to begin anew."
+        ) from error
     now = _plain(recipe.values)
     fixed = {name for name, key in keys().items() if key.owner == ADAPTER} | TRAINED_WITH | TRAINED_ON
     for name in sorted(fixed & (before.keys() | now.keys())):
@@ -75,6 +87,7 @@ def open_output(recipe: Recipe) -> Path | None:
                 f"output_dir={str(folder)!r} holds a run with {name}={before.get(name)!r}, and the recipe says "
                 f"{now.get(name)!r}. Give another output_dir, the same value, or --overwrite to begin anew."
             )
+    check_checkpoint(last, older, has_optimizer=not before.get("save_only_model"))
     return last
 
 

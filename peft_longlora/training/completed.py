@@ -12,6 +12,7 @@ from transformers import TrainerState
 
 from peft_longlora.hub.results import RESULTS
 from peft_longlora.training.checkpoints import RUN, STATE
+from peft_longlora.training.damage import damage_of
 from peft_longlora.training.finish import EVALUATION
 from peft_longlora.training.recipe import Recipe
 
@@ -47,6 +48,7 @@ def missing_parts(recipe: Recipe, last: Path) -> list[str]:
     folder, missing = recipe.output_dir, []
     weights, results = folder / SAFETENSORS_WEIGHTS_NAME, folder / EVALUATION / RESULTS
     is_saved = weights.is_file() and (folder / STATE).is_file() and (folder / "README.md").is_file()
+    is_saved = is_saved and damage_of(folder) is None
     if not is_saved or _state(folder)["global_step"] != _state(last)["global_step"]:
         missing.append(ADAPTER)
     if recipe.run.eval_data:

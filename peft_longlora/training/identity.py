@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from peft_longlora.data.loading import digest_of
 from peft_longlora.eval.identity import Digests, fingerprint
+from peft_longlora.training.damage import read_object
 from peft_longlora.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -37,10 +38,16 @@ def trained_on(recipe: Recipe, rows: Dataset, commit: str | None, *, stores: boo
 def check_trained_on(recipe: Recipe, now: dict[str, str]) -> None:
     """Refuse to go on from checkpoints of other rows or of another base.
 
-    Raises: ValueError. A run of a version that noted neither is not refused.
+    Raises: ValueError: they changed, or the note cannot be read. A run of a version that noted neither is not refused.
     """
     path = recipe.output_dir / NOTED
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        before = read_object(path) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged: {error}. It says which rows and which base the run began with. Delete it if they are "
+            f"the same, or --overwrite to begin anew."
+        ) from error
     for part, (key, changed) in CHANGED.items():
         if before.get(part, now[part]) != now[part]:
             value = recipe.values[key]

@@ -30,6 +30,7 @@ from peft_longlora.training.model import Sketch, as_float, load_adapted, load_to
 from peft_longlora.training.places import check_places
 from peft_longlora.training.recipe import Recipe
 from peft_longlora.training.stopping import StopCallback
+from peft_longlora.training.tokens import TokenCounter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -172,8 +173,6 @@ def make_plan(recipe: Recipe, *, dry_run: bool = False) -> Plan:
 def make_trainer(plan: Plan, say: Callable[[str], None]) -> SFTTrainer:
     """Load the model, and make the trainer with its log, its card and its end."""
     from trl import SFTTrainer
-
-    from peft_longlora.training.tokens import TokenCounter
 
     class RecipeTrainer(MeteredMixin, SequenceParallelMixin, SFTTrainer, TokenCounter):
         """TRL's trainer, whose log holds the loss by position, tokens per second and the run's tokens; processes may

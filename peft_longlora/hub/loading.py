@@ -86,11 +86,12 @@ def load_model(
         raise ValueError(
             f"model={model!r} is an adapter. Give its base with model=..., and the adapter with adapter=..."
         )
-    base = load_part(AutoModelForCausalLM, model, "model", dtype=dtype, attn_implementation=attn_implementation)
+    options = dict(dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True)
+    base, found = load_part(AutoModelForCausalLM, model, "model", **options)
     words = load_part(AutoTokenizer, tokenizer or model, "tokenizer")
     check_tokenizer(base, words)
     native = window_of(base.config.get_text_config())
-    notes: list[str] = []
+    notes = check_whole(model, found)
     known, rows = len(words.get_vocab()), rows_of(base.get_input_embeddings())
     if known < PADDED * rows:
         notes.append(
@@ -159,6 +160,27 @@ def check_place(name: str, what: str, revision: str | None = None) -> None:
         check_on_hub(name, "config.json", revision=revision)
     except ValueError as error:
         raise ValueError(f"{what}={error}") from error
+
+
+def check_whole(model: str, found: dict[str, Any]) -> list[str]:
+    """Refuse a model whose files lack weights: transformers makes random ones.
+
+    Args:
+        model: its name. found: what transformers' `output_loading_info` says.
+
+    Returns: a note if the files hold weights that the model does not use.
+
+    Raises: ValueError.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"model={model!r} cannot be loaded: its files lack {len(missing)} of its weights, the first being "
+            f"{missing[0]}, which would be random. Get it again, or give one with a language model's output layer."
+        )
+    if unused := sorted(found["unexpected_keys"]):
+        name = Path(model).name if Path(model).is_dir() else model  # notes are stored with results
+        return [f"The files of {name!r} hold {len(unused)} weights that the model does not use ({unused[0]}, ...)."]
+    return []
 
 
 def load_part(factory: Any, name: str, what: str, **options: Any) -> Any:

@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from peft_longlora import LongLoraConfig
 from peft_longlora.adapter import regexes
@@ -120,6 +121,19 @@ def test_a_damaged_file_of_a_model_is_one_line_and_code_2(copied, tmp_path, caps
     assert longlora(*command) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert said in line
+
+
+def test_a_model_that_lacks_weights_is_refused(copied):
+    """transformers warns and makes random ones, which a chat would answer with and an evaluation measure."""
+    file = copied / "base" / "model.safetensors"
+    weights = load_file(file)
+    lost = "model.layers.0.mlp.down_proj.weight"
+    save_file({name: each for name, each in weights.items() if name != lost}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"^model='.*' cannot be loaded: its files lack 1 of its weights, .*{lost}"):
+        load_model(str(copied / "base"), device="cpu")
+    save_file({**weights, "model.more.weight": weights[lost].clone()}, file, metadata={"format": "pt"})
+    [note] = load_model(str(copied / "base"), device="cpu").notes
+    assert "The files of 'base' hold 1 weights that the model does not use (model.more.weight, ...)" in note
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()])

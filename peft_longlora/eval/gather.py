@@ -20,10 +20,9 @@ from peft_longlora.hub.results import Results, Row
 def gather(run: Run) -> Results:
     """The results from the samples of this run's items, without places that are not completely measured."""
     samples = _Samples(run)
-    settings = run.settings
     cells = collect_cells(samples.measured())
     rows = [
-        cell.row(settings.seed, settings.bootstrap_replicates, settings.confidence)
+        cell.row(run.settings.confidence)
         for cell in cells.values()
         if any(denominator for _, denominator in cell.units.values())
     ]
@@ -37,7 +36,7 @@ def gather(run: Run) -> Results:
             "processes": run.processes.count,
         },
         model=run.subject.description,
-        settings={**asdict(settings), **{name_of(task): task.parameters for task in run.tasks}},
+        settings={**asdict(run.settings), **{name_of(task): task.parameters for task in run.tasks}},
         data={name: entry for name, entry in run.data.items() if entry},
         notes=list(dict.fromkeys(_notes(run, rows, samples))),
         results=[row for row in rows if row.group is None],

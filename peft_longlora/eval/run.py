@@ -14,16 +14,14 @@ from peft_longlora.eval.tasks.task import Task, name_of
 
 @dataclass(frozen=True)
 class Settings:
-    """How intervals are computed, and the seed of generated prompts and of the bootstrap.
+    """The seed of generated prompts, and the confidence of intervals.
 
     Args:
-        seed: of prompts and of the bootstrap.
-        bootstrap_replicates: how often the samples are drawn again.
+        seed: of prompts.
         confidence: of the intervals, between 0 and 1.
     """
 
     seed: int = 0
-    bootstrap_replicates: int = 1000
     confidence: float = 0.95
 
 

@@ -192,6 +192,8 @@ def make_card(
         "datasets": [datasets] if isinstance(datasets, str) else datasets,
         "results": results or [],
         "has_intervals": any(None not in (row.low, row.high) for row in results or ()),
+        "lacks_intervals": any(row.units and None in (row.low, row.high) for row in results or ()),
+        "is_beyond": any(row.beyond_window for row in results or ()),
         "notes": notes or [],
         "training": training or [],
         "plots": plots or [],

@@ -14,7 +14,7 @@ Schema version 1, a JSON object:
                     chat_template_sha256 (or null), dtype, attention ("dense" or "sparse"), rope_parameters,
                     native_window and window (tokens, before and after extension). A fingerprint is the Hub's commit;
                     for a folder it is what `sha256sum FILES | sha256sum` prints for its weights and configs
-    settings        {"seed", "bootstrap_replicates", "confidence"} and, by task, its parameters
+    settings        {"seed", "confidence"} and, by task, its parameters
     data            {task: {"name", "sources", "documents" or "records", "characters", "sha256"}}
     notes           warnings: documents shorter than a window, truncated prompts, ...
     results         the main rows, which a model card shows
@@ -33,7 +33,7 @@ Each row of `results` and `details`:
     length          tokens of a window or prompt; null if the data decides
     group           null, or the part that the row covers: "512-1024", "depth 50%", "gold at 1 of 10", ...
     value           finite number, rounded to 6 significant digits (whole numbers are not rounded)
-    low, high       interval at `confidence`, or null if there are fewer than two independent units
+    low, high       interval at `confidence`, or null if there are too few independent units
     units           the number of independent units (documents, prompts, questions) of the interval
     tokens          scored tokens, or the mean prompt length, or null
     beyond_window   whether the length is above the window the model was made for
@@ -104,6 +104,9 @@ class Row:
             number = content[name]
             if (number is not None or name == "value") and not _is_number(number):
                 raise ValueError(f"{name} must be a finite number in {content}")
+        low, high = (content["value"] if content[name] is None else content[name] for name in ("low", "high"))
+        if not low <= content["value"] <= high:
+            raise ValueError(f"value must be between low and high in {content}")
         for name in ("length", "units", "tokens"):
             number = content[name]
             if (number is not None or name == "units") and not (_is_number(number) and number >= 0):
@@ -225,7 +228,7 @@ def _check(content: dict[str, Any]) -> None:
         if not isinstance(content[name], dict):
             raise ValueError(f"{name} must be an object, not {content[name]!r}")
     settings = content["settings"]
-    for name, low, high in (("seed", 0, 2**63), ("bootstrap_replicates", 1, 10**6), ("confidence", 0, 1)):
+    for name, low, high in (("seed", 0, 2**63), ("confidence", 0, 1)):
         if not (_is_number(settings[name]) and low <= settings[name] <= high):
             raise ValueError(f"settings: {name} must be a number from {low} to {high}, not {settings[name]!r}")
 

@@ -225,13 +225,14 @@ def test_results_beside_the_adapter_are_shown_and_indexed(adapted, tmp_path):
     (tmp_path / "curve.png").write_bytes(b"\x89PNG")
     text = save(adapted, tmp_path)
     assert (
-        "| perplexity | documents | pg19 | 256 (beyond the window) | perplexity | base | 93 [90, 96.5] | 4 |\n"
+        "| perplexity | documents | pg19 | 256† | perplexity | base | 93 [90, 96.5] | 4 |\n"
         "| perplexity | documents | pg19 | 256 | perplexity | adapter | 7.5 |  |\n"
         "| native | documents | pg19 | 256 | perplexity | adapter | 8.125 [7, 9.1] |  |\n"
-        "| passkey |  | passkey |  (beyond the window) | accuracy | adapter | 0.98 |  |\n"
+        "| passkey |  | passkey | † | accuracy | adapter | 0.98 |  |\n"
         "| cost |  | random | 256 | kv_cache_bytes | adapter | 12,582,912 |  |\n"
     ) in text
-    assert "Brackets are intervals" in text
+    assert "Brackets are intervals over them." in text and "\n† above the window that the model was made for.\n" in text
+    assert "too few" not in text, "of a row that names no number of documents nothing is known"
     assert "\n- only the first 1 windows of each document; 181 \\| windows were left out\n" in text
     assert "![curve.png](curve.png)" in text
     results = ModelCard(text).data.eval_results
@@ -250,6 +251,7 @@ def test_without_intervals_no_sentence_is_about_brackets(adapted, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"results": plain, "notes": [3, None]}))
     text = save(adapted, tmp_path)
     assert "| adapter | 7.5 |" in text and "Brackets" not in text and "[" not in row(text, "perplexity")
+    assert "A value without brackets has too few of them for an interval." in text  # the base's four documents
 
 
 def test_results_of_another_folder_come_along(adapted, tmp_path):

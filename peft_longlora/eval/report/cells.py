@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft_longlora.eval.report import statistics
+from peft_longlora.eval.report.units import PERCENT
 from peft_longlora.hub.results import Row, rounded
 
 LOWER_IS_BETTER = {"perplexity", "bits_per_byte", "peak_memory_bytes", "kv_cache_bytes", "seconds_to_first_token"}
@@ -61,12 +62,13 @@ class Cell:
     def sums(self) -> tuple[list[str], statistics.Ratios]:
         """Unit names in a fixed order, and their numerators and denominators."""
         names = sorted(self.units)
-        return names, statistics.Ratios([self.units[n] for n in names], exponential=self.is_perplexity)
+        units = [self.units[n] for n in names]
+        return names, statistics.Ratios(units, self.is_perplexity, is_score=self.name[3] in PERCENT)
 
-    def row(self, seed: int, replicates: int, confidence: float) -> Row:
+    def row(self, confidence: float) -> Row:
         """The cell as a row."""
         _, ratios = self.sums()
-        low, high = ratios.interval(seed, replicates, confidence)
+        low, high = ratios.interval(confidence)
         if self.standard_error is not None:
             low, high = statistics.around(ratios.value(), self.standard_error, confidence)
         tokens = self.tokens if self.is_perplexity else self.tokens / self.samples

@@ -12,10 +12,9 @@ from typing import Any
 
 from peft_longlora.eval.report import statistics
 from peft_longlora.eval.report.cells import Cell, collect_cells, sort_key
+from peft_longlora.eval.report.units import OF_TEXT, too_few_of
 from peft_longlora.eval.samples import SAMPLES, read_samples
 from peft_longlora.hub.results import RESULTS, Results, Row, rounded
-
-OF_TEXT = ("perplexity", "bits_per_byte")  # metrics that belong to the text they are measured on
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Difference:
         value, low, high: second minus first, and its interval (None: not known).
         is_paired: whether both runs got the same questions, so that differences between questions cancel.
         unlike: why the two numbers do not mean the same, so that neither is better; "" if they do.
+        too_few: what there are too few of for an interval, in words; "" if that is not why there is none.
     """
 
     first: Row
@@ -35,6 +35,7 @@ class Difference:
     high: float | None
     is_paired: bool
     unlike: str = ""
+    too_few: str = ""
 
     @property
     def verdict(self) -> str:
@@ -42,7 +43,7 @@ class Difference:
         if self.unlike:
             return f"{self.unlike}, not judged"
         if self.low is None or self.high is None:
-            return ""
+            return self.too_few
         if self.low <= 0 <= self.high:
             return "no difference shown"
         return "better" if (self.value > 0) == self.first.higher_is_better else "worse"
@@ -133,12 +134,11 @@ class Pair:
         settings = self.first.results.settings
         is_paired = self._is_same_question(row, cell, peer)
         (_, ours), (_, theirs) = cell.sums(), peer.sums()
-        value, low, high = statistics.difference(
-            ours, theirs, is_paired, settings["seed"], settings["bootstrap_replicates"], settings["confidence"]
-        )
+        value, low, high = statistics.difference(ours, theirs, is_paired, settings["confidence"])
         if unlike:
             low = high = None
-        return Difference(row, other, value, low, high, is_paired, unlike)
+        too_few = "" if unlike or low is not None else next(filter(None, map(too_few_of, (row, other))), "")
+        return Difference(row, other, value, low, high, is_paired, unlike, too_few)
 
     def _is_same_question(self, row: Row, cell: Cell, peer: Cell) -> bool:
         if self._has_other_data(row) or cell.units.keys() != peer.units.keys():

@@ -1,10 +1,11 @@
-"""How values are shown: percents, GiB, milliseconds. Read by `report`, `plots` and `comparison`."""
+"""How values are shown: percents, GiB, milliseconds. Read by the other files of this folder."""
 
 from __future__ import annotations
 
 from peft_longlora.hub.results import Row
 
 PERCENT = {"accuracy", "recall", "f1", "rougeL", "verbatim"}
+OF_TEXT = ("perplexity", "bits_per_byte")  # metrics that belong to the text they are measured on
 UNITS = {
     "bits_per_byte": ("bits per byte", 1),
     "peak_memory_bytes": ("peak memory, GiB", 2**30),
@@ -30,8 +31,16 @@ def show_metric(row: Row) -> str:
 
 
 def show_interval(row: Row) -> str:
-    """An interval in brackets, or nothing."""
-    return "" if row.low is None or row.high is None else f"[{show(row, row.low)}, {show(row, row.high)}]"
+    """An interval in brackets, or why there is none."""
+    known = row.low is not None and row.high is not None
+    return f"[{show(row, row.low)}, {show(row, row.high)}]" if known else too_few_of(row)
+
+
+def too_few_of(row: Row) -> str:
+    """What a row without an interval has too few of, in words; "" if it has one, or if lm-eval gave none for it."""
+    if row.low is not None or row.protocol.startswith("lm-eval"):
+        return ""
+    return "too few " + ("documents" if row.metric in OF_TEXT else "runs" if row.task == "cost" else "prompts")
 
 
 def show_length(row: Row) -> str:

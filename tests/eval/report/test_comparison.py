@@ -76,6 +76,27 @@ def test_perplexities_over_other_tokens_are_not_judged_and_bits_per_byte_are(tmp
     assert any(note.startswith("The tokenizers differ") for note in notes)
 
 
+def test_two_documents_are_too_few_for_a_verdict(tmp_path):
+    """The reported case: "better" stood beside an interval from the one document to the other."""
+    corpus = tmp_path / "two"
+    corpus.mkdir()
+    for name, text in (("a", "abcd" * 20), ("b", "aabbccdd" * 10)):
+        (corpus / f"{name}.txt").write_text(text)
+    even = Subject.of(Bigrams(torch.full((4, 4), 0.25)), letter_tokenizer())
+    first, second = (
+        run(subject, Perplexity(Corpus(corpus), [8]), tmp_path / name)
+        for subject, name in ((letter_subject(), "first"), (even, "second"))
+    )
+    found, _ = compare(first, second)
+    assert found and {(d.verdict, d.low, d.high) for d in found} == {("too few documents", None, None)}
+    assert all(d.value for d in found) and all(d.is_paired for d in found)
+    text = make_comparison(*compare(first, second), ("first", "second"))
+    assert "| too few documents |" in text and "better" not in text and "worse" not in text
+    rows = Results.load(first).results
+    assert {(row.low, row.high, row.units) for row in rows} == {(None, None, 2)}
+    assert make_report(Results.load(first)).count("too few documents") >= len(rows)
+
+
 def test_other_text_of_one_name_is_not_judged(tmp_path):
     """Two corpora may be called the same; the rows are shown, and neither is better."""
     first = run(letter_subject(), Perplexity(letters(tmp_path), [8]), tmp_path / "a")
@@ -166,12 +187,13 @@ def test_a_damaged_sample_is_named_and_gives_no_interval(tmp_path, line, said):
     ("path", "value", "said"),
     [
         (("results", 0, "value"), "high", "value must be a finite number"),
+        (("results", 0, "value"), 0.1, "value must be between low and high"),
         (("results", 0, "length"), "8", "length must be a number of 0 or more"),
         (("results", 0, "units"), None, "units must be a number of 0 or more"),
         (("details", 0, "group"), 5, "group must be text or null"),
         (("results", 0, "higher_is_better"), "yes", "higher_is_better must be true or false"),
         (("settings", "seed"), "zero", "settings: seed must be a number from 0"),
-        (("settings", "bootstrap_replicates"), 10**9, "bootstrap_replicates must be a number from 1 to 1000000"),
+        (("settings", "confidence"), 2, "confidence must be a number from 0 to 1"),
         (("model",), [], "model must be an object"),
         (("details",), None, "not a results.json of `longlora eval`"),
     ],

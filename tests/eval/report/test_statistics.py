@@ -1,9 +1,9 @@
-"""Intervals: against published values, closed forms, and how often they hold the truth."""
+"""Intervals: against published values, textbooks and closed forms."""
 
 import numpy as np
 import pytest
 
-from peft_longlora.eval.report.statistics import Ratios, difference, newcombe, wilson
+from peft_longlora.eval.report.statistics import Ratios, difference, newcombe, student, wilson
 
 
 def test_wilson_is_the_published_formula():
@@ -14,56 +14,85 @@ def test_wilson_is_the_published_formula():
     assert wilson(8, 10, 0.95) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
 
 
-def test_successes_get_wilsons_interval_and_other_scores_a_bootstrap():
+def test_successes_get_wilsons_interval_and_other_scores_students():
     successes = Ratios([(1, 1)] * 8 + [(0, 1)] * 2)
     assert successes.value() == 0.8
-    assert successes.interval(0, 100, 0.95) == pytest.approx(wilson(8, 10, 0.95))
+    assert successes.interval(0.95) == pytest.approx(wilson(8, 10, 0.95))
+    assert Ratios([(1, 1), (0, 1)], is_score=True).interval(0.95) == pytest.approx(wilson(1, 2, 0.95))
     scores = Ratios([(0.5, 1), (0.25, 1), (1, 1)])
-    assert scores.interval(0, 1000, 0.95) != pytest.approx(wilson(1, 3, 0.95))
+    assert scores.interval(0.95) != pytest.approx(wilson(1, 3, 0.95))
 
 
 def test_partial_scores_that_are_all_nothing_or_all_full_are_not_certain():
-    assert Ratios([(0, 5)] * 10).interval(0, 100, 0.95) == pytest.approx(wilson(0, 10, 0.95))
-    assert Ratios([(5, 5)] * 10).interval(0, 100, 0.95) == pytest.approx(wilson(10, 10, 0.95))
+    assert Ratios([(0, 5)] * 10).interval(0.95) == pytest.approx(wilson(0, 10, 0.95))
+    assert Ratios([(5, 5)] * 10).interval(0.95) == pytest.approx(wilson(10, 10, 0.95))
 
 
-def test_bootstrap_of_a_mean_has_the_spread_that_theory_says():
-    values = np.random.default_rng(1).normal(5, 2, 400)
-    draws = Ratios(np.stack([values, np.ones(400)], 1)).replicates(0, 4000)
-    assert draws.mean() == pytest.approx(values.mean(), abs=0.01)
-    assert draws.std() == pytest.approx(values.std() / np.sqrt(400), rel=0.05)
+def test_students_t_is_that_of_tables():
+    """Two-sided 95%: Fisher and Yates, Statistical Tables, table III; 99% with 10: 3.169."""
+    table = {2: 4.303, 3: 3.182, 4: 2.776, 10: 2.228, 30: 2.042, 120: 1.980, 10**6: 1.960}
+    assert {n: round(student(0.95, n), 3) for n in table} == table
+    assert round(student(0.99, 10), 3) == 3.169
+    # With two degrees of freedom the distribution has a closed form.
+    assert student(0.8, 2) == pytest.approx(0.8 * np.sqrt(2 / (1 - 0.8**2)))
+    assert student(0.95, 1.5) == pytest.approx(6.016663, rel=1e-5)  # scipy 1.17: t.ppf(0.975, 1.5)
+
+
+def test_documents_of_one_size_get_the_interval_of_textbooks():
+    """Student 1908: the additional hours of sleep of ten patients; R's t.test gives 0.8976775 to 3.7623225."""
+    hours = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    ratios = Ratios([(100 * x, 100) for x in hours])
+    assert ratios.interval(0.95) == pytest.approx((0.8976775, 3.7623225), abs=1e-6)
+    logarithm = Ratios([(100 * x, 100) for x in hours], exponential=True)
+    assert np.log(logarithm.interval(0.95)) == pytest.approx((0.8976775, 3.7623225), abs=1e-6)
+
+
+def test_differences_of_one_size_get_the_intervals_of_textbooks():
+    """The same data with the other drug: R's t.test(paired = TRUE) and t.test (Welch), drug 2 less drug 1."""
+    first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    second = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    ours, theirs = (Ratios([(x, 1) for x in hours]) for hours in (first, second))
+    assert difference(ours, theirs, True, 0.95) == pytest.approx((1.58, 0.7001142, 2.4598858), abs=1e-6)
+    assert difference(ours, theirs, False, 0.95) == pytest.approx((1.58, -0.2054832, 3.3654832), abs=1e-6)
 
 
 def test_perplexity_weighs_documents_by_their_tokens():
     ratios = Ratios([(30.0, 10), (200.0, 100)], exponential=True)
     assert ratios.value() == pytest.approx(np.exp(230 / 110))
-    low, high = ratios.interval(0, 1000, 0.95)
-    # with two documents a replicate is one of three: twice the one, twice the other, or both
-    assert (low, high) == pytest.approx((np.exp(2), np.exp(3)))
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
-    rng = np.random.default_rng(0)
-    held = 0
-    for i in range(200):
-        counts = rng.integers(50, 150, 40)
-        sums = counts * rng.normal(2.0, 0.3, 40)
-        low, high = Ratios(np.stack([sums, counts], 1), exponential=True).interval(i, 400, 0.9)
-        held += low < np.exp(2) < high
-    assert 165 <= held <= 195  # 90% of 200, and three standard deviations
+def test_no_interval_of_scores_leaves_zero_to_one():
+    """f1 of eight questions, most of them right; Student's interval would end above 1."""
+    scores = [(1, 1)] * 6 + [(0.9, 1), (0.3, 1)]
+    low, high = Ratios(scores, is_score=True).interval(0.95)
+    assert 0 < low < 0.9 and high == 1.0
+    assert Ratios(scores).interval(0.95)[1] > 1.0, "a number of another kind may be above 1"
+    assert Ratios([(1 - x, 1) for x, _ in scores]).interval(0.95)[0] == 0.0, "but not below 0"
+
+
+def test_too_few_units_have_no_interval():
+    """The reported case: two documents, whose bootstrap was from the one to the other."""
+    two = Ratios([(200, 100), (310, 150)], exponential=True)
+    assert two.interval(0.95) == (None, None)
+    value, low, high = difference(two, Ratios([(190, 100), (300, 150)], exponential=True), True, 0.95)
+    assert value < 0 and low is high is None
+    # One document of a million tokens beside thirty of ten is no sample of documents either.
+    heavy = [(2e6, 1e6), *[(20.0, 10)] * 30]
+    assert Ratios(heavy, exponential=True).interval(0.95) == (None, None)
+    assert Ratios([(0.5, 1)] * 4 + [(0.25, 1)] * 3, is_score=True).interval(0.95) == (None, None)
 
 
 def test_one_unit_has_no_interval():
-    assert Ratios([(3, 2)]).interval(0, 100, 0.95) == (None, None)
+    assert Ratios([(3, 2)]).interval(0.95) == (None, None)
 
 
 def test_pairing_takes_out_what_documents_have_in_common():
     """All documents 0.1 nats better: certain when paired, drowned by the spread between documents when not."""
     losses = np.random.default_rng(0).normal(3, 1, 30)
     first, second = (Ratios(np.stack([100 * x, np.full(30, 100)], 1), exponential=True) for x in (losses, losses - 0.1))
-    value, low, high = difference(first, second, True, 0, 1000, 0.95)
+    value, low, high = difference(first, second, True, 0.95)
     assert low < value < high < 0
-    _, low, high = difference(first, second, False, 0, 1000, 0.95)
+    _, low, high = difference(first, second, False, 0.95)
     assert low < 0 < high
 
 
@@ -78,19 +107,14 @@ def test_a_difference_of_all_right_and_all_wrong_is_not_certain():
         pair = [(k / size, *wilson(k, size, 0.95)) for k, size in ((x, m), (y, n))]
         assert newcombe(*pair) == pytest.approx(interval, abs=1e-4)
     wrong, right = Ratios([(0, 1)] * 20), Ratios([(1, 1)] * 10)
-    assert difference(wrong, right, False, 0, 100, 0.95) == pytest.approx((1, 0.6791, 1), abs=1e-4)
-    assert difference(right, wrong, False, 0, 100, 0.95) == pytest.approx((-1, -1, -0.6791), abs=1e-4)
-    value, low, high = difference(right, right, True, 0, 100, 0.95)
+    assert difference(wrong, right, False, 0.95) == pytest.approx((1, 0.6791, 1), abs=1e-4)
+    assert difference(right, wrong, False, 0.95) == pytest.approx((-1, -1, -0.6791), abs=1e-4)
+    value, low, high = difference(right, right, True, 0.95)
     assert value == 0 and low == -high < -0.2, "ten of ten twice may still be different"
     mixed = Ratios([(1, 1)] * 5 + [(0, 1)] * 15)
-    value, low, high = difference(wrong, mixed, True, 0, 100, 0.95)
+    value, low, high = difference(wrong, mixed, True, 0.95)
     assert low < value == 0.25 < high
-
-
-def test_large_numbers_of_documents_are_drawn_in_blocks(monkeypatch):
-    from peft_longlora.eval.report import statistics
-
-    ratios = Ratios(np.random.default_rng(0).random((50, 2)))
-    whole = ratios.replicates(0, 40)
-    monkeypatch.setattr(statistics, "BLOCK", 500)
-    assert np.allclose(ratios.replicates(0, 40), whole)
+    pair = [(1, 1)] * 5 + [(0, 1)] * 15, [(0, 1)] * 5 + [(1, 1)] * 15
+    assert difference(*map(Ratios, pair), False, 0.95)[1:] == pytest.approx(
+        newcombe((0.25, *wilson(5, 20, 0.95)), (0.75, *wilson(15, 20, 0.95)))
+    )

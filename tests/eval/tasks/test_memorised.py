@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_longlora import LongLoraConfig
-from peft_longlora.eval import Corpus, Memorised, Settings, Subject, evaluate
+from peft_longlora.eval import Corpus, Memorised, Subject, evaluate
 from peft_longlora.eval.report.cells import collect_cells
 from peft_longlora.hub.card import CardOptions
 from tests.helpers.answering_models import letter_tokenizer
@@ -61,7 +61,7 @@ def corpus(folder, name: str, *texts: str) -> Corpus:
 
 def measure(task, subject):
     found = collect_cells(item.measure() for item in task.items(subject))
-    return {(name[1], variant, name[4], name[3]): cell.row(0, 100, 0.95) for (name, variant), cell in found.items()}
+    return {(name[1], variant, name[4], name[3]): cell.row(0.95) for (name, variant), cell in found.items()}
 
 
 def test_a_text_that_a_model_knows_and_one_that_it_does_not(tmp_path):
@@ -180,7 +180,7 @@ def test_the_command_line_names_both_texts(tmp_path):
 def test_the_card_shows_it(adapted, tmp_path):
     subject = Subject.of(adapted, letter_tokenizer())
     task = Memorised(corpus(tmp_path, "seen", letters(3, 600)), corpus(tmp_path, "unseen", letters(4, 600)), passages=4)
-    evaluate(subject, [task], tmp_path / "out", settings=Settings(bootstrap_replicates=10), show_progress=False)
+    evaluate(subject, [task], tmp_path / "out", show_progress=False)
     adapted.peft_config["default"].card = CardOptions(results=tmp_path / "out")
     adapted.save_pretrained(tmp_path / "adapter")
     lines = [line for line in (tmp_path / "adapter" / "README.md").read_text().splitlines() if "verbatim" in line]

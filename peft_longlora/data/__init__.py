@@ -10,6 +10,8 @@ all the way in one call, on one of these paths:
                  out, `held` what a Trainer keeps of it
     documents    from `rows` of files, `hub_rows` of datasets, a `repository` of source code or a `pdf`; `folders` finds
                  files. A stranger's file is read within `limits`, a PDF in a process of its own (`pdf_process`)
+    shapes       the fields by which a record is read (`fields` reads their texts)
+    digests      of documents and records: what is held out is not trained
     windows      tokens of documents (`encoding`); `records` and `conversations` are tokens with a loss on answers
 
 `background` is a thread beside the caller that ends before Python does: `prefetch` reads ahead in it, and `chat/`

@@ -1,16 +1,19 @@
 """A conversation of several turns: read from a record, and made into one row with a loss on every answer.
 
-`documents` reads with `read_turns`, `records` makes rows with `tokenize_turns`.
+`shapes` reads with `read_turns`, `records` makes rows with `tokenize_turns`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from peft_longlora.data.counts import Counts
+from peft_longlora.data.fields import is_given, text_of
 
 IGNORED = -100  # the label that transformers' losses leave out
 LLAMA_2_PROMPT = "[INST] {} [/INST]"
@@ -19,49 +22,63 @@ CURE = "Give the tokenizer another one: tokenizer.chat_template = ..., or None f
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 # ShareGPT's names of the roles.
 ROLES = {"human": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT}
-# What changes a conversation, or which of its answers are trained. A record that has it is refused.
-UNREAD = ("tool_calls", "function_call", "tools", "functions", "reasoning_content", "reasoning", "thinking", "images")
+# What changes a conversation. A record that has it is refused.
+UNREAD = ("tool_calls", "function_call", "tools", "functions", "reasoning_content", "reasoning", "thinking")
+UNREAD += ("image", "images", "video", "videos", "audio", "audios")
+MARKS = ("weight", "train", "training", "loss")  # of a turn: whether its answer is trained
 
 Turn = dict[str, str]
 
 
-def read_turns(name: str, row: dict[str, Any], key: str, text_of: Callable[[str, Any, str], str]) -> list[Turn]:
+def read_turns(name: str, key: str, turns: list[Any], counts: Counts | None = None) -> list[Turn]:
     """The turns of a record, each as {"role", "content"}: (system,) user, assistant, user, assistant, ...
 
     Args:
         name: the record's place, for errors.
-        row: {"messages": [{"role", "content"}, ...]}, or ShareGPT's {"conversations": [{"from", "value"}, ...]}.
-        key: "messages" or "conversations".
-        text_of: (place, turn, field) -> its text; refuses a field that is missing or no text.
+        key: the field that holds the turns, for errors.
+        turns: [{"role", "content"}, ...], or ShareGPT's [{"from", "value"}, ...].
+        counts: counts the fields of turns that are not read.
 
     Raises: ValueError: other roles, an empty turn, or parts that are not read, such as calls of tools.
     """
-    turns = row[key]
-    if not isinstance(turns, list):
-        raise ValueError(f"{name}: {key!r} is a {type(turns).__name__} ({str(turns)[:40]!r}), not a list.")
-    places = [f"{name}: {key!r}[{number}]" for number in range(len(turns))]
-    for place, holder in [(name, row), *zip(places, turns, strict=True)]:
-        found = [field for field in UNREAD if isinstance(holder, dict) and holder.get(field)]
+    places = [f"{name}: {key}[{number}]" for number in range(len(turns))]
+    for place, turn in zip(places, turns, strict=True):
+        found = [field for field in UNREAD if isinstance(turn, dict) and is_given(turn.get(field))]
         if found:
             raise ValueError(f"{place}: holds {found[0]!r}, which is not read. Remove it, or the record.")
-        if isinstance(holder, dict) and (holder.get("weight") == 0 or holder.get("train") is False):
+        if isinstance(turn, dict) and any(turn.get(mark) not in (None, 1) for mark in MARKS):
             raise ValueError(
                 f"{place}: is marked as not to be trained, and every answer is. Remove the turns from it on."
             )
-    said, text = ("role", "content") if key == "messages" else ("from", "value")
+    is_shared = any(isinstance(turn, dict) and "from" in turn for turn in turns)
+    said, text = ("from", "value") if is_shared else ("role", "content")
     roles = [turn.get(said) if isinstance(turn, dict) else None for turn in turns]
     roles = [ROLES.get(role, role) if isinstance(role, str) else None for role in roles]
     talk = roles[1:] if roles[:1] == [SYSTEM] else roles
     if not talk or len(talk) % 2 or talk != [USER, ASSISTANT] * (len(talk) // 2):
         raise ValueError(
-            f"{name}: {key!r} has the roles {roles}. Questions and their answers are read: (system,) user, assistant, "
+            f"{name}: {key} has the roles {roles}. Questions and their answers are read: (system,) user, assistant, "
             f"user, assistant, ... Tools are not read. Remove the other turns, or the record."
         )
-    texts = [text_of(place, turn, text) for place, turn in zip(places, turns, strict=True)]
+    texts = [
+        text_of(place, turn, text, "Fill it in, or remove the turn.") for place, turn in zip(places, turns, strict=True)
+    ]
     for place, one in zip(places, texts, strict=True):
         if not one.strip():
             raise ValueError(f"{place}: {text!r} is empty. Fill it in, or remove the turn.")
+    for turn in turns if counts is not None else ():
+        for field in turn.keys() - {said, text, *UNREAD, *MARKS}:
+            if is_given(turn[field]):
+                counts.add_unread(f"{field} of turns")
     return [{"role": role, "content": one} for role, one in zip(roles, texts, strict=True)]
+
+
+def turns_of(record: dict[str, Any]) -> list[Turn]:
+    """The turns of a record as `documents.read_records` yields it."""
+    if "messages" in record:
+        return record["messages"]
+    user = f"{record['instruction']}\n{record['input']}" if record.get("input") else record["instruction"]
+    return [{"role": USER, "content": user}, {"role": ASSISTANT, "content": record["output"]}]
 
 
 def tokenize_turns(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, source: str) -> dict[str, list[int]]:

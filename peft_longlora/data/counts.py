@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+FIELDS = 12  # fields that are named
 NAMED = 3  # places that are named; the others are counted
 
 
@@ -29,6 +30,8 @@ class Counts:
         restored_names: sources of the first few of them.
         rewritten: questions whose text the chat template writes otherwise, or cuts.
         rewritten_names: sources of the first few of them.
+        unread: fields of records that are not read, with the number of records (or turns) that have them.
+        endless: documents or answers behind which no token says that they end.
         left_out: the number of files and empty texts that are not read, by reason.
         kept: files of repositories that are read.
         pieces: of documents, in rows. The first token of a piece is read, and no token predicts it.
@@ -49,6 +52,8 @@ class Counts:
     restored_names: list[str] = field(default_factory=list)
     rewritten: int = 0
     rewritten_names: list[str] = field(default_factory=list)
+    unread: dict[str, int] = field(default_factory=dict)
+    endless: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     kept: int = 0
     pieces: int = 0
@@ -70,6 +75,16 @@ class Counts:
         self.rewritten += 1
         self.rewritten_names += [name] if len(self.rewritten_names) < NAMED else []
 
+    def add_unread(self, name: str) -> None:
+        """Count a field of a record that is not read."""
+        self.unread[name] = self.unread.get(name, 0) + 1
+
+    def unread_text(self) -> str:
+        """The fields that are not read, the most frequent first."""
+        fields = sorted(self.unread.items(), key=lambda item: (-item[1], item[0]))
+        more = f", and {len(fields) - FIELDS} other fields" if len(fields) > FIELDS else ""
+        return f"fields not read: {', '.join(f'{name} ({count:,})' for name, count in fields[:FIELDS])}{more}"
+
     def leave_out(self, reason: str, count: int = 1) -> None:
         """Count a file, or a text, that is not read."""
         self.left_out[reason] = self.left_out.get(reason, 0) + count
@@ -90,6 +105,13 @@ class Counts:
         if self.is_stopped:
             parts.append("everything after these rows (max_rows)")
         text += ", ".join(parts) or "nothing"
+        if self.unread:
+            text += f"; {self.unread_text()}"
+        if self.endless:
+            text += (
+                f"; {self.endless:,} texts without a token that ends them, because the tokenizer or its chat template "
+                f"gives none, so a model does not learn to stop: set tokenizer.eos_token, and write it in the template"
+            )
         if self.restored:
             text += (
                 f"; {self.restored} answers that the chat template would have cut, such as thoughts before </think>, "
@@ -107,6 +129,7 @@ class Counts:
         if self.is_quiet:
             return
         is_odd = self.cut_tokens or self.dropped or self.restored or self.rewritten or self.left_out or self.is_stopped
+        is_odd = is_odd or self.unread or self.endless
         logger.log(logging.WARNING if is_odd else logging.INFO, str(self))
 
 

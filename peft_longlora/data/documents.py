@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from transformers.utils import logging
 
-from peft_longlora.data.conversations import read_turns
 from peft_longlora.data.counts import Counts
-from peft_longlora.data.rows import NO_DATA, Sources, rows_of_sources
+from peft_longlora.data.fields import text_of
+from peft_longlora.data.rows import Sources, rows_of_sources
+from peft_longlora.data.shapes import read_record
 
 logger = logging.get_logger(__name__)
+
+EMPTY = "Remove the document (in Python: or pass skip_empty=True)."
 
 
 def read_documents(
@@ -45,7 +47,8 @@ def read_documents(
             message names the file and the line (in a list: the record).
     """
     for name, row in rows_of_sources(sources, split, config, field, repositories, counts):
-        text = _string(name, row, field)
+        is_skipped = skip_empty and isinstance(row, dict) and row.get(field, "") is None
+        text = "" if is_skipped else text_of(name, row, field, EMPTY)
         if text.strip():
             yield {"text": text, "source": name}
         elif skip_empty and counts is not None:
@@ -53,7 +56,7 @@ def read_documents(
         elif skip_empty:
             logger.warning(f"{name}: {field!r} is empty, left out.")
         else:
-            raise ValueError(f"{name}: {field!r} is empty. Remove the document (in Python: or pass skip_empty=True).")
+            raise ValueError(f"{name}: {field!r} is empty. {EMPTY}")
 
 
 def read_records(
@@ -61,56 +64,24 @@ def read_records(
 ) -> Iterator[dict[str, Any]]:
     """LongAlpaca's records, as {"instruction", "input", "output", "source"}; "input" may be missing or null.
 
-    {"prompt", "completion"} of two strings, and a conversation of one question and its answer, are read as instruction
-    and output. Other conversations are {"messages", "source"}: turns as {"role", "content"}, in the order (system,)
-    user, assistant, user, assistant, ... They come as {"messages"}, or as ShareGPT's {"conversations"}.
+    {"prompt", "completion"}, and a conversation of one question and its answer, are read as instruction and output.
+    Other conversations are {"messages", "source"}: turns as {"role", "content"}, in the order (system,) user,
+    assistant, user, assistant, ... They come as {"messages"}, as ShareGPT's {"conversations"}, as TRL's {"prompt",
+    "completion"} of two lists, or with the fields "system" and "history", which LLaMA-Factory has.
 
     Args:
         sources: as for `read_documents`, without .txt, .md and .pdf.
         split: of a dataset on the Hub.
         config: of a dataset on the Hub, if it has several.
-        counts: counts what is left out. None: it is logged.
+        counts: counts what is left out, and the fields that are not read. None: it is logged.
 
     Raises:
         FileNotFoundError: a source does not exist.
-        ValueError: a source cannot be read; a record has no instruction or no output; a conversation has other turns,
-            an empty one, or calls of tools.
+        ValueError: a source cannot be read; a record has another shape, an empty text, or a field that is not read and
+            would change what is trained; a conversation has other turns, an empty one, or calls of tools.
     """
+    unread = Counts() if counts is None else counts
     for name, row in rows_of_sources(sources, split, config, None, counts=counts):
-        fields = row.keys() if isinstance(row, dict) and "instruction" not in row else set()
-        key = next((key for key in ("messages", "conversations") if key in fields), None)
-        if key and not {"prompt", "completion"} <= fields:
-            turns = read_turns(name, row, key, _string)
-            if len(turns) != 2:
-                yield {"messages": turns, "source": name}
-                continue
-            (question, answer), more = (turn["content"] for turn in turns), ""
-        else:
-            is_pair = bool({"prompt", "completion"} & fields)
-            keys = ("prompt", "completion") if is_pair else ("instruction", "output")
-            question, answer = (_filled(name, row, key) for key in keys)
-            more = "" if is_pair or row.get("input") is None else _string(name, row, "input")
-        yield {"instruction": question, "output": answer, "input": more, "source": name}
-
-
-def _filled(name: str, row: Any, key: str) -> str:
-    """A text that is not empty."""
-    text = _string(name, row, key)
-    if not text.strip():
-        raise ValueError(f"{name}: {key!r} is empty. Fill it in, or remove the record.")
-    return text
-
-
-def _string(name: str, row: Any, key: str) -> str:
-    if not isinstance(row, dict):
-        raise ValueError(f"{name}: a {type(row).__name__}, not an object with the field {key!r}.")
-    text = row.get(key)
-    if text is None:
-        raise ValueError(f"{name}: no {key!r}. The fields are {sorted(row)}. {NO_DATA}")
-    if not isinstance(text, str):
-        raise ValueError(f"{name}: {key!r} is a {type(text).__name__} ({str(text)[:40]!r}), not a string.")
-    if not text.isascii() and re.search("[\ud800-\udfff]", text):
-        raise ValueError(
-            f"{name}: {key!r} holds half of a surrogate pair, which is not text. Save the file again as UTF-8."
-        )
-    return text
+        yield {**read_record(name, row, unread), "source": name}
+    if counts is None and unread.unread:
+        logger.warning(f"{sources}: {unread.unread_text()}.")

@@ -12,6 +12,7 @@ import json
 import os
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -22,16 +23,17 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_longlora.data.arguments import check_whole
 from peft_longlora.data.counts import Counts
+from peft_longlora.data.digests import SUFFIX, noting
 from peft_longlora.data.documents import read_documents, read_records
 from peft_longlora.data.records import tokenize_records
-from peft_longlora.data.rows import Sources, source_files
+from peft_longlora.data.rows import Sources, as_list, source_files
 from peft_longlora.data.windows import SHORTEST, to_windows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 KINDS = ("text", "records")
-FORMAT = 3  # of the file with the rows; a new number makes old files useless
+FORMAT = 4  # of the file with the rows; a new number makes old files useless
 AT_ONCE = 64  # rows written at a time
 
 
@@ -54,7 +56,8 @@ def load_rows(
 ) -> Dataset:
     """Rows of at most `length` tokens, for TRL's SFTTrainer or a plain Trainer. Logs one line on what they hold.
 
-    With kind="text", every token of every document is in exactly one row. The first token of a row is read, but nothing
+    With kind="text", every token of every document is in exactly one row; a file that is given twice is read
+    once. The first token of a row is read, but nothing
     predicts it. `.info.description` of the result is the same line: documents, tokens, rows, and what was left out.
 
     Args:
@@ -97,7 +100,7 @@ def load_rows(
         raise ValueError(f"kind={kind!r} is unknown. Use {' or '.join(map(repr, KINDS))}.")
     if kind == "records" and (pack or repositories):
         raise ValueError(f"pack={pack} and repositories={repositories} are for kind='text'. Leave them out.")
-    sources = [str(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
+    sources = list(map(str, as_list(sources)))
     where = dict(split=split, config=config)
     read = dict(field=field, skip_empty=skip_empty, repositories=repositories) if kind == "text" else {}
     if max_rows is not None:
@@ -107,6 +110,7 @@ def load_rows(
     folder = Path(cache or Path(settings.HF_DATASETS_CACHE) / "longlora-rows")
     key = _key(sources, tokenizer, dict(where, **read, **made, kind=kind, length=length, max_rows=max_rows))
     path = folder / f"{key}.arrow"
+    texts = path.with_suffix(SUFFIX)
     if path.exists():
         noted = json.loads(path.with_suffix(".json").read_text())
         digest = noted.pop("digest")
@@ -114,16 +118,22 @@ def load_rows(
         counts.report()
     else:
         counts = Counts(is_quiet=quiet)
-        if kind == "text":
-            documents = read_documents(sources, **where, **read, counts=counts)
-            rows = to_windows(documents, tokenizer, length, counts, **made)
-        else:
-            records = read_records(sources, **where, counts=counts)
-            rows = tokenize_records(records, tokenizer, length, **made, counts=counts)
-        digest = _write(islice(rows, max_rows), path, counts, max_rows)
+        folder.mkdir(parents=True, exist_ok=True)
+        # The rows get their name last, so that all of them is there if they are.
+        with _replacing(path) as part, _replacing(texts) as noted, noted.open("w", encoding="utf-8") as file:
+            if kind == "text":
+                documents = noting(read_documents(sources, **where, **read, counts=counts), file)
+                rows = to_windows(documents, tokenizer, length, counts, **made)
+            else:
+                records = noting(read_records(sources, **where, counts=counts), file)
+                rows = tokenize_records(records, tokenizer, length, **made, counts=counts)
+            digest = _write(islice(rows, max_rows), part, counts, max_rows)
+            path.with_suffix(".json").write_text(json.dumps({**asdict(counts), "digest": digest}))
     dataset = Dataset.from_file(str(path))
     dataset.info.description = str(counts)
-    dataset.info.download_checksums = {"rows": {"num_bytes": None, "checksum": digest}}
+    dataset.info.download_checksums = {
+        name: {"num_bytes": None, "checksum": value} for name, value in (("rows", digest), ("texts", str(texts)))
+    }
     return dataset
 
 
@@ -159,33 +169,37 @@ def _commit(name: str) -> str:
         return os.urandom(8).hex()
 
 
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A place to write at, which then gets the name `path`. Several machines may share the folder."""
+    part = path.with_suffix(f".{os.urandom(8).hex()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _write(rows: Iterator[dict[str, list[int]]], path: Path, counts: Counts, max_rows: int | None) -> str:
-    """Write rows into a file that `Dataset.from_file` reads, and beside it what they hold. Returns their digest.
+    """Write rows into a file that `Dataset.from_file` reads. Returns their digest.
 
     Raises: ValueError: there is no row.
     """
     import pyarrow
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.urandom(8).hex()}.part")  # several machines may share the folder
     writer, digest = None, hashlib.sha256()
-    try:
-        while batch := list(islice(rows, AT_ONCE)):
-            if writer is None:
-                schema = pyarrow.schema([(name, pyarrow.list_(pyarrow.int32())) for name in batch[0]])
-                writer = pyarrow.ipc.new_stream(str(part), schema)
-            for row in batch:
-                for name, numbers in row.items():
-                    digest.update(f"{name} {len(numbers)}:".encode() + array("i", numbers).tobytes())
-            writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
+    while batch := list(islice(rows, AT_ONCE)):
         if writer is None:
-            raise ValueError("No row is left to train on: every record was dropped. Use longer rows, or other data.")
-        writer.close()
-        if counts.rows == max_rows:
-            counts.is_stopped = True
-            counts.report()
-        path.with_suffix(".json").write_text(json.dumps({**asdict(counts), "digest": digest.hexdigest()}))
-        part.replace(path)  # last, so that a file under this name is whole
-        return digest.hexdigest()
-    finally:
-        part.unlink(missing_ok=True)
+            schema = pyarrow.schema([(name, pyarrow.list_(pyarrow.int32())) for name in batch[0]])
+            writer = pyarrow.ipc.new_stream(str(path), schema)
+        for row in batch:
+            for name, numbers in row.items():
+                digest.update(f"{name} {len(numbers)}:".encode() + array("i", numbers).tobytes())
+        writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
+    if writer is None:
+        raise ValueError(f"No row is left to train on: {counts}. Use longer rows, or other data.")
+    writer.close()
+    if counts.rows == max_rows:
+        counts.is_stopped = True
+        counts.report()
+    return digest.hexdigest()

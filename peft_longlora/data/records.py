@@ -14,7 +14,6 @@ from peft_longlora.data.conversations import (
     CURE,
     IGNORED,
     MARK,
-    USER,
     Turn,
     begin_turns,
     encode,
@@ -22,6 +21,7 @@ from peft_longlora.data.conversations import (
     shared,
     squeezed,
     tokenize_turns,
+    turns_of,
     without_template,
 )
 from peft_longlora.data.counts import Counts
@@ -44,7 +44,8 @@ def tokenize_record(
         record: {"instruction", "input", "output"}, or {"messages"} as `read_records` yields them; and, for errors,
             "source".
         tokenizer: the model's.
-        counts: counts an answer that the template would have cut, and a question that it writes otherwise.
+        counts: counts an answer that the template would have cut, a question that it writes otherwise, and an answer
+            that it does not end.
 
     Returns:
         {"input_ids", "labels"}: lists of one length.
@@ -54,7 +55,7 @@ def tokenize_record(
             question before the answer; no token is left to train on.
     """
     source = record.get("source", "A record")
-    turns = begin_turns(tokenizer, record["messages"] if "messages" in record else _turns(record))
+    turns = begin_turns(tokenizer, turns_of(record))
     if tokenizer.chat_template is None:
         row = without_template(turns, tokenizer)
     elif sum(turn["role"] == ASSISTANT for turn in turns) > 1:
@@ -63,12 +64,17 @@ def tokenize_record(
         row = _one_answer(turns, tokenizer, source, counts)
     if not any(label != IGNORED for label in row["labels"]) or not turns[-1]["content"].strip():
         raise ValueError(f"{source}: no token of the answer is left to train on. Fill the answer in, or remove it.")
+    if counts is not None and _is_endless(turns, tokenizer, source):
+        counts.endless += 1
     return row
 
 
-def _turns(record: dict[str, str]) -> list[Turn]:
-    user = f"{record['instruction']}\n{record['input']}" if record.get("input") else record["instruction"]
-    return [{"role": USER, "content": user}, {"role": ASSISTANT, "content": record["output"]}]
+def _is_endless(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, source: str) -> bool:
+    """Whether the chat template writes nothing behind the last answer, so a model would not learn to stop."""
+    if tokenizer.chat_template is None:
+        return False
+    text = fill(tokenizer, source, [*turns[:-1], {**turns[-1], "content": MARK}])
+    return text.rstrip().endswith(MARK)
 
 
 def _one_answer(
@@ -154,12 +160,17 @@ def tokenize_records(
         counts: filled in along the way, and logged at the end. Everything that is cut or dropped is counted.
 
     Raises:
-        ValueError: an unknown `too_long`; a record that is refused, or whose answer leaves no room for a prompt; as
-            `tokenize_record`.
+        ValueError: an unknown `too_long`; a tokenizer with neither a chat template nor an end-of-sequence token; a
+            record that is refused, or whose answer leaves no room for a prompt; as `tokenize_record`.
     """
     if too_long not in ("truncate", "drop", "error"):
         raise ValueError(f"too_long={too_long!r} is unknown. Use 'truncate', 'drop' or 'error'.")
     max_length = check_whole("max_length", max_length, 2, "of tokens in a row")
+    if tokenizer.chat_template is None and tokenizer.eos_token is None:
+        raise ValueError(
+            "The tokenizer has neither a chat template nor an end-of-sequence token, so a model would never learn to "
+            "end its answers. Set tokenizer.eos_token or tokenizer.chat_template."
+        )
     counts = Counts() if counts is None else counts
     for record in records:
         row = tokenize_record(record, tokenizer, counts)

@@ -60,23 +60,37 @@ def rows_of_sources(
         counts: counts what is left out. None: it is logged.
 
     Raises:
-        FileNotFoundError: a source does not exist. ValueError: as `read_rows`.
+        FileNotFoundError: a source does not exist. ValueError: as `read_rows`; there is no source; a source tree holds
+            one that was read before.
     """
-    for source in [sources] if isinstance(sources, str | Path) else sources:
+    seen: set[Path] = set()  # files and source trees that were read, and datasets by their ids
+    for source in as_list(sources):
         path = Path(source)
         if not path.exists():
             if not NAME_ON_HUB.fullmatch(str(source)) or _kind(path) in SUFFIXES:
                 raise FileNotFoundError(f"{source}: no such file or folder.")
-            yield from hub_rows(str(source), split, config)
+            if _is_new(Path("/datasets of the Hub") / source, seen, counts, "datasets"):
+                yield from hub_rows(str(source), split, config)
         elif repositories and path.is_dir():
-            yield from _repositories(path, text_field, counts)
+            yield from _repositories(path, text_field, counts, seen)
         else:
-            for _, name, row in read_rows(path, text_field, counts):
+            for _, name, row in read_rows(path, text_field, counts, seen):
                 yield name, row
 
 
+def as_list(sources: Sources) -> list[str | Path]:
+    """The sources as a list.
+
+    Raises: ValueError: there is none.
+    """
+    found = [sources] if isinstance(sources, str | Path) else list(sources)
+    if not found:
+        raise ValueError("No source of data was given: the list is empty. Give files, folders, or ids of datasets.")
+    return found
+
+
 def read_rows(
-    path: Path, text_field: str | None = None, counts: Counts | None = None
+    path: Path, text_field: str | None = None, counts: Counts | None = None, seen: set[Path] | None = None
 ) -> Iterator[tuple[Path, str, Any]]:
     """(file, place in the file, row) for a data file, or for all data files of a folder.
 
@@ -87,12 +101,16 @@ def read_rows(
         text_field: the field name for the text of a .txt, .md or .pdf file. None: rows are records, which such files do
             not hold; in a folder they are left out, alone they are refused.
         counts: counts the files of a folder that are left out. None: they are logged.
+        seen: the files that were read, which are not read again under another name or source; it grows.
 
     Raises:
         ValueError: the folder has no such file, a file is empty, or it is not JSON. The message names file and line.
         ImportError: pypdf or pyarrow is needed and missing.
     """
+    seen = set() if seen is None else seen
     for file in _files(path, SUFFIXES if text_field else RECORDS, counts):
+        if not _is_new(file.resolve(), seen, counts, "files"):
+            continue
         number = 0
         with _named(str(file)):
             for number, (name, row) in enumerate(_file_rows(file, text_field), 1):  # noqa: B007
@@ -110,11 +128,30 @@ def source_files(path: Path, repositories: bool = False) -> list[Path]:
     return [file for file in walk(path)[0] if file.is_file()]
 
 
-def _repositories(path: Path, text_field: str | None, counts: Counts | None) -> Iterator[tuple[str, Any]]:
+def _is_new(place: Path, seen: set[Path], counts: Counts | None, what: str) -> bool:
+    """Whether a source is met for the first time; otherwise it is counted as left out."""
+    if not {place, *place.parents} & seen:  # in a source tree, a file is a part of what was read
+        seen.add(place)
+        return True
+    if counts is not None:
+        counts.leave_out(f"{what} that are read already")
+    else:
+        logger.warning(f"{place}: given twice, and read once.")
+    return False
+
+
+def _repositories(
+    path: Path, text_field: str | None, counts: Counts | None, seen: set[Path]
+) -> Iterator[tuple[str, Any]]:
     if text_field is None:
         raise ValueError(f"{path}: records do not come as source trees. Leave repositories=True out.")
     given = Counts() if counts is None else counts
     for root in find_repositories(path, given):
+        place = root.resolve()
+        if inner := next((other for other in seen if place in other.parents), None):
+            raise ValueError(f"{root}: holds {inner}, which was read before and would be read twice. Give one of them.")
+        if not _is_new(place, seen, counts, "source trees"):
+            continue
         yield str(root), {text_field: read_repository(root, given)}
     if counts is None and given.left_out:
         text = ", ".join(f"{count} {reason}" for reason, count in given.left_out.items())

@@ -28,8 +28,8 @@ def to_windows(
 ) -> Iterator[dict[str, list[int]]]:
     """Cut documents into rows of at most `length` tokens: {"input_ids", "labels"}.
 
-    A document ends with the end-of-sequence token. Every token is in a row. A last piece of one token could not predict
-    anything, so it takes one token from the piece before.
+    A document ends with the end-of-sequence token; if the tokenizer has none, `counts` says so. Every token is in a
+    row. A last piece of one token could not predict anything, so it takes one token from the piece before.
 
     Args:
         documents: as `read_documents` yields them.
@@ -63,6 +63,7 @@ def _cut(
         ids = encode_all(tokenizer, [document["text"]])[0]
         if (end := tokenizer.eos_token_id) is not None and ids[-1:].tolist() != [end]:
             ids = torch.cat([ids, ids.new_tensor([end])])
+        counts.endless += end is None
         if len(ids) < 2:
             raise ValueError(f"{document['source']}: it has {len(ids)} token and needs 2 or more. Remove it.")
         counts.documents += 1

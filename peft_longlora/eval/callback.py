@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peft_longlora.data.digests import refuse_shared
 from peft_longlora.eval.corpus import Corpus
 from peft_longlora.eval.report.cells import Cell, collect_cells
 from peft_longlora.eval.subject import Subject
@@ -40,7 +41,8 @@ class LongContextEvalCallback(TrainerCallback):
         tokenizer: None: the trainer's processing_class.
 
     Raises:
-        ValueError: there is nothing to measure or no tokenizer; every_steps is None and the Trainer never evaluates;
+        ValueError: `data` holds a document of the trainer's rows, if `load_rows` made them; there is nothing to measure
+            or no tokenizer; every_steps is None and the Trainer never evaluates;
             or metric_for_best_model is one of these numbers but would be missing, or would choose the worst checkpoint.
 
     Examples:
@@ -68,7 +70,9 @@ class LongContextEvalCallback(TrainerCallback):
         depths = _list("passkey_depths", passkey_depths, Real, "[0.1, 0.5, 0.9]")
         self.tasks: list[Task] = list(tasks)
         if data is not None:
-            self.tasks.append(Perplexity(Corpus(data), lengths, max_windows=max_windows))
+            corpus = Corpus(data)
+            refuse_shared(trainer.train_dataset, corpus.digests, "data")
+            self.tasks.append(Perplexity(corpus, lengths, max_windows=max_windows))
         if depths:
             self.tasks.append(Passkey(lengths=lengths, depths=depths, seeds=1))
         if not self.tasks or (not lengths and not list(tasks)):

@@ -21,6 +21,7 @@ import torch
 from transformers.utils import logging
 
 from peft_longlora.data.counts import Counts
+from peft_longlora.data.digests import digest
 from peft_longlora.data.documents import read_documents
 from peft_longlora.data.encoding import BATCH_CHARACTERS
 from peft_longlora.data.prefetch import prefetch
@@ -124,13 +125,17 @@ class Corpus:
         """
         return read_documents(self.sources, **self._options, counts=Counts() if counts is None else counts)
 
+    def digests(self) -> dict[str, str]:
+        """The source of each document by the digest of its text, to compare with those of other data."""
+        return {digest(document): document["source"] for document in self.documents()}
+
     def summary(self) -> Summary:
         """Count and hash the documents; the first call reads them all once."""
         if self._summary is None:
-            digest, documents, characters, counts = hashlib.sha256(), 0, 0, Counts()
+            content, documents, characters, counts = hashlib.sha256(), 0, 0, Counts()
             for document in self.documents(counts):
-                digest.update(document["text"].encode())
-                digest.update(b"\0")
+                content.update(document["text"].encode())
+                content.update(b"\0")
                 documents += 1
                 characters += len(document["text"])
             if not documents:
@@ -142,7 +147,7 @@ class Corpus:
             split, config = self._options["split"], self._options["config"]
             where = f" ({split}{f', {config}' if config else ''})"
             sources = [source if Path(source).exists() else source + where for source in self.sources]
-            self._summary = Summary(name, sources, documents, characters, digest.hexdigest())
+            self._summary = Summary(name, sources, documents, characters, content.hexdigest())
         return self._summary
 
     def tokens(self, encode: Encode) -> Iterator[Document]:

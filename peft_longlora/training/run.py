@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from peft_longlora.data.digests import noted, notes_of, refuse_shared
 from peft_longlora.data.loading import load_rows
 from peft_longlora.eval.corpus import Corpus
 from peft_longlora.hub.loading import is_out_of_memory
@@ -24,6 +25,7 @@ from peft_longlora.training.arguments import make_arguments
 from peft_longlora.training.checkpoints import begin_output, open_output
 from peft_longlora.training.completed import ADAPTER, MEASURE, PUSH, is_complete, missing_parts, restore
 from peft_longlora.training.finish import finish, push
+from peft_longlora.training.held_out import check_names, is_on_hub
 from peft_longlora.training.identity import check_trained_on, note_trained_on, trained_on
 from peft_longlora.training.meter import Meter, MeteredMixin
 from peft_longlora.training.model import Sketch, as_float, load_adapted, load_tokenizer, sketch
@@ -133,10 +135,7 @@ def make_plan(recipe: Recipe, *, dry_run: bool = False) -> Plan:
     Raises: ValueError, NotImplementedError, ImportError, OSError: as `train`.
     """
     options = recipe.run
-    trained = {_place(name) for name in options.data}
-    for name in options.eval_data or ():
-        if _place(name) in trained and (not _is_on_hub(name) or options.split == options.eval_split):
-            raise ValueError(f"eval_data holds {name!r}, which is training data. Hold other data out.")
+    check_names(options)
     check_places(recipe)
     last = open_output(recipe)
     tokenizer = load_tokenizer(options)
@@ -167,6 +166,9 @@ def make_plan(recipe: Recipe, *, dry_run: bool = False) -> Plan:
         corpus = Corpus(options.eval_data, *where)
         with _naming_eval_data(options.eval_data):
             corpus.summary()  # refuses what cannot be read
+        refuse_shared(rows, corpus.digests, "eval_data")
+    elif held_out is not None:
+        refuse_shared(rows, lambda: noted(notes_of(held_out)), "eval_data")
     return Plan(recipe, arguments, fits, tokenizer, made, rows, held_out, corpus, last, missing)
 
 
@@ -193,7 +195,7 @@ def make_trainer(plan: Plan, say: Callable[[str], None]) -> SFTTrainer:
     )
     if options.four_bit:
         as_float(model)
-    on_hub = [name for name in options.data if _is_on_hub(name)]
+    on_hub = [name for name in options.data if is_on_hub(name)]
     facts = dict(license=options.license, datasets=on_hub or None, language=options.language, tags=options.tags)
     use_longlora_card(trainer, **facts)
     if plan.fits and plan.missing is None:
@@ -257,14 +259,6 @@ def _naming_eval_data(names: list[str]) -> Iterator[None]:
             f"measured on. Give your own held-out data (--eval-data other-books/), or --eval-data null to measure "
             f"nothing."
         ) from error
-
-
-def _place(name: str) -> str:
-    return name if _is_on_hub(name) else str(Path(name).resolve())
-
-
-def _is_on_hub(name: str) -> bool:
-    return not Path(name).exists()
 
 
 def _silent(text: str) -> None:

@@ -54,9 +54,9 @@ def test_folders_and_text_files(tmp_path, log):
     write(tmp_path / "c.jsonl", lines({"body": "third"}))
     write(tmp_path / "README.md", "not text to train on")
     documents = list(read_documents([tmp_path, str(tmp_path / "b.txt")], field="body"))
-    assert [d["text"] for d in documents] == ["first", "second\r\nline", "third", "second\r\nline"]
-    assert [Path(d["source"]).name for d in documents] == ["x.txt.gz", "b.txt", "c.jsonl:1", "b.txt"]
-    assert "README.md" in log.text and "3 files" in log.text
+    assert [d["text"] for d in documents] == ["first", "second\r\nline", "third"]
+    assert [Path(d["source"]).name for d in documents] == ["x.txt.gz", "b.txt", "c.jsonl:1"]
+    assert "README.md" in log.text and "3 files" in log.text and "b.txt: given twice, and read once" in log.text
 
 
 def test_lines_are_streamed(tmp_path):
@@ -75,7 +75,7 @@ def test_lines_are_streamed(tmp_path):
         ("a.json", '[{"text": "a"},\n{"text": "b"', r"a\.json: not JSON .* at line 2, column"),
         ("a.json", '{\n  "text": "a"\n}', r"a\.json:1: not JSON"),
         ("a.jsonl", lines({"text": "a"}, {"body": "b"}), r"a\.jsonl:2: no 'text'. The fields are \['body'\]"),
-        ("a.json", json.dumps([{"text": "a"}, {"text": None}]), r"a\.json, record 2: no 'text'"),
+        ("a.json", json.dumps([{"text": "a"}, {"text": None}]), r"a\.json, record 2: 'text' is null. Remove"),
         ("a.json", json.dumps([{"text": "a"}, {"text": 7}]), r"a\.json, record 2: 'text' is a int \('7'\)"),
         ("a.jsonl", lines({"text": "a"}, "b"), r"a\.jsonl:2: a str, not an object"),
         ("a.jsonl", lines({"text": "a"}, {"text": " \n"}), r"a\.jsonl:2: 'text' is empty"),
@@ -175,10 +175,10 @@ def test_records(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"output": None}, "no 'output'. The fields are"),
+        ({"output": None}, "the fields are .'input', 'instruction'.. Records are"),
         ({"output": " "}, "'output' is empty"),
         ({"output": ["Blue."]}, "'output' is a list"),
-        ({"instruction": None}, "no 'instruction'"),
+        ({"instruction": None}, r"the fields are \['input', 'output'\]\. Records are"),
         ({"instruction": ""}, "'instruction' is empty"),
         ({"input": 3}, "'input' is a int"),
     ],
@@ -214,7 +214,7 @@ def test_records_in_trls_forms(tmp_path):
         ([chat[1], {**chat[2], "weight": 0}], r"'messages'\[1\]: is marked as not to be trained"),
         ([], r"'messages' has the roles \[\]"),
         (["Why?", "So."], r"'messages' has the roles \[None, None\]"),
-        ([chat[1], {"role": "assistant", "content": None}], r"'messages'\[1\]: no 'content'"),
+        ([chat[1], {"role": "assistant", "content": None}], r"'messages'\[1\]: 'content' is null. Fill it in"),
         ([{"role": "user", "content": " "}, chat[2]], r"'messages'\[0\]: 'content' is empty"),
         ("Why?", "'messages' is a str .'Why.'., not a list"),
     ):
@@ -223,8 +223,10 @@ def test_records_in_trls_forms(tmp_path):
     for bad, message in (
         ({"prompt": 1, "completion": "b"}, "'prompt' is a int"),
         ({"prompt": "a", "completion": ""}, "'completion' is empty"),
-        ({"prompt": "a"}, "no 'completion'. The fields are"),
-        ({"question": "a"}, "no 'instruction'. The fields are"),
+        ({"prompt": "a"}, "the fields are .'prompt'.. Records are"),
+        ({"question": "a"}, "the fields are .'question'.. Records are .*messages.*conversations"),
+        ({"prompt": "a", "completion": None}, "'completion' is null. Fill it in, or remove the record"),
+        ({"messages": None}, "'messages' is null"),
     ):
         with pytest.raises(ValueError, match=rf"b\.jsonl:1: {message}"):
             list(read_records(write(tmp_path / "b.jsonl", lines(bad))))

@@ -166,5 +166,48 @@ def test_refused(folder, load, tmp_path):
         load(folder)
     assert not list((tmp_path / "cache").glob("*.part"))
     (tmp_path / "long.jsonl").write_text(json.dumps({"instruction": "word " * 90, "output": "x"}) + "\n")
-    with pytest.raises(ValueError, match="every record was dropped"):
+    with pytest.raises(
+        ValueError, match=r"No row is left to train on: 1 read.*left out: 1 long records \(103 tokens\)"
+    ):
         load(tmp_path / "long.jsonl", kind="records", too_long="drop")
+    with pytest.raises(ValueError, match="No source of data was given: the list is empty"):
+        load([])
+    (tmp_path / "empty.jsonl").write_text('{"text": null}\n{"text": " "}\n')
+    with pytest.raises(ValueError, match=r"No row is left to train on: 0 read.*left out: 2 empty texts\."):
+        load(tmp_path / "empty.jsonl", skip_empty=True)
+
+
+def test_a_file_that_is_given_twice_is_read_once(folder, load, tokenizer):
+    (folder / "z.txt").symlink_to(folder / "a.txt")
+    (folder.parent / "link.txt").symlink_to(folder / "b.md")
+    rows = load([folder, folder / "a.txt", str(folder), folder.parent / "link.txt"])
+    assert sum(len(row["input_ids"]) for row in rows) == sum(map(len, documents_of(folder, tokenizer)))
+    assert f"left out: {1 + 1 + 6 + 1} files that are read already" in rows.info.description
+
+
+def test_source_trees_that_hold_one_another_are_read_once(load, tmp_path):
+    for name in ("tree/a.py", "tree/inner/b.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"print({name!r})\n")
+    tree = load(tmp_path / "tree", repositories=True)
+    assert load([tmp_path / "tree", tmp_path / "tree/inner"], repositories=True).to_list() == tree.to_list()
+    with pytest.raises(ValueError, match=r"tree: holds .*inner, which was read before and would be read twice"):
+        load([tmp_path / "tree/inner", tmp_path / "tree"], repositories=True)
+
+
+def test_texts_without_an_end_are_said(load, folder, tokenizer, tmp_path):
+    assert "without a token that ends them" not in load(folder / "a.txt").info.description
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    ends = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    for template, count in ((ends, 5), (ends.replace("{% endfor", "</s>{% endfor"), 0)):
+        tokenizer.chat_template = template
+        said = load(tmp_path / "a.jsonl", kind="records").info.description
+        assert said.endswith("write it in the template") == bool(count) and (
+            f"; {count} texts without" in said
+        ) == bool(count)
+    tokenizer.chat_template = tokenizer.eos_token = None
+    text = load(folder / "a.txt")
+    assert [token for row in text for token in row["input_ids"]] == tokenizer(TEXTS["a.txt"])["input_ids"]
+    assert "; 1 texts without a token that ends them" in text.info.description
+    with pytest.raises(ValueError, match="The tokenizer has neither a chat template nor an end-of-seq"):
+        load(tmp_path / "a.jsonl", kind="records")

@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from peft_longlora.attention.settings import settings_of
+from peft_longlora.data import load_rows
 from peft_longlora.eval import Corpus, LongContextEvalCallback, Passkey, Perplexity, Topics, evaluate
 from peft_longlora.eval.subject import Subject
 from tests.helpers.paths import EMBEDDED
@@ -180,3 +181,13 @@ def test_no_number_takes_the_place_of_another(tmp_path, text):
     callback = LongContextEvalCallback(trainer, text, [64, 128], passkey_depths=[], tasks=tasks)
     names = {"perplexity_longlora_64", "perplexity_documents_64", "perplexity_128", "native_64", "native_base_64"}
     assert set(callback.measure()) == {f"eval_{n}" for n in (*names, "topics_5_topics", "topics_10_topics")}
+
+
+def test_documents_that_the_trainer_trains_on_are_refused(tmp_path, text):
+    trainer, often = make_trainer(tmp_path), dict(every_steps=1, passkey_depths=[])
+    trainer.train_dataset = load_rows(text, trainer.processing_class, 64, pack=True, cache=tmp_path / "cache")
+    (tmp_path / "copy.md").write_text((tmp_path / "book.txt").read_text())
+    with pytest.raises(ValueError, match=r"data holds '.*copy\.md', which is training data: '.*book\.txt'"):
+        LongContextEvalCallback(trainer, data=str(tmp_path / "copy.md"), lengths=[64], **often)
+    (tmp_path / "other.md").write_text("x = 1\n" * 90)
+    LongContextEvalCallback(trainer, data=str(tmp_path / "other.md"), lengths=[64], **often)

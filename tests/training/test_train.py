@@ -18,6 +18,7 @@ from peft_longlora.training import Meter, last_checkpoint
 from peft_longlora.training.arguments import CHECKPOINTING, checkpointing
 from peft_longlora.training.meter import bucket_edges
 from tests.helpers.paths import ROOT
+from tests.helpers.tiny_base import prose
 
 pytest.importorskip("trl", minversion="1.16")  # older trainers give no losses of tokens
 
@@ -169,8 +170,28 @@ def test_who_checkpoints(tmp_path, given, fits, expected):
 
 
 def test_training_data_is_not_held_out_data(run, place):
-    code, _, err, _ = run("--eval-data", place / "books")
-    assert code == 2 and "which is training data" in err
+    for name, text in (("copy/1.txt", prose(200, 1)), ("copy/2.jsonl", json.dumps({"text": prose(300, 0)}))):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text(text)
+    (place / "same.jsonl").write_text((place / "records.jsonl").read_text())
+    records = ("--kind", "records", "--data", place / "records.jsonl")
+    for given, names in (
+        (["--eval-data", place / "books"], "books', which is training data: '.*books'"),
+        (["--eval-data", place / "books/0.txt"], r"books/0\.txt', .*books/0\.txt' is the same text \(1 of 1 held-out"),
+        (
+            ["--eval-data", place / "held.txt", place / "copy/1.txt"],
+            r"copy/1\.txt', .*books/1\.txt' is .*\(1 of 2 held",
+        ),
+        (["--eval-data", place / "copy/2.jsonl"], r"copy/2\.jsonl:1', .*books/0\.txt' is the same text"),
+        ([*records, "--eval-data", place / "same.jsonl"], r"same\.jsonl:1', .*records\.jsonl:1' .*\(4 of 4 held"),
+    ):
+        code, _, err, out = run("--dry-run", *given)
+        assert code == 2 and "which is training data" in err and re.search(names, err) and not out.exists(), err
+    for given in (["--eval-data", place / "held.txt"], [*records, "--eval-data", place / "answers.jsonl"]):
+        assert run("--dry-run", *given)[0] == 0
+    tree = ("--repositories", "--data", place / "books", "--eval-data", place / "books/0.txt")
+    code, _, err, _ = run("--dry-run", *tree)
+    assert code == 2 and re.search(r"books/0\.txt', which is training data: .*books'", err)
 
 
 def test_a_folder_with_an_adapter_is_not_written_over(run, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_longlora.data.records import IGNORED, tokenize_record
+from peft_longlora.data.shapes import refuse_unread
 from peft_longlora.eval.identity import content_digest, versions
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks.metrics import check_rouge, rouge_l, token_f1
@@ -100,6 +101,7 @@ class LongQA(RecordTask):
                 check_rouge(row["answers"])
         elif "instruction" in row and "output" in row:
             check_texts(row, "instruction", "output")
+            refuse_unread("the record", row, {"instruction", "input", "output"}, [row["instruction"], row["output"]])
             check_rouge([row["output"]])
             if not isinstance(row.get("input") or "", str):
                 raise ValueError(f"'input' is not text: {str(row['input'])[:40]!r}.")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from peft_longlora.data.digests import digest
 from peft_longlora.eval.corpus import Corpus
 from peft_longlora.eval.identity import content_digest
 from peft_longlora.eval.subject import Subject
@@ -49,6 +50,7 @@ class Memorised:
     passages: int = 100
     name: str = "memorised"
     notes: list[str] = field(default_factory=list)
+    _is_apart: bool = field(default=False, init=False, repr=False)
     _found: dict[tuple[int, int], list[Passage]] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -57,9 +59,25 @@ class Memorised:
         return {"passages": self.passages, "continuation": CONTINUATION}
 
     def data(self) -> dict[str, Any]:
-        """The description of the text, with that of the unseen text."""
+        """The description of the text, with that of the unseen text.
+
+        Raises: ValueError: the unseen text holds a document of the other.
+        """
         entry = self.corpus.summary().entry()
-        return entry if self.unseen is None else {**entry, "unseen": self.unseen.summary().entry()}
+        if self.unseen is None:
+            return entry
+        if not self._is_apart:
+            self._check_apart(self.unseen.digests())
+        return {**entry, "unseen": self.unseen.summary().entry()}
+
+    def _check_apart(self, unseen: dict[str, str]) -> None:
+        for document in self.corpus.documents():
+            if source := unseen.get(digest(document)):
+                raise ValueError(
+                    f"{self.name}: the unseen text holds {source!r}, which is the same text as {document['source']!r} "
+                    f"of the training text. Give text that was not trained on."
+                )
+        self._is_apart = True
 
     def check(self, subject: Subject) -> None:
         """Check that each text has passages.

@@ -1,5 +1,6 @@
 """Passages continued word for word: by a model that knows a text, by one that knows a part of it, and by none."""
 
+import json
 import random
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -190,3 +191,10 @@ def test_the_card_shows_it(adapted, tmp_path):
                 line for line in lines if f"| {data} |" in line and f"| {variant} |" in line and "tokens |" not in line
             ]
             assert len(mine) >= 3, lines  # after 50, 200 and 270 tokens
+
+
+def test_text_that_was_trained_on_is_not_unseen(tmp_path):
+    (tmp_path / "a.txt").write_text(letters(3, 600))
+    (tmp_path / "copy.jsonl").write_text(json.dumps({"text": letters(3, 600)}))
+    with pytest.raises(ValueError, match=r"unseen text holds '.*copy\.jsonl:1', which is the same text as '.*a\.txt'"):
+        Memorised(Corpus(tmp_path / "a.txt"), Corpus(tmp_path / "copy.jsonl")).data()

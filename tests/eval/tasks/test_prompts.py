@@ -367,6 +367,10 @@ def longbench(path, prompts=None, max_length=None, **change) -> None:
         (lambda p: multidoc(p, ctxs=[]), "m.jsonl:1: 0 passages are gold"),
         (lambda p: LongQA(source=write(p / "l.jsonl", [{"text": "x"}])).data(), "neither LongAlpaca's"),
         (lambda p: LongQA(source=write(p / "l.jsonl", [[1]])).data(), "neither LongAlpaca's"),
+        (
+            lambda p: LongQA(source=write(p / "l.jsonl", [{"instruction": "a", "output": "b", "system": "S"}])).data(),
+            "l.jsonl:1: the record: holds 'system', which is not read",
+        ),
         (lambda p: LongQA(source=write(p / "l.jsonl", [{"instruction": "a", "output": 5}])).data(), "no 'output'.*'5'"),
         (lambda p: LongQA(source=write(p / "l.jsonl", [{"instruction": "a", "output": ""}])).data(), "no 'output'"),
         (lambda p: longbench(p, dataset="triviaqa"), "'triviaqa' is not one of narrativeqa"),

@@ -25,7 +25,7 @@ ROLES = {"human": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT}
 # What changes a conversation. A record that has it is refused.
 UNREAD = ("tool_calls", "function_call", "tools", "functions", "reasoning_content", "reasoning", "thinking")
 UNREAD += ("image", "images", "video", "videos", "audio", "audios")
-MARKS = ("weight", "train", "training", "loss")  # of a turn: whether its answer is trained
+MARKS = ("weight", "train", "training", "loss")  # of an answer: whether it is trained
 
 Turn = dict[str, str]
 
@@ -46,14 +46,15 @@ def read_turns(name: str, key: str, turns: list[Any], counts: Counts | None = No
         found = [field for field in UNREAD if isinstance(turn, dict) and is_given(turn.get(field))]
         if found:
             raise ValueError(f"{place}: holds {found[0]!r}, which is not read. Remove it, or the record.")
-        if isinstance(turn, dict) and any(turn.get(mark) not in (None, 1) for mark in MARKS):
-            raise ValueError(
-                f"{place}: is marked as not to be trained, and every answer is. Remove the turns from it on."
-            )
     is_shared = any(isinstance(turn, dict) and "from" in turn for turn in turns)
     said, text = ("from", "value") if is_shared else ("role", "content")
     roles = [turn.get(said) if isinstance(turn, dict) else None for turn in turns]
     roles = [ROLES.get(role, role) if isinstance(role, str) else None for role in roles]
+    for place, role, turn in zip(places, roles, turns, strict=True):
+        if role == ASSISTANT and any(turn.get(mark) not in (None, 1) for mark in MARKS):
+            raise ValueError(
+                f"{place}: is marked as not to be trained, and every answer is. Remove the turns from it on."
+            )
     talk = roles[1:] if roles[:1] == [SYSTEM] else roles
     if not talk or len(talk) % 2 or talk != [USER, ASSISTANT] * (len(talk) // 2):
         raise ValueError(

@@ -132,7 +132,8 @@ def load_rows(
     dataset = Dataset.from_file(str(path))
     dataset.info.description = str(counts)
     dataset.info.download_checksums = {
-        name: {"num_bytes": None, "checksum": value} for name, value in (("rows", digest), ("texts", str(texts)))
+        name: {"num_bytes": None, "checksum": value}
+        for name, value in (("rows", digest), ("texts", str(texts.absolute())))
     }
     return dataset
 

@@ -69,7 +69,7 @@ def rows_of_sources(
         if not path.exists():
             if not NAME_ON_HUB.fullmatch(str(source)) or _kind(path) in SUFFIXES:
                 raise FileNotFoundError(f"{source}: no such file or folder.")
-            if _is_new(Path("/datasets of the Hub") / source, seen, counts, "datasets"):
+            if _is_new([path], seen, counts, "datasets"):
                 yield from hub_rows(str(source), split, config)
         elif repositories and path.is_dir():
             yield from _repositories(path, text_field, counts, seen)
@@ -109,7 +109,7 @@ def read_rows(
     """
     seen = set() if seen is None else seen
     for file in _files(path, SUFFIXES if text_field else RECORDS, counts):
-        if not _is_new(file.resolve(), seen, counts, "files"):
+        if not _is_new(_around(file), seen, counts, "files"):
             continue
         number = 0
         with _named(str(file)):
@@ -128,15 +128,21 @@ def source_files(path: Path, repositories: bool = False) -> list[Path]:
     return [file for file in walk(path)[0] if file.is_file()]
 
 
-def _is_new(place: Path, seen: set[Path], counts: Counts | None, what: str) -> bool:
-    """Whether a source is met for the first time; otherwise it is counted as left out."""
-    if not {place, *place.parents} & seen:  # in a source tree, a file is a part of what was read
-        seen.add(place)
+def _around(path: Path) -> list[Path]:
+    """Where a file or folder really lies, and all folders around it: if one is a source tree, it holds the file."""
+    place = path.resolve()
+    return [place, *place.parents]
+
+
+def _is_new(places: list[Path], seen: set[Path], counts: Counts | None, what: str) -> bool:
+    """Whether the first of these places was not read before, by itself or within the others; else it is counted."""
+    if seen.isdisjoint(places):
+        seen.add(places[0])
         return True
     if counts is not None:
         counts.leave_out(f"{what} that are read already")
     else:
-        logger.warning(f"{place}: given twice, and read once.")
+        logger.warning(f"{places[0]}: given twice, and read once.")
     return False
 
 
@@ -147,10 +153,10 @@ def _repositories(
         raise ValueError(f"{path}: records do not come as source trees. Leave repositories=True out.")
     given = Counts() if counts is None else counts
     for root in find_repositories(path, given):
-        place = root.resolve()
-        if inner := next((other for other in seen if place in other.parents), None):
+        places = _around(root)
+        if inner := next((other for other in seen if places[0] in other.parents), None):
             raise ValueError(f"{root}: holds {inner}, which was read before and would be read twice. Give one of them.")
-        if not _is_new(place, seen, counts, "source trees"):
+        if not _is_new(places, seen, counts, "source trees"):
             continue
         yield str(root), {text_field: read_repository(root, given)}
     if counts is None and given.left_out:

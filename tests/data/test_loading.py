@@ -134,7 +134,8 @@ def test_rows_of_records(load, tmp_path, tokenizer):
 def test_a_dataset_of_the_hub(load, monkeypatch, tokenizer):
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"text": "one two"}, {"text": "three"}]))
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
-    rows = load("someone/books")
+    rows = load(["someone/books", "someone/books"])
+    assert rows.info.description.endswith("left out: 1 datasets that are read already")
     expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in ("one two", "three")]
     assert [row["input_ids"] for row in rows] == expected
 

@@ -40,6 +40,8 @@ def read(tmp_path, *rows, counts=None):
         # TRL's conversational prompt and completion.
         ({"prompt": CHAT[:2], "completion": CHAT[2:3]}, CHAT[:3]),
         ({"prompt": CHAT[1:2], "completion": CHAT[2:3]}, CHAT[1:3]),
+        # As in SlimOrca: what the user says is marked, too, and is trained nowhere.
+        ({"conversations": [{**CHAT[1], "weight": 0.0}, {**CHAT[2], "weight": 1.0}]}, CHAT[1:3]),
         # H4's data sets hold the first question a second time.
         ({"messages": CHAT, "prompt": "Who is it?", "prompt_id": "7"}, CHAT),
         ({"messages": CHAT[1:3], **PAIR}, CHAT[1:3]),

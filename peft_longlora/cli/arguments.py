@@ -8,8 +8,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+GIVEN = "_given"  # names of the options that were given, while options are parsed
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -36,8 +37,47 @@ class Command:
     takes_more: bool = False
 
 
+class Store(argparse.Action):
+    """argparse's `store`, but an option that is given twice is refused, and a list of words grows."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Take the values of one use of the option."""
+        given = vars(namespace).setdefault(GIVEN, set())
+        is_again = option is not None and self.dest in given
+        if is_again and self.nargs not in ("+", "*"):
+            raise argparse.ArgumentError(self, "given twice. Give it once")
+        given.add(self.dest)
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), *values] if is_again else values)
+
+
+class Switch(Store):
+    """argparse's `store_true`, but a switch that is given twice is refused."""
+
+    def __init__(self, **options: Any):
+        super().__init__(nargs=0, default=False, **options)
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Set the switch."""
+        super().__call__(parser, namespace, True, option)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line."""
+    """argparse, but an error is one line, and no option is given twice: see `Store`."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for name, action in ((None, Store), ("store", Store), ("store_true", Switch)):
+            self.register("action", name, action)
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
+        """argparse's, without the note of what was given."""
+        found, more = super().parse_known_args(*args, **kwargs)
+        vars(found).pop(GIVEN, None)
+        return found, more
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with code 2."""

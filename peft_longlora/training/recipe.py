@@ -135,20 +135,33 @@ def read_recipe(path: str | Path | None, words: list[str] | tuple[str, ...] = ()
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not YAML; an unknown key (the message names the nearest); a value of a wrong type or outside its
-            rule; a required key is missing.
+            rule; a key that is given twice and is no list; a required key is missing.
     """
     name = "run" if path is None else _name(Path(path))
     values: dict[str, Any] = {}
-    for key, value in [*(_read_file(Path(path)).items() if path else ()), *_read_words(words)]:
-        known = _find(key)
-        if value is None and known.name in REQUIRED:
-            continue  # `model:` without a value
-        values[known.name] = convert(known.name, value, known.kind)
+    for pairs in (_read_file(Path(path)).items() if path else (), _read_words(words)):
+        given: dict[str, Any] = {}
+        for key, value in pairs:
+            known = _find(key)
+            if value is None and known.name in REQUIRED:
+                continue  # `model:` without a value
+            value = convert(known.name, value, known.kind)
+            if known.name in given:
+                value = _joined(known, given[known.name], value)
+            given[known.name] = value
+        values |= given
     values = {**DEFAULTS, "output_dir": f"runs/{name}", **values}
     _check(values)
     recipe = Recipe(name, values)
     recipe.config  # noqa: B018  refuses what LongLoraConfig refuses
     return recipe
+
+
+def _joined(key: Key, first: Any, second: Any) -> Any:
+    """The value of a key that is given twice: a list of names, such as data, grows. Raises: ValueError."""
+    if isinstance(first, list) and isinstance(second, list):
+        return [*first, *second]
+    raise ValueError(f"{key.name} is given twice: {first!r}, then {second!r}. Give it once.")
 
 
 def _find(key: Any) -> Key:

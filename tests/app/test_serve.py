@@ -14,6 +14,7 @@ from peft_longlora.app.guard import Guard
 from peft_longlora.app.page import Page
 from peft_longlora.cli import main as cli
 from tests.helpers.chat_models import a_reader
+from tests.helpers.options import with_usual
 from tests.helpers.paths import EMBEDDED
 
 
@@ -128,7 +129,7 @@ def test_bad_options_are_refused_in_one_line(options, message, capsys, monkeypat
     if "./none" in options:
         pytest.importorskip("gradio")
     try:
-        code = cli.main(["app", "--model", str(EMBEDDED), "--port", "17860", *options])
+        code = cli.main(["app", *with_usual({"--model": EMBEDDED, "--port": 17860}, options)])
     except SystemExit as error:
         code = error.code
     err = capsys.readouterr().err

@@ -25,6 +25,7 @@ from peft_longlora.cli import main as cli
 from peft_longlora.cli.chat import _shown
 from peft_longlora.hub.loading import load_model
 from tests.helpers.chat_models import TEXT, a_model, make_pdf
+from tests.helpers.options import with_usual
 from tests.helpers.paths import EMBEDDED
 
 
@@ -45,9 +46,9 @@ def folder(tmp_path_factory):
 
 
 def chat(folder, *options, model="base", file="book.txt") -> int:
-    command = ["chat", "--model", folder / model, "--file", folder / file, "--device", "cpu", "--dtype", "float32"]
+    usual = {"--model": folder / model, "--file": folder / file, "--device": "cpu", "--dtype": "float32"}
     try:
-        return cli.main([str(option) for option in (*command, "--max-new-tokens", 12, *options)])
+        return cli.main(["chat", *with_usual({**usual, "--max-new-tokens": 12}, options)])
     except SystemExit as error:
         return error.code
 

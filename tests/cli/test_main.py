@@ -18,6 +18,7 @@ from peft_longlora.cli.arguments import say_options
 from peft_longlora.eval import Passkey, evaluate, load_subject
 from tests.helpers.answering_models import read_passkey, scripted_subject
 from tests.helpers.evaluated import longlora, save_base, save_texts
+from tests.helpers.options import with_usual
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import extend, make
 
@@ -113,10 +114,10 @@ def test_bad_input_ends_with_code_2_and_one_line(message, tmp_path, base, text, 
     if options and "{tmp}/plain" in options:
         get_peft_model(load_subject(base).model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "plain")
     fill = dict(tmp=tmp_path, text=text)
-    defaults = ["--model", base, "--tasks", "perplexity", "--lengths", "64", "--output", str(tmp_path / "out")]
-    command = ["eval"] + ([] if options is None else defaults + [option.format(**fill) for option in options])
+    defaults = {"--model": base, "--tasks": "perplexity", "--lengths": "64", "--output": str(tmp_path / "out")}
+    given = [] if options is None else with_usual(defaults, [option.format(**fill) for option in options])
     try:
-        code = longlora(*command)
+        code = longlora("eval", *given)
     except SystemExit as error:
         code = error.code
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]

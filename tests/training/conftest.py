@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from peft_longlora.cli.main import main
+from tests.helpers.options import with_usual
 from tests.helpers.tiny_base import prose, save_base
 
 
@@ -33,7 +34,7 @@ def run(place, tmp_path, monkeypatch, capsys, no_plots):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(place / "cache"))
 
     def run(*more, out="out"):
-        code = main(["train", str(place / "recipe.yaml"), "--output-dir", str(tmp_path / out), *map(str, more)])
+        code = main(["train", str(place / "recipe.yaml"), *with_usual({"--output-dir": tmp_path / out}, more)])
         said = capsys.readouterr()
         return code, said.out, said.err, tmp_path / out
 

@@ -143,6 +143,7 @@ def test_another_commit_of_an_adapter_or_a_base_is_another_run(longlora, hub, tm
     ],
 )
 def test_what_is_not_there_ends_with_code_2_and_one_line(longlora, tmp_path, options, message):
-    code, lines = longlora("eval", "--model", "me/base", *COMMON, *options, "--output", tmp_path / "out")
+    base = [] if "--model" in options else ["--model", "me/base"]
+    code, lines = longlora("eval", *base, *COMMON, *options, "--output", tmp_path / "out")
     assert code == 2 and len(lines) == 1
     assert re.search(message, lines[0]), lines[0]

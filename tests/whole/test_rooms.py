@@ -184,7 +184,9 @@ def test_top_and_bottom():
 
 
 def test_only_register_touches_the_registries():
-    registering = [name for name, path in FILES.items() if ".register(" in path.read_text().replace("atexit.", "")]
+    """Of transformers and PEFT; argparse's `self.register` names an action of one parser."""
+    others = re.compile(r"(?<!atexit)(?<!self)\.register\(")
+    registering = [name for name, path in FILES.items() if others.search(path.read_text())]
     assert registering == ["register"]
 
 

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from peft_longlora import LongLoraConfig
-from peft_longlora.data import load_rows
+from peft_longlora.data import check_held_out, load_rows
 from peft_longlora.training import last_checkpoint
 
 
@@ -102,6 +102,7 @@ def main() -> None:
         rows = load_rows(args.data, tokenizer, args.context_length, **options)
         if args.eval_data:
             held_out = load_rows(args.eval_data, tokenizer, args.context_length, **options)
+            check_held_out(rows, held_out, "--eval-data")
             held_out = held_out.select(range(min(args.eval_windows, len(held_out))))
     dtype = torch.bfloat16 if has_gpu else torch.float32
     four_bit = {}

@@ -19,6 +19,7 @@ answers in it.
 """
 
 from peft_longlora.data.counts import Counts
+from peft_longlora.data.digests import check_held_out
 from peft_longlora.data.documents import read_documents, read_records
 from peft_longlora.data.encoding import encode_all
 from peft_longlora.data.held import TokensHeldCallback, count_tokens
@@ -32,6 +33,7 @@ __all__ = [
     "Counts",
     "Limits",
     "TokensHeldCallback",
+    "check_held_out",
     "count_tokens",
     "encode_all",
     "load_rows",

@@ -36,9 +36,21 @@ def noting(documents: Iterable[dict[str, Any]], file: TextIO) -> Iterator[dict[s
         yield document
 
 
-def noted(path: Path) -> dict[str, str]:
-    """The source of each document or record by its digest, as `noting` wrote them."""
-    return dict(_read(path))
+def check_held_out(trained: Any, held_out: Any, what: str = "The held-out data") -> None:
+    """Refuse held-out rows of which a document or record is training data: the same file, a copy, or another shape.
+
+    Args:
+        trained: rows that `load_rows` made, or what a Trainer maps them to. Rows of another origin are not known.
+        held_out: further rows that `load_rows` made.
+        what: names the held-out data, for the message.
+
+    Raises: ValueError: names a source on both sides, and how many there are.
+
+    Examples:
+        >>> check_held_out(load_rows("books/", tokenizer, 32768), load_rows("other-books/", tokenizer, 32768))
+    """
+    notes = notes_of(held_out)
+    refuse_shared(trained, lambda: dict(_read(notes)) if notes else {}, what)
 
 
 def notes_of(rows: Any) -> Path | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from peft_longlora.data.digests import noted, notes_of, refuse_shared
+from peft_longlora.data.digests import check_held_out, refuse_shared
 from peft_longlora.data.loading import load_rows
 from peft_longlora.eval.corpus import Corpus
 from peft_longlora.hub.loading import is_out_of_memory
@@ -168,7 +168,7 @@ def make_plan(recipe: Recipe, *, dry_run: bool = False) -> Plan:
             corpus.summary()  # refuses what cannot be read
         refuse_shared(rows, corpus.digests, "eval_data")
     elif held_out is not None:
-        refuse_shared(rows, lambda: noted(notes_of(held_out)), "eval_data")
+        check_held_out(rows, held_out, "eval_data")
     return Plan(recipe, arguments, fits, tokenizer, made, rows, held_out, corpus, last, missing)
 
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from peft_longlora.data import load_rows
-from peft_longlora.data.digests import noted, notes_of, refuse_shared
+from peft_longlora.data import check_held_out, load_rows
+from peft_longlora.data.digests import notes_of, refuse_shared
 
 TEXTS = ["The first text.\n", "A second one.", "And a third.\r\n"]
 TURNS = [{"role": "user", "content": "Who is it?"}, {"role": "assistant", "content": "Ann."}]
@@ -25,10 +25,6 @@ def books(tmp_path):
     return tmp_path / "books"
 
 
-def check(trained, held):
-    refuse_shared(trained, lambda: noted(notes_of(held)), "held")
-
-
 def test_a_document_of_the_training_data_is_found_in_every_form(books, load, tmp_path):
     (tmp_path / "copy.md").write_text(TEXTS[1])
     (tmp_path / "packed.txt.gz").write_bytes(gzip.compress(TEXTS[2].encode()))
@@ -39,12 +35,12 @@ def test_a_document_of_the_training_data_is_found_in_every_form(books, load, tmp
     (tmp_path / "other.txt").write_text("The first text. And more.")
     trained = load(books)
     for name in ("copy.md", "packed.txt.gz", "lines.jsonl", "link", "books/1.txt"):
-        with pytest.raises(ValueError, match=rf"held holds '.*{name}.*', which is training data: '.*books/\d\.txt' is"):
-            check(trained, load(tmp_path / name))
+        with pytest.raises(ValueError, match=rf"data holds '.*{name}.*', which is training data: '.*books/\d\.txt' is"):
+            check_held_out(trained, load(tmp_path / name))
     with pytest.raises(ValueError, match=r"lines\.jsonl:2', .*/0\.txt' is the same text \(1 of 2 held-out texts are\)"):
-        check(load(books), load(tmp_path / "lines.jsonl"))  # the rows of the cache know it too
-    check(trained, load(tmp_path / "other.txt"))
-    check(load(books, max_rows=1), load(books / "2.txt"))  # was not read, so it is not trained
+        check_held_out(load(books), load(tmp_path / "lines.jsonl"))  # the rows of the cache know it too
+    check_held_out(trained, load(tmp_path / "other.txt"))
+    check_held_out(load(books, max_rows=1), load(books / "2.txt"))  # was not read, so it is not trained
 
 
 def test_a_record_is_found_in_every_shape(load, tmp_path):
@@ -59,8 +55,8 @@ def test_a_record_is_found_in_every_shape(load, tmp_path):
     first, *others, other = (load(tmp_path / f"{name}.jsonl", kind="records") for name in (0, 1, 2, "other"))
     for rows in others:
         with pytest.raises(ValueError, match="which is training data"):
-            check(first, rows)
-    check(first, other)
+            check_held_out(first, rows)
+    check_held_out(first, other)
 
 
 def test_rows_that_were_made_otherwise_are_not_known(books, load):
@@ -70,6 +66,7 @@ def test_rows_that_were_made_otherwise_are_not_known(books, load):
     for rows in (None, [], load(books).to_list()):
         refuse_shared(rows, never, "held")
     kept = load(books).map(lambda row: row).select([0])
-    assert len(noted(notes_of(kept))) == 3
+    assert len(notes_of(kept).read_text().splitlines()) == 3
+    check_held_out(kept, None)
     notes_of(kept).unlink()
     refuse_shared(kept, never, "held")

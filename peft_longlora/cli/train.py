@@ -12,7 +12,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.allow_abbrev = False
     parser.usage = "longlora train [RECIPE] [--key value ...] [--dry-run] | longlora train --keys [WORD]"
     add = parser.add_argument
-    add("--dry-run", action="store_true", help="check everything, say what would be done, and load no weights")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="load no weights: check what shows without them, say what would be done and what is not checked",
+    )
     add("--keys", nargs="?", const="", metavar="WORD", help="list the keys of recipes, or those that hold a word")
 
 

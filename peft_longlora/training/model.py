@@ -20,6 +20,7 @@ from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.attention.configure import configure_attention
 from peft_longlora.attention.settings import S2_ATTN
 from peft_longlora.hub.loading import load_part
+from peft_longlora.training.names import check_modules
 from peft_longlora.training.options import RunOptions
 
 
@@ -53,7 +54,8 @@ def sketch(options: RunOptions, config: LongLoraConfig) -> Sketch:
     """Make base and adapter without memory for weights. `config` is not used again: it is filled in.
 
     Raises:
-        ValueError, NotImplementedError: the architecture, its RoPE, or a part of the config is refused.
+        ValueError, NotImplementedError: the architecture, its RoPE, or a part of the config is refused, or a name of
+            modules is that of none.
     """
     from accelerate import init_empty_weights
 
@@ -62,6 +64,7 @@ def sketch(options: RunOptions, config: LongLoraConfig) -> Sketch:
         model = AutoModelForCausalLM.from_config(base, attn_implementation=S2_ATTN, dtype=torch.bfloat16)
         model.tie_weights()
         _configure(model, options)
+        check_modules(model, config)
         adapted = get_peft_model(model, config)
     trained, total = adapted.get_nb_trainable_parameters()
     return Sketch(trained, total, getattr(base, "_commit_hash", None))

@@ -14,6 +14,7 @@ import yaml
 
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.training.loader import Loader
+from peft_longlora.training.names import NAMES, as_names
 from peft_longlora.training.options import RunOptions
 from peft_longlora.training.values import convert
 
@@ -56,7 +57,15 @@ NO_KEYS = {
 ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "save_total_limit")
 ABOVE_ZERO += ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 ABOVE_ZERO += ("eval_windows", "max_rows", "sequence_parallel")
-NOT_BELOW_ZERO = ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon", "lora_dropout", "seed")
+NOT_BELOW_ZERO = (
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "adam_epsilon",
+    "lora_dropout",
+    "seed",
+    "neftune_noise_alpha",
+)
 
 
 @dataclass
@@ -146,6 +155,7 @@ def read_recipe(path: str | Path | None, words: list[str] | tuple[str, ...] = ()
             if value is None and known.name in REQUIRED:
                 continue  # `model:` without a value
             value = convert(known.name, value, known.kind)
+            value = as_names(value) if known.name in NAMES else value
             if known.name in given:
                 value = _joined(known, given[known.name], value)
             given[known.name] = value

@@ -27,6 +27,7 @@ from peft_longlora.training.completed import ADAPTER, MEASURE, PUSH, is_complete
 from peft_longlora.training.finish import finish, push
 from peft_longlora.training.held_out import check_names, is_on_hub
 from peft_longlora.training.identity import check_trained_on, note_trained_on, trained_on
+from peft_longlora.training.machine import NOT_CHECKED, check_machine
 from peft_longlora.training.meter import Meter, MeteredMixin
 from peft_longlora.training.model import Sketch, as_float, load_adapted, load_tokenizer, sketch
 from peft_longlora.training.places import check_places
@@ -94,7 +95,7 @@ def train(recipe: Recipe, *, dry_run: bool = False, say: Callable[[str], None] =
 
     Args:
         recipe: as `read_recipe` gives it.
-        dry_run: check everything, say what would be done, and load no weights.
+        dry_run: check all that shows without the weights, say what would be done and what is not checked.
         say: prints a line, in the main process only.
 
     Returns: 0, or 130 if a signal stopped the run; then a checkpoint is kept, and the same recipe goes on from it.
@@ -107,7 +108,7 @@ def train(recipe: Recipe, *, dry_run: bool = False, say: Callable[[str], None] =
     if plan.arguments.process_index != 0:
         say = _silent
     if dry_run:
-        say(str(plan))
+        say(f"{plan}\n{NOT_CHECKED}")
         return 0
     say(f"Data: {plan.rows.info.description}")
     if plan.arguments.process_index == 0:
@@ -141,6 +142,7 @@ def make_plan(recipe: Recipe, *, dry_run: bool = False) -> Plan:
     tokenizer = load_tokenizer(options)
     made = sketch(options, recipe.config)  # before the arguments, after which DeepSpeed splits every new model
     arguments, fits = make_arguments(recipe)
+    check_machine(recipe, arguments)
     read: dict[str, Any] = dict(kind=options.kind, config=options.data_config, quiet=True)
     if options.kind == "text":
         read |= dict(field=options.text_field, skip_empty=options.skip_empty, repositories=options.repositories)

@@ -20,8 +20,9 @@ THOUSANDS = re.compile(r"(\d+)k", re.IGNORECASE)
 def convert(name: str, value: Any, kind: Any) -> Any:
     """The value as this type.
 
-    Numbers may be text ("2e-4", which YAML reads as text), whole numbers may end with k ("32k" is 32768), and a single
-    value stands for a list of one. yes, no, on and off are booleans where text is not allowed.
+    Numbers may be text ("2e-4", which YAML reads as text), whole numbers may end with k ("32k" is 32768), a list of
+    numbers may be written with commas, and a single value stands for a list of one. yes, no, on and off are booleans
+    where text is not allowed.
 
     Args:
         name: the field's name, for errors.
@@ -92,6 +93,8 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
     if origin in (list, tuple):
         members = get_args(kind)
         values = list(value) if isinstance(value, list | tuple) else [value]
+        if isinstance(value, str) and not {int, float}.isdisjoint(members):  # 4096,8192 as other commands take it
+            values = [part.strip() for part in value.split(",")]
         if origin is tuple and Ellipsis not in members:
             return tuple(convert(name, each, member) for each, member in zip(values, members, strict=True))
         return [convert(name, each, members[0]) for each in values]

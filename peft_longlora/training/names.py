@@ -77,6 +77,6 @@ def _rule(whole: bool, part: str, names: list[str]) -> str:
         return f"is the name of no module of the base. {hint} Correct it, or leave it out."
     full = max(names, key=lambda name: name.count("."))
     return (
-        f"is a regular expression that matches no module's whole name, which is as {full!r}. {hint} Correct it, such as "
+        f"is a regular expression that matches no module's whole name, which is as {full!r}. {hint} Correct it, as in "
         f"'.*\\.{full.rsplit('.', 1)[-1]}', or write names with commas."
     )

@@ -17,7 +17,7 @@ liger = pytest.mark.skipif(is_liger_kernel_available(), reason="it is installed"
     ("words", "said"),
     [
         pytest.param(["--four-bit"], "four_bit=True cannot be used.*install -U bitsandbytes", marks=bitsandbytes),
-        pytest.param(["--optim", "adamw_bnb_8bit"], "bnb_8bit.* cannot be used.*install -U bitsand", marks=bitsandbytes),
+        pytest.param(["--optim", "adamw_bnb_8bit"], "bnb_8bit.* cannot be used.*install -U bits", marks=bitsandbytes),
         pytest.param(["--use-liger-kernel"], "pip install liger-kernel", marks=liger),
         (["--lr-scheduler-type", "cosine_with_min_lr"], "lr_scheduler_kwargs={} cannot be used: .*min_lr"),
         (["--lr-scheduler-type", "polynomial", "--lr-scheduler-kwargs", "{bad: 1}"], "'bad': 1} cannot be used: .*bad"),

@@ -3,8 +3,8 @@
 Read `recipe` (a file becomes settings: `loader` reads YAML, `options` are the keys that are this room's own, `values`
 gives words their types), then `run` (what happens in which order) and what it calls: `places` (where it may write),
 `held_out` (never what is trained), `identity` (its rows and its base), `arguments`, `machine` (what is installed),
-`model` and `names` (modules), `meter` and `tokens` (the log), `stopping` (Ctrl-C), `checkpoints` and `damage` (going
-on), `finish` (evaluation, card, push) and `completed` (nothing is left to train).
+`model` and `names` (modules), `outlook` (how long), `meter` and `tokens` (the log), `stopping` (Ctrl-C), `checkpoints`
+and `damage` (going on), `finish` (evaluation, card, push) and `completed` (nothing is left to train).
 """
 
 from peft_longlora.training.checkpoints import last_checkpoint

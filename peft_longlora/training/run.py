@@ -30,6 +30,7 @@ from peft_longlora.training.identity import check_trained_on, note_trained_on, t
 from peft_longlora.training.machine import NOT_CHECKED, check_machine
 from peft_longlora.training.meter import Meter, MeteredMixin
 from peft_longlora.training.model import Sketch, as_float, load_adapted, load_tokenizer, sketch
+from peft_longlora.training.outlook import OutlookCallback
 from peft_longlora.training.places import check_places
 from peft_longlora.training.recipe import Recipe
 from peft_longlora.training.stopping import StopCallback
@@ -191,7 +192,7 @@ def make_trainer(plan: Plan, say: Callable[[str], None]) -> SFTTrainer:
         train_dataset=plan.rows,
         eval_dataset=plan.held_out,
         processing_class=plan.tokenizer,
-        callbacks=[StopCallback()],
+        callbacks=[StopCallback(), OutlookCallback(say)],
         meter=Meter(arguments.max_length),
         sequence_parallel_size=options.sequence_parallel,
     )

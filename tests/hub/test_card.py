@@ -209,7 +209,7 @@ def test_what_libraries_draft_is_known_as_such(adapted, tmp_path):
 PERPLEXITY = {"task": "perplexity", "protocol": "documents", "dataset": "pg19", "length": 256, "metric": "perplexity"}
 RESULTS = {
     "schema_version": 1,
-    "notes": ["only the first 1 windows of each document; 181 | windows were left out"],
+    "notes": ["only the first window of each document; 181 | windows were left out"],
     "results": [
         {**PERPLEXITY, "variant": "base", "value": 93.0, "low": 90.0, "high": 96.5, "units": 4, "beyond_window": True},
         {**PERPLEXITY, "variant": "adapter", "value": 7.5, "low": None, "high": None},
@@ -233,7 +233,7 @@ def test_results_beside_the_adapter_are_shown_and_indexed(adapted, tmp_path):
     ) in text
     assert "Brackets are intervals over them." in text and "\n† above the window that the model was made for.\n" in text
     assert "too few" not in text, "of a row that names no number of documents nothing is known"
-    assert "\n- only the first 1 windows of each document; 181 \\| windows were left out\n" in text
+    assert "\n- only the first window of each document; 181 \\| windows were left out\n" in text
     assert "![curve.png](curve.png)" in text
     results = ModelCard(text).data.eval_results
     assert all(isinstance(result, EvalResult) for result in results)

@@ -78,3 +78,4 @@ def test_from_a_folder_of_books_to_a_pushed_adapter(tmp_path):
     table = Path(tmp_path, "runs/base/results.md").read_text()
     assert "perplexity" in table and "768" in table
     assert Path(tmp_path, "my-model/model.safetensors").is_file()
+    assert Path(tmp_path, "my-model/tokenizer.json").is_file()

@@ -96,9 +96,12 @@ class Perplexity:
                         short[window.document] = window.name
                     yield self._item(subject, variant, length, window)
                 if left_out:
+                    measured = "window of each document was"
+                    if self.max_windows != 1:
+                        measured = f"{self.max_windows} windows of each document were"
                     self._note(
-                        f"{self.name}, {length} tokens, {self.protocol}: only the first {self.max_windows} windows of "
-                        f"each document were measured, and {left_out} were left out."
+                        f"{self.name}, {length} tokens, {self.protocol}: only the first {measured} measured, and "
+                        f"{left_out} {'was' if left_out == 1 else 'were'} left out."
                     )
                 if short:
                     names = ", ".join(list(short.values())[:3]) + (", ..." if len(short) > 3 else "")

@@ -119,6 +119,13 @@ def test_documents_shorter_than_the_window_are_scored_and_named(corpus, subject)
     ]
 
 
+def test_a_limit_of_one_window_is_said_as_one(corpus, subject):
+    task = Perplexity(corpus, [32], stride=32, max_windows=1)
+    assert (
+        len(list(task.items(subject))) == 4 and "only the first window of each document was measured" in task.notes[0]
+    )
+
+
 def test_a_limit_counts_windows_of_each_document(corpus, subject):
     task = Perplexity(corpus, [32], stride=32, max_windows=2)
     items = list(task.items(subject))

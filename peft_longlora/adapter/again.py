@@ -12,6 +12,7 @@ from peft import LoraConfig
 
 from peft_longlora.adapter import fit
 from peft_longlora.adapter.config import LongLoraConfig
+from peft_longlora.adapter.inits import check_init
 from peft_longlora.adapter.merged import is_merged
 from peft_longlora.adapter.model import LongLoraModel
 from peft_longlora.adapter.wishes import check_wishes
@@ -52,4 +53,7 @@ def check_again(name: str, config: LongLoraConfig, tuner: LongLoraModel, place: 
                 f"its weights would compute something else here. Load it under another name, or give the adapter the "
                 f"same settings."
             )
+    # A checkpoint that this process wrote itself, as a Trainer's best one, is of the base that it has.
+    if config.file is not None and config.file.path.stat().st_mtime < (there.made_at or 0):
+        check_init(config.init_lora_weights, None, place)
     fit.check_after(config, tuner.model, tuner.shapes_of(name))

@@ -14,14 +14,13 @@ from torch import nn
 from peft_longlora.adapter.consistency import check_together
 from peft_longlora.adapter.files import AdapterFile, FileMissing, find, naming
 from peft_longlora.adapter.filled_in import check_filled_in
+from peft_longlora.adapter.inits import changes_base
 from peft_longlora.adapter.rules import FORMAT_VERSION, RULES, plain
 from peft_longlora.adapter.variants import as_value_errors, check_variants
 from peft_longlora.attention.effect import RATIO
 from peft_longlora.attention.schedule import check_dense_every
 from peft_longlora.kernels.patterns import check_blocks, check_pattern, group_size_of
 from peft_longlora.rope.parameters import check_rope
-
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _IN_MEMORY = dict(default=None, init=False, repr=False, compare=False)
 
@@ -180,6 +179,10 @@ class LongLoraConfig(LoraConfig):
         **_IN_MEMORY, metadata={"help": "The model_type for which target_modules and modules_to_save were filled in."}
     )
 
+    made_at: float | None = field(
+        **_IN_MEMORY, metadata={"help": "When this config made an adapter in this process, in seconds of the clock."}
+    )
+
     on_save: ClassVar[Callable[[LongLoraConfig, str], None]] = lambda config, folder: None
     """Called with the folder after a config was saved; `register` puts the card's writer here."""
 
@@ -226,7 +229,7 @@ class LongLoraConfig(LoraConfig):
     @property
     def changes_base(self) -> bool:
         """Whether the initialisation changes the base's own weights, as PiSSA does."""
-        return str(self.init_lora_weights).lower().startswith(CHANGES_BASE)
+        return changes_base(self.init_lora_weights)
 
     @property
     def init_weights(self) -> Any:

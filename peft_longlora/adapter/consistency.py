@@ -31,6 +31,13 @@ def check_together(config: LongLoraConfig) -> None:
         dense_every=config.dense_every,
         name="attention_pattern",
     )
+    for field, value in {"lora_alpha": config.lora_alpha, **config.alpha_pattern}.items():
+        if value == 0:
+            pattern = "" if field == "lora_alpha" else "alpha_pattern: "
+            raise ValueError(
+                f"{pattern}{field}={value!r} multiplies what LoRA learns by 0, so it has no effect. Give another "
+                f"number, or leave the modules out of target_modules."
+            )
     # `fit` says more about "learned", which no window below the base's can begin.
     if config.rope_type not in ("yarn", "learned") and config.rope_parameters is None and config.context_length is None:
         raise ValueError(

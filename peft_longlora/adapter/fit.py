@@ -17,6 +17,7 @@ from peft_longlora.adapter import trainable
 from peft_longlora.adapter.base import check_base
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.count import without_count
+from peft_longlora.adapter.inits import check_init, warning_of
 from peft_longlora.adapter.regexes import check_patterns
 from peft_longlora.adapter.wishes import check_wishes
 from peft_longlora.attention.configure import check_device
@@ -51,6 +52,8 @@ def check_before(
     if not is_for_conversion:
         _check_alone(configs)
     _check_learned(config, model)
+    if config.file is not None:
+        check_init(config.init_lora_weights, model, config.file.path.parent)
     _warn_of_changes(config)
     _check_loader(config)
     if not config.inference_mode:
@@ -149,6 +152,8 @@ def _warn_of_changes(config: LongLoraConfig) -> None:
             f"{change}. disable_adapter(), unload() and the reference of DPO then give the changed base; load the "
             f"base again to get it unchanged."
         )
+    if config.file is None and (warning := warning_of(config.init_lora_weights)):
+        logger.warning(warning)
     changing = ("train_embeddings", "train_norms", "context_length", "rope_parameters")
     if config.alora_invocation_tokens and (names := [name for name in changing if getattr(config, name)]):
         logger.warning(

@@ -7,6 +7,7 @@ or removed; this file does that.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from peft_longlora.adapter.base import layout_of
 from peft_longlora.adapter.config import LongLoraConfig, refuse_other_tuner
 from peft_longlora.adapter.ending import EndingLoraModel
 from peft_longlora.adapter.files import check_numbers, check_whole
+from peft_longlora.adapter.names import check_names
 from peft_longlora.adapter.state import AdapterState, check_place
 from peft_longlora.adapter.wishes import wanted_attention
 from peft_longlora.architecture import rows_of
@@ -108,6 +110,9 @@ class LongLoraModel(EndingLoraModel):
         if config.target_modules is None and not config.target_parameters:
             config.target_modules = set(trainable.find_projections(model))
         self._rename_experts(config, model)
+        if config.file is None and config.resolved_for is None:
+            check_names(config, model)
+        config.made_at = time.time()
         names = list(config.modules_to_save or ())
         if config.train_embeddings:
             names += trainable.find_embeddings(model)

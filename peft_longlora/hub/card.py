@@ -24,7 +24,7 @@ from peft_longlora.adapter.files import hub_id
 from peft_longlora.hub.markdown import cell, code, literal
 from peft_longlora.hub.provenance import carry_results, is_of_other_weights, read_training
 from peft_longlora.hub.readme import README, UNREADABLE, check_metadata, is_free, read_readme, tags_of, with_our_part
-from peft_longlora.hub.results import Row, copy_results, read_notes, read_results
+from peft_longlora.hub.results import RESULTS, Row, copy_results, read_notes, read_results
 from peft_longlora.hub.writing import write_whole
 
 TEMPLATE = Path(__file__).parent / "templates" / "adapter_card.md"
@@ -95,6 +95,11 @@ def write_card(
         carry_results(config.folder, folder)
     results, plots = read_results(folder)
     is_stale = is_of_other_weights(folder, weights)
+    if is_stale:
+        logger.warning(
+            f"The {RESULTS} beside the adapter in {options.adapter or folder} is of other weights than those here. The "
+            f"card says so, and its metadata leaves these results out. Measure the adapter: longlora eval --card."
+        )
     place, subfolder = options.adapter or str(folder), options.subfolder or subfolder
     check_metadata(old := read_readme(path), path)
     facts = dict(notes=read_notes(folder), training=read_training(folder, weights))

@@ -116,6 +116,45 @@ def test_text_of_the_disk_and_of_the_hub_is_kept(hub, pusher, measured, tmp_path
     assert {"theirs", "longlora"} <= set(card.data.tags) and card.data.eval_results[0].metric_value == 7.5
 
 
+def push_and_hear(folder, repo_id, **options):
+    with mock.patch("peft_longlora.hub.card.logger.warning") as warning:
+        push_folder(folder, repo_id, **options)
+    return [call.args[0] for call in warning.mock_calls]
+
+
+def test_results_of_other_weights_are_said_to_whoever_pushes_them(hub, pusher, measured, tmp_path):
+    """Given with --results, or beside weights that were exchanged; the card and its metadata are as they were."""
+    assert pusher(push_and_hear, measured, "me/own") == []
+    pusher(save_other, str(tmp_path))
+    [line] = pusher(push_and_hear, tmp_path, "me/others", results=measured)
+    assert "in me/others is of other weights" in line and "metadata leaves these results out" in line
+    (tmp_path / "results.json").write_bytes((measured / "results.json").read_bytes())
+    assert pusher(push_and_hear, tmp_path, "me/exchanged") == [line.replace("me/others", "me/exchanged")]
+    for repo_id, own in (("me/own", True), ("me/others", False), ("me/exchanged", False)):
+        card = ModelCard(hub.files(repo_id)["README.md"].decode())
+        assert ("model-index" in card.data.to_dict()) == own
+        assert ("results of other weights than those here" in card.text) != own
+
+
+def push_edited(folder, repo_id):
+    try:
+        push_folder(folder, repo_id)
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_value_outside_its_own_interval_is_not_pushed(hub, pusher, measured, tmp_path):
+    """Such as one that a person wrote over the one that was measured."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", "results.json"):
+        (tmp_path / name).write_bytes((measured / name).read_bytes())
+    content = json.loads((tmp_path / "results.json").read_text())
+    content["results"][0] |= {"low": 7.0, "high": 8.0, "value": 1.5}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    said = pusher(push_edited, tmp_path, "me/edited")
+    assert "results.json cannot be used for the card" in said and "value must be between low and high in" in said
+    assert "README.md" not in hub.files("me/edited")
+
+
 def push_nowhere(folder):
     with mock.patch("peft_longlora.hub.folder.writing_api", lambda token: HfApi("http://127.0.0.1:9", token="t")):
         return push_both(folder, "me/nowhere")

@@ -19,9 +19,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from peft_longlora.architecture import CACHE_ARGUMENTS, find_entrances, follow
-from peft_longlora.attention.lengths import check_lengths, check_padding
+from peft_longlora.attention.lengths import check_lengths, check_numbers_of_documents, check_padding, check_restarts
 from peft_longlora.attention.pending import Forward, next_node
 from peft_longlora.attention.schedule import Schedule
+
+LOOKS = 8  # training calls of which numbers on a device are looked at
 
 
 @dataclass
@@ -72,6 +74,7 @@ class ModelInputs:
         thread: what belongs to the current thread.
         places: for the class of each followed module, the places of its arguments by name.
         handles: the hooks that record all this.
+        looks: training calls whose documents were checked.
     """
 
     schedule: Schedule = field(default_factory=Schedule)
@@ -80,6 +83,7 @@ class ModelInputs:
     thread: OfThread = field(default_factory=OfThread)
     places: dict[str, dict[str, int]] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
+    looks: int = 0
 
     @property
     def now(self) -> Call:
@@ -203,9 +207,22 @@ class ModelInputs:
             check_lengths(self.cu_seq_lens, kwargs.get("cu_seq_lens_k"), *tokens.shape[:2])
             if module.training:
                 check_padding(self.attention_mask, *tokens.shape[:2])
+                self._check_documents(kwargs.get("seq_idx"), *tokens.shape[:2])
         except ValueError:
             self.now.caller = self.thread.frame = None  # the call ends here, before the hook that would note it
             raise
+
+    def _check_documents(self, seq_idx: Any, batch: int, length: int) -> None:
+        """Refuse documents that are said in a way that nobody reads, or twice and differently.
+
+        Only a device knows its numbers, and asking costs time. A collator makes all rows alike, so the first are asked.
+        """
+        mask, positions, ends = self.attention_mask, self.position_ids, self.cu_seq_lens
+        on_host = not any(isinstance(x, torch.Tensor) and not x.is_cpu for x in (mask, positions, ends))
+        self.looks += 1
+        if on_host or self.looks <= LOOKS:
+            check_numbers_of_documents(mask, seq_idx, positions is not None or ends is not None)
+            check_restarts(positions, ends, batch, length)
 
     def _after(self, module: nn.Module, args: Any = None, output: Any = None) -> None:
         """Hook: a followed module returns, or fails."""

@@ -1,4 +1,4 @@
-"""Checks of what a call says about its rows: the documents' cumulative lengths, and the padding mask's shape.
+"""Checks of what a call says about its rows: the documents' cumulative lengths, and the padding mask.
 
 Called by `inputs` at the start of a call, and by sequence's `batch` before rows are cut.
 """
@@ -89,4 +89,54 @@ def check_padding(mask: Any, batch: int, length: int) -> None:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, but the model is given {batch} rows of {length} tokens. "
             f"Give one number for each token (1 = token, 0 = padding), or leave attention_mask out."
+        )
+
+
+def check_numbers_of_documents(mask: Any, seq_idx: Any, has_documents: bool) -> None:
+    """Refuse documents that are numbered in attention_mask or seq_idx: transformers reads neither as documents.
+
+    It takes any number in a mask but 0 for a token, and its attention knows no seq_idx. Other programs replace its
+    attention for such masks; here documents would see each other.
+
+    Args:
+        has_documents: whether position_ids or cumulative lengths are given.
+
+    Raises: ValueError.
+    """
+    cure = "Give position_ids that restart where a document starts"
+    is_numbers = isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.dtype != torch.bool
+    if is_numbers and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"attention_mask holds numbers other than 0 and 1 (up to {mask.max().item():g}). If they number the documents "
+            f"of packed rows, transformers does not read them, and documents would see each other. {cure}, and 1 for each "
+            f"token in attention_mask."
+        )
+    if seq_idx is not None and not has_documents:
+        raise ValueError(
+            f"seq_idx is given without position_ids or cu_seq_lens_q. Attention does not read it, so documents would "
+            f"see each other. {cure}, as DataCollatorWithFlattening(return_seq_idx=True) does."
+        )
+
+
+def check_restarts(position_ids: torch.Tensor | None, ends: torch.Tensor | None, batch: int, length: int) -> None:
+    """Refuse positions that begin a document (0, 1) inside a document of the cumulative lengths.
+
+    Positions that skip, go on into the next document, or are 0 for padding say nothing about documents.
+
+    Args:
+        position_ids: (1 or B, S). ends: cu_seq_lens_q, which `check_lengths` has taken.
+
+    Raises: ValueError.
+    """
+    if position_ids is None or ends is None or position_ids.dim() != 2 or position_ids.shape[1] != length:
+        return
+    positions = position_ids.expand(batch, -1)
+    begins = torch.zeros(batch, length, dtype=torch.bool, device=positions.device)
+    begins[:, :-1] = (positions[:, :-1] == 0) & (positions[:, 1:] == 1)
+    begins = begins.flatten()
+    begins[ends[ends < len(begins)].to(positions.device, torch.long)] = False
+    if found := begins.nonzero()[:1].flatten().tolist():
+        raise ValueError(
+            f"position_ids begin a document at token {found[0]}, and cu_seq_lens_q={_short(ends)} does not: they "
+            f"contradict each other. Give both the same documents, or leave one of them out."
         )

@@ -65,3 +65,59 @@ def test_a_padding_mask_of_another_shape_is_refused(shape, model):
         ValueError, match=r"attention_mask has shape .* given 1 rows of 96 tokens.*leave attention_mask"
     ):
         model(input_ids=IDS[:1], attention_mask=torch.ones(shape, dtype=torch.long))
+
+
+# -- documents said in a way that nobody reads -------------------------------------------------------------------------
+
+NUMBERS = torch.tensor([1] * 40 + [2] * 56)[None]  # as multipack collators number documents
+RESTARTS = torch.cat([torch.arange(40), torch.arange(56)])[None]
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.int32, torch.float32])
+def test_a_mask_that_numbers_documents_is_refused(dtype, model):
+    """transformers takes 2 for a token, as 1 is; so would the groups, and documents would see each other."""
+    with pytest.raises(ValueError, match=r"other than 0 and 1 \(up to 2\).*position_ids that restart"):
+        model(input_ids=IDS[:1], attention_mask=NUMBERS.to(dtype))
+    stock = make()
+    ones = stock(input_ids=IDS[:1], attention_mask=torch.ones_like(NUMBERS)).logits
+    assert torch.equal(stock(input_ids=IDS[:1], attention_mask=NUMBERS.to(dtype)).logits, ones)
+    wanted = model(input_ids=IDS[:1], attention_mask=torch.ones_like(NUMBERS)).logits
+    for mask in (torch.ones(1, 96), torch.ones(1, 96, dtype=torch.bool)):
+        assert torch.equal(model(input_ids=IDS[:1], attention_mask=mask).logits, wanted)
+
+
+def test_seq_idx_alone_is_refused(model):
+    """Beside positions, as transformers' collator gives it, it changes nothing, and documents are apart."""
+    with pytest.raises(ValueError, match=r"seq_idx is given without position_ids.*see each other"):
+        model(input_ids=IDS[:1], seq_idx=(NUMBERS - 1).int())
+    packed = model(input_ids=IDS[:1], seq_idx=(NUMBERS - 1).int(), position_ids=RESTARTS).logits
+    alone = model(input_ids=IDS[:1, 40:]).logits
+    torch.testing.assert_close(packed[:, 40:], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_that_contradict_cumulative_lengths_are_refused(model):
+    def call(ends, positions):
+        return model(
+            input_ids=IDS[:1], cu_seq_lens_q=torch.tensor(ends, dtype=torch.int32), position_ids=positions
+        ).logits
+
+    with pytest.raises(ValueError, match=r"begin a document at token 40, and cu_seq_lens_q=\[0, 30, 96\] does not"):
+        call([0, 30, 96], RESTARTS)
+    wanted = call([0, 40, 96], RESTARTS)
+    # Positions that go on, and padding whose positions are 0, contradict nothing: RoPE is relative.
+    torch.testing.assert_close(call([0, 40, 96], torch.arange(96)[None]), wanted, rtol=1e-3, atol=1e-3)
+    padded = torch.where(torch.arange(96) < 90, RESTARTS, 0)
+    torch.testing.assert_close(call([0, 40, 96], padded)[:, :90], wanted[:, :90], rtol=1e-4, atol=1e-4)
+
+
+def test_after_a_refusal_and_in_evaluation_it_is_as_in_transformers(model):
+    wanted = model(input_ids=IDS[:1]).logits
+    with pytest.raises(ValueError, match="other than 0 and 1"):
+        model(input_ids=IDS[:1], attention_mask=NUMBERS)
+    assert torch.equal(model(input_ids=IDS[:1]).logits, wanted)
+    model.eval()
+    try:
+        dense = model(input_ids=IDS[:1], attention_mask=NUMBERS).logits
+        torch.testing.assert_close(dense, make()(input_ids=IDS[:1], attention_mask=NUMBERS).logits)
+    finally:
+        model.train()

@@ -107,9 +107,9 @@ def check_numbers_of_documents(mask: Any, seq_idx: Any, has_documents: bool) -> 
     is_numbers = isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.dtype != torch.bool
     if is_numbers and not ((mask == 0) | (mask == 1)).all():
         raise ValueError(
-            f"attention_mask holds numbers other than 0 and 1 (up to {mask.max().item():g}). If they number the documents "
-            f"of packed rows, transformers does not read them, and documents would see each other. {cure}, and 1 for each "
-            f"token in attention_mask."
+            f"attention_mask holds numbers other than 0 and 1 (up to {mask.max().item():g}). If they number the "
+            f"documents of packed rows, transformers does not read them, and documents would see each other. {cure}, "
+            f"and 1 for each token in attention_mask."
         )
     if seq_idx is not None and not has_documents:
         raise ValueError(

@@ -135,7 +135,7 @@ def test_perplexities_of_lm_eval_are_its_own_and_the_lower_the_better(tmp_path):
         "word_perplexity,none": 40.0,
     }
     record = Harness.record(SimpleNamespace(task="lambada", name="lm-eval lambada", confidence=0.95), found, "base")
-    rows = {cell.name[3]: cell.row(0, 100, 0.95) for cell in collect_cells([record]).values()}
+    rows = {cell.name[3]: cell.row(0.95) for cell in collect_cells([record]).values()}
     assert {name: row.value for name, row in rows.items()} == {"perplexity": 26.5, "acc": 0.4, "word_perplexity": 40.0}
     assert rows["perplexity"].low == pytest.approx(26.5 - 1.959964, rel=1e-5)
     assert {name for name, row in rows.items() if row.higher_is_better} == {"acc"}

@@ -27,7 +27,7 @@ def check_names(config: LongLoraConfig, model: nn.Module) -> None:
     Raises: ValueError.
     """
     modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    parameters = [name.replace(".base_layer.", ".") for name, _ in model.named_parameters(remove_duplicate=False)]
+    parameters = [name.replace(".base_layer", "") for name, _ in model.named_parameters(remove_duplicate=False)]
     is_list = isinstance(config.target_modules, list | tuple | set)
     _check("target_modules", config.target_modules if is_list else (), modules, _is_last_of)
     _check("target_parameters", config.target_parameters or (), parameters, _is_last_of)

@@ -103,6 +103,16 @@ def test_old_names_of_experts_are_names(model_type, said):
     assert not said
 
 
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_a_second_adapter_finds_experts_inside_the_wrappers_of_the_first(model_type, said):
+    """Each parameter of the experts has a wrapper of its own, one in the other."""
+    fields = dict(target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    model = extend(make(model_type, **EXPERTS[model_type]), **fields)
+    config = type(model.peft_config["default"])(r=4, context_length=128, **fields)
+    model.add_adapter("second", config)
+    assert not said and list(model.peft_config) == ["default", "second"]
+
+
 def test_a_config_of_a_second_adapter_is_checked_on_wrapped_modules(said):
     model = extend(make(), modules_to_save=["lm_head"])
     config = type(model.peft_config["default"])(

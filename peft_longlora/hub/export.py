@@ -178,23 +178,30 @@ def _check_places(folder: Path, fold_into: str | os.PathLike | None) -> None:
 
 
 def _folded_state(base: PreTrainedModel, adapter: str) -> dict[str, torch.Tensor]:
-    """The base's tensors with an adapter's embeddings, tokens and norms among them, and without its LoRA."""
-    names, state = {}, {}
+    """The base's tensors with an adapter's embeddings, tokens and norms among them, and without its LoRA.
+
+    Copies are trained in float32 and written in the precision of what they replace, so that the base has one.
+    """
+    names, dtypes, state = {}, {}, {}
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer):
             names[f"{name}.base_layer."] = f"{name}."
         elif isinstance(module, ModulesToSaveWrapper):
             names[f"{name}.modules_to_save.{adapter}."] = f"{name}."
+            dtypes.update({f"{name}.{key}": p.dtype for key, p in module.original_module.named_parameters()})
         elif isinstance(module, TrainableTokensWrapper):
             names[f"{name}.token_adapter.base_layer."] = f"{name}."
             if adapter in module.token_adapter.token_indices:
                 state[f"{name}.weight"] = module.token_adapter.get_merged_weights([adapter]).detach()
+    cast: dict[torch.Tensor, torch.Tensor] = {}  # by the tensor: what is tied stays one
     for key, tensor in without_count(base.state_dict(keep_vars=True)).items():
         while found := [prefix for prefix in names if key.startswith(prefix)]:  # wrappers of experts are nested
             inner = max(found, key=len)
             key = names[inner] + key.removeprefix(inner)
         if not _OF_ADAPTERS.search(key):
-            state.setdefault(key, tensor.detach())
+            if dtypes.get(key, tensor.dtype) != tensor.dtype and tensor not in cast:
+                cast[tensor] = tensor.detach().to(dtypes[key])
+            state.setdefault(key, cast.get(tensor, tensor.detach()))
     return state
 
 

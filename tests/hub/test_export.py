@@ -8,6 +8,7 @@ import shlex
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_longlora import LongLoraConfig, scale_rope
@@ -72,6 +73,21 @@ def test_embeddings_and_norms_are_folded_into_a_base_or_refused(tmp_path, tied):
     base = LlamaForCausalLM.from_pretrained(PeftConfig.from_pretrained(tmp_path / "plain").base_model_name_or_path)
     assert base.config.tie_word_embeddings == tied
     assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "plain")), before)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_base_in_bfloat16_is_folded_in_bfloat16(tmp_path, tied):
+    """The copies are trained in float32: what is written has the base's precision, and is checked as it is written."""
+    LlamaForCausalLM(tiny_llama_config(tie_word_embeddings=tied)).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = adapt(str(tmp_path / "base"))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    export_lora(model, tmp_path / "plain", fold_into=tmp_path / "folded")
+    written = load_file(tmp_path / "folded" / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    assert ("lm_head.weight" in written) is not tied
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "folded", dtype=torch.bfloat16)
+    plain = PeftModel.from_pretrained(base, tmp_path / "plain")
+    torch.testing.assert_close(logits(plain).float(), logits(model).float(), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize(

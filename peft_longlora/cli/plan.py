@@ -87,6 +87,11 @@ def run(args: argparse.Namespace) -> int:
         if plan.fits:
             break
     print(plan)
+    if args.four_bit and shape.sixteen_bit:
+        share = 100 * shape.sixteen_bit / shape.linear_weights
+        print(
+            f"{share:.0f}% of the blocks' weights stay in 16 bits: bitsandbytes converts linear layers, not the experts"
+        )
     if args.gpus > 1:
         way = "weights whole on each GPU" if shards == 1 else "weights, gradients and optimiser shared by FSDP2"
         print(f"{args.gpus} GPUs share each row (peft_longlora.sequence); {way}")

@@ -1,8 +1,8 @@
 """What fits into a GPU's memory, and how to make a step fit: which blocks are computed twice, and what they keep.
 
 Read `blocks`, `keep`, `offload`, `tile` and `liger`, which are the means; then `plan`, the formula of memory, and who
-fills it with numbers: `fit` measures them, `estimate` and `rates` compute them from a shape; then `advice`. Imports
-`attention` and `architecture`.
+fills it with numbers: `fit` measures them, `estimate` and `rates` compute them from a shape (`sizes` checks its config,
+`four_bit` counts what a 4-bit base converts); then `advice`. Imports `attention` and `architecture`.
 """
 
 from peft_longlora.memory.advice import explain_out_of_memory

@@ -11,7 +11,9 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from peft_longlora.memory.four_bit import four_bit_weights
 from peft_longlora.memory.plan import GIB, MEANS, MemoryPlan, fill
+from peft_longlora.memory.sizes import check_sizes
 
 HALF, SINGLE = 2, 4  # bytes of a number
 FOUR_BIT = 0.5 + 1 / 64 + 4 / 64 / 256  # NF4: blocks of 64 numbers, whose factors take 8 bits and a factor for 256
@@ -35,6 +37,7 @@ class Shape:
         tied: whether the output layer is the embeddings.
         experts: feed-forward layers of a block.
         active: how many of them a token passes.
+        sixteen_bit: numbers of the blocks that a 4-bit base keeps in half precision: experts that are one parameter.
     """
 
     hidden: int
@@ -47,6 +50,7 @@ class Shape:
     tied: bool = False
     experts: int = 1
     active: int = 1
+    sixteen_bit: int = 0
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Shape:
@@ -60,7 +64,7 @@ class Shape:
             heads, hidden = config.num_attention_heads, config.hidden_size
             dim = getattr(config, "head_dim", None) or hidden // heads
             experts = next((n for n in map(lambda x: getattr(config, x, None), _EXPERTS) if n), 1)
-            return cls(
+            shape = cls(
                 hidden,
                 (experts > 1 and getattr(config, "moe_intermediate_size", None)) or config.intermediate_size,
                 heads * dim,
@@ -72,6 +76,13 @@ class Shape:
                 experts,
                 (getattr(config, "num_experts_per_tok", None) or 1) if experts > 1 else 1,
             )
+            if experts == 1:
+                return shape
+            try:
+                converted = four_bit_weights(config)
+            except ValueError:  # a part of a multimodal model, which has no class: as if all experts were fused
+                converted = shape.blocks * shape.attention_weights
+            return replace(shape, sixteen_bit=max(0, shape.linear_weights - converted))
         except (AttributeError, RuntimeError) as error:  # transformers' for sizes that layers differ in
             raise ValueError(
                 f"model_type={config.model_type!r}: its config lacks a size of a decoder ({error}). "
@@ -90,8 +101,14 @@ class Shape:
 
     @property
     def linear_weights(self) -> int:
-        """Of all blocks; what a 4-bit base stores in 4 bits."""
+        """Of all blocks."""
         return self.blocks * (self.attention_weights + self.experts * self.feed_forward_weights)
+
+    def linear_bytes(self, four_bit: bool) -> float:
+        """Of all blocks' weights, in half precision or as a 4-bit base stores them."""
+        if not four_bit:
+            return self.linear_weights * HALF
+        return self.sixteen_bit * HALF + (self.linear_weights - self.sixteen_bit) * FOUR_BIT
 
     @property
     def table(self) -> int:
@@ -113,10 +130,13 @@ def find_shape(model: str) -> Shape:
     """The shape of a name in `SHAPES`, or of the config in a folder or on the Hub.
 
     Raises:
-        ValueError: as `Shape.of`.
+        ValueError: as `Shape.of`, or a size in the config is none (`check_sizes`).
         OSError: there is no such model.
     """
-    return SHAPES.get(model.lower()) or Shape.of(AutoConfig.from_pretrained(model))
+    if shape := SHAPES.get(model.lower()):
+        return shape
+    check_sizes(PretrainedConfig.get_config_dict(model)[0], model)
+    return Shape.of(AutoConfig.from_pretrained(model))
 
 
 @dataclass(frozen=True)
@@ -141,20 +161,20 @@ class Training:
 def fixed_parts(shape: Shape, training: Training) -> dict[str, int]:
     """Bytes on each GPU that do not grow with the row, by name."""
     tables = shape.table * (1 if shape.tied else 2)
-    weight_bytes = FOUR_BIT if training.four_bit else HALF
+    linear = shape.linear_bytes(training.four_bit)
     lora = shape.blocks * training.rank * (4 * shape.hidden + 2 * shape.query + 2 * shape.key)
     # Copies of the embeddings and norms are trained in single precision; the base's stay, for disabled adapters.
     copies = (shape.table if training.embeddings else 0) + (2 * shape.blocks + 1) * shape.hidden
     trained = lora + copies
     parts = {
-        "weights": shape.linear_weights * weight_bytes + tables * HALF,
+        "weights": linear + tables * HALF,
         "adapter": trained * SINGLE,
         "gradients": trained * SINGLE,
         "optimiser": trained * ADAM,
     }
     parts = {name: round(size / training.shards) for name, size in parts.items()}
     if training.shards > 1:  # the block at hand and the next one are whole
-        parts["gathered weights"] = round(2 * shape.linear_weights / shape.blocks * weight_bytes) + shape.table * HALF
+        parts["gathered weights"] = round(2 * linear / shape.blocks) + shape.table * HALF
     return parts | {"workspaces": STEADY_BYTES}
 
 

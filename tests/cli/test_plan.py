@@ -1,9 +1,11 @@
 """`longlora plan`: the printed plan against arithmetic done here, and what it refuses."""
 
+import json
 import re
 from dataclasses import replace
 
 import pytest
+from transformers import LlamaConfig, MixtralConfig
 
 from peft_longlora import LongLoraConfig
 from peft_longlora.cli import main
@@ -91,6 +93,16 @@ def test_a_step_unlike_all_measured_ones_is_said(capsys, options, unlike):
     assert "No measured step" not in plan(capsys, *options, "--gpu-memory", "80GB", "--tokens-per-second", 9)[1]
 
 
+def test_a_4_bit_base_keeps_its_experts_and_is_not_advised_for_them(capsys, tmp_path):
+    MixtralConfig().save_pretrained(tmp_path)
+    options = ["--model", tmp_path, "--context", "8k", "--gpu-memory", "80GiB"]
+    code, bits = plan(capsys, *options, "--four-bit")
+    experts = 32 * 8 * 3 * 4096 * 14336 * 2 / 2**30
+    assert code == 1 and gib(bits, "weights") > experts and "97% of the blocks' weights stay in 16 bits" in bits
+    code, half = plan(capsys, *options)
+    assert code == 1 and "It fits with" in half and "--four-bit" not in half
+
+
 def test_experts_are_not_measured():
     assert unlike_measured(replace(SHAPES["llama-3.1-8b"], experts=8, active=2), 32768, 8192) == ["experts"]
     assert not unlike_measured(SHAPES["llama-3.1-8b"], 32768, 8192)
@@ -121,6 +133,24 @@ def test_bad_input_ends_with_code_2_and_one_line(capsys, options, message):
         code = stop.code
     text = capsys.readouterr().err
     assert code == 2 and message in text and len(text.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("hidden_size", -4096, "-4096 must be a whole number of 1 or more."),
+        ("hidden_size", "abc", "'abc' must be a whole number of 1 or more."),
+        ("num_hidden_layers", 0, "0 must be a whole number of 1 or more."),
+        ("num_attention_heads", 0, "0 must be a whole number of 1 or more."),
+        ("vocab_size", 1.5, "1.5 must be a whole number of 1 or more."),
+        ("num_experts", -1, "-1 must be a whole number of 0 or more."),
+    ],
+)
+def test_a_size_that_is_none_is_named_with_its_file(capsys, tmp_path, name, value, rule):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(LlamaConfig().to_dict() | {name: value}))
+    code, text = plan(capsys, "--model", tmp_path, "--context", 4096, "--gpu-memory", "24GiB")
+    assert code == 2 and text == f"longlora plan: error: {file}: {name}={rule}\n"
 
 
 def test_sizes():

@@ -4,9 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
-from transformers import LlamaConfig, MambaConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MambaConfig, MixtralConfig
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from peft_longlora.memory.estimate import SHAPES, Shape, Training, best_estimate, estimate, flops, longest
+from peft_longlora.memory.estimate import SHAPES, Shape, Training, best_estimate, estimate, fixed_parts, flops, longest
+from peft_longlora.memory.four_bit import four_bit_weights
 from peft_longlora.memory.plan import GIB, MEANS
 from peft_longlora.memory.rates import MEASURED, seconds
 from tests.helpers.paths import ROOT
@@ -91,6 +94,37 @@ def test_weights_are_the_models_own(family):
     gates = sum(p.numel() for n, p in layers.named_parameters() if n.endswith("gate.weight"))
     assert shape.linear_weights == sum(p.numel() for p in layers.parameters() if p.dim() > 1) - gates
     assert shape.table == model.get_input_embeddings().weight.numel()
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_a_4_bit_base_is_what_transformers_converts(family):
+    pytest.importorskip("bitsandbytes")
+    config = make(family, **EXPERTS.get(family, {})).config
+    quantizer = Bnb4BitHfQuantizer(BitsAndBytesConfig(load_in_4bit=True), pre_quantized=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    quantizer._process_model_before_weight_loading(model, None)
+    needed = {n: p.numel() for n, p in model.named_parameters() if quantizer.param_needs_quantization(model, n)}
+    assert 0 < four_bit_weights(config) == sum(needed.values())
+
+
+def test_fused_experts_stay_in_half_precision():
+    config = MixtralConfig(num_hidden_layers=2)
+    shape = Shape.of(config)
+    attention = 2 * 2 * 4096 * (4096 + 1024)
+    experts = 2 * 8 * 3 * 4096 * 14336
+    assert four_bit_weights(config) == attention and shape.sixteen_bit == experts
+    tables = 2 * 32000 * 4096 * 2
+    weights = fixed_parts(shape, Training(four_bit=True))["weights"]
+    assert weights == pytest.approx(attention * 0.5159 + 2 * experts + tables, rel=1e-4)
+
+
+def test_experts_of_a_model_without_a_class_of_text_count_as_fused():
+    config = AutoConfig.for_model("qwen3_vl_moe_text", num_hidden_layers=2)
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        four_bit_weights(config)
+    shape = Shape.of(config)
+    assert shape.sixteen_bit == 2 * config.num_experts * 3 * config.hidden_size * config.moe_intermediate_size
 
 
 def test_a_shape_is_read_from_a_config():

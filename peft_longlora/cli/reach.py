@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from peft_longlora.eval import Corpus, Subject
 
 
+SINKS = 128  # first tokens, which `far_layers` does not count as far
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `longlora reach`."""
     add = parser.add_argument
@@ -37,14 +40,19 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot is not None and (args.plot.is_dir() or not args.plot.parent.is_dir()):
         raise ValueError(f"--plot {args.plot}: it is a folder, or lies in one that does not exist. Give a file.")
+    if args.length is not None:
+        _check_length(args.length, args.beyond)
     corpus = Corpus(args.data, args.split, None, args.text_field)
     corpus.summary()  # refuses bad data before a model is loaded
     rope = dict(context_length=args.context_length, rope_type=args.rope_type)
     subject = load_subject(**model_options(args), **rope, device=args.device)
     length = args.length or subject.window
+    rows = _rows(corpus, subject, length, args.rows)
     beyond = args.beyond or length // 4
-    shares = far_layers(subject.model, _rows(corpus, subject, length, args.rows), beyond)
+    shares = far_layers(subject.model, rows, beyond)
     chosen = list(shares)[: args.top]
+    fewer = f" (--data holds no more than these of --rows {args.rows})" if len(rows) < args.rows else ""
+    print(f"{len(rows)} rows of {length} tokens{fewer}")
     print(f"{'layer':>5}  weight {beyond} tokens and more before the query")
     for layer, share in shares.items():
         print(f"{layer:>5}  {100 * share:6.2f}%{'  *' if layer in chosen else ''}")
@@ -55,6 +63,21 @@ def run(args: argparse.Namespace) -> int:
         plot_reach(shares, chosen, beyond, args.plot)
         print(args.plot)
     return 0
+
+
+def _check_length(length: int, beyond: int | None) -> None:
+    """Refuse rows in which no key is far back, before a model is loaded.
+
+    Raises: ValueError.
+    """
+    far = beyond or max(1, length // 4)
+    if length <= far + SINKS:
+        least = far + SINKS + 1 if beyond else next(n for n in range(SINKS, 2 * SINKS) if n > n // 4 + SINKS)
+        back = f"--beyond {beyond}" if beyond else "a quarter of it"
+        raise ValueError(
+            f"--length {length}: no token is {back} before another one, behind the first {SINKS}. Give rows of "
+            f"{least} tokens or more."
+        )
 
 
 def _rows(corpus: Corpus, subject: Subject, length: int, count: int) -> list[torch.Tensor]:

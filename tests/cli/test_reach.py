@@ -4,8 +4,11 @@ import re
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from peft_longlora import far_layers
+from peft_longlora.attention.reach import SINKS
+from peft_longlora.cli import reach
 from peft_longlora.cli.main import main
 from peft_longlora.eval import load_subject
 from tests.helpers.paths import EMBEDDED
@@ -45,7 +48,10 @@ def test_layers_come_in_order_with_their_figures(books, tmp_path, capsys):
     ("options", "reason"),
     [
         (["--length", "9000"], "no document of --data is longer"),
-        (["--length", "200", "--beyond", "100"], "Give rows of more than 228 tokens"),
+        (["--length", "228", "--beyond", "100"], "--length 228: no token is --beyond 100 before another one, behind"),
+        (["--length", "228", "--beyond", "100"], "Give rows of 229 tokens or more."),
+        (["--length", "1"], "--length 1: no token is a quarter of it before another one, behind the first 128. Give"),
+        (["--length", "170"], "Give rows of 171 tokens or more."),
         (["--plot", "{books}"], "it is a folder"),
     ],
 )
@@ -53,4 +59,30 @@ def test_bad_input_is_one_line(books, options, reason, capsys):
     common = ["reach", "--model", str(EMBEDDED), "--device", "cpu", "--data", str(books)]
     assert main([*common, *(option.format(books=books) for option in options)]) == 2
     error = capsys.readouterr().err
-    assert reason in error and error.endswith("\n") and "Traceback" not in error
+    assert (
+        reason in error
+        and ("--beyond" in error) == ("--beyond" in options)
+        and error.endswith("\n")
+        and "Traceback" not in error
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--length", "171", "--rows", "2"], "2 rows of 171 tokens\n"),
+        (
+            ["--length", "229", "--beyond", "100", "--rows", "999"],
+            "{whole} rows of 229 tokens (--data holds no more than these of --rows 999)\n",
+        ),
+    ],
+)
+def test_the_number_of_rows_that_were_measured_is_said(books, options, said, capsys):
+    assert main(["reach", "--model", str(EMBEDDED), "--device", "cpu", "--data", str(books), *options]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    whole = sum(len(tokenizer(text)["input_ids"]) // 229 for text in TEXTS)
+    assert capsys.readouterr().out.startswith(said.format(whole=whole))
+
+
+def test_the_first_tokens_are_those_of_far_layers():
+    assert reach.SINKS == SINKS

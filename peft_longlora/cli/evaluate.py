@@ -114,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     from peft_longlora import eval as suite
     from peft_longlora.eval.journal import Journal
     from peft_longlora.eval.report.tables import make_report
+    from peft_longlora.eval.tasks.prompts import check_shortest
 
     if args.card and (args.adapter is None or not Path(args.adapter).is_dir()):
         given = f", not {args.adapter!r}" if args.adapter else ": give --adapter"
@@ -127,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
         Journal(args.output).check()
     for task in tasks:
         task.data()  # refuses bad data before a model is loaded
+    check_shortest(tasks, args.tokenizer or args.model)
     window = {name: getattr(args, name) for name in ("attention", "context_length", "rope_type")}
     subject = suite.load_subject(**model_options(args), **window, device=processes.device)
     config = _config_of_card(args.adapter) if args.card else None

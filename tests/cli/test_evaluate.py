@@ -1,6 +1,7 @@
 """`longlora eval` as a user types it: numbers, cards, what has no room, and several processes."""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from peft_longlora.eval import Perplexity, Results, compare, evaluate, load_subject
 from tests.helpers.evaluated import P, Small, letter_subject, letters, longlora, save_adapter, save_base, save_texts
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,29 @@ def test_one_command_measures_the_base_too(tmp_path, base, adapter, text, capsys
     assert differences and all(d.second.variant == "adapter" for d in differences)
 
 
+@pytest.mark.parametrize("more", [[], ["--adapter", "{adapter}", "--with-base"]])
+def test_a_length_too_short_for_a_prompt_is_named_before_the_model_is_loaded(
+    tmp_path, base, adapter, monkeypatch, capsys, more
+):
+    monkeypatch.setattr("peft_longlora.eval.load_subject", lambda *_, **__: pytest.fail("loaded"))
+    command = [
+        "eval",
+        "--model",
+        base,
+        "--tasks",
+        "passkey,ruler_vt",
+        "--lengths",
+        "300,40k",
+        "--output",
+        tmp_path / "x",
+    ]
+    assert longlora(*command, *(word.format(adapter=adapter) for word in more)) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    room = 300 - 30  # RULER's answers to vt have 30 tokens
+    assert re.search(rf"ruler_vt at 300 tokens: The prompt alone has \d+ tokens, but .* room for {room} beside", line)
+    assert line.endswith("Use longer --lengths") and not (tmp_path / "x").exists()
+
+
 def test_a_base_beside_itself_is_refused(tmp_path, base, text, capsys):
     command = ["eval", "--model", base, "--data", text, "--with-base", "--output", tmp_path / "out"]
     assert longlora(*command) == 2
@@ -140,6 +165,9 @@ def test_adapter_and_base_from_the_command_line(tmp_path, base, adapter, text, c
     shown = {(r.task_name, r.metric_type): r.metric_value for r in card.data.eval_results if "128" in r.metric_name}
     assert shown["perplexity", "perplexity"] == rows["perplexity", "adapter", 128].value
     assert "![passkey.png](passkey.png)" in card.text
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    files = {path.name for path in (tmp_path / "tuned").iterdir() if path.suffix != ".png"} | {"samples-0.jsonl"}
+    assert len(files) > 5 and not {name for name in files if f"| `{name}`" not in page}
 
     capsys.readouterr()
     command[command.index("--tasks") + 1] = "perplexity"

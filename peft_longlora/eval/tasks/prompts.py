@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from peft_longlora.eval.identity import content_digest
 from peft_longlora.eval.subject import Subject
 from peft_longlora.eval.tasks.haystack import Books
-from peft_longlora.eval.tasks.task import Item
+from peft_longlora.eval.tasks.task import Item, Task
+from peft_longlora.hub.loading import load_part
 
 
 @dataclass(frozen=True)
@@ -147,19 +150,56 @@ class GeneratedTask(PromptTask):
         """Name of the books, or "generated"."""
         return self.books.name if self.books else "generated"
 
+    def check_shortest(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Make a prompt of the shortest length, for which the tokenizer is enough, before a model is loaded.
+
+        Raises: ValueError: the prompt does not fit, or cannot be made.
+        """
+        first = min(self.questions(), key=lambda question: question.length or 0, default=None)
+        if first is not None:
+            first.make(_Encoder(tokenizer))
+
     def fill(self, subject: Subject, length: int, build: Callable[[int], Prompt]) -> Prompt:
         """The prompt with as many units of filler as fit into a length less the answer.
 
         Raises: ValueError: the prompt does not fit without filler, or its text does not fit into memory.
         """
         try:
-            n = fit_filler(lambda n: len(self.prompt_ids(subject, build(n))), length - self.max_new_tokens)
+            budget, place = length - self.max_new_tokens, f"{self.name} at {length} tokens: "
+            n = fit_filler(lambda n: len(self.prompt_ids(subject, build(n))), budget, place)
             return build(n)
         except (MemoryError, OverflowError) as error:  # the text of this length, before the model reads it
             raise ValueError(
                 f"The text of a prompt of {length} tokens does not fit into this machine's memory. Use shorter "
                 f"lengths=..."
             ) from error
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """What a generated prompt reads of a subject: its tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    encode = Subject.encode
+
+
+def check_shortest(tasks: Iterable[Task], tokenizer: str) -> None:
+    """Refuse lengths that are too short for a generated prompt, before a model is loaded.
+
+    Args:
+        tokenizer: a folder or an id on the Hub. If it cannot be loaded, nothing is checked: `load_subject` says why.
+
+    Raises: ValueError.
+    """
+    plain = (getattr(task, "task", task) for task in tasks)
+    if not (generated := [task for task in plain if isinstance(task, GeneratedTask)]):
+        return
+    try:
+        words = load_part(AutoTokenizer, tokenizer, "tokenizer")
+    except (ValueError, OSError, ImportError):
+        return
+    for task in generated:
+        task.check_shortest(words)
 
 
 def encode_prompt(subject: Subject, prompt: Prompt, chat: bool) -> list[int]:
@@ -176,7 +216,7 @@ def encode_prompt(subject: Subject, prompt: Prompt, chat: bool) -> list[int]:
     return subject.tokenizer(text + prompt.prefix.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def fit_filler(count_tokens: Callable[[int], int], budget: int) -> int:
+def fit_filler(count_tokens: Callable[[int], int], budget: int, place: str = "") -> int:
     """The largest amount of filler, to within half a percent of the tokens, with which a prompt fits the budget.
 
     It remembers nothing between prompts, because a prompt must not depend on the prompts that its process made before.
@@ -184,6 +224,7 @@ def fit_filler(count_tokens: Callable[[int], int], budget: int) -> int:
     Args:
         count_tokens: tokens of a prompt with n units of filler; grows with n.
         budget: tokens.
+        place: task and length, for the message of an error.
 
     Raises:
         ValueError: the prompt does not fit without any filler.
@@ -191,7 +232,8 @@ def fit_filler(count_tokens: Callable[[int], int], budget: int) -> int:
     low, low_tokens = 0, count_tokens(0)
     if low_tokens > budget:
         raise ValueError(
-            f"The prompt alone has {low_tokens} tokens, but the length leaves room for {budget}. Use longer lengths=..."
+            f"{place}The prompt alone has {low_tokens} tokens, but the length leaves room for {budget} beside the "
+            f"answer. Use longer lengths=..."
         )
     empty, slack = low_tokens, max(4, budget // 200)
     high: int | None = None

@@ -32,6 +32,14 @@ def check_patterns(config: PeftConfig, model: nn.Module) -> None:
 
     Raises: ValueError.
     """
+    check_patterns_on(config, [name for name, _ in model.named_modules()])
+
+
+def check_patterns_on(config: PeftConfig, names: list[str]) -> None:
+    """As `check_patterns`, on the names alone.
+
+    Raises: ValueError.
+    """
     for pattern in _written_in(config):
         try:
             re.compile(pattern)
@@ -43,7 +51,6 @@ def check_patterns(config: PeftConfig, model: nn.Module) -> None:
     patterns = [(full, pattern) for full, pattern in _patterns_of(config) if _REPEATS.search(pattern)]
     if not patterns:
         return
-    names = [name for name, _ in model.named_modules()]
     command = [sys.executable, "-I", "-S", "-c", _TRY]
     try:
         text = json.dumps([patterns, names])

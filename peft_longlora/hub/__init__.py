@@ -6,7 +6,7 @@
                  what is there; `public` names the base, `methods` are those that a model gets for this
     loading      a base with an adapter, and `generation` says how it generates
     export       our adapters become plain LoRA, with a card of their own (`lora_card`); `original` makes the original
-                 project's adapters ours
+                 project's adapters ours: `original_fields` carries their config over, `original_tensors` checks them
 
 `writing` writes a file completely or not at all.
 """

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import FileMissing, find, hub_id, read_json
 from peft_longlora.hub.export import PREFIX
+from peft_longlora.hub.original_fields import carried_fields
+from peft_longlora.hub.original_tensors import (
+    Tensors,
+    are_equal,
+    check_lora,
+    check_whole,
+    layers_of,
+    load_tensors,
+    split,
+)
 
 WEIGHTS, TRAINABLE = "adapter_model.bin", "trainable_params.bin"
+EMBEDDINGS, HEAD = f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}lm_head.weight"
 
 logger = logging.get_logger(__name__)
 
@@ -32,6 +44,7 @@ def convert_original_adapter(
     base_context_length: int = 4096,
     rope_theta: float = 10000.0,
     vocab_size: int = 32000,
+    trainable_params: str = "embed,norm",
     revision: str | None = None,
     token: bool | str | None = None,
 ) -> LongLoraConfig:
@@ -49,6 +62,8 @@ def convert_original_adapter(
         rope_theta: the base of the base's RoPE.
         vocab_size: rows of the base's embedding. Rows beyond them are the [PAD] that the original appends; they are
             dropped, with a warning.
+        trainable_params: what was trained besides LoRA, as the original's script of that option takes it: 'embed,norm',
+            'embed', 'norm' or ''.
         revision: of a repository: a branch, a tag or a commit.
         token: of the Hub. None: the one that is stored.
 
@@ -56,7 +71,8 @@ def convert_original_adapter(
         The new adapter's config.
 
     Raises:
-        ValueError: a file is missing, holds more than tensors, or does not fit, or the window is not known.
+        ValueError: a file is missing, holds more than tensors, or does not fit the other files; a field of the config
+            changes what the adapter computes and cannot be carried over; or the window is not known.
 
     Source: get_trainable_weights.py and merge_lora_weights_and_save_hf_model.py of github.com/dvlab-research/LongLoRA.
     """
@@ -65,42 +81,41 @@ def convert_original_adapter(
     factor = _factor(label, factor, context_length, base_context_length)
     window = round(factor * base_context_length)
     old = read_json(source / CONFIG_NAME)
-    if old.get("peft_type") != "LORA" or old.get("bias", "none") != "none":
-        raise ValueError(
-            f"{label}/{CONFIG_NAME}: peft_type={old.get('peft_type')!r}, bias={old.get('bias')!r}; the original's "
-            f"adapters have 'LORA' and 'none'."
+    kept = carried_fields(old, f"{label}/{CONFIG_NAME}")
+    base = base_model or old.get("base_model_name_or_path")
+    trained = _trained(trainable_params)
+    weights_place, trainable_place = f"{label}/{WEIGHTS}", f"{label}/{TRAINABLE}"
+    weights = load_tensors(source / WEIGHTS, weights_place)
+    lora, whole = split(weights, load_tensors(source / TRAINABLE, trainable_place), weights_place, trainable_place)
+    for key in whole.keys() & {EMBEDDINGS, HEAD}:
+        whole[key] = _drop_added_rows(whole[key], vocab_size, f"{trainable_place}: {key}")
+    is_tied = "embed" in trained and _is_tied(base)
+    if is_tied:
+        _take_out_tied_head(kept, whole, label)
+    try:
+        config = LongLoraConfig(
+            **kept,
+            base_model_name_or_path=base,
+            context_length=window,
+            rope_type="linear",
+            train_embeddings="embed" in trained,
+            train_norms="norm" in trained,
+            base_context_length=base_context_length,
+            applied_rope_parameters={"rope_type": "linear", "factor": factor, "rope_theta": rope_theta},
+            vocab_size=vocab_size if "embed" in trained else None,
+            inference_mode=True,
         )
-    lora = _load_tensors(source / WEIGHTS)
-    whole = {
-        PREFIX + key.removeprefix(PREFIX): tensor
-        for key, tensor in _load_tensors(source / TRAINABLE).items()
-        if "rotary_emb" not in key
-    }
-    embeddings = [key for key in whole if key.endswith("embed_tokens.weight")]
-    for key in embeddings:
-        whole[key] = _drop_added_rows(whole[key], vocab_size, f"{label}/{TRAINABLE}: {key}")
-    config = LongLoraConfig(
-        **{key: old[key] for key in ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type") if key in old},
-        base_model_name_or_path=base_model or old.get("base_model_name_or_path"),
-        context_length=window,
-        rope_type="linear",
-        train_embeddings=bool(embeddings),
-        train_norms=len(whole) > len(embeddings),
-        base_context_length=base_context_length,
-        applied_rope_parameters={
-            "rope_type": "linear",
-            "factor": factor,
-            "rope_theta": rope_theta,
-        },
-        vocab_size=vocab_size if embeddings else None,
-        inference_mode=True,
-    )
+    except ValueError as error:
+        raise ValueError(f"{label}/{CONFIG_NAME}, or an argument of the conversion: {error}") from error
+    layers = layers_of([*lora, *whole])
+    check_lora(config, lora, layers, weights_place)
+    check_whole(config, whole, layers, trainable_place)
+    if is_tied:  # in this package's adapters a tied output layer has its own copy of the one weight
+        whole[HEAD] = whole[EMBEDDINGS]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = {key.replace(".default.", "."): tensor for key, tensor in lora.items()} | whole
-    tensors = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+    tensors = {key: tensor.contiguous().clone() for key, tensor in (lora | whole).items()}
     save_file(tensors, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
-    base = config.base_model_name_or_path
     if hub_id(base) is None and not os.path.isdir(str(base)):
         logger.warning(
             f"{label}/{CONFIG_NAME} names the base {base!r}, which is neither a folder here nor an id on the Hub. Give "
@@ -144,19 +159,36 @@ def _window_from_name(label: str) -> int:
     return int(found[0]) * 1024
 
 
-def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a pickle. A pickle that holds anything else is refused."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+def _trained(trainable_params: str) -> set[str]:
+    trained = {name.strip() for name in trainable_params.split(",")} - {""}
+    if trained - {"embed", "norm"}:
         raise ValueError(
-            f"{path} is refused: it is damaged, or holds more than tensors, which could run code when opened "
-            f"({first}). Get it again from its authors; do not open it with weights_only=False."
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"{path} must hold a dict of tensors, as the original project writes it.")
-    return content
+            f"trainable_params={trainable_params!r} must be 'embed,norm', 'embed', 'norm' or ''. Name other modules in "
+            f"modules_to_save of adapter_config.json."
+        )
+    return trained
+
+
+def _is_tied(base: str | None) -> bool:
+    """Whether a base that lies on the disk ties its output layer to its embeddings. Others are not asked."""
+    if not os.path.isfile(os.path.join(str(base), "config.json")):
+        return False
+    try:
+        return bool(AutoConfig.from_pretrained(base).tie_word_embeddings)
+    except (OSError, ValueError, KeyError):  # loading the base will say what is wrong with it
+        return False
+
+
+def _take_out_tied_head(kept: dict[str, Any], whole: Tensors, label: str) -> None:
+    """Leave the output layer of a tied base to the embeddings, whose weight it has."""
+    if isinstance(saved := kept.get("modules_to_save"), list):
+        kept["modules_to_save"] = [name for name in saved if name != "lm_head"] or None
+    head = whole.pop(HEAD, None)
+    if head is not None and EMBEDDINGS in whole and not are_equal(head, whole[EMBEDDINGS]):
+        raise ValueError(
+            f"{label}: the files hold {HEAD} and {EMBEDDINGS} with different values, but the base ties the two to one "
+            f"weight (tie_word_embeddings in its config.json). Give the base_model that the adapter was trained on."
+        )
 
 
 def _drop_added_rows(weight: torch.Tensor, rows: int, what: str) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""What the server answers to anybody: a content policy with every answer, no files, no API, and a bound for uploads.
+"""What the server answers to anybody: a content policy with every answer, no files, no API, a bound for uploads,
+and on a page for this machine alone nothing to other sites.
 
 An ASGI middleware, between the web server and gradio's own app.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,10 +32,14 @@ class Guard:
 
     Attributes:
         folder: where uploads lie until they are read.
+        hosts: the names under which the page is asked for, such as localhost; None: any. With names, other sites may
+            not send anything either: a site can give its own name this machine's address (DNS rebinding).
     """
 
-    def __init__(self, app: ASGIApp, folder: Path, most_bytes: int = MOST_BYTES) -> None:
-        self.app, self.folder, self.most_bytes = app, folder, most_bytes
+    def __init__(
+        self, app: ASGIApp, folder: Path, most_bytes: int = MOST_BYTES, hosts: tuple[str, ...] | None = None
+    ) -> None:
+        self.app, self.folder, self.most_bytes, self.hosts = app, folder, most_bytes, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
@@ -59,6 +65,13 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         """The status and text of a refusal; None if the request is answered."""
+        if self.hosts is not None:
+            headers = dict(scope["headers"])
+            host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin", b"").decode("latin-1")
+            if _name(host) not in self.hosts:
+                return 400, "This page is for its own machine alone: ask for it as localhost, or start it with --auth."
+            if scope["method"] == "POST" and origin and origin.partition("://")[2].lower() != host.lower():
+                return 403, "Another site may not send anything here."
         parts = scope["path"].lstrip("/").removeprefix("gradio_api/")
         if parts.startswith(("file=", "file/", "proxy=")):
             return 404, "No files are served here."
@@ -77,6 +90,14 @@ class Guard:
             except OSError:  # read and deleted meanwhile
                 continue
         return total
+
+
+def _name(host: str) -> str | None:
+    """The name in a Host header, without its port."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
 
 
 def _is_page(scope: Scope) -> bool:

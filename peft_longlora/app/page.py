@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_longlora.app import views
-from peft_longlora.app.reader import FAILURES, LIMITS, Entry, Reader
+from peft_longlora.app.reader import FAILURES, LETTERS, LIMITS, ROW_WINDOWS, Entry, Reader
 from peft_longlora.app.views import View
 from peft_longlora.chat import Conversation, Document
 from peft_longlora.hub import Loaded
@@ -76,6 +76,11 @@ class Page:
             return
         if not question.strip():
             return
+        most = LETTERS * ROW_WINDOWS * self.loaded.window
+        if len(question) > most:
+            said = views.LONG.format(len(question), most)
+            yield View(f"{reader.usage()}<br>{views.red(said)}", question=question)
+            return
         entry = reader.add(question.strip())
         if entry is None:
             yield View(f"{reader.usage()}<br>{views.red(views.MANY)}", question=question)
@@ -92,8 +97,9 @@ class Page:
 
     def _answer(self, reader: Reader, entry: Entry) -> Iterator[View]:
         conversation = reader.conversation
-        reader.notes = conversation.warnings(entry.question)
         try:
+            reader.check_row(entry.question)
+            reader.notes = conversation.warnings(entry.question)
             yield View(reader.usage(), passages=views.NOWHERE)
             shown = time.monotonic()
             for piece in conversation.ask(entry.question, lambda: entry.is_stopped):

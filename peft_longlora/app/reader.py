@@ -12,9 +12,12 @@ import torch
 from peft_longlora.app import views
 from peft_longlora.app.views import View
 from peft_longlora.chat import Conversation, Document, Limits, read_document
+from peft_longlora.chat.dialogue import Turn
 
 LIMITS = Limits(pages=3000, characters=20_000_000, seconds=120)
 WAITING = 4  # questions of one reader: each that waits holds a thread of the server
+ROW_WINDOWS = 5  # of a document, its questions and answers: one more for them than for a document alone
+LETTERS = 8  # characters of a token: a question of more is refused before it is made tokens
 WINDOWS = 4  # a document of more windows is refused: its keys and values would take the memory of all readers
 FAILURES = (ValueError, ImportError, MemoryError, torch.OutOfMemoryError)
 
@@ -97,6 +100,16 @@ class Reader:
             else:
                 self._is_read, self.notes = True, [reason]
             self._changed.notify_all()
+
+    def check_row(self, question: str) -> None:
+        """Refuse a question that makes the row far longer than the window. Raises: ValueError."""
+        conversation = self.conversation
+        tokens = len(conversation.dialogue.ids([*conversation.turns, Turn(question)]))
+        if tokens > (most := ROW_WINDOWS * conversation.window):
+            raise ValueError(
+                f"This question ends at token {tokens:,} of a window of {conversation.window:,}, and rows of at most "
+                f"{most:,} are answered here: {ROW_WINDOWS} windows. Ask a shorter one, or forget the questions so far."
+            )
 
     def add(self, question: str) -> Entry | None:
         """Put a question behind those that wait. None: too many wait."""

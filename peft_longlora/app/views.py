@@ -11,6 +11,7 @@ from peft_longlora.chat import Conversation, Passage
 EMPTY = "No document yet."
 GONE = "There is no document here. If you dropped one, drop it again: the server was started anew."
 MANY = "Enough of your questions wait already. Ask again after an answer."
+LONG = "This question has {:,} characters, and at most {:,} are read here. Ask a shorter one, or drop it as a file."
 FULL = "All places are taken. Try again later."
 NOWHERE = "<small>After an answer: passages with its words, and with those of the question.</small>"
 NONE_FOUND = "<small>No passage holds a word of the answer or of the question.</small>"

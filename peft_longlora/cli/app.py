@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
             f"--host {args.host} lets other machines use the model. Give --auth NAME:PASSWORD, or --open to let "
             f"everybody in."
         )
+    if auth is not None and args.open:
+        raise ValueError(f"--open lets everybody in, and --auth (or ${AUTH}) asks for a login. Give one of them.")
     _check_address(args.host, args.port)
     try:
         from peft_longlora.app.serve import launch, make_app
@@ -60,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"warning: {note}", file=sys.stderr)
     # A question that waits and a file that is read hold a thread each; the others are for Stop, Forget and uploads.
     threads = args.places * (WAITING + 1) + 16
-    url = launch(
-        app, max_threads=threads, server_name=args.host, server_port=args.port, auth=auth, prevent_thread_lock=True
-    )[1]
+    hosts = LOCAL if args.host in LOCAL and auth is None else None
+    server = dict(server_name=args.host, server_port=args.port, auth=auth, hosts=hosts)
+    url = launch(app, max_threads=threads, prevent_thread_lock=True, **server)[1]
     login = f"; log in as {auth[0]}" if auth else ""
     if args.host not in LOCAL and auth is None:
         print(f"warning: --open: whoever reaches {args.host}:{args.port} can use the model.", file=sys.stderr)

@@ -227,6 +227,25 @@ def test_a_question_beyond_the_window_is_said_before_it_runs(page, book):
     asking.join(60)
 
 
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ("w" * 81_921, "This question has 81,921 characters, and at most 81,920 are read here"),
+        ("why " * 20_000, "rows of at most 10,240 are answered here: 5 windows"),
+    ],
+)
+def test_a_question_far_beyond_the_window_is_given_back_and_does_not_run(page, book, question, message):
+    tab = Tab(page)
+    tab.drop(book)
+    reader = page.readers["one"]
+    held = list(reader.conversation.kv.ids)
+    tab.ask(question)
+    assert 'class="over"' in tab.usage and message in tab.usage and tab.question.strip() == question.strip()
+    assert tab.chat == [] and reader.entries == [] and reader.conversation.kv.ids == held
+    tab.ask("Where is the key?")
+    assert len(tab.said) == 1 and message not in tab.usage
+
+
 def test_what_cannot_be_read_is_said_without_paths_and_deleted(page, tmp_path):
     (tmp_path / "broken.pdf").write_bytes(b"no PDF")
     tab = Tab(page)

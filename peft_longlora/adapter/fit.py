@@ -52,6 +52,8 @@ def check_before(
     if not is_for_conversion:
         _check_alone(configs)
     _check_learned(config, model)
+    if config.file is None and not is_for_conversion:
+        _warn_of_window(config, model)
     if config.file is not None:
         check_init(config.init_lora_weights, model, config.file.path.parent)
     _warn_of_changes(config)
@@ -88,6 +90,16 @@ def _check_learned(config: LongLoraConfig, model: PreTrainedModel) -> None:
         )
     if config.rope_type == "learned":
         learned.check(model, list(trainable.find_rotary(model).values()))
+
+
+def _warn_of_window(config: LongLoraConfig, model: PreTrainedModel) -> None:
+    """Warn, once for all that a command makes, of a window that is no longer than the base's: LoRA alone is trained."""
+    window = rotary.rope_of(model, scaled=False).window
+    if config.context_length is not None and config.context_length <= window and config.rope_parameters is None:
+        logger.warning_once(
+            f"context_length={config.context_length} is not above the base's own window of {window} tokens: RoPE stays "
+            f"as it is, and nothing is extended."
+        )
 
 
 def _check_embeddings(config: LongLoraConfig, model: PreTrainedModel, tied: list[str]) -> None:

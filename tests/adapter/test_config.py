@@ -11,7 +11,9 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
 
 from peft_longlora import LongLoraConfig
+from peft_longlora.adapter import fit
 from peft_longlora.kernels.patterns import PATTERNS
+from tests.helpers.tiny import make
 
 # The field table of the contract.
 DEFAULTS = {
@@ -258,3 +260,15 @@ def test_numbers_of_numpy_and_torch_become_pythons(number, tmp_path):
     for wrong in (np.float32(8.5), np.bool_(True), torch.tensor(8.0), np.array([8])):
         with pytest.raises(ValueError, match="group_size="):
             LongLoraConfig(group_size=wrong)
+
+
+@pytest.mark.parametrize(("window", "is_said"), [(7, True), (64, True), (65, False), (None, False)])
+def test_a_window_that_extends_nothing_is_said_once(monkeypatch, window, is_said):
+    lines = []
+    monkeypatch.setattr("peft_longlora.adapter.fit.logger.warning", lines.append)
+    fit.logger.warning_once.__func__.cache_clear()
+    for _ in range(2):
+        model = get_peft_model(make(), LongLoraConfig(r=2, context_length=window, group_size=4))
+    said = f"context_length={window} is not above the base's own window of 64 tokens: RoPE stays as it is, and nothing"
+    assert [line.startswith(said) for line in lines] == [True] * is_said
+    assert (model.config.max_position_embeddings > 64) == (window == 65)

@@ -55,3 +55,10 @@ def test_the_time_is_said_once_after_the_first_log(start, logged, steps, seconds
     outlook.on_log(args, state, None)
     outlook.on_log(args, state, None)
     assert lines[1:] == said
+
+
+def test_a_window_that_extends_nothing_is_said_before_the_weights_are_loaded(run, monkeypatch):
+    lines = []
+    monkeypatch.setattr("peft_longlora.adapter.fit.logger.warning", lines.append)
+    assert run("--context-length", 58, "--dry-run")[0] == 0
+    assert sum("context_length=58 is not above the base's own window of 64 tokens" in line for line in lines) == 1

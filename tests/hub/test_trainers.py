@@ -65,7 +65,7 @@ class WaitForPush(TrainerCallback):
             self.trainer.push_in_progress.wait_until_done()
 
 
-@pytest.mark.parametrize("kind", ["trainer", "sft"])
+@pytest.mark.parametrize("kind", [pytest.param("trainer", marks=pytest.mark.slow), "sft"])
 def test_trainers_push_our_card_at_every_save(hub, pusher, kind):
     failure = pusher(train, f"me/{kind}", kind, with_card=True)
     assert not isinstance(failure, Failure), failure
@@ -83,7 +83,7 @@ def test_trainers_push_our_card_at_every_save(hub, pusher, kind):
     ("kind", "strategy"),
     [
         ("trainer", "every_save"),
-        ("trainer", "checkpoint"),
+        pytest.param("trainer", "checkpoint", marks=pytest.mark.slow),
         ("trainer", "end"),
         pytest.param("add_adapter", "every_save", marks=own_adapters),
         pytest.param("trainer", "all_checkpoints", marks=pytest.mark.slow),

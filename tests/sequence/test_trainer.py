@@ -287,7 +287,7 @@ def resuming(folder: str, checkpoint: str) -> dict:
     return plain_trainer(folder, resume=checkpoint)
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("first", "then"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(first, then, alone, tmp_path):
     run_ranks(first, saving, str(tmp_path / "first"))
     for found in run_ranks(then, resuming, str(tmp_path / "then"), str(tmp_path / "first" / "checkpoint-1")):

@@ -29,14 +29,14 @@ def check_names(config: LongLoraConfig, model: nn.Module) -> None:
     modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     parameters = [name.replace(".base_layer", "") for name, _ in model.named_parameters(remove_duplicate=False)]
     is_list = isinstance(config.target_modules, list | tuple | set)
-    _check("target_modules", config.target_modules if is_list else (), modules, _is_last_of)
-    _check("target_parameters", config.target_parameters or (), parameters, _is_last_of)
-    _check("modules_to_save", config.modules_to_save or (), modules, lambda entry, name: name.endswith(entry))
+    _check("target_modules", config.target_modules if is_list else (), modules, is_last_of)
+    _check("target_parameters", config.target_parameters or (), parameters, is_last_of)
+    _check("modules_to_save", config.modules_to_save or (), modules, is_end_of)
     excluded = config.exclude_modules or ()
     is_regex = isinstance(excluded, str)
-    _check("exclude_modules", [excluded] if is_regex else excluded, modules, re.fullmatch if is_regex else _is_last_of)
+    _check("exclude_modules", [excluded] if is_regex else excluded, modules, re.fullmatch if is_regex else is_last_of)
     if isinstance(config.trainable_token_indices, dict):
-        _check("trainable_token_indices", config.trainable_token_indices, modules, _is_last_of)
+        _check("trainable_token_indices", config.trainable_token_indices, modules, is_last_of)
     targets = [*_targets(config, modules), *(parameters if config.target_parameters else ())]
     _check_layers(config, targets, modules)
     for field in ("rank_pattern", "alpha_pattern"):
@@ -50,8 +50,14 @@ def _targets(config: LongLoraConfig, modules: list[str]) -> list[str]:
     return [name for name in modules if check_target_module_exists(config, name)]
 
 
-def _is_last_of(entry: str, name: str) -> bool:
+def is_last_of(entry: str, name: str) -> bool:
+    """Whether PEFT takes a module of this name for an entry of target_modules or exclude_modules that is a list."""
     return name == entry or name.endswith(f".{entry}")
+
+
+def is_end_of(entry: str, name: str) -> bool:
+    """Whether PEFT takes a module of this name for an entry of modules_to_save."""
+    return name.endswith(entry)
 
 
 def _check(field: str, entries: Iterable[str], names: list[str], match: Callable[[str, str], Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from peft_longlora.adapter.config import LongLoraConfig
+from peft_longlora.adapter.names import is_end_of, is_last_of
 from peft_longlora.adapter.regexes import check_patterns
 
 PATTERNS = ("target_modules", "exclude_modules")  # a list of names, or a regular expression for whole names
@@ -44,8 +45,8 @@ def check_modules(model: nn.Module, config: LongLoraConfig) -> None:
             continue
         whole = isinstance(value, str)
         for part in [value] if whole else sorted(value):
-            pattern = part if whole else _pattern(key, part)
-            if not any(re.fullmatch(pattern, name) for name in names):
+            match = re.fullmatch if whole else is_end_of if key == SAVED else is_last_of
+            if not any(match(part, name) for name in names):
                 raise ValueError(f"{key}={value if whole else part!r} {_rule(whole, part, names)}")
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     chosen = config.layers_to_transform
@@ -59,13 +60,6 @@ def _split(text: str) -> list[str]:
     parts = [part.strip() for part in text.split(",")]
     parts = [part for part in parts if part]
     return parts if all(_NAME.fullmatch(part) for part in parts) else []
-
-
-def _pattern(key: str, name: str) -> str:
-    """A regular expression for the modules that PEFT finds by a name in a list."""
-    if key == SAVED:  # PEFT reads it as a pattern for a part of the name
-        return rf"(.*\.)?({name})(\..*)?"
-    return rf"(.*\.)?{re.escape(name)}"
 
 
 def _rule(whole: bool, part: str, names: list[str]) -> str:

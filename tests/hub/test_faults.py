@@ -53,7 +53,10 @@ FAULTS = {
 }
 
 
-SECONDS = {"connection dropped amid an upload"}  # the client waits longer and longer between its tries
+SECONDS = {
+    "connection dropped amid an upload",
+    "500 at the upload",
+}  # the client waits longer and longer between its tries
 CASES = [pytest.param(name, marks=pytest.mark.slow) if name in SECONDS else name for name in FAULTS]
 
 

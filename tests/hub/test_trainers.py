@@ -82,7 +82,7 @@ def test_trainers_push_our_card_at_every_save(hub, pusher, kind):
 @pytest.mark.parametrize(
     ("kind", "strategy"),
     [
-        ("trainer", "every_save"),
+        pytest.param("trainer", "every_save", marks=pytest.mark.slow),
         pytest.param("trainer", "checkpoint", marks=pytest.mark.slow),
         ("trainer", "end"),
         pytest.param("add_adapter", "every_save", marks=own_adapters),

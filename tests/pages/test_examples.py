@@ -254,6 +254,7 @@ def test_long_sequence_trains_the_same_adapter_on_one_process_and_on_two(base, t
     assert any(tensor.abs().max() > 5e-3 for name, tensor in alone.items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_quickstart(run, monkeypatch, tmp_path):
     """On a window of 640 tokens, two steps and little text. It compares its adapter with a fresh process's itself."""
     stdlib_text = __import__("stdlib_text")  # examples/ is on the path while a test uses `run`

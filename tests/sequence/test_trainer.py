@@ -79,7 +79,7 @@ def models(ranks: int) -> dict:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
+@pytest.mark.parametrize("ranks", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4, 8))])
 def test_loss_and_gradients_are_those_of_one_process(ranks):
     for found in run_ranks(ranks, models, ranks):
         assert len(found) == len(KINDS) + 2 * (len(MODELS) - 1 if ranks == 2 else 1) + 3

@@ -251,6 +251,7 @@ def test_ctrl_c_in_a_terminal(place, tmp_path):
     assert step < 500 and last_checkpoint(tmp_path / "out").name == f"checkpoint-{step}"
 
 
+@pytest.mark.slow
 def test_a_meter_counts_tokens_of_all_processes():
     meter = Meter(64)
     meter.begin({"input_ids": torch.zeros(1, 10, dtype=torch.long)})

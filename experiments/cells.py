@@ -40,6 +40,11 @@ TRAINING = dict(
     gradient_checkpointing=False,
     bf16=False,
     dense_steps=None,
+    group_sizes=None,
+    rotating_layers=None,
+    skip_positions=False,
+    unscored=None,
+    dense_weight=None,
     accumulation=None,
     rows=None,
 )

@@ -10,20 +10,21 @@ import math
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from cells import Cell
+from course import Course
 from losses import token_losses
 from peft import PeftModel, get_peft_model
 from records import answer_losses
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from work import attention_share, dense_step_numbers, layer_share, shape_of
+from work import attention_share, layer_share, shape_of
 
-from peft_longlora import LongLoraConfig, use_attention
+from peft_longlora import LongLoraConfig
 from peft_longlora.rope.learned import STRETCH
 
 
@@ -31,6 +32,7 @@ class LongRowTrainer(Trainer):
     """The Trainer with a loss that never holds a whole row's logits (losses.py says why)."""
 
     losses: list[torch.Tensor]
+    course: Course
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "labels" in inputs:
@@ -38,25 +40,24 @@ class LongRowTrainer(Trainer):
             loss = losses.sum() / num_items_in_batch  # an accumulated step is the mean over its tokens
         else:
             losses = token_losses(model, inputs["input_ids"])
-            loss = losses.mean()
+            loss = self.course.weigh(self.state.global_step, losses)
         self.losses.append(losses.detach().mean())
         return loss
 
 
 class Watch(TrainerCallback):
-    """Times the steps, prints every tenth, and makes the steps of a schedule dense."""
+    """Times the steps, prints every tenth, and keeps to the course."""
 
-    def __init__(self, trainer: LongRowTrainer, dense_steps: set[int]):
-        self.trainer, self.dense_steps, self.seconds, self.dense = trainer, dense_steps, [], ExitStack()
+    def __init__(self, trainer: LongRowTrainer):
+        self.trainer, self.seconds = trainer, []
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step in self.dense_steps:
-            self.dense.enter_context(use_attention(model, "dense", dense_attention="fastest"))
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.course.begin(state.global_step)
         self.start = _now(args.device)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(_now(args.device) - self.start)
-        self.dense.close()
+        self.trainer.course.end()
         if state.global_step % 10 == 0 or state.global_step == state.max_steps:
             loss, seconds = self.trainer.losses[-1].item(), statistics.median(self.seconds[-10:])
             print(f"  step {state.global_step}/{state.max_steps}: loss {loss:.4f}, {seconds:.3f} s", flush=True)
@@ -93,6 +94,7 @@ def train(cell: Cell, model: PeftModel, rows: list[dict[str, list[int]]], device
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=is_cuda)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, options))
     dense_every = cell.config.get("dense_every")
+    course = Course(model, options, steps, cell.seed, dense_every if each == 1 else None)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=steps, per_device_train_batch_size=1,
@@ -105,9 +107,8 @@ def train(cell: Cell, model: PeftModel, rows: list[dict[str, list[int]]], device
         )  # fmt: skip
         data = [{name: torch.tensor(value) for name, value in row.items()} for row in rows]
         trainer = LongRowTrainer(model, arguments, train_dataset=data, optimizers=(optimizer, scheduler))
-        trainer.losses = []
-        dense_steps = dense_step_numbers(steps, None, options["dense_steps"])
-        watch = Watch(trainer, dense_steps)
+        trainer.losses, trainer.course = [], course
+        watch = Watch(trainer)
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(watch)
@@ -119,26 +120,27 @@ def train(cell: Cell, model: PeftModel, rows: list[dict[str, list[int]]], device
     losses = torch.stack(trainer.losses).tolist()
     if not all(map(math.isfinite, losses)) or len(losses) != len(rows):
         raise RuntimeError(f"{cell}: {len(losses)} losses of {len(rows)} forwards, the last of them {losses[-5:]}.")
-    config = model.peft_config["default"]
-    layers, *heads = shape_of(model.config.get_text_config())
-
-    def layer(length: int) -> float:
-        return layer_share(config.attention_pattern, length, config.applied_group_size, *heads, config.chosen_blocks)
-
-    dense = dense_step_numbers(len(rows), dense_every, None)
-    dense |= {number for number in range(len(rows)) if number // each in dense_steps}
     lengths = [len(row["input_ids"]) for row in rows]
+    shares = [course.share(n // each, partial(_layer_share, model, length)) for n, length in enumerate(lengths)]
+    if dense_every and each > 1:  # it counts forwards
+        shares = [1.0 if (number + 1) % dense_every == 0 else share for number, share in enumerate(shares)]
     return dict(
         loss=[round(loss, 5) for loss in losses],
         step_seconds=[round(one, 4) for one in watch.seconds],
         median_step_seconds=statistics.median(watch.seconds),
-        mean_step_seconds=steady_mean(watch.seconds, dense_every or 1),
+        mean_step_seconds=steady_mean(watch.seconds, dense_every or course.period),
         training_seconds=seconds,
         peak_gib=torch.cuda.max_memory_allocated() / 2**30 if is_cuda else None,
-        attention_share=attention_share(lengths, dense, layer, len(set(config.dense_layers or ())), layers),
-        group_size=config.applied_group_size,
+        attention_share=attention_share(lengths, shares),
+        group_size=model.peft_config["default"].applied_group_size,
         trained_parameters=sum(parameter.numel() for group in groups for parameter in group["params"]),
     )
+
+
+def _layer_share(model: PeftModel, length: int, group_size: int) -> float:
+    """The share of full attention's pairs in one sparse layer."""
+    config, (_, *heads) = model.peft_config["default"], shape_of(model.config.get_text_config())
+    return layer_share(config.attention_pattern, length, group_size, *heads, config.chosen_blocks)
 
 
 def rate(step: int, steps: int, options: dict[str, Any]) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 from peft_longlora.kernels.blocks import BLOCK, default_blocks
@@ -71,29 +72,27 @@ def dense_step_numbers(steps: int, dense_every: int | None, schedule: dict[str, 
 
     Args:
         dense_every: the last of every n steps, or None.
-        schedule: {"first": n}, {"last": n} or {"every": n}; None for none.
+        schedule: None for none, or some of {"first": n}, {"last": n} and {"every": n}; with "after": k the counting of
+            "every" begins after k steps.
+
+    Example: 12 steps, {"every": 3, "after": 6}: steps 8 and 11.
     """
     schedule = schedule or {}
-    found = {step for n in (dense_every, schedule.get("every")) if n for step in range(n - 1, steps, n)}
+    after = schedule.get("after", 0)
+    found = set(range(dense_every - 1, steps, dense_every)) if dense_every else set()
+    if every := schedule.get("every"):
+        found |= set(range(after + every - 1, steps, every))
     found |= set(range(min(steps, schedule.get("first", 0))))
     return found | set(range(max(0, steps - schedule.get("last", 0)), steps))
 
 
-def attention_share(
-    lengths: Sequence[int], dense: Collection[int], layer: Callable[[int], float], dense_layers: int, layers: int
-) -> float:
-    """Share of full attention's pairs, over all layers and training forwards.
+def attention_share(lengths: Sequence[int], shares: Sequence[float]) -> float:
+    """Share of full attention's pairs, over all training forwards.
 
     Args:
-        lengths: tokens of each forward's row. dense: the forwards that are dense in every layer, counted from 0.
-        layer: the share of a sparse layer, for a length.
+        lengths: tokens of each forward's row. shares: of full attention's pairs that each forward computes.
     """
-    pairs = computed = 0.0
-    for number, length in enumerate(lengths):
-        share = 1.0 if number in dense else (dense_layers + (layers - dense_layers) * layer(length)) / layers
-        pairs += causal_pairs(length)
-        computed += share * causal_pairs(length)
-    return computed / pairs
+    return sum(map(operator.mul, map(causal_pairs, lengths), shares)) / sum(map(causal_pairs, lengths))
 
 
 def shape_of(config: Any) -> tuple[int, int, int]:

@@ -50,10 +50,12 @@ def test_dense_steps_and_their_share():
     assert work.dense_step_numbers(5, None, {"first": 2}) == {0, 1}
     assert work.dense_step_numbers(5, None, {"last": 9}) == {0, 1, 2, 3, 4}
     assert work.dense_step_numbers(5, None, None) == set()
+    assert work.dense_step_numbers(12, None, {"every": 3, "after": 6}) == {8, 11}
+    assert work.dense_step_numbers(7, 5, {"every": 3}) == {2, 4, 5}
     # 25 dense steps of 150; in the others 3 of 30 layers are dense and the rest do an eighth.
-    found = work.attention_share([64] * 150, range(25), lambda length: 0.125, 3, 30)
+    found = work.attention_share([64] * 150, [1.0] * 25 + [0.1 + 0.9 * 0.125] * 125)
     assert found == pytest.approx((25 + 125 * (0.1 + 0.9 * 0.125)) / 150)
     # A short row is dense whatever the forward: 10 + 55 pairs of rows of 4 and 10, groups of 4 (10 + 10 + 3 pairs).
-    found = work.attention_share([4, 10], set(), lambda n: work.layer_share("local", n, 4, 9, 3), 0, 30)
-    assert found == pytest.approx((10 + 23) / (10 + 55))
-    assert work.attention_share([4, 10], {1}, lambda n: work.layer_share("local", n, 4, 9, 3), 0, 30) == 1
+    shares = [work.layer_share("local", length, 4, 9, 3) for length in (4, 10)]
+    assert work.attention_share([4, 10], shares) == pytest.approx((10 + 23) / (10 + 55))
+    assert work.attention_share([4, 10], [shares[0], 1.0]) == 1

@@ -1,0 +1,112 @@
+"""What changes from step to step of a cell's training: which steps and layers are dense, group sizes, positions, weights.
+
+`train` asks it before each step, and for each row. README.md beside it describes the options.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from work import dense_step_numbers
+
+from peft_longlora import use_attention
+from peft_longlora.attention.settings import settings_on
+
+
+class Course:
+    """The course of one training: what is set before each step, and what a row of it looks like.
+
+    Args:
+        model: with its adapter. options: a cell's `training`. steps: of the optimizer. seed: of the skips.
+        dense_every: of the adapter's config, whose dense forwards are counted here too, one a step.
+    """
+
+    def __init__(
+        self, model: nn.Module, options: dict[str, Any], steps: int, seed: int, dense_every: int | None = None
+    ):
+        self.model, self.options, self.seed, self.blocks = model, options, seed, ExitStack()
+        self.settings = settings_on(model)
+        self.rope = model.get_base_model().get_decoder().rotary_emb
+        self.layers = model.config.get_text_config().num_hidden_layers
+        self.forced = dense_step_numbers(steps, None, options.get("dense_steps"))
+        self.dense = self.forced | dense_step_numbers(steps, dense_every, None)
+
+    @property
+    def period(self) -> int:
+        """Steps after which the same kinds of steps come again, 1 where that is not so."""
+        number, sizes = self.options.get("rotating_layers"), self.options.get("group_sizes")
+        every = (self.options.get("dense_steps") or {}).get("every")
+        return every or len(sizes or ()) or (self.layers // number if number else 1)
+
+    def begin(self, step: int) -> None:
+        """Set the attention of a step, counted from 0."""
+        if step in self.forced:
+            self.blocks.enter_context(use_attention(self.model, "dense", dense_attention="fastest"))
+        if self.options.get("group_sizes"):
+            self.settings.given_size = self.group_size(step)
+        if self.options.get("rotating_layers"):
+            self.settings.dense_layers = frozenset(self.dense_layers(step))
+        if self.options.get("skip_positions") and step not in self.dense:
+            hook = self.rope.register_forward_pre_hook(partial(self._skip, step), with_kwargs=True)
+            self.blocks.callback(hook.remove)
+
+    def end(self) -> None:
+        """Undo what lasts for one step."""
+        self.blocks.close()
+
+    def group_size(self, step: int) -> int:
+        """G of a step: the sizes given, in turn, or the adapter's."""
+        sizes = self.options.get("group_sizes")
+        return sizes[step % len(sizes)] if sizes else self.settings.group_size
+
+    def dense_layers(self, step: int) -> list[int]:
+        """Layers that are dense in a step: n of them, evenly spaced, the next ones in the next step."""
+        number = self.options.get("rotating_layers")
+        if not number:
+            return sorted(self.settings.dense_layers)
+        turns = self.layers // number
+        return list(range(step % turns, self.layers, turns))
+
+    def positions(self, step: int, length: int) -> list[int]:
+        """Positions of a row's tokens in a sparse step that skips: they go on farther away at a random place of each
+        group, by at most what the row is longer than the group. So a group sees the distances of a row (PoSE,
+        arXiv:2309.10400)."""
+        rng, group_size, found = random.Random(f"{self.seed} {step}"), self.group_size(step), []
+        for start in range(0, length, group_size):
+            size = min(group_size, length - start)
+            place, skip = rng.randrange(size), rng.randrange(max(1, length - size))
+            found += [number + skip * (number >= place) for number in range(size)]
+        return found
+
+    def _skip(self, step: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hook on RoPE. The model's own positions stay as they are, since a jump in them would begin a document."""
+        given = kwargs.get("position_ids", args[-1])
+        positions = torch.tensor([self.positions(step, given.shape[-1])], device=given.device)
+        return args[:1], {**kwargs, "position_ids": positions}
+
+    def weigh(self, step: int, losses: torch.Tensor) -> torch.Tensor:
+        """The loss of a step from those of its tokens, (S - 1,).
+
+        `unscored`: the first tokens of each group but the first, which see little, do not count in a sparse step.
+        `dense_weight`: what a dense step counts beside a sparse one.
+        """
+        if step in self.dense:
+            return losses.mean() * (self.options.get("dense_weight") or 1)
+        if not self.options.get("unscored"):
+            return losses.mean()
+        place, group_size = torch.arange(len(losses), device=losses.device), self.group_size(step)
+        counts = (place < group_size) | (place % group_size >= self.options["unscored"])
+        return (losses * counts).sum() / counts.sum()
+
+    def share(self, step: int, layer: Callable[[int], float]) -> float:
+        """The share of full attention's pairs that a step computes; `layer` is that of a sparse layer, for a G."""
+        if step in self.dense:
+            return 1.0
+        dense = len(self.dense_layers(step))
+        return (dense + (self.layers - dense) * layer(self.group_size(step))) / self.layers

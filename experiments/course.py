@@ -1,4 +1,4 @@
-"""What changes from step to step of a cell's training: which steps and layers are dense, group sizes, positions, weights.
+"""What changes from step to step of a cell's training: dense steps and layers, group sizes, positions, weights.
 
 `train` asks it before each step, and for each row. README.md beside it describes the options.
 """

@@ -36,6 +36,16 @@ CHOICES = [
     Choice("the shift, dense steps", "no", "yes", f"{SCHEDULE}/tokens", "schedules/s2-4096-dense-6/tokens"),
     Choice("far layers dense too", "no", "3 layers, G = 1/16, every 8th dense", f"{SCHEDULE}/time", FAR),
     Choice("blocks by content between dense steps", "no (local)", "adaptive", f"{SCHEDULE}/tokens", ADAPTIVE),
+    Choice("where the dense steps go", "every 6th", "the last 25", "courses/spread/tokens", "courses/last/tokens"),
+    Choice("where the dense steps go", "every 6th", "the first 25", "courses/spread/tokens", "courses/first/tokens"),
+    Choice("positions between dense steps", "as they are", "skip", "courses/spread/tokens", "courses/skips/tokens"),
+    Choice("what is dense", "every 6th step", "5 layers in turn", "courses/spread/tokens", "courses/rotating/tokens"),
+    Choice("groups", "4096, every 6th step dense", "2048 to 32768", "courses/spread/tokens", "courses/ladder/tokens"),
+    Choice("dense steps, G = 1/8", "every 6th", "every 3rd", f"{SCHEDULE}/tokens", "cost/local-4096-dense-3/tokens"),
+    Choice(
+        "work", "0.27 (G = 1/8)", "0.10 (G = 1/16, every 24th)", f"{SCHEDULE}/tokens", "cost/local-2048-dense-24/tokens"
+    ),
+    Choice("learning rate, full attention", "1e-3", "2e-3", "rates/full-1e-3/tokens", "courses/full-2e-3/tokens"),
     Choice("learning rate, the schedule", "1e-3", "2e-4", "rates/1e-3/tokens", f"{SCHEDULE}/tokens"),
     Choice("learning rate, the schedule", "1e-3", "5e-4", "rates/1e-3/tokens", "rates/5e-4/tokens"),
     Choice("learning rate, full attention", "1e-3", "2e-4", "rates/full-1e-3/tokens", "schedules/full/tokens"),

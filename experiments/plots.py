@@ -18,9 +18,12 @@ MARKS = {"tokens": "o", "time": "^"}
 
 def plot(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]], file: Path) -> None:
     """Write a PNG of two panels: perplexity over the share of attention work, and percent above the reference."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    legend = 0.16 * ((len(found) + 1) // 2)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6 + legend), layout="constrained")
     labels = {(name, budget): label for name, budget, label in study.rows}
-    colours = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(name for name, _, _ in study.rows))}
+    names = dict.fromkeys(name for name, _, _ in study.rows)
+    several = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"].colors
+    colours = dict(zip(names, several, strict=False))
     for (name, budget), lines in found.items():
         share = lines[0].get("attention_share")
         if share is None:
@@ -41,7 +44,8 @@ def plot(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]], file:
     right.axhline(0, color="black", linewidth=0.8)
     right.set_xlabel("position, tokens")
     right.set_ylabel(f"% above {study.reference}")
-    right.legend(fontsize=7)
+    if right.get_legend_handles_labels()[0]:
+        figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110, metadata={"Software": None})
     plt.close(figure)

@@ -126,26 +126,6 @@ CARDS = {
         },
         adapter={"r": 16, "lora_alpha": 32, "context_length": 131072, "group_size": 16384},
     ),
-    "SmolLM2-135M-longlora-32k": Card(
-        base="HuggingFaceTB/SmolLM2-135M",
-        model_type="llama",
-        license="apache-2.0",
-        config={
-            "max_position_embeddings": 8192,
-            "vocab_size": 49152,
-            "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
-        },
-        # What docs/recipe.md says where a full step is too dear.
-        adapter={
-            "r": 16,
-            "lora_alpha": 32,
-            "context_length": 32768,
-            "attention_pattern": "local",
-            "group_size": 4096,
-            "dense_every": 6,
-        },
-    ),
 }
 
 

@@ -54,7 +54,8 @@ def fit_memory(
     Args:
         model: a model of transformers with its adapter, on its GPU, ready to train with AdamW.
         length: tokens of a step on this GPU: rows times their length.
-        budget: bytes that may be used. None: 94% of the GPU's memory, minus the memory of other programs.
+        budget: bytes that may be used. The plan fills 97% of them, because a peak may be some percent higher than
+            expected. None: 94% of the GPU's memory, minus the memory of other programs.
         loss: computes the loss of the training, from the model and ids (1, S). None: the model's own loss; its logits,
             (1, S, V) float32, are then a part of the plan if Liger is missing.
         liger: whether Liger's kernels are switched on if Liger is installed and knows the model; with the model's own
@@ -74,8 +75,7 @@ def fit_memory(
     if liger:
         use_liger(model, fused_loss=loss is None)
     loss = loss or (lambda model, ids: model(input_ids=ids, labels=ids).loss)
-    if budget is None:
-        budget = _budget(device)
+    budget = _budget(device) if budget is None else int(budget * OWN_FILLED)
     best = last = None
     for means in MEANS:
         if best is not None and (means.get("offload") == 2 or (best.work <= AGAIN_KEPT and not means.get("offload"))):

@@ -87,7 +87,8 @@ class MemoryPlan:
     @property
     def working(self) -> float:
         """A token's bytes at the expected peak, but for what blocks keep of attention."""
-        arriving = self.kept_bytes if self.keep_in_host else 0.0  # the next block's, while this block's is used
+        # The next block's, while this block's is used. Blocks that keep theirs on the GPU come first in the backward.
+        arriving = self.kept_bytes if self.keep_in_host and not self.keep else 0.0
         return max(self.token_bytes + arriving, self.loss_bytes + self.free * self.free_bytes if self.free else 0.0)
 
     @property
@@ -148,8 +149,9 @@ def fill(plan: MemoryPlan) -> MemoryPlan:
             keep = min(rest, int((one.budget - one.peak) / kept))
             found.append(replace(one, keep=keep))
             in_host = min(rest, int((one.host_budget - one.host) / kept)) if plan.means.get("offload") else 0
-            if in_host and (with_host := replace(one, keep_in_host=in_host)).fits:
-                keep = min(rest - in_host, int((one.budget - with_host.peak) / kept))
+            first = min(1, rest - in_host)  # needs no more room than what arrives for blocks whose attention waits
+            if in_host and (with_host := replace(one, keep=first, keep_in_host=in_host)).fits:
+                keep = min(rest - in_host, first + int((one.budget - with_host.peak) / kept))
                 found.append(replace(with_host, keep=keep))
     return min(found, key=lambda one: one.work, default=plan)
 

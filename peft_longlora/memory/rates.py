@@ -48,11 +48,16 @@ class Rate:
         return flops(shape, self.length, self.group_size, plan) * self.tokens_per_second / self.length
 
 
+OFFLOADED = ("offload", True), ("tile_tokens", 4096)
 # All with Liger's kernels and FlashAttention-4, optimiser step included (docs/performance.md).
 MEASURED = (
     Rate("H100", "llama-2-7b", 32768, 14674, 17, 15),
-    Rate("H100", "llama-3.1-8b", 32768, 12960, 12, 20),
-    Rate("H100", "llama-3.1-8b", 131072, 11730, 1, 0),
+    Rate("H100", "llama-3.1-8b", 32768, 13219, 16, 16, OFFLOADED),
+    Rate("H100", "llama-3.1-8b", 131072, 12053, 3, 29, OFFLOADED),
+    Rate("H200", "llama-3.1-8b", 32768, 15365, 32, 0),
+    Rate("H200", "llama-3.1-8b", 131072, 12814, 8, 24, OFFLOADED),
+    Rate("H200", "llama-3.1-8b", 262144, 12289, 3, 26, OFFLOADED),
+    Rate("H200", "llama-3.1-8b", 524288, 10045, 0, 20, (("offload", 2), ("tile_tokens", 4096))),
 )
 NEAR = 4  # times a measured size, within which the rate is taken as it is
 

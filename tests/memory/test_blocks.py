@@ -210,12 +210,17 @@ def test_offloaded_inputs_leave_the_gpu_and_come_back(monkeypatch):
             grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         found[offload] = torch.cuda.max_memory_allocated(), grads
     inputs = 16 * 16384 * 512 * 2
+    plain, *others = found[False][1]
+    names = [name for name, grad in plain.items() if grad.norm() > 0]
+
+    def distance(grads):  # sums of atomic additions have another order in each run, without offloading too
+        return {name: ((grads[name] - plain[name]).norm() / plain[name].norm()).item() for name in names}
+
+    noise = max(max(distance(one).values()) for one in others)
+    assert noise < 0.02
     for offload in (True, 2):
         for again in found[offload][1]:
-            for name, grad in found[False][1][0].items():
-                # the embeddings' gradient is summed in another order each time, without offloading too
-                noise = (found[False][1][1][name] - grad).norm()
-                assert (again[name] - grad).norm() <= 3 * noise + 1e-3 * grad.norm(), name
+            assert max(distance(again).values()) <= 3 * noise + 1e-3
         assert found[False][0] - found[offload][0] > 0.5 * inputs
 
 

@@ -25,7 +25,7 @@ def measured():
         shape, about = SHAPES[data["about"]["shape"]], data["about"]
         for row in data["results"]:
             known = row["row"] in ("half low rank", "attention kept", "liger", "memory filled", "as planned")
-            if row.get("seconds") and known and "h100" in file.name:
+            if row.get("seconds") and known and "limit_gib" not in row:
                 options = row.get("options") or options_of(row, shape.blocks)
                 training = Training(
                     embeddings=not about.get("no_embeddings"),

@@ -16,8 +16,10 @@ PAGES = {
     "docs/attention.md": [("attention_h200", "attention"), ("attention_h200", "growth"), ("variants_h200", "variants")],
     "docs/performance.md": [
         ("training_32k_h100", "training"),
-        ("training_8b_32k_h100", "training"),
-        ("training_8b_131k_h100", "training"),
+        ("training_8b_h100", "training"),
+        ("training_8b_h200", "training"),
+        ("training_8b_524k_h200", "training"),
+        ("training_8b_24gib_h200", "training"),
         ("training_7b_others_h100", "training"),
         ("training_7b_float8_h100", "training"),
         ("training_7b_float8_losses_h100", "losses"),

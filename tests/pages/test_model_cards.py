@@ -2,16 +2,23 @@
 
 import ast
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_longlora import LongLoraConfig
+from peft_longlora.hub.results import Results
 
 FOLDER = Path(__file__).parents[2] / "model_cards"
 sys.path.insert(0, str(FOLDER))
+import trained  # noqa: E402
 from make import CARDS, render  # noqa: E402
 
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -54,5 +61,53 @@ def test_the_papers_card_states_the_papers_setting():
 
 def test_readme_lists_every_card():
     files = {path.stem for path in FOLDER.glob("*.md")} - {"README"}
-    links = set(re.findall(r"\]\(([^)]+)\.md\)", (FOLDER / "README.md").read_text(encoding="utf-8")))
+    links = set(re.findall(r"\]\(([^)/]+)\.md\)", (FOLDER / "README.md").read_text(encoding="utf-8")))
     assert files == links == set(CARDS)
+
+
+TRAINED = FOLDER / trained.NAME
+
+
+def test_the_trained_adapter_is_whole_and_small():
+    """On a base of its shape with random weights: every tensor finds its place, and the model is another."""
+    config = LongLoraConfig.from_pretrained(str(TRAINED))
+    assert config.base_model_name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert (TRAINED / "adapter_model.safetensors").stat().st_size < 10 * 10**6
+    shape = dict(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**shape)).eval()
+    ids = torch.arange(64)[None]
+    with torch.no_grad():
+        before = base(ids).logits
+        model = PeftModel.from_pretrained(base, TRAINED).eval()
+        assert not torch.allclose(model(ids).logits, before, atol=1e-3)
+    stored = load_file(TRAINED / "adapter_model.safetensors")
+    loaded = get_peft_model_state_dict(model)
+    assert set(stored) == set(loaded) and all(torch.equal(stored[name], loaded[name]) for name in stored)
+    assert model.config.max_position_embeddings == config.applied_context_length == 32768
+
+
+def test_its_card_is_what_the_lines_of_its_study_say(tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(TRAINED / name, tmp_path)
+    trained.write(tmp_path)
+    for name in ("README.md", "results.json", "training.json"):
+        texts = [VERSIONS.sub("", (folder / name).read_text(encoding="utf-8")) for folder in (TRAINED, tmp_path)]
+        assert texts[0] == texts[1], "run: python model_cards/trained.py"
+    line = trained.read_line("memorised", "one-pass")
+    results = Results.load(TRAINED)
+    ours = [row for row in results.results if row.variant == "adapter"]
+    assert {row.value for row in ours if row.task == "perplexity"} == {
+        line["metrics"]["perplexity"],
+        line["metrics"]["perplexity_native"],
+    }
+    assert sum(row.value * row.units for row in ours if row.task == "passkey") == sum(
+        keys["right"] for keys in line["metrics"]["passkey"].values()
+    )
+    assert (TRAINED / "perplexity_documents.png").is_file() and "other weights" not in (
+        TRAINED / "README.md"
+    ).read_text()

@@ -14,11 +14,12 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 
 # The base, or the first of two runs; the extended model, or the second. The same in every plot.
 BEFORE, AFTER = "#d1495b", "#00798c"
+RESCALED = "#b07d2b"  # RoPE alone is rescaled, nothing is trained
 
 
 def color_of(variant: str) -> str:
-    """The colour of the base, or of the model made from it."""
-    return BEFORE if variant == "base" else AFTER
+    """The colour of the base, of the base with rescaled RoPE, or of the model made from it."""
+    return {"base": BEFORE, "rescaled": RESCALED}.get(variant, AFTER)
 
 
 def shade(color: str, index: int, count: int) -> str:

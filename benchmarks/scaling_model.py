@@ -7,7 +7,9 @@
 For l tokens a GPU of S in all, seconds of a step are c l + h for S2-Attn (h: what sharing adds) and a l + d l S for
 dense attention; GiB are the weights and a slope times l. The network does not appear: per layer a GPU sends one halo
 to its neighbour while it computes (docs/scaling.md). With --beside it prints what the model, fitted to the first
-files, says of the rows in the others, beside what was measured. Hardware: any; it only reads the files.
+files, says of the rows in the others, beside what was measured. The last table is of a 70B shape whose weights are
+sharded: predictions, and beside them rows of `scaling.py --shape llama-3.3-70b --sharded`, if --beside has any.
+Hardware: any; it only reads the files.
 """
 
 from __future__ import annotations
@@ -16,10 +18,13 @@ import json
 from dataclasses import dataclass, field
 
 from options import Parser, old_file
+from scaling_prediction import sharded_table
 
 GIB_OF_A_GPU = 138.0  # of an H200's 140.4, less what CUDA and NCCL take
 WEIGHTS_GIB = 14.96  # 8.03e9 numbers in bf16
 HOST = "plain, host"  # what ranks send goes through the host's memory, and not over NVLink
+COPIED, SHARDED = ("llama-3.1-8b", False), ("llama-3.3-70b", True)
+KINDS = "llama-3.1-8b with copied weights and llama-3.3-70b with sharded ones"
 OPTIONS = {"tiles": "tile", "blocks": "block", "offloaded": "offload"}  # of scaling.py, which trade time for memory
 NAMES = {
     HOST: "",
@@ -38,7 +43,10 @@ def read(paths: list[str]) -> list[dict]:
         how = ", ".join(name for name, key in OPTIONS.items() if about.get(key)) or "plain"
         if about.get("environment", {}).get("NCCL_P2P_DISABLE") == "1":
             how = HOST
-        rows += [{**row, "how": how, "each": row["tokens"] // row["gpus"]} for row in found["rows"]]
+        kind = about.get("name", "llama-3.1-8b"), about.get("sharded", False)
+        if kind not in (COPIED, SHARDED):
+            raise ValueError(f"{path} is of {kind[0]}{', sharded' * kind[1]}. The model knows {KINDS}.")
+        rows += [{**row, "how": how, "each": row["tokens"] // row["gpus"], "sharded": kind[1]} for row in found["rows"]]
     return rows
 
 
@@ -198,6 +206,9 @@ def main() -> None:
             rows, others = read(args.files), read(args.beside)
         except (KeyError, TypeError):
             raise ValueError("a file was not written by benchmarks/scaling.py.") from None
+        sharded = [row for row in others if row["sharded"] and row["attention"] == "s2"]
+        others = [row for row in others if not row["sharded"]]
+        rows = [row for row in rows if not row["sharded"]]
         if not all(of(rows, *way) for way in (("alone", HOST), ("s2", HOST), ("ulysses",))):
             raise ValueError("the files lack rows of alone, s2 or ulysses. Give all files of a run.")
     model = fit(rows)
@@ -234,6 +245,7 @@ def main() -> None:
     print("", *shared_table(rows), "", *dense_table(rows), sep="\n")
     if others:
         print("", *beside_table(model, others), sep="\n")
+    print("", *sharded_table(model, NAMES, sharded), sep="\n")
 
 
 if __name__ == "__main__":

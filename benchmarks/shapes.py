@@ -37,3 +37,5 @@ TINY = dict(
     num_key_value_heads=2,
     max_position_embeddings=64,
 )
+# What --shape takes.
+SHAPES = {"llama-2-7b": LLAMA_2_7B, "llama-3.1-8b": LLAMA_3_8B, "llama-3.3-70b": LLAMA_3_70B, "tiny": TINY}

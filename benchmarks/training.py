@@ -32,7 +32,7 @@ import torch
 import training_others
 from float8 import freeze_in_float8
 from options import Parser, above_zero, count, new_file, positive
-from shapes import LLAMA_2_7B, LLAMA_3_8B, LLAMA_3_70B, TINY
+from shapes import SHAPES
 from training_model import make_model
 from transformers import LlamaConfig
 
@@ -42,7 +42,6 @@ from peft_longlora.memory.estimate import Shape, Training, best_estimate, flops
 from peft_longlora.memory.plan import ESTIMATED_FILLED, MemoryPlan, host_budget
 from peft_longlora.rope.mixing import unmix
 
-SHAPES = {"llama-2-7b": LLAMA_2_7B, "llama-3.1-8b": LLAMA_3_8B, "llama-3.3-70b": LLAMA_3_70B, "tiny": TINY}
 PEAK_TFLOPS = 989  # dense bf16 of an H100 or H200, by the datasheet
 GIB = 2**30
 ROWS = (

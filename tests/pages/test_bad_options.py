@@ -37,6 +37,8 @@ CASES = [
     ("benchmarks/plot_step.py", "{numbers}/attention_h200.json {here}/x.png", "was not written by"),
     ("benchmarks/scaling.py", "--output {here}/x.json", "start it with torchrun"),
     ("benchmarks/scaling.py", "--output {here}/x.json --rows s3:100", "'s3:100' is not attention:tokens"),
+    ("benchmarks/scaling.py", "--output {here}/x.json --shape gpt-2", "invalid choice: 'gpt-2'"),
+    ("benchmarks/scaling_model.py", "{tiny}", "is of tiny. The model knows llama-3.1-8b"),
     ("benchmarks/scaling_model.py", "{numbers}/attention_h200.json", "was not written by benchmarks/scaling.py"),
     ("benchmarks/scaling_model.py", "{here}/none.json", "no such file"),
     ("benchmarks/tables.py", "{here}/none.json", "no such file"),
@@ -64,8 +66,10 @@ CASES = [
 # Imported by scripts, or run only without arguments.
 LIBRARIES = {
     "command_line.py", "stdlib_text.py", "measure.py", "options.py", "shapes.py", "ways.py",
-    "float8.py", "float8_kernel.py", "training_model.py", "training_others.py",
-    "cells.py", "choices.py", "figures.py", "losses.py", "metrics.py", "plots.py", "records.py", "train.py", "work.py",
+    "float8.py", "float8_kernel.py", "training_model.py", "training_others.py", "scaling_check.py",
+    "scaling_memory.py", "scaling_prediction.py", "scaling_step.py", "scaling_traffic.py", "scaling_weights.py",
+    "cells.py", "choices.py", "course.py", "figures.py", "losses.py", "metrics.py", "plots.py", "records.py",
+    "train.py", "work.py",
 }  # fmt: skip
 
 
@@ -75,9 +79,9 @@ def words(tmp_path) -> dict[str, object]:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/book.txt").write_text("A book.")
     (tmp_path / "odd.json").write_text(json.dumps({"nothing": 1}))
-    return dict(
-        here=tmp_path / "here", texts=tmp_path / "texts", odd=tmp_path / "odd.json", numbers=NUMBERS, embedded=EMBEDDED
-    )
+    (tmp_path / "tiny.json").write_text(json.dumps({"about": {"name": "tiny"}, "rows": []}))
+    files = dict(odd=tmp_path / "odd.json", tiny=tmp_path / "tiny.json")
+    return dict(here=tmp_path / "here", texts=tmp_path / "texts", **files, numbers=NUMBERS, embedded=EMBEDDED)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from tests.helpers.ranks import run_ranks
 FOLDER = ROOT / "benchmarks"
 LIBRARIES = {"measure.py", "options.py", "shapes.py", "ways.py"}  # imported by the scripts
 LIBRARIES |= {"float8.py", "float8_kernel.py", "training_model.py", "training_others.py"}
+LIBRARIES |= {f"scaling_{name}.py" for name in ("check", "memory", "prediction", "step", "traffic", "weights")}
 
 
 def run(script: str, *arguments) -> None:
@@ -156,19 +157,33 @@ def test_eval_memory_of_invented_words():
     run("eval_memory.py", "--megabytes", 16, "--protocols", "documents")
 
 
-def share(folder: str) -> None:
+def share(folder: str, *options) -> None:
     # The group of processes is there already.
     with mock.patch.object(dist, "init_process_group"), mock.patch.object(dist, "destroy_process_group"):
         output = Path(folder, f"{os.environ['RANK']}.json")
         rows = [f"{attention}:256:0" for attention in ("alone", "s2", "ulysses")]  # ring: on GPUs alone
-        run("scaling.py", "--tiny", "--check", "--group-size", 64, "--rows", *rows, "--output", output)
+        run("scaling.py", "--tiny", "--check", "--group-size", 64, *options, "--rows", *rows, "--output", output)
 
 
-def test_scaling_on_two_processes(tmp_path):
-    run_ranks(2, share, str(tmp_path))
+SHARES = {
+    "copied": (),
+    "sharded": ("--sharded", "--offload"),
+    "sharded, in blocks": ("--sharded", "--block", 2, "--tile", 64, "--offload"),
+}
+
+
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=pytest.mark.slow if how != "copied" else ()) for how in SHARES]
+)
+def test_scaling_on_two_processes(how, tmp_path):
+    """The shared step has the loss and the gradients of one process that has the whole sequence and all weights."""
+    run_ranks(2, share, str(tmp_path), *SHARES[how])
     found = json.loads((tmp_path / "0.json").read_text())
     assert [row["attention"] for row in found["rows"]] == ["alone", "s2", "ulysses"]
     assert found["check"]["shared_to_alone"] < 0.1
+    assert max(found["check"]["shared_float32"].values()) < 1e-5
+    assert found["about"]["share_of_weights"] == (1 if how == "copied" else 0.5)
+    assert found["check"]["sharded"] == all(row["gib_gathered"] > 0 for row in found["rows"]) == (how != "copied")
 
 
 def test_scaling_model(capsys):

@@ -8,7 +8,7 @@ from matplotlib.colors import to_hex
 from peft_longlora.eval.report.comparison import Difference
 from peft_longlora.eval.report.plots import draw_cost, draw_heat_map, draw_perplexity, draw_places, draw_task_map
 from peft_longlora.eval.report.side_by_side import make_comparison, plot_comparison
-from peft_longlora.eval.report.style import AFTER, BEFORE
+from peft_longlora.eval.report.style import AFTER, BEFORE, RESCALED
 from peft_longlora.eval.report.units import show
 from peft_longlora.hub.results import Row
 
@@ -64,7 +64,8 @@ def test_before_and_after_have_one_colour_each_in_every_plot():
         figure = draw_perplexity(rows, [row(r.value, variant=r.variant, group="0-512") for r in rows], MODEL)
         return [line.get_color() for line in figure.axes[0].lines if line.get_marker() == "o"]
 
-    assert perplexities("base") == [BEFORE] and perplexities("adapter") == perplexities("rescaled") == [AFTER]
+    assert perplexities("base", "rescaled", "adapter") == [BEFORE, RESCALED, AFTER]
+    assert perplexities("base") == [BEFORE] and perplexities("adapter") == [AFTER]
     assert perplexities("adapter", "base") == [AFTER, BEFORE]
     pair = plot_comparison(differences(2), ("before", "after")).axes[0]
     assert [line.get_color() for line in pair.lines if line.get_marker() == "o"] == [BEFORE, AFTER]

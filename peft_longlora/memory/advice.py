@@ -49,7 +49,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     Args:
         model: as above.
 
-    Returns: `checkpointed`: whether any block is; `free`, `keep` (on the GPU), `offload` (0, 1 or 2) and `tiled`.
+    Returns: `checkpointed`: whether any block is; `free`, `keep` (on the GPU), `offload` (0 or n) and `tiled`.
     """
     blocks = find_blocks(model)
     functions = [block._gradient_checkpointing_func for block in blocks if block.gradient_checkpointing]
@@ -60,9 +60,14 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         checkpointed=bool(functions),
         free=len(blocks) - len(functions),
         keep=sum(kept),
-        offload=(2 if any(one.before for one in offloads) else 1) if offloads else 0,
+        offload=_every(offloads),
         tiled=any(isinstance(module, Tiled) for module in model.modules()),
     )
+
+
+def _every(offloads: list[Offload]) -> int:
+    """n, if the input of every n-th block waits in the host's memory; 0 if none does."""
+    return -(-len(offloads) // sum(one.before is None for one in offloads)) if offloads else 0
 
 
 def _next_switch(model: nn.Module) -> str:

@@ -45,9 +45,9 @@ def checkpoint_blocks(
         free: number of blocks that are not checkpointed.
         keep: whether checkpointed blocks keep the outputs of attention; or how many of them, the last ones.
         keep_in_host: how many more blocks, before those, keep them in the host's memory.
-        offload: whether the inputs of checkpointed blocks wait in the host's memory (`Offload`). With 2 only the inputs
-            of every second block wait there, and the block before computes the others again. This needs half the
-            host's memory, and half a forward more.
+        offload: whether the inputs of checkpointed blocks wait in the host's memory (`Offload`). With n only the input
+            of every n-th block waits there, and the blocks before compute the others again. This needs an n-th of the
+            host's memory, and (n - 1) / 2 forwards more: half a forward with 2, a whole one with 3.
         tile_tokens: tokens of one tile in the feed-forward layers of checkpointed blocks (`tile`); None: whole rows.
 
     Raises:
@@ -62,8 +62,8 @@ def checkpoint_blocks(
         )
     if not 0 <= free <= len(blocks):
         raise ValueError(f"free={free} is outside 0 to {len(blocks)}, the number of this model's blocks.")
-    if offload not in (0, 1, 2):
-        raise ValueError(f"offload={offload!r} must be True or False, or 2 for every second block.")
+    if not isinstance(offload, int) or offload < 0:
+        raise ValueError(f"offload={offload!r} must be True or False, or n for the input of every n-th block.")
     if tile_tokens is not None and tile_tokens < 1:
         raise ValueError(f"tile_tokens={tile_tokens} must be 1 or more tokens, or None for whole rows.")
     checkpointed = len(blocks) - free

@@ -78,7 +78,7 @@ def fit_memory(
     budget = _budget(device) if budget is None else int(budget * OWN_FILLED)
     best = last = None
     for means in MEANS:
-        if best is not None and (means.get("offload") == 2 or (best.work <= AGAIN_KEPT and not means.get("offload"))):
+        if best is not None and (means.get("offload", 0) > 1 or (best.work <= AGAIN_KEPT and not means.get("offload"))):
             continue  # nothing is gained
         try:
             last = _measure(model, length, budget, loss, means, accumulates)

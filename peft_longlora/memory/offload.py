@@ -170,7 +170,7 @@ class Offload:
         module: the block itself.
         before: the `Offload` of the block before, if that block computes this block's input again; None: the input
             waits in the host's memory. If every second block has one, this needs half the host's memory and half a
-            forward more.
+            forward more. That block may have its input from the one before it in the same way.
     """
 
     def __init__(

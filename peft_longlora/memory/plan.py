@@ -16,7 +16,7 @@ GIB = 2**30
 # feed-forward layer, with and without attention. Only the order of plans and `work` follow from them.
 AGAIN, AGAIN_KEPT = 0.86, 0.64
 TILES, COPIES = 0.02, 0.01  # what tiles, and copies to the host, cost beside that, as a share of the forward
-EVERY_SECOND = 0.5  # with offload=2, half of the blocks run forward once more
+MORE_FORWARD = 0.5  # with offload=n, (n - 1) / 2 times as many blocks as there are run forward once more
 
 # The share of a GPU's memory that a plan fills: the allocator loses some to fragments, and cuBLAS and NCCL need some.
 FILLED = 0.94
@@ -30,6 +30,7 @@ MEANS: tuple[dict[str, Any], ...] = (
     dict(tile_tokens=TILE),
     dict(offload=True, tile_tokens=TILE),
     dict(offload=2, tile_tokens=TILE),
+    dict(offload=3, tile_tokens=TILE),
 )
 
 
@@ -108,7 +109,7 @@ class MemoryPlan:
         """What is computed a second time, in forwards of the model. Only for comparisons of plans."""
         kept = self.keep + self.keep_in_host
         again = AGAIN_KEPT * kept + AGAIN * (self.blocks - self.free - kept)
-        again += EVERY_SECOND * (self.blocks - self.free) if self.means.get("offload") == 2 else 0.0
+        again += MORE_FORWARD * max(0, int(self.means.get("offload", 0)) - 1) * (self.blocks - self.free)
         again += COPIES * (self.blocks - self.free) if self.means.get("offload") else 0.0
         again += TILES * (self.blocks - self.free) if self.means.get("tile_tokens") else 0.0
         return again / self.blocks

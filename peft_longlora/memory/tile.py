@@ -46,7 +46,7 @@ class Tiled(Mixin):
         """(B, S, hidden) -> (B, S, hidden)."""
         if not self.training or hidden.shape[1] <= self.tile_tokens:
             return super().__call__(hidden)
-        if not torch.is_grad_enabled():  # the block after this one needs its input again (`offload=2`)
+        if not torch.is_grad_enabled():  # the block after this one needs its input again (`offload=2` and more)
             return torch.cat([super(Tiled, self).__call__(tile) for tile in hidden.split(self.tile_tokens, 1)], dim=1)
         if not hidden.requires_grad:
             return super().__call__(hidden)

@@ -38,8 +38,9 @@ def test_the_switches_come_one_after_the_other(model):
 
 
 def test_what_is_on_is_seen(model):
-    checkpoint_blocks(model, free=1, keep=1, keep_in_host=1, offload=2, tile_tokens=40)
-    assert state_of(model) == dict(checkpointed=True, free=1, keep=1, offload=2, tiled=True)
+    for every in (1, 2, 3):
+        checkpoint_blocks(model, free=1, keep=1, keep_in_host=1, offload=every, tile_tokens=40)
+        assert state_of(model) == dict(checkpointed=True, free=1, keep=1, offload=every, tiled=True)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

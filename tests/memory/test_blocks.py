@@ -51,6 +51,8 @@ def step(model, in_half=False, **more):
         dict(free=1, tile_tokens=40),
         dict(free=0, keep=False, offload=True, tile_tokens=7),
         dict(free=0, keep=False, offload=2),
+        dict(free=0, keep=False, offload=3),
+        dict(keep_in_host=1, keep=1, offload=3, tile_tokens=40),
         dict(free=1, keep=1, keep_in_host=1, offload=True, tile_tokens=40),
         dict(keep_in_host=3),
         dict(keep=1, keep_in_host=2, offload=2, tile_tokens=40),
@@ -70,6 +72,7 @@ def test_loss_and_gradients_are_those_of_the_plain_step(dtype, options, device, 
 
 
 OPTIONS = [dict(), dict(keep=False), dict(keep=False, offload=True), dict(keep=False, offload=2)]
+OPTIONS += [dict(keep=False, offload=3)]
 KINDS = {"gpt_oss": {}, "gemma3_text": {}, "gemma4_text": dict(rope_type="linear"), "qwen3_5_text": {}}
 
 
@@ -139,23 +142,27 @@ def test_what_cannot_be_is_refused():
         checkpoint_blocks(make(), keep=2, keep_in_host=1)
     with pytest.raises(ValueError, match="free=3 is outside 0 to 2"):
         checkpoint_blocks(make(), free=3)
-    with pytest.raises(ValueError, match="offload=3 must be True or False, or 2"):
-        checkpoint_blocks(make(), offload=3)
+    for wrong in (-1, 2.0, "all"):
+        with pytest.raises(ValueError, match=rf"offload={wrong!r} must be True or False, or n"):
+            checkpoint_blocks(make(), offload=wrong)
     with pytest.raises(ValueError, match="tile_tokens=0 must be 1 or more tokens"):
         checkpoint_blocks(make(), tile_tokens=0)
     with pytest.raises(ValueError, match="no blocks that transformers can checkpoint"):
         checkpoint_blocks(torch.nn.Linear(2, 2))
 
 
-def test_every_second_input_is_computed_by_the_block_before():
-    model = extend(make(num_hidden_layers=4), group_size=16)
+def test_inputs_that_do_not_wait_are_computed_by_the_blocks_before():
+    model = extend(make(num_hidden_layers=6), group_size=16)
     *_, plain = step(model)
     checkpoint_blocks(model, keep=False)
     *_, once = step(model)
     checkpoint_blocks(model, keep=False, offload=2)
     *_, twice = step(model)
-    # 4 blocks forward, then 4 again; and 2 of them a third time
-    assert (once.attention, twice.attention) == (2 * plain.attention, 2.5 * plain.attention)
+    checkpoint_blocks(model, keep=False, offload=3)
+    *_, thrice = step(model)
+    # 6 blocks forward, then 6 again; every second input: 3 of them a third time; every third: 1 + 2 in both threes
+    assert once.attention == 2 * plain.attention
+    assert (twice.attention, thrice.attention) == (2.5 * plain.attention, 3 * plain.attention)
 
 
 def test_a_tile_is_all_that_the_inner_width_is_there_for():
@@ -200,7 +207,7 @@ def test_offloaded_inputs_leave_the_gpu_and_come_back(monkeypatch):
     model = extend(make(dtype=torch.bfloat16, **sizes, num_key_value_heads=8), context_length=16384).cuda().train()
     ids = torch.randint(97, (1, 16384), device="cuda")
     found = {}
-    for offload in (False, True, 2):
+    for offload in (False, True, 2, 3):
         checkpoint_blocks(model, keep=False, offload=offload)
         grads = []
         for _ in range(3):  # host buffers are used again
@@ -218,13 +225,13 @@ def test_offloaded_inputs_leave_the_gpu_and_come_back(monkeypatch):
 
     noise = max(max(distance(one).values()) for one in others)
     assert noise < 0.02
-    for offload in (True, 2):
+    for offload in (True, 2, 3):
         for again in found[offload][1]:
             assert max(distance(again).values()) <= 3 * noise + 1e-3
         assert found[False][0] - found[offload][0] > 0.5 * inputs
 
 
-@pytest.mark.parametrize("offload", [1, 2])
+@pytest.mark.parametrize("offload", [1, 2, 3])
 def test_nothing_is_held_once_the_backward_is_over(offload):
     model = extend(make(num_hidden_layers=3), group_size=16)
     checkpoint_blocks(model, keep=False, offload=offload)

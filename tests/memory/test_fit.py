@@ -61,7 +61,7 @@ def test_what_waits_in_the_host():
 class Machine:
     """A GPU on which a step's peak is known: 100 MB and so many bytes a token with each of the means."""
 
-    A_TOKEN = (300_000, 200_000, 120_000, 110_000)
+    A_TOKEN = (300_000, 200_000, 120_000, 110_000, 110_000)
 
     def __init__(self, monkeypatch, host=10**12):
         self.now = {}
@@ -95,12 +95,12 @@ def test_the_fastest_means_that_fit_are_taken(monkeypatch, length):
             machine.now, chosen = options, machine.now
             fits_gpu = machine.peak(None, length, None) + 8 * trained <= 10**10
             machine.now = chosen
-            is_last = means.get("offload") == 2 and any(
-                o.get("offload") != 2 for _, o in fitting
-            )  # is tried only if nothing else fits
+            every = int(means.get("offload", 0))
+            # More than True is tried only if nothing before it fits.
+            is_last = every > 1 and any(int(o.get("offload", 0)) < every for _, o in fitting)
             if fits_gpu and not is_last and free + keep + in_host <= 2 and (means.get("offload") or not in_host):
                 again = 0.86 * (2 - free) - 0.22 * (keep + in_host)
-                slower = 0.02 * bool(means) + (0.51 if means.get("offload") == 2 else 0.01 * bool(means.get("offload")))
+                slower = 0.02 * bool(means) + 0.01 * bool(every) + 0.5 * max(0, every - 1)
                 fitting.append((round(again + slower * (2 - free), 6), options))
     fastest = min(work for work, _ in fitting)
     assert machine.now == found.options and found.options in [one for work, one in fitting if work == fastest]
@@ -116,9 +116,10 @@ def test_gradients_that_are_summed_stay(monkeypatch):
 
 
 def test_the_host_has_an_end_too(monkeypatch):
-    """Two blocks of 64 bytes a token: every second one's input waits if both are too much."""
-    Machine(monkeypatch, host=70_000 * 100)
-    assert fit_memory(extend(make()), 70_000, NAMED).means["offload"] == 2
+    """Blocks of 64 bytes a token: every second one's input waits, or every third one's, if all are too much."""
+    for layers, room, every in ((2, 100, 2), (3, 100, 3), (4, 150, 2)):
+        Machine(monkeypatch, host=70_000 * room)
+        assert fit_memory(extend(make(num_hidden_layers=layers)), 70_000, NAMED).means["offload"] == every
     Machine(monkeypatch, host=1000)
     with pytest.raises(MemoryError, match=r"into the host's memory, of which 0\.0 GiB may"):
         fit_memory(extend(make()), 70_000, NAMED)

@@ -10,7 +10,8 @@ Read `config`, `model` (how an adapter is added) and `ending` (how it is switche
                  checks weights that are loaded over an adapter that is there; `trainable` finds the modules to train,
                  and `names` says which names of a config match none;
                  `count` saves the number of training forwards
-    layers       `copies` and `precision` handle the copies of embeddings and norms, `lowrank` LoRA's product
+    layers       `copies` and `precision` handle the copies of embeddings and norms, `lowrank` LoRA's product,
+                 and `called` sees that an adapted projection is called at all
     ending       `state` undoes what adapters changed, `merged` keeps the base's weights during a merge, `mixed` handles
                  batches of several adapters, `probe` compares models
 

@@ -20,7 +20,7 @@ from peft.utils.transformers_weight_conversion import (
 )
 from torch import nn
 
-from peft_longlora.adapter import copies, count, fit, lowrank, precision, trainable
+from peft_longlora.adapter import called, copies, count, fit, lowrank, precision, trainable
 from peft_longlora.adapter.base import layout_of
 from peft_longlora.adapter.config import LongLoraConfig, refuse_other_tuner
 from peft_longlora.adapter.ending import EndingLoraModel
@@ -101,6 +101,7 @@ class LongLoraModel(EndingLoraModel):
         finally:
             config._custom_modules = others
         lowrank.compute_in_half(layer)
+        called.watch(layer, options["target_name"])
         return layer
 
     def _resolve(self, config: LongLoraConfig, model: nn.Module) -> None:
@@ -207,6 +208,7 @@ class LongLoraModel(EndingLoraModel):
             self._on_taken = None
         if autocast_adapter_dtype:
             precision.keep_in_float32(copies.of(self.model, adapter_name))
+            precision.read_rounded(copies.wrappers_of(self.model))
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Tie embeddings and output layer again, in the base and in the trained copies.

@@ -2,8 +2,9 @@
 
 PEFT keeps LoRA weights in float32 but leaves copied modules in bfloat16. A step of 2e-5 is too small to change its 8
 bits, so norms would not train at all. Here the stored weights are float32, and every forward rounds them. So a trained
-copy computes what the base's module would compute with the rounded weights, and merging changes nothing. Called by
-`model`.
+copy computes what the base's module would compute with the rounded weights, and merging changes nothing. A layer that
+looks at its norm's weights (Nemotron-H and Zaya cast their input to the dtype of these) sees the rounded ones too.
+Called by `model`.
 """
 
 from __future__ import annotations
@@ -86,6 +87,22 @@ class Float32Weights(Mixin):
         return module
 
 
+class RoundedReading(Mixin):
+    """Mixed into PEFT's wrapper of copies: who reads a vector of weights through it gets what the copy computes with.
+
+    Matrices are not rounded: their dtype is rarely asked for, a copy of them would be large, and code that fills in the
+    embeddings of new tokens writes into them through the wrapper.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if isinstance(value, torch.Tensor) and value.dim() == 1:
+            for copy in self.modules_to_save.values():
+                if isinstance(copy, Float32Weights) and getattr(copy, name, None) is value:
+                    return value.to(copy.compute_dtype)
+        return value
+
+
 def _follow_class(module: nn.Module) -> None:
     # accelerate's hooks (device_map) call the `forward` that they found when they were added.
     if "_old_forward" in vars(module):
@@ -108,6 +125,13 @@ def keep_in_float32(modules: Iterable[nn.Module]) -> None:
             mix(module, Float32Weights)
             _follow_class(module)
             module.compute_dtype = found.pop()
+
+
+def read_rounded(wrappers: Iterable[nn.Module]) -> None:
+    """Give who reads norms' weights through these wrappers the rounded weights of copies that are kept in float32."""
+    for wrapper in wrappers:
+        if not isinstance(wrapper, RoundedReading):
+            mix(wrapper, RoundedReading)
 
 
 def round_to_half(module: nn.Module) -> None:

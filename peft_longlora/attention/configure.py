@@ -129,11 +129,16 @@ def _checked(
     """
     ratio = RATIO if group_size_ratio is None else group_size_ratio
     pattern = "s2" if pattern is None else pattern
-    indices = {module.layer_idx for module in find_attention_modules(model).values()}
+    indices = {module.layer_idx for module in find_attention_modules(model).values() if module.layer_idx >= 0}
+    if dense_layers and not indices:  # several layers of Zamba2 run the same attention
+        raise ValueError(
+            f"dense_layers={dense_layers} names layers by number, but the attention layers of "
+            f"{model.config.model_type} have none. Leave it out; dense_every makes whole steps dense."
+        )
     if unknown := sorted(set(dense_layers or ()) - indices):
         raise ValueError(
-            f"dense_layers={dense_layers} names {unknown}, which this model does not have: its layers are "
-            f"{min(indices)} to {max(indices)}."
+            f"dense_layers={dense_layers} names {unknown}, where this model has no attention: its layers of attention "
+            f"are {', '.join(map(str, sorted(indices)))}."
         )
     group_size = group_size if group_size is None else check_pattern(group_size, pattern)
     check_pattern(group_size_of(group_size, ratio, window_of(model.config.get_text_config())), pattern)

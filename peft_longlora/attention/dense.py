@@ -32,12 +32,20 @@ def attend(call: LayerCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     if name == "eager":
         # Every modeling file has its own eager attention, and uses it only if no other implementation is set.
         function = sys.modules[type(call.module).__module__].eager_attention_forward
+        if mask is None and _is_left_to_sdpa(call):
+            mask = query.new_ones(query.shape[2], call.key.shape[2], dtype=torch.bool).tril()[None, None]
         if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:  # a static cache's mask, made for sdpa
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     else:
         function = ALL_ATTENTION_FUNCTIONS[name]
     how = dict(dropout=options.dropout, scaling=options.scaling)
     return function(call.module, query, call.key, call.value, mask, **how, **call.more)
+
+
+def _is_left_to_sdpa(call: LayerCall) -> bool:
+    """Whether the mask of a prompt in an empty static cache is missing, because sdpa would know what it is: causal,
+    with the empty places of the cache behind the prompt."""
+    return call.query.shape[2] > 1 and call.is_causal and call.settings.inputs.has_cache
 
 
 def _for_kernels(call: LayerCall, positions: torch.Tensor | None) -> tuple[Cuts, Options] | None:

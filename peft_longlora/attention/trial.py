@@ -38,7 +38,7 @@ def try_out(model: PreTrainedModel, settings: AttentionSettings, use: Callable[[
 
     Raises:
         NotImplementedError: the model fails, computes something else, lets a token see a later one, or gives its
-            attention something that the kernels do not know.
+            attention a mask of its own or something that the kernels do not know.
 
     If a document of a packed row differs from itself alone, `settings.refuses_packed` says so, and layers refuse such
     rows.
@@ -84,13 +84,17 @@ def _own(model: PreTrainedModel, ids: torch.Tensor, kind: str) -> torch.Tensor:
 def _through_layers(model: PreTrainedModel, settings: AttentionSettings, ids: torch.Tensor, kind: str) -> torch.Tensor:
     """What a model computes with dense attention in the layers of S2-Attn.
 
-    Raises: NotImplementedError: it fails, it calls no such layer, or it gives one what the kernels do not know.
+    Raises: NotImplementedError: it fails, it calls no such layer, or it gives one what the kernels do not know or
+        cannot cut.
     """
     called: list[nn.Module] = []
     unknown: set[str] = set()
+    masks: set[str] = set()
 
     def see(call: LayerCall) -> None:
         called.append(call.module)
+        if isinstance(call.mask, torch.Tensor) and is_causal_layer(call.module) and not call.is_local:
+            masks.add(f"{tuple(call.mask.shape)} in {type(call.module).__name__}")
         unknown.update(name for name in call.more if name not in KNOWN and _counts(call.more[name]))
 
     settings.probe, probe = see, settings.probe
@@ -109,6 +113,11 @@ def _through_layers(model: PreTrainedModel, settings: AttentionSettings, ids: to
     if not any(map(is_causal_layer, called)):
         raise NotImplementedError(
             f"{kind} calls none of its attention layers on plain text, so S2-Attn would never run. Use another model."
+        )
+    if masks:
+        raise NotImplementedError(
+            f"{kind} gives its attention a mask of its own ({', '.join(sorted(masks))}), which cannot be cut into "
+            f"groups. Use an architecture that leaves the mask to transformers (llama, qwen3, mistral, gemma3, ...)."
         )
     if unknown:
         raise NotImplementedError(

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from peft_longlora import LongLoraConfig
 from peft_longlora.adapter.precision import keep_in_float32, round_to_half
 from tests.helpers.configs import tiny_llama_config
+from tests.helpers.every_config import tiny_model
 
 TOKENS = torch.arange(3, 83).repeat(2, 1)
 
@@ -61,6 +62,40 @@ def test_a_fresh_adapter_computes_what_the_base_does(tied):
     if tied:
         core = model.get_base_model()
         assert core.lm_head.weight is core.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "zaya"])
+def test_layers_that_ask_for_the_dtype_of_their_norm_compute_what_they_did(model_type):
+    """They cast what they compute on to that dtype, so a norm kept in float32 would give them float32."""
+    base = tiny_model(model_type).to(torch.bfloat16)
+    ids = torch.arange(3, 83)[None]
+    expected = base(ids).logits
+    model = get_peft_model(base, LongLoraConfig(r=4, group_size=16))
+    assert torch.equal(model(ids).logits, expected)
+    norms = {n: p for n, p in trained_copies(model).items() if "norm" in n}
+    assert len(norms) > 2 and all(p.dtype == torch.float32 for p in norms.values())
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in norms.values())
+
+
+def test_who_reads_a_norms_weight_gets_what_the_norm_computes_with():
+    """As a kernel does that takes the weight. Embeddings are the float32 ones, which the caller may fill in."""
+    model = get_peft_model(bf16_llama(), LongLoraConfig(r=4))
+    core = model.get_base_model().model
+    copied = core.norm.modules_to_save.default.weight
+    with torch.no_grad():
+        copied.add_(torch.rand_like(copied))
+    assert torch.equal(core.norm.weight, copied.bfloat16()) and core.norm.weight.dtype == torch.bfloat16
+    core.norm.weight.sum().backward()
+    assert torch.equal(copied.grad, torch.ones_like(copied))
+    assert core.embed_tokens.weight is core.embed_tokens.modules_to_save.default.weight
+    with model.disable_adapter():
+        assert core.norm.weight is core.norm.original_module.weight
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.get_base_model().model.norm.weight, core.norm.weight)
+    assert core.norm.weight.dtype == torch.bfloat16
+    plain = get_peft_model(bf16_llama().float(), LongLoraConfig(r=4)).get_base_model().model.norm
+    assert plain.weight is plain.modules_to_save.default.weight
 
 
 @pytest.mark.parametrize("autocast", [False, True])

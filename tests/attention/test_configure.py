@@ -54,7 +54,7 @@ def test_two_models_in_one_process_do_not_touch_each_other():
         (dict(group_size_ratio=0), r"group_size_ratio=0 .*\(0, 1\]"),
         (dict(group_size_ratio=1.5), r"group_size_ratio=1\.5 .*\(0, 1\]"),
         (dict(pattern="s3"), r"pattern='s3' .*'s2', 'local', 'full'"),
-        (dict(dense_layers=[0, 2]), r"dense_layers=\[0, 2\] .*\[2\].*0 to 1"),
+        (dict(dense_layers=[0, 2]), r"dense_layers=\[0, 2\] .*\[2\].*are 0, 1\."),
         (dict(dense_layers=[-1]), r"dense_layers=\[-1\]"),
         (dict(dense_attention="sdpaa"), "sdpaa"),
     ],

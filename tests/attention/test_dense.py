@@ -22,6 +22,7 @@ from tests.helpers.attention_models import (
     logits_and_gradients,
     sparse,
 )
+from tests.helpers.every_config import tiny_model
 from tests.helpers.releases import CACHE
 
 # -- evaluation and generation --------------------------------------------------------------------------------------
@@ -150,6 +151,19 @@ def test_the_fastest_kernel_generates_what_stock_sdpa_does(name, cache, kernel_c
     static = [9] if name == "gemma3_text" else []  # the cache of a layer with a window is no longer than the prompt
     lengths = {"static": static, "none": [9 + step for step in range(8) for _ in range(2)]}.get(cache, [9, 9])
     assert kernel_calls == lengths
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "falcon_h1", "cohere2"])
+def test_eager_attention_with_a_static_cache_generates_what_stock_does(name):
+    """transformers makes the masks of a static cache as for sdpa: none for a prompt in an empty cache."""
+    model, stock = (tiny_model(name, attention="eager") for _ in range(2))
+    configure_attention(model, group_size=8)
+    prompt = torch.arange(3, 43)[None]
+    how = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, output_scores=True, return_dict_in_generate=True)
+    found, wanted = (m.eval().generate(prompt, **how, cache_implementation="static") for m in (model, stock))
+    assert torch.equal(found.sequences, wanted.sequences)
+    for a, b in zip(found.scores, wanted.scores, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
 def test_the_fastest_kernel_for_a_while_and_in_training(kernel_calls):

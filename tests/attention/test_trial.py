@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from peft_longlora import configure_attention
 from peft_longlora.attention.settings import S2_ATTN
@@ -145,6 +146,24 @@ def test_packed_rows_are_refused_where_something_else_than_attention_reads_earli
         with pytest.raises(NotImplementedError, match=r"in dense mode.*Give each document a row of its own"):
             model(input_ids=IDS, position_ids=positions, use_cache=False)
         configure_attention(model, group_size=16)
+
+
+class _FirstTokensSeeEachOther(LlamaAttention):
+    """The prompt is read in both directions, as PrefixLM models do: the layer makes its mask itself."""
+
+    def forward(self, hidden_states, *, attention_mask, **kwargs):
+        length = hidden_states.shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool).tril()
+        mask[:8, :8] = True
+        return super().forward(hidden_states, attention_mask=mask[None, None], **kwargs)
+
+
+def test_a_layer_that_makes_its_mask_is_refused_at_once():
+    """It is computed rightly while it is dense, and the first training step would fail."""
+    model = a_llama()
+    layer = model.model.layers[1]
+    layer.self_attn = _FirstTokensSeeEachOther(model.config, 1)
+    refused(model, r"a mask of its own \(\(1, 1, 24, 24\) in _FirstTokensSeeEachOther\)")
 
 
 def test_arguments_that_kernels_do_not_know_are_refused(monkeypatch):

@@ -84,6 +84,7 @@ class Examination(Parts):
             for name, value in (("rope_type", "linear"), ("rope_type", "ntk"), ("train_embeddings", False)):
                 if f"{name}={value!r}" in str(error):
                     self.conditions.append(f"{name}={value!r}")
+                    self.trains_embeddings = name != "train_embeddings"
                     return get_peft_model(base, self.config(**{name: value}))
             raise
 
@@ -126,6 +127,7 @@ class Examination(Parts):
             plain = partial(self.load, f"{folder}/merged") if is_merged else partial(self._copy, f"{folder}/adapter")
             self.attempt("dense", lambda: self._dense(model, plain))
             self.attempt("sparse", lambda: self._sparse(model, plain))
+        self.attempt("half precision", self._half)
         self.attempt("generation", lambda: self._generation(model))
         self.attempt("evaluation", lambda: self._scores(model))
         self.attempt("unloading", lambda: self._unloading(model, short, of_base, before))

@@ -30,8 +30,9 @@ HEADER = """# Architectures
 `python -m tests.helpers.every_page` makes this page, and `tests/whole/test_every_architecture.py` compares it with what
 it finds. It holds every model type of transformers {version} that `AutoModelForCausalLM` or
 `AutoModelForImageTextToText` knows; the latter are used on text alone. Each model is built tiny from its config class,
-with random weights, in float32 on a CPU. No model type has a rule of its own in this package: each of these results
-follows from what the model's parts are and do, and so does the result of a model type that a newer transformers adds.
+with random weights, on a CPU, in float32 where nothing else is said. No model type has a rule of its own in this
+package: each of these results follows from what the model's parts are and do, and so does the result of a model type
+that a newer transformers adds.
 
 "Supported" means that all of this holds:
 
@@ -42,6 +43,7 @@ follows from what the model's parts are and do, and so does the result of a mode
   Two limits hold for every type: beside a 2-D `attention_mask`, positions that restart keep documents apart in training
   only; and with `rope_type` `dynamic` or `longrope`, frequencies follow the longest position of the forward.
 - LoRA, embeddings and norms of the language model are trained, and nothing else is.
+- In bfloat16 a new adapter gives the base's logits, bit for bit, and trains.
 - With the adapter switched off or unloaded, logits and config are the base's, bit for bit.
 - The saved adapter loads with equal logits. Plain transformers reads the merged folder with equal logits.
 - Generation with a cache gives the tokens of generation without. So does the cache of `longlora chat`, which is filled

@@ -129,8 +129,9 @@ def _checked(
     """
     ratio = RATIO if group_size_ratio is None else group_size_ratio
     pattern = "s2" if pattern is None else pattern
-    indices = {module.layer_idx for module in find_attention_modules(model).values() if module.layer_idx >= 0}
-    if dense_layers and not indices:  # several layers of Zamba2 run the same attention
+    indices = {module.layer_idx for module in find_attention_modules(model).values()}
+    indices -= {None, -1}  # several layers of Zamba and Zamba2 run the same attention, which has no number
+    if dense_layers and not indices:
         raise ValueError(
             f"dense_layers={dense_layers} names layers by number, but the attention layers of "
             f"{model.config.model_type} have none. Leave it out; dense_every makes whole steps dense."

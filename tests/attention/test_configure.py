@@ -14,6 +14,7 @@ from transformers import (
 from peft_longlora import LongLoraConfig, configure_attention, use_attention
 from tests.helpers.attention_models import SIZES, G, assert_differ, build, inputs_of, sparse
 from tests.helpers.configs import tiny_llama_config
+from tests.helpers.every_config import tiny_model
 
 
 def test_a_model_loaded_as_s2_attn_trains_sparse_with_a_quarter_of_its_window():
@@ -67,6 +68,13 @@ def test_bad_values_are_refused_and_leave_the_model_as_it_was(kwargs, message):
         configure_attention(model, **kwargs)
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(model(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("name", ["zamba", "zamba2"])
+def test_layers_that_share_their_attention_have_no_numbers(name):
+    for numbers in ([1], [-1]):
+        with pytest.raises(ValueError, match=rf"but the attention layers of {name} have none\. Leave it out"):
+            configure_attention(tiny_model(name), dense_layers=numbers)
 
 
 NO_ROTARY = dict(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)

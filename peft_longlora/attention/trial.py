@@ -84,8 +84,9 @@ def _own(model: PreTrainedModel, ids: torch.Tensor, kind: str) -> torch.Tensor:
 def _through_layers(model: PreTrainedModel, settings: AttentionSettings, ids: torch.Tensor, kind: str) -> torch.Tensor:
     """What a model computes with dense attention in the layers of S2-Attn.
 
-    Raises: NotImplementedError: it fails, it calls no such layer, or it gives one what the kernels do not know or
-        cannot cut.
+    Raises:
+        NotImplementedError: it fails, it calls no such layer, or it gives one what the kernels do not know or cannot
+            cut.
     """
     called: list[nn.Module] = []
     unknown: set[str] = set()

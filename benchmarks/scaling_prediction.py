@@ -132,7 +132,8 @@ def sharded_table(model: Model, names: dict[str, str], rows: list[dict], name: s
     """
     shape = Shape.of(LlamaConfig(**SHAPES[name]))
     measured = {(row["gpus"], row["tokens"], row["how"].replace("plain", "plain, host")): row for row in rows}
-    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+    head = HEAD if rows else HEAD[:-2]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     found = [(predict(model, shape, gpus, wanted, GIB_OF[kind]), kind) for gpus, kind, wanted in CASES]
     predictions = {(one.gpus, one.gpus * one.each, one.how): (one, kind) for one, kind in found if one}
     for gpus, tokens, how in measured:
@@ -154,5 +155,5 @@ def sharded_table(model: Model, names: dict[str, str], rows: list[dict], name: s
             f"{row['seconds']:.2f} s" + ("" if row["is_warm"] else " (not warmed up)") if row else "",
             f"{row['peak_gib']:.1f} GiB" if row and row["peak_gib"] else "",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells[: len(head)])} |")
     return lines

@@ -193,6 +193,24 @@ def test_scaling_model(capsys):
     assert "S2-Attn: c = " in printed and "| 4 | 2,097,152" in printed
 
 
+def test_scaling_model_beside_sharded_rows(tmp_path, capsys):
+    """A measured row stands beside what was predicted for it, whether it is one of the table's own cases or not."""
+    about = dict(name="llama-3.3-70b", sharded=True, block=4, tile=16384, offload=False)
+    row = dict(attention="s2", gpus=8, seconds=170.25, is_warm=False, peak_gib=91.75)
+    rows = [dict(row, tokens=2**20), dict(row, tokens=2**19, seconds=80.5)]
+    (tmp_path / "70b.json").write_text(json.dumps(dict(about=about, rows=rows)))
+    run(
+        "scaling_model.py",
+        *sorted((FOLDER / "results").glob("scaling_2xh200*.json")),
+        "--beside",
+        tmp_path / "70b.json",
+    )
+    lines = capsys.readouterr().out.splitlines()
+    [known] = [line for line in lines if line.startswith("| 8 H200 | 1,048,576 |")]
+    [other] = [line for line in lines if line.startswith("| 8 | 524,288 |")]
+    assert known.endswith("| 170.25 s (not warmed up) | 91.8 GiB |") and "| 80.50 s (not warmed up) |" in other
+
+
 def test_tables(capsys):
     run("tables.py", FOLDER / "results/attention_h200.json", FOLDER / "results/variants_h200.json")
     assert capsys.readouterr().out.count("| --- |") >= 3

@@ -50,9 +50,13 @@ def test_flex_and_evaluation_rows_hold_the_measured_numbers():
 def test_scaling_holds_the_measured_numbers():
     rows = scaling_model.read(sorted(map(str, (ROOT / "benchmarks/results").glob("scaling_2xh200*.json"))))
     text = (ROOT / "docs/scaling.md").read_text()
-    four = scaling_model.read(sorted(map(str, (ROOT / "benchmarks/results").glob("scaling_4xh200*.json"))))
-    beside = scaling_model.beside_table(scaling_model.fit(rows), four)
-    for table in (scaling_model.shared_table(rows), scaling_model.dense_table(rows), beside):
+    others = scaling_model.read(sorted(map(str, (ROOT / "benchmarks/results").glob("scaling_[48]xh200*.json"))))
+    four = [row for row in others if not row["sharded"] and row["gpus"] <= 4]
+    cut = [row for row in others if row["sharded"] and row["attention"] == "s2"]
+    model = scaling_model.fit(rows)
+    beside = scaling_model.beside_table(model, four)
+    sharded = scaling_model.sharded_table(model, scaling_model.NAMES, cut)
+    for table in (scaling_model.shared_table(rows), scaling_model.dense_table(rows), beside, sharded):
         assert len(table) > 4 and "\n".join(table) in text, "run benchmarks/scaling_model.py"
 
 

@@ -214,9 +214,9 @@ def counts_tokens(kind: type[nn.Module]) -> bool:
 
 
 def counts_from(module: nn.Module) -> int:
-    """The place from which on the count of a layer that `counts_tokens` changes what it computes: it scales queries by
-    their place, and transformers calls the first step so."""
-    return getattr(module, "floor_scale", 0)
+    """The length of rows up to which the count of a layer that `counts_tokens` changes nothing: it scales queries by
+    their place, and transformers calls the place of the first step, counted from 1, `floor_scale`."""
+    return max(0, getattr(module, "floor_scale", 0) - 1)
 
 
 @cache

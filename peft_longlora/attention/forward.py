@@ -90,22 +90,33 @@ def s2_attention_forward(
 
 
 def _refuse_packed(call: LayerCall) -> None:
-    """Refuse several documents in a row for a layer that would count their tokens from the row's start.
+    """Refuse several documents in a row, or padding before one, for a layer that would count from the row's start.
 
     Raises: NotImplementedError.
     """
     refuses = call.settings.refuses_packed
     if not refuses and not counts_tokens(type(call.module)):
         return
-    positions = call.positions if isinstance(call.mask, S2Mask) and call.settings.is_enabled else None
-    begins = 0 if refuses else counts_from(call.module)
-    if positions is None or call.cached or call.query.shape[2] <= begins:
+    if not isinstance(call.mask, S2Mask) or not call.settings.is_enabled or call.cached:
         return
-    if call.mask.is_packed(positions):
+    if call.query.shape[2] <= (0 if refuses else counts_from(call.module)):
+        return
+    name = type(call.module).__name__
+    if call.positions is not None and call.mask.is_packed(call.positions):
         raise NotImplementedError(
             refuses
-            or f"{type(call.module).__name__} counts the tokens of a row by itself, also where a document starts, so "
-            f"packed documents would not be computed as they are alone. Give each a row of its own (packing=False)."
+            or f"{name} counts the tokens of a row by itself, also where a document starts, so packed documents would "
+            f"not be computed as they are alone. Give each a row of its own (packing=False)."
+        )
+    if not refuses and call.mask.has_padding_in_front(call.positions):
+        message = (
+            f"{name} counts the tokens of a row by itself, padding before a document too, so in rows of more than "
+            f"{counts_from(call.module):,} tokens the document would not be computed as it is alone."
+        )
+        if call.module.training:
+            raise NotImplementedError(f"{message} Pad on the right (padding_side='right').")
+        logger.warning_once(
+            f"{message} transformers' own attention has the same fault. Give each row a call of its own."
         )
 
 

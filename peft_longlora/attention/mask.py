@@ -168,6 +168,17 @@ class S2Mask(ReadyMask):
 
         return self.once("is packed", find)
 
+    def has_padding_in_front(self, position_ids: torch.Tensor | None) -> bool:
+        """Whether padding comes before the first document of a row."""
+
+        def find() -> bool:
+            return any(
+                number == 0 and start % self.length == 0 and size < self.length
+                for start, size, number in self.runs(position_ids)
+            )
+
+        return self.once("padding in front", find)
+
     def order(self, position_ids: torch.Tensor | None) -> torch.Tensor | None:
         """(B, S) token indices with each row's padding at its end, if there is padding inside a document; otherwise
         None.

@@ -5,7 +5,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_longlora import configure_attention
-from peft_longlora.attention import caution
+from peft_longlora.architecture import find_attention_modules
+from peft_longlora.attention import caution, forward
+from tests.helpers.every_config import tiny_model
 
 IDS = torch.arange(3, 43)[None]
 PACKED = dict(input_ids=IDS, position_ids=torch.cat([torch.arange(17), torch.arange(23)])[None], use_cache=False)
@@ -51,3 +53,29 @@ def test_frequencies_that_follow_the_longest_position(said, kind):
     for _ in range(2):
         model(**PACKED)
     assert len(said) == (kind == "dynamic") and all("from the longest position of a forward" in line for line in said)
+
+
+@torch.no_grad()
+def test_padding_before_a_document_in_layers_that_count_tokens(monkeypatch):
+    """Llama 4 scales queries by their place in the row, above its floor_scale."""
+    lines = []
+    monkeypatch.setattr(forward.logger, "warning_once", lines.append)
+    model = tiny_model("llama4_text")
+    configure_attention(model, group_size=16)
+    floor = next(iter(find_attention_modules(model).values())).floor_scale
+    for length, is_long in ((floor - 1, False), (floor, True), (floor + 16, True)):
+        ids = torch.randint(3, 60, (1, length), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        mask[:, :8] = 0
+        model.train()(input_ids=ids, attention_mask=mask.flip(1))  # on the right
+        if is_long:
+            with pytest.raises(NotImplementedError, match=rf"more than {floor - 1} tokens .* Pad on the right"):
+                model(input_ids=ids, attention_mask=mask)
+        else:
+            model(input_ids=ids, attention_mask=mask)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        lines.clear()
+        padded = model.eval()(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, 8:]
+        alone = model(input_ids=ids[:, 8:]).logits
+        assert torch.allclose(padded, alone, atol=1e-4) == (not is_long)
+        assert bool(lines) == is_long

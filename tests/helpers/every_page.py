@@ -42,6 +42,8 @@ that a newer transformers adds.
 - Documents that are packed into a row or padded give the logits that they give alone, in training and in evaluation.
   Two limits hold for every type: beside a 2-D `attention_mask`, positions that restart keep documents apart in training
   only; and with `rope_type` `dynamic` or `longrope`, frequencies follow the longest position of the forward.
+  Where a condition below says that a layer counts the tokens of a row, padding before a document is refused in training
+  too, and warned of in evaluation: pad on the right.
 - LoRA, embeddings and norms of the language model are trained, and nothing else is.
 - In bfloat16 a new adapter gives the base's logits, bit for bit, and trains.
 - With the adapter switched off or unloaded, logits and config are the base's, bit for bit.

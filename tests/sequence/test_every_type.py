@@ -72,7 +72,7 @@ def test_a_layer_that_counts_is_refused_where_its_count_matters():
     """As it would count from 0 on each rank."""
     layer = next(iter(find_attention_modules(tiny_model("llama4_text")).values()))
     assert layer.floor_scale == 64
-    call = SimpleNamespace(module=layer, query=torch.empty(1, 4, 32, 8))
+    call = SimpleNamespace(module=layer, query=torch.empty(1, 4, 31, 8))
     _refuse_count(call, ranks=2)
-    with pytest.raises(NotImplementedError, match=r"Llama4TextAttention\) counts the tokens .* of more than 64 tokens"):
+    with pytest.raises(NotImplementedError, match=r"Llama4TextAttention\) counts the tokens .* of more than 63 tokens"):
         _refuse_count(call, ranks=3)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rules import check_course
 
 BUDGETS = ("tokens", "time")
 STUDY_KEYS = {
@@ -159,6 +160,10 @@ def read_study(path: str | Path) -> Study:
             if not isinstance(training[key], int | float):
                 raise ValueError(f"{path}: {key}={training[key]!r} is no number to YAML. Write 2.0e-4, with the dot.")
         config = {**whole["config"], **entry.get("config", {})}
+        try:
+            check_course(training, config, data)
+        except ValueError as error:
+            raise ValueError(f"{path}: training of {entry['name']!r}: {error}") from None
         label, most = entry.get("label", entry["name"]), entry.get("window", window)
         return Cell(path.stem, entry["name"], label, budget, seed, data, most, config, training, evaluation)
 

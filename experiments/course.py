@@ -25,6 +25,8 @@ class Course:
     Args:
         model: with its adapter. options: a cell's `training`. steps: of the optimizer. seed: of the skips.
         dense_every: of the adapter's config, whose dense forwards are counted here too, one a step.
+
+    Raises: ValueError: layers that do not go round, or no token of a group that counts.
     """
 
     def __init__(
@@ -34,6 +36,11 @@ class Course:
         self.settings = settings_on(model)
         self.rope = model.get_base_model().get_decoder().rotary_emb
         self.layers = model.config.get_text_config().num_hidden_layers
+        number, unscored = options.get("rotating_layers"), options.get("unscored")
+        if number and (number > self.layers or self.layers % number):
+            raise ValueError(f"rotating_layers={number} must divide {self.layers}, the number of this model's layers.")
+        if unscored and unscored >= (smallest := min(options.get("group_sizes") or [self.settings.group_size])):
+            raise ValueError(f"unscored={unscored} must be below {smallest}, the tokens of the smallest group.")
         self.forced = dense_step_numbers(steps, None, options.get("dense_steps"))
         self.dense = self.forced | dense_step_numbers(steps, dense_every, None)
 

@@ -86,7 +86,8 @@ def checkpoint_blocks(
             options["context_fn"] = partial(in_host, host, number)
         call = partial(checkpoint, **options)
         if offload:
-            call = before = Offload(call, host, number, block, before if number % int(offload) else None)
+            is_again = number % int(offload) and number < checkpointed  # a free block would leave what it is given
+            call = before = Offload(call, host, number, block, before if is_again else None)
         block._gradient_checkpointing_func = call
         block.gradient_checkpointing = number < checkpointed
         for module in find_feed_forwards(block):

@@ -204,15 +204,15 @@ class Offload:
                 self._last = _Again(lambda x: function(x, *others), packed, *states)
             return packed
 
-        with saved_tensors_hooks(pack, self._unpack):
-            out = self.checkpoint(function, *args)
-        if self.before is not None:
-            self.before._last = None
-        return out
-
-    def forget(self) -> None:
-        """Drop what a step has left that ended with an error."""
-        self._last = None
+        try:
+            with saved_tensors_hooks(pack, self._unpack):
+                return self.checkpoint(function, *args)
+        except BaseException:  # no next block will take it
+            self._last = None
+            raise
+        finally:
+            if self.before is not None:
+                self.before._last = None
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not isinstance(packed, _Again):

@@ -10,6 +10,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from peft_longlora.memory import checkpoint_blocks, offload
+from peft_longlora.memory.blocks import find_blocks
 from tests.helpers.tiny import IDS, extend, make
 
 
@@ -189,3 +190,37 @@ def test_rows_of_any_length_share_the_memory(without_gpu):
         del loss
         gc.collect()
     assert sum(without_gpu) < 4 * INPUT + 2**12
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_a_step_leaves_nothing_behind_where_a_block_is_free(without_gpu, every):
+    """The last checkpointed block must not keep its input for a block that is free."""
+    model = extend(make(num_hidden_layers=6), group_size=16).train()
+    checkpoint_blocks(model, free=1, keep=False, offload=every)
+    calls = [block._gradient_checkpointing_func for block in find_blocks(model)]
+    loss, _ = gradients(model)
+    loss.backward()
+    assert all(call._last is None for call in calls)
+
+
+@pytest.mark.parametrize("broken", range(6))
+def test_a_forward_that_fails_leaves_nothing_behind(without_gpu, broken):
+    model = extend(make(num_hidden_layers=6), group_size=16, lora_dropout=0.2).train()
+    loss, grads = gradients(model)
+    loss.backward()
+    plain = grads()
+    checkpoint_blocks(model, keep=False, offload=3)
+    blocks = find_blocks(model)
+
+    def fail(module, args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    hook = blocks[broken].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        gradients(model)
+    assert all(block._gradient_checkpointing_func._last is None for block in blocks)
+    hook.remove()
+    loss, grads = gradients(model)
+    loss.backward()
+    for name, grad in grads().items():
+        torch.testing.assert_close(grad, plain[name], msg=name)

@@ -184,6 +184,7 @@ class Offload:
         self.checkpoint, self.host, self.block, self.module, self.before = checkpoint, host, block, module, before
         self._is_followed = False
         self._last: _Again | None = None  # for the next block, until it has run
+        self._output: tuple[ref[torch.Tensor], int] | None = None  # and its version, which in-place changes raise
         if before is not None:
             before._is_followed = True
 
@@ -192,11 +193,13 @@ class Offload:
         # Not the input itself: torch keeps `pack` until the backward is over. Others are small (Gemma 4: each block's
         # part of a tensor that is there in any case).
         address, others = args[0].data_ptr(), args[1:]
+        # Not where another layer stands between the two (layers with a state in hybrids), or something is added.
+        last = self.before._last if self.before is not None and self.before._gave(args[0]) else None
 
         def pack(tensor: torch.Tensor) -> Any:
             is_input = tensor.data_ptr() == address
-            if is_input and self.before is not None and self.before._last is not None:
-                packed: Any = self.before._last
+            if is_input and last is not None:
+                packed: Any = last
             else:
                 packed = self.host.put(tensor, self.block)
             if is_input and self._is_followed:
@@ -206,13 +209,20 @@ class Offload:
 
         try:
             with saved_tensors_hooks(pack, self._unpack):
-                return self.checkpoint(function, *args)
+                out = self.checkpoint(function, *args)
+            tensor = out[0] if isinstance(out, tuple) else out
+            self._output = ref(tensor), tensor._version
+            return out
         except BaseException:  # no next block will take it
             self._last = None
             raise
         finally:
             if self.before is not None:
                 self.before._last = None
+
+    def _gave(self, tensor: torch.Tensor) -> bool:
+        """Whether this tensor is the output of the block's last call, as it was."""
+        return self._output is not None and self._output[0]() is tensor and self._output[1] == tensor._version
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not isinstance(packed, _Again):

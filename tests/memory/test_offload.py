@@ -126,6 +126,35 @@ def test_what_has_left_is_held_by_nobody(without_gpu, monkeypatch, every, option
     loss.backward()
 
 
+@pytest.mark.parametrize("between", ["a layer with a state", "a sum", "a sum in place"])
+def test_what_stands_between_two_blocks_is_not_left_out(without_gpu, between):
+    if between == "a layer with a state":
+        kinds = ["full_attention", "linear_attention", "full_attention", "full_attention"]
+        heads = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+        base = make("qwen3_5_text", num_hidden_layers=4, layer_types=kinds, head_dim=16, **heads)
+    else:
+        base = make(num_hidden_layers=4)
+    model = extend(base, group_size=16).train()
+    if between != "a layer with a state":
+        add = (lambda x: x.add_(1.0)) if between == "a sum in place" else (lambda x: x + 1.0)
+        for layer in model.get_base_model().model.layers:
+            run = layer.__class__.__call__
+            layer.__class__ = type(
+                "Layer", (layer.__class__,), {"__call__": lambda self, *a, run=run, **k: add(run(self, *a, **k))}
+            )
+    blocks = find_blocks(model)
+    checkpoint_blocks(model, free=len(blocks))
+    loss, grads = gradients(model)
+    loss.backward()
+    plain = grads()
+    for every in (2, 3):
+        checkpoint_blocks(model, keep=False, offload=every)
+        loss, grads = gradients(model)
+        loss.backward()
+        for name, grad in grads().items():
+            torch.testing.assert_close(grad, plain[name], msg=name)
+
+
 def test_attention_waits_there_too(without_gpu):
     model = extend(make(num_hidden_layers=4), group_size=16, lora_dropout=0.2).train()
     loss, grads = gradients(model)

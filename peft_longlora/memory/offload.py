@@ -220,6 +220,10 @@ class Offload:
             if self.before is not None:
                 self.before._last = None
 
+    def forget(self) -> None:
+        """Drop what a step has left that ended with an error between two blocks."""
+        self._last = None
+
     def _gave(self, tensor: torch.Tensor) -> bool:
         """Whether this tensor is the output of the block's last call, as it was."""
         return self._output is not None and self._output[0]() is tensor and self._output[1] == tensor._version

@@ -7,6 +7,7 @@ the device and the mode, so it is seen in training. `model` puts this on each pr
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ MOST_READS = 8
 
 class SeesReads(Mixin):
     """Mixed into a LoRA layer's class: refuses to be read in training, time and again, without being called.
+
+    Only reads while a module is called count: who looks at weights between steps is free to.
 
     Attributes:
         reads: of its weight in training with gradients, since the last call.
@@ -40,7 +43,7 @@ class SeesReads(Mixin):
     @property
     def weight(self) -> torch.Tensor:
         """The base's weight, as PEFT has it. Raises: RuntimeError: the adapter is left out in training."""
-        if self.training and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if not torch.compiler.is_compiling() and self.training and torch.is_grad_enabled() and _is_in_a_call():
             self.reads += 1
             if self.reads >= MOST_READS and not self.disable_adapters and self.active_adapters:
                 self.reads = 0
@@ -51,6 +54,14 @@ class SeesReads(Mixin):
                     f"or give exclude_modules=[{name!r}]."
                 )
         return super().weight
+
+
+def _is_in_a_call() -> bool:
+    """Whether this is done on behalf of a module that is called."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def watch(layer: nn.Module, full_name: str) -> None:

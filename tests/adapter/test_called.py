@@ -83,3 +83,11 @@ def test_reading_a_weight_beside_calling_it_is_nothing():
     assert layer.weight is layer.base_layer.weight
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(extend(make())))):
         assert twin(input_ids=IDS).logits.isfinite().all()
+
+
+def test_who_looks_at_weights_between_steps_is_free_to():
+    model = extend(make()).train()
+    for _ in range(20):
+        for module in model.modules():
+            getattr(module, "weight", None)
+    steps(model, 2)

@@ -47,6 +47,8 @@ TRAINING = dict(
     unscored=None,
     dense_weight=None,
     accumulation=None,
+    parts=None,
+    part_rate=None,
     rows=None,
 )
 EVALUATION = dict(native_window=None, edges=None, passkey_lengths=[], passkeys=20, memorised=None)
@@ -161,7 +163,7 @@ def read_study(path: str | Path) -> Study:
                 raise ValueError(f"{path}: {key}={training[key]!r} is no number to YAML. Write 2.0e-4, with the dot.")
         config = {**whole["config"], **entry.get("config", {})}
         try:
-            check_course(training, config, data)
+            check_course(training, config, data, entry.get("window", window))
         except ValueError as error:
             raise ValueError(f"{path}: training of {entry['name']!r}: {error}") from None
         label, most = entry.get("label", entry["name"]), entry.get("window", window)

@@ -19,21 +19,52 @@ from peft_longlora import use_attention
 from peft_longlora.attention.settings import settings_on
 
 
+def cut_rows(
+    rows: list[dict[str, list[int]]], parts: int | None, dense_every: int | None
+) -> tuple[list[dict[str, list[int]]], list[float]]:
+    """The rows of a training whose sparse steps take a part of a row each, so that they are more.
+
+    Args:
+        parts: of a row, all of one length. dense_every: one forward in so many is dense, and has a whole row.
+
+    Returns: what each step trains on; and, for each step, the rows that were trained on before it.
+    """
+    if not parts:
+        return rows, [float(number) for number in range(len(rows))]
+    found, before = [], []
+    for number, row in enumerate(rows):
+        if dense_every and (len(found) + 1) % dense_every == 0:
+            found.append(row)
+            before.append(float(number))
+            continue
+        size = len(row["input_ids"]) // parts
+        found += [{"input_ids": row["input_ids"][size * part :][:size]} for part in range(parts)]
+        before += [number + part / parts for part in range(parts)]
+    return found, before
+
+
 class Course:
     """The course of one training: what is set before each step, and what a row of it looks like.
 
     Args:
         model: with its adapter. options: a cell's `training`. steps: of the optimizer. seed: of the skips.
         dense_every: of the adapter's config, whose dense forwards are counted here too, one a step.
+        window: tokens of a whole row, where rows are cut. None: no row is.
 
     Raises: ValueError: layers that do not go round, or no token of a group that counts.
     """
 
     def __init__(
-        self, model: nn.Module, options: dict[str, Any], steps: int, seed: int, dense_every: int | None = None
+        self,
+        model: nn.Module,
+        options: dict[str, Any],
+        steps: int,
+        seed: int,
+        dense_every: int | None = None,
+        window: int | None = None,
     ):
         self.model, self.options, self.seed, self.blocks = model, options, seed, ExitStack()
-        self.settings = settings_on(model)
+        self.settings, self.window = settings_on(model), window or 0
         self.rope = model.get_base_model().get_decoder().rotary_emb
         self.layers = model.config.get_text_config().num_hidden_layers
         number, unscored = options.get("rotating_layers"), options.get("unscored")
@@ -82,12 +113,12 @@ class Course:
 
     def positions(self, step: int, length: int) -> list[int]:
         """Positions of a row's tokens in a sparse step that skips: they go on farther away at a random place of each
-        group, by at most what the row is longer than the group. So a group sees the distances of a row (PoSE,
+        group, by at most what a whole row is longer than the group. So a group sees the distances of a row (PoSE,
         arXiv:2309.10400)."""
         rng, group_size, found = random.Random(f"{self.seed} {step}"), self.group_size(step), []
         for start in range(0, length, group_size):
             size = min(group_size, length - start)
-            place, skip = rng.randrange(size), rng.randrange(max(1, length - size))
+            place, skip = rng.randrange(size), rng.randrange(max(1, max(length, self.window) - size))
             found += [number + skip * (number >= place) for number in range(size)]
         return found
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
+ALONE = "dense_steps", "group_sizes", "rotating_layers", "unscored", "dense_weight", "accumulation"
 PLANS = {"every", "after", "first", "last"}
 
 
-def check_course(training: dict[str, Any], config: dict[str, Any], data: str) -> None:
+def check_course(training: dict[str, Any], config: dict[str, Any], data: str, window: int) -> None:
     """Refuse options that could not be kept to.
 
     Args:
-        training, config: of a cell, complete. data: "books" or "records".
+        training, config: of a cell, complete. data: "books" or "records". window: tokens of a row.
 
     Raises: ValueError: a value outside its rule, or options that exclude each other.
     """
@@ -37,6 +38,7 @@ def check_course(training: dict[str, Any], config: dict[str, Any], data: str) ->
         raise ValueError(f"skip_positions={training['skip_positions']!r} must be true or false.")
     if training["accumulation"] is not None and not _is_count(training["accumulation"], 1):
         raise ValueError(f"accumulation={training['accumulation']!r} must be a number of rows, 1 or more.")
+    _check_parts(training, config, data, window)
     if data == "records" and (unscored is not None or weight is not None):
         raise ValueError("unscored and dense_weight weigh the tokens of books; the loss of records is on the answers.")
     told_apart = unscored is not None or weight is not None or training["skip_positions"]
@@ -58,6 +60,24 @@ def _check_dense_steps(found: Any) -> None:
         )
     if "after" in found and "every" not in found:
         raise ValueError(f"dense_steps={found!r}: after says where the counting of every begins, and every is missing.")
+
+
+def _check_parts(training: dict[str, Any], config: dict[str, Any], data: str, window: int) -> None:
+    parts, factor, every = training["parts"], training["part_rate"], config.get("dense_every")
+    if factor is not None and (type(factor) not in (int, float) or not factor > 0 or not parts):
+        raise ValueError(f"part_rate={factor!r} must be a number above 0, beside parts.")
+    if parts is None:
+        return
+    if not _is_count(parts, 2) or window % parts:
+        raise ValueError(f"parts={parts!r} must be 2 or more, and divide {window}, the tokens of a row.")
+    if every and (every - 1) % parts:
+        raise ValueError(
+            f"dense_every={every} counts forwards, and parts={parts} makes {parts} of every sparse row. For one dense "
+            f"row in n, it must be {parts} * (n - 1) + 1."
+        )
+    others = [name for name in ALONE if training[name] not in (None, False)]
+    if others or data == "records":
+        raise ValueError(f"parts goes with rows of books and dense_every alone, and beside it stands {others or data}.")
 
 
 def _is_count(value: Any, least: int) -> bool:

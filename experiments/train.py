@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from cells import Cell
-from course import Course
+from course import Course, cut_rows
 from losses import token_losses
 from peft import PeftModel, get_peft_model
 from records import answer_losses
@@ -88,13 +88,22 @@ def train(cell: Cell, model: PeftModel, rows: list[dict[str, list[int]]], device
     Raises: RuntimeError: a loss is not finite.
     """
     options, each = cell.training, cell.training["accumulation"] or 1
+    dense_every = cell.config.get("dense_every")
+    whole_rows, (rows, before) = rows, cut_rows(rows, options["parts"], dense_every)
     steps = len(rows) // each
     is_cuda = device != "cpu"
     groups = _parameter_groups(model, options)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=is_cuda)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, options))
-    dense_every = cell.config.get("dense_every")
-    course = Course(model, options, steps, cell.seed, dense_every if each == 1 else None)
+    window = cell.window if options["parts"] else None
+    course = Course(model, options, steps, cell.seed, dense_every if each == 1 else None, window)
+
+    def factor(step: int) -> float:
+        if not options["parts"]:
+            return rate(step, steps, options)
+        part = 1.0 if step in course.dense else options["part_rate"] or 1.0
+        return part * rate(before[min(step, steps - 1)], len(whole_rows), options)
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=steps, per_device_train_batch_size=1,
@@ -124,6 +133,10 @@ def train(cell: Cell, model: PeftModel, rows: list[dict[str, list[int]]], device
     shares = [course.share(n // each, partial(_layer_share, model, length)) for n, length in enumerate(lengths)]
     if dense_every and each > 1:  # it counts forwards
         shares = [1.0 if (number + 1) % dense_every == 0 else share for number, share in enumerate(shares)]
+    if options["parts"]:  # a step of the line is a row's
+        losses = list(map(statistics.fmean, of_rows(losses, before)))
+        watch.seconds = list(map(sum, of_rows(watch.seconds, before)))
+        dense_every = dense_every and (dense_every - 1) // options["parts"] + 1
     return dict(
         loss=[round(loss, 5) for loss in losses],
         step_seconds=[round(one, 4) for one in watch.seconds],
@@ -131,7 +144,7 @@ def train(cell: Cell, model: PeftModel, rows: list[dict[str, list[int]]], device
         mean_step_seconds=steady_mean(watch.seconds, dense_every or course.period),
         training_seconds=seconds,
         peak_gib=torch.cuda.max_memory_allocated() / 2**30 if is_cuda else None,
-        attention_share=attention_share(lengths, shares),
+        attention_share=attention_share(lengths, shares, [len(row["input_ids"]) for row in whole_rows]),
         group_size=model.peft_config["default"].applied_group_size,
         trained_parameters=sum(parameter.numel() for group in groups for parameter in group["params"]),
     )
@@ -147,6 +160,17 @@ def rate(step: int, steps: int, options: dict[str, Any]) -> float:
     """Factor on the learning rates: linear warm-up, then full, then down to near 0 over the last part (`decay`)."""
     warm = min(1.0, (step + 1) / options["warmup_steps"]) if options["warmup_steps"] else 1.0
     return warm * (min(1.0, (steps - step) / (steps * options["decay"])) if options["decay"] else 1.0)
+
+
+def of_rows(values: list[float], before: list[float]) -> list[list[float]]:
+    """What steps have, row by row; `before` as `cut_rows` gives it.
+
+    Example: 1, 2 and 4 of steps that begin after 0, 0.5 and 1 rows: [1, 2] and [4].
+    """
+    found: list[list[float]] = [[] for _ in range(int(before[-1]) + 1)]
+    for value, number in zip(values, before, strict=True):
+        found[int(number)].append(value)
+    return found
 
 
 def steady_mean(seconds: list[float], period: int) -> float:

@@ -86,13 +86,14 @@ def dense_step_numbers(steps: int, dense_every: int | None, schedule: dict[str, 
     return found | set(range(max(0, steps - schedule.get("last", 0)), steps))
 
 
-def attention_share(lengths: Sequence[int], shares: Sequence[float]) -> float:
+def attention_share(lengths: Sequence[int], shares: Sequence[float], rows: Sequence[int] | None = None) -> float:
     """Share of full attention's pairs, over all training forwards.
 
     Args:
-        lengths: tokens of each forward's row. shares: of full attention's pairs that each forward computes.
+        lengths: tokens of each forward. shares: of full attention's pairs that each forward computes.
+        rows: tokens of each row, where a row is cut into several forwards.
     """
-    return sum(map(operator.mul, map(causal_pairs, lengths), shares)) / sum(map(causal_pairs, lengths))
+    return sum(map(operator.mul, map(causal_pairs, lengths), shares)) / sum(map(causal_pairs, rows or lengths))
 
 
 def shape_of(config: Any) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from tests.helpers.configs import tiny_llama_config
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 
-from course import Course
+from course import Course, cut_rows
 from losses import token_losses
 
 LENGTH, GROUP = 96, 16
@@ -101,3 +101,15 @@ def test_dense_forwards_of_the_adapter_are_known(model):
     course = Course(model, {"dense_weight": 2.0}, 6, seed=0, dense_every=3)
     assert [course.share(step, lambda size: 0.0) for step in range(6)] == [0, 0, 1, 0, 0, 1]
     assert course.weigh(2, torch.ones(9)) == 2 and course.weigh(3, torch.ones(9)) == 1
+
+
+def test_rows_in_parts_by_hand(model):
+    rows = [{"input_ids": list(range(number, number + 4))} for number in (0, 10, 20)]
+    assert cut_rows(rows, None, 3) == (rows, [0, 1, 2])
+    found, before = cut_rows(rows, 2, 3)  # one forward in three is dense: the second row's
+    assert [one["input_ids"] for one in found] == [[0, 1], [2, 3], [10, 11, 12, 13], [20, 21], [22, 23]]
+    assert before == [0, 0.5, 1, 2, 2.5]
+    assert [one["input_ids"] for one in cut_rows(rows[:1], 2, None)[0]] == [[0, 1], [2, 3]]
+    # A group in a part skips as far as one in a whole row.
+    course = Course(model, {"skip_positions": True}, 400, seed=5, window=LENGTH)
+    assert max(max(course.positions(step, GROUP)) for step in range(400)) > LENGTH * 0.9

@@ -38,6 +38,11 @@ REFUSED = [
     ({"skip_positions": "yes"}, "skip_positions"),
     ({"accumulation": 0}, "accumulation=0"),
     ({"accumulation": 2, "skip_positions": True}, "Use dense_steps"),
+    ({"parts": 1}, "parts=1"),
+    ({"parts": 7}, "divide 96"),
+    ({"parts": 2}, "dense_every=6 counts forwards"),
+    ({"parts": 5, "group_sizes": [8]}, "divide 96"),
+    ({"part_rate": 0.5}, "beside parts"),
 ]
 
 
@@ -52,6 +57,13 @@ def write(folder: Path, training: dict, **more) -> Path:
 def test_a_course_outside_its_rules_is_refused(tmp_path, training, reason):
     with pytest.raises(ValueError, match=f"training of 'a': .*{reason}"):
         read_study(write(tmp_path, training))
+
+
+@pytest.mark.parametrize("other", [{"group_sizes": [8]}, {"accumulation": 2}, {"dense_weight": 2}, {"unscored": 4}])
+def test_parts_of_rows_stand_alone(tmp_path, other):
+    with pytest.raises(ValueError, match="parts goes with"):
+        read_study(write(tmp_path, {"parts": 2, **other}, config={"group_size": 16}))
+    read_study(write(tmp_path, {"parts": 2, "part_rate": 0.5, "skip_positions": True}, config={"dense_every": 5}))
 
 
 def test_records_have_no_tokens_to_weigh(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from peft import get_peft_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -23,6 +24,7 @@ from books import Books, train_rows
 from cells import read_study
 from losses import output_layer, token_losses
 from metrics import BEFORE, NEEDLE, QUESTION, passkeys, perplexity
+from train import make_model, train
 
 WINDOW, NATIVE, KEY_LENGTH, STEPS = 96, 32, 224, 6
 STUDY = """
@@ -86,6 +88,43 @@ def test_every_cell_but_the_wrong_one_has_a_line(lines, place):
     assert lines["last", "time"]["steps"] == longer
     assert last["loss"][0] != full["loss"][0] and {"torch", "transformers", "peft"} <= set(last["versions"])
     assert lines["untrained", "tokens"]["metrics"]["perplexity"] == pytest.approx(math.exp(4.57), rel=0.3)
+
+
+def test_rows_in_parts_train_as_a_plain_loop_does(place, tmp_path):
+    """Two sparse rows in two parts each at half the rate, then a whole dense one, and the same again."""
+    shape = dict(attention_pattern="local", group_size=16, dense_every=5)
+    training = dict(parts=2, part_rate=0.5, skip_positions=False)
+    content = yaml.safe_load(STUDY)
+    content["cells"] = [dict(name="full", config=shape, training=training)]
+    (tmp_path / "parts.yaml").write_text(yaml.safe_dump(content))
+    cell = next(one for one in read_study(tmp_path / "parts.yaml").cells if one.budget == "tokens")
+    rows = train_rows(Books.read(place, "train"), WINDOW, STEPS, cell.seed)
+    line = train(cell, make_model(cell, str(place / "base"), "cpu"), rows, "cpu")
+
+    model = make_model(cell, str(place / "base"), "cpu").train()
+    lora = [one for name, one in model.named_parameters() if one.requires_grad and "lora_" in name]
+    other = [one for name, one in model.named_parameters() if one.requires_grad and "lora_" not in name]
+    optimizer = torch.optim.AdamW([dict(params=lora), dict(params=other)], betas=(0.9, 0.95), weight_decay=0.0)
+    found = []
+    for number, row in enumerate(rows):
+        ids = torch.tensor([row["input_ids"]])
+        is_whole, losses = number in (2, 5), []
+        for part, piece in enumerate([ids] if is_whole else ids.split(WINDOW // 2, dim=1)):
+            at = number + part / 2  # rows so far: 2 of warm-up, decay over the last 1.2
+            rate = min(1, (at + 1) / 2) * min(1, (STEPS - at) / (STEPS * 0.2)) * (1 if is_whole else 0.5)
+            for group, each in zip(optimizer.param_groups, (2e-2, 5e-3), strict=True):
+                group["lr"] = each * rate
+            logits = model(input_ids=piece).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits, piece[0, 1:])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([*lora, *other], 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        found.append(sum(losses) / len(losses))
+    assert line["loss"] == pytest.approx(found, abs=2e-4)
+    assert len(line["step_seconds"]) == STEPS
+    assert line["attention_share"] == pytest.approx((2 + 4 * 6 * 16 * 17 / (96 * 97)) / 6)
 
 
 def test_a_line_of_other_settings_is_not_taken_for_the_cells(lines, place, capsys):

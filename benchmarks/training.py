@@ -2,12 +2,15 @@
 
 One optimiser step (forward, backward, AdamW) of a real shape with random weights: LoRA r=16 on q, k, v, o, embeddings
 and norms trained, batch 1, bf16 or 4 bits, S2-Attn with groups of 8192 tokens. Each of the first rows adds one means to
-the row before. "full attention" is the last of these without S2-Attn. The others are what a user would pick instead.
-Medians of --repeats steps after --warm-up steps.
+the row before. "full attention" is the last of these without S2-Attn; "liger, full" and "liger, full by PyTorch" are
+"liger" without it, by the fastest kernel that is here or by PyTorch's choice. "by hand" takes --means. The others are
+what a user would pick instead. Medians of --repeats steps after --warm-up steps.
 
     python benchmarks/training.py --shape llama-2-7b --lengths 32768 --output training.json
     python benchmarks/training.py --shape llama-3.1-8b --four-bit --limit-gib 24 --lengths 131072 --rows "memory filled"
     python benchmarks/training.py --shape llama-2-7b --lengths 8192 --rows "memory filled" float8 --losses 50
+    python benchmarks/training.py --shape llama-2-7b --lengths 32768 --rows "liger, full by PyTorch" "liger, full" liger
+    python benchmarks/training.py --lengths 32768 131072 --rows "by hand" --means '{"offload": 1, "tile_tokens": 4096}'
 
 Hardware: one GPU with 80 GB. Liger's rows need `pip install liger-kernel`, 4 bits need bitsandbytes, the others TRL and
 transformers 5.24; a row whose library is missing is left out and named. On a CPU: python benchmarks/training.py --tiny
@@ -17,12 +20,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import json
 import platform
-import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +35,7 @@ import training_others
 from float8 import freeze_in_float8
 from options import Parser, above_zero, count, new_file, positive
 from shapes import SHAPES
+from timed_steps import GIB, Progress, Timed, host_peak, profile, timed_steps
 from training_model import make_model
 from transformers import LlamaConfig
 
@@ -43,7 +46,7 @@ from peft_longlora.memory.plan import ESTIMATED_FILLED, MemoryPlan, host_budget
 from peft_longlora.rope.mixing import unmix
 
 PEAK_TFLOPS = 989  # dense bf16 of an H100 or H200, by the datasheet
-GIB = 2**30
+FULL = {"liger, full": "fastest", "liger, full by PyTorch": "sdpa"}  # the row "liger" with full attention, and whose
 ROWS = (
     "float32 low rank",
     "half low rank",
@@ -52,18 +55,23 @@ ROWS = (
     "memory filled",
     "full attention",
     "as planned",
+    "by hand",
+    *FULL,
     "float8",
     *training_others.NAMES,
 )
 WITHOUT_LIGER = ROWS[:3]
-MAY_FAIL = ROWS[7:]  # libraries in versions that nobody has tried together
+MAY_FAIL = ROWS[ROWS.index("float8") :]  # libraries in versions that nobody has tried together
 
 
-def apply(row: str, model: torch.nn.Module, length: int, estimate: MemoryPlan) -> tuple[dict, AbstractContextManager]:
+def apply(
+    row: str, model: torch.nn.Module, length: int, estimate: MemoryPlan, by_hand: dict
+) -> tuple[dict, AbstractContextManager]:
     """Switch on what a row has; returns what is to be told of it, and what the forward runs in.
 
     Args:
         estimate: what `longlora plan` expects, without a GPU's measurements.
+        by_hand: arguments of `checkpoint_blocks` for the row of this name.
     """
     if row in training_others.NAMES:
         return {}, training_others.apply(row, model)
@@ -72,6 +80,9 @@ def apply(row: str, model: torch.nn.Module, length: int, estimate: MemoryPlan) -
         return dict(
             expected_gib=estimate.peak / GIB, host_gib=estimate.host / GIB, options=estimate.options
         ), nullcontext()
+    if row == "by hand":
+        checkpoint_blocks(model, **by_hand)
+        return dict(options=by_hand), nullcontext()
     if row == "float32 low rank":  # PEFT's own layers
         for layer in model.modules():
             if isinstance(layer, HalfLowRank):
@@ -84,7 +95,7 @@ def apply(row: str, model: torch.nn.Module, length: int, estimate: MemoryPlan) -
         print(plan, flush=True)
         about = dict(expected_gib=plan.peak / GIB, host_gib=plan.host / GIB, options=plan.options)
         return about | dict(fixed_gib=plan.fixed / GIB, token_bytes=plan.token_bytes), nullcontext()
-    checkpoint_blocks(model, keep=row in ("attention kept", "liger"))
+    checkpoint_blocks(model, keep=row in ("attention kept", "liger", *FULL))
     return {}, nullcontext()
 
 
@@ -95,39 +106,21 @@ def use_liger() -> None:
     apply_liger_kernel_to_llama(fused_linear_cross_entropy=True, cross_entropy=False)
 
 
-def measure(step: Callable[[], None], device: str, warm_up: int, repeats: int) -> tuple[list[float], float]:
-    """Seconds of each step, and GiB at the peak."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    for _ in range(warm_up):
-        step()
-    synchronize()
-    if device == "cuda":  # what made the model, and measured it, does not count
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    return seconds, torch.cuda.max_memory_allocated() / GIB if device == "cuda" else float("nan")
+def run(row: str, args: argparse.Namespace, length: int, device: str, save: Callable[[dict], None]) -> dict:
+    """One row of the table.
 
-
-def profile(step: Callable[[], None]) -> list[tuple[str, float]]:
-    """Milliseconds of each kernel of one step, the longest first."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        step()
-        torch.cuda.synchronize()
-    found = [(event.key, event.device_time_total / 1e3) for event in seen.key_averages()]
-    return sorted(found, key=lambda pair: -pair[1])
-
-
-def run(row: str, args: argparse.Namespace, length: int, device: str) -> dict:
-    """One row of the table."""
-    shape = SHAPES[args.shape]
+    Args:
+        save: is given what is known of the row after each step, for a run that may be ended before the next one.
+    """
+    shape, progress = SHAPES[args.shape], Progress()
+    progress.tell(f"{row}, {length} tokens: the model is made")
     torch.manual_seed(0)
-    options = dict(four_bit=args.four_bit, embeddings=not args.no_embeddings, dense=row == "full attention")
+    dense = "sdpa" if row == "full attention" else FULL.get(row)
+    options = dict(four_bit=args.four_bit, embeddings=not args.no_embeddings, dense=dense)
     model = make_model(shape, length, args.group_size, device, **options)
-    about, around = apply(row, model, length, expected(args, length))
+    progress.tell("the model is there; now its plan")
+    about, around = apply(row, model, length, expected(args, length), args.means)
+    progress.watch(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-5, fused=device == "cuda")
     ids = torch.randint(shape["vocab_size"], (1, length), device=device)
     losses = []
@@ -140,17 +133,19 @@ def run(row: str, args: argparse.Namespace, length: int, device: str) -> dict:
         optimizer.zero_grad()
         losses.append(loss.detach())
 
-    seconds, peak = measure(step, device, args.warm_up, args.repeats)
-    median = statistics.median(seconds)
-    mfu = flops(Shape.of(LlamaConfig(**shape)), length, args.group_size) / median / PEAK_TFLOPS / 1e12
-    result = dict(row=row, length=length, seconds=median, tokens_per_second=length / median, peak_gib=peak, mfu=mfu)
+    work = flops(Shape.of(LlamaConfig(**shape)), length, length if dense else args.group_size)
+    known = dict(row=row, length=length, **about)
+    found: list[Timed] = []
+    for one in timed_steps(step, device, args.warm_up, args.repeats, progress):
+        found.append(one)
+        result = known | summary(found, length, work)
+        save(result | dict(unfinished=f"{len(found)} of {args.warm_up + args.repeats} steps"))
     while len(losses) < args.losses:
         step()
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    result |= about | dict(host_peak_gib=host, losses=[round(loss.item(), 4) for loss in losses])
+    result |= dict(host_peak_gib=host_peak(), losses=[round(loss.item(), 4) for loss in losses])
     print(
-        f"{row:28s} {length:7d} tokens {median:8.3f} s {length / median:8.0f} tok/s {peak:6.1f} GiB, {mfu:.0%} of the "
-        f"peak rate {about or ''}",
+        f"{row:28s} {length:7d} tokens {result['seconds']:8.3f} s {result['tokens_per_second']:8.0f} tok/s "
+        f"{result['peak_gib']:6.1f} GiB, {result['mfu']:.0%} of the peak rate {about or ''}",
         flush=True,
     )
     if args.profile and device == "cuda":
@@ -160,12 +155,33 @@ def run(row: str, args: argparse.Namespace, length: int, device: str) -> dict:
     return result
 
 
+def summary(steps: list[Timed], length: int, work: float) -> dict:
+    """What the steps that do not warm up took; while there is none, what the last one did."""
+    timed = [one for one in steps if not one.warms_up] or steps[-1:]
+    median = statistics.median(one.seconds for one in timed)
+    found = dict(seconds=median, tokens_per_second=length / median, peak_gib=max(one.peak_gib for one in timed))
+    first = [round(one.seconds, 3) for one in steps if one.warms_up]
+    return found | dict(mfu=work / median / PEAK_TFLOPS / 1e12, warm_up_seconds=first)
+
+
 def expected(args: argparse.Namespace, length: int) -> MemoryPlan:
     """The estimate of `longlora plan` for a GPU of this size, from the shape alone."""
     training = Training(embeddings=not args.no_embeddings, four_bit=args.four_bit)
     size = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 80 * GIB
     budget = int(ESTIMATED_FILLED * min(size, (args.limit_gib or 1000) * GIB))
     return best_estimate(Shape.of(LlamaConfig(**SHAPES[args.shape])), training, length, budget, host_budget())
+
+
+def means(text: str) -> dict:
+    """Arguments of `checkpoint_blocks`, as JSON."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    known = inspect.signature(checkpoint_blocks).parameters.keys() - {"model"}
+    if not isinstance(found, dict) or not found.keys() <= known:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON with arguments of checkpoint_blocks, {sorted(known)}")
+    return found
 
 
 def free_memory(device: str) -> None:
@@ -197,6 +213,7 @@ def main() -> None:
     add("--four-bit", action="store_true", help="a base in NF4")
     add("--no-embeddings", action="store_true", help="train LoRA and norms alone")
     add("--limit-gib", type=above_zero, help="memory that this process may use, as if the GPU had no more")
+    add("--means", type=means, default={}, help='of the row "by hand": arguments of checkpoint_blocks, as JSON')
     add("--losses", type=count, default=0, help="steps whose losses are written (default: those that are timed)")
     add("--repeats", type=positive, default=3)
     add("--warm-up", type=count, default=2, help="steps before those that are timed (%(default)s)")
@@ -214,13 +231,18 @@ def main() -> None:
     if device == "cuda" and args.limit_gib:
         torch.cuda.set_per_process_memory_fraction(args.limit_gib * GIB / torch.cuda.mem_get_info()[1])
     results, is_liger = [], False
+
+    def save(*unfinished: dict) -> None:
+        if args.output:
+            Path(args.output).write_text(json.dumps(dict(about=about, results=[*results, *unfinished]), indent=2))
+
     for length in args.lengths:
         for row in args.rows:
             try:
                 if row not in WITHOUT_LIGER and not is_liger and device == "cuda":
                     use_liger()
                     is_liger = True
-                results.append(run(row, args, length, device))
+                results.append(run(row, args, length, device, save))
             except ImportError as error:
                 print(f"{row}: left out ({error})", flush=True)
                 results.append(dict(row=row, length=length, seconds=None, missing=str(error)))
@@ -230,8 +252,7 @@ def main() -> None:
                 print(f"{row:28s} {length:7d} tokens: {type(error).__name__}. {error}", flush=True)
                 results.append(dict(row=row, length=length, seconds=None, error=str(error)[:500]))
             free_memory(device)
-            if args.output:
-                Path(args.output).write_text(json.dumps(dict(about=about, results=results), indent=2))
+            save()
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ def make_model(
     *,
     four_bit: bool = False,
     embeddings: bool = True,
-    dense: bool = False,
+    dense: str | None = None,
 ) -> nn.Module:
     """A PEFT model of `shape` with random weights, ready to train at `length`.
 
     Args:
-        dense: with the full attention that PyTorch picks.
+        dense: with full attention, by the kernel that PyTorch picks (sdpa) or by the fastest that is here.
     """
     config = LlamaConfig(**shape)
     base = make_four_bit(config, device) if four_bit else make_half(config, device)
@@ -39,7 +39,7 @@ def make_model(
         train_embeddings=embeddings,
     )
     model = get_peft_model(base, adapter)
-    if dense:
+    if dense == "sdpa":
         model.get_base_model().set_attn_implementation("sdpa")
     model.config.use_cache = False
     return model.train()

@@ -44,6 +44,7 @@ CASES = [
     ("benchmarks/tables.py", "{here}/none.json", "no such file"),
     ("benchmarks/tables.py", "{odd}", "none of these scripts wrote it"),
     ("benchmarks/training.py", "--rows magic", "invalid choice: 'magic'"),
+    ("benchmarks/training.py", "--means free=1", "is not JSON with arguments of checkpoint_blocks"),
     ("benchmarks/training.py", "--tiny --output {here}/no/x.json", "does not exist. Make it first"),
     ("benchmarks/training_step.py", "--attention flash", "invalid choice: 'flash'"),
     ("benchmarks/training_step.py", "--tiny --repeats -1", "'-1' is not a number of 1 or more"),
@@ -66,10 +67,10 @@ CASES = [
 # Imported by scripts, or run only without arguments.
 LIBRARIES = {
     "command_line.py", "stdlib_text.py", "measure.py", "options.py", "shapes.py", "ways.py",
-    "float8.py", "float8_kernel.py", "training_model.py", "training_others.py", "scaling_check.py",
-    "scaling_memory.py", "scaling_prediction.py", "scaling_step.py", "scaling_traffic.py", "scaling_weights.py",
-    "cells.py", "choices.py", "course.py", "figures.py", "losses.py", "metrics.py", "plots.py", "records.py",
-    "rules.py",
+    "float8.py", "float8_kernel.py", "timed_steps.py", "training_model.py", "training_others.py",
+    "scaling_check.py", "scaling_memory.py", "scaling_prediction.py", "scaling_step.py", "scaling_traffic.py",
+    "scaling_weights.py", "cells.py", "choices.py", "course.py", "figures.py", "losses.py", "metrics.py",
+    "plots.py", "records.py", "rules.py",
     "train.py", "work.py",
 }  # fmt: skip
 

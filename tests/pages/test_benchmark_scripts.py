@@ -11,6 +11,7 @@ from types import ModuleType
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from peft_longlora.kernels.flash import FlashAttention4
@@ -20,7 +21,7 @@ from tests.helpers.ranks import run_ranks
 
 FOLDER = ROOT / "benchmarks"
 LIBRARIES = {"measure.py", "options.py", "shapes.py", "ways.py"}  # imported by the scripts
-LIBRARIES |= {"float8.py", "float8_kernel.py", "training_model.py", "training_others.py"}
+LIBRARIES |= {"float8.py", "float8_kernel.py", "training_model.py", "training_others.py", "timed_steps.py"}
 LIBRARIES |= {f"scaling_{name}.py" for name in ("check", "memory", "prediction", "step", "traffic", "weights")}
 
 
@@ -115,11 +116,31 @@ def test_training(tmp_path):
 
     A float8 base rounds more, and the 256 tokens that full attention sees are four groups.
     """
-    rows = ("float32 low rank", "half low rank", "attention kept", "as planned", "float8", "full attention")
-    run("training.py", "--tiny", "--repeats", 1, "--output", tmp_path / "out.json", "--rows", *rows)
+    rows = ("float32 low rank", "half low rank", "attention kept", "as planned", "by hand", "float8", "full attention")
+    options = ("--repeats", 1, "--means", '{"keep": 1, "free": 1}', "--output", tmp_path / "out.json")
+    run("training.py", "--tiny", *options, "--rows", *rows, "liger, full", "liger, full by PyTorch")
     rows = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert [row["losses"][-1] for row in rows if row["row"] == "full attention"] != [rows[0]["losses"][-1]]
+    full = [row["losses"] for row in rows if "full" in row["row"]]
+    assert full[0] == full[2] == pytest.approx(full[1], abs=0.01) and full[0] != rows[0]["losses"]
+    assert all(row["seconds"] > 0 and len(row["warm_up_seconds"]) == 2 and "unfinished" not in row for row in rows)
     assert all(row["losses"] == pytest.approx(rows[0]["losses"], abs=0.05) for row in rows)
+
+
+def test_a_training_run_that_is_ended_leaves_the_steps_before(tmp_path, capsys, monkeypatch):
+    step, calls = torch.optim.AdamW.step, []
+
+    def ended(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", ended)
+    with pytest.raises(KeyboardInterrupt):
+        run("training.py", "--tiny", "--rows", "as planned", "--warm-up", 1, "--output", tmp_path / "out.json")
+    (row,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert row["unfinished"] == "2 of 4 steps" and row["seconds"] > 0 and len(row["warm_up_seconds"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("step 3 of 4 begins")
 
 
 def test_generation(tmp_path):

@@ -51,7 +51,7 @@ TRAINING = dict(
     part_rate=None,
     rows=None,
 )
-EVALUATION = dict(native_window=None, edges=None, passkey_lengths=[], passkeys=20, memorised=None)
+EVALUATION = dict(native_window=None, edges=None, passkey_lengths=[], passkeys=20, memorised=None, ruler=None)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ class Cell:
         """All that decides the result, as it stands in the line, but for the steps of a "time" cell, measured first."""
         # Without what is off, so that a new option leaves old lines as they are.
         training = {key: value for key, value in self.training.items() if value not in (None, False)}
-        evaluation = {key: value for key, value in self.evaluation.items() if key != "memorised" or value}
+        evaluation = {
+            key: value for key, value in self.evaluation.items() if key not in ("memorised", "ruler") or value
+        }
         if self.budget == "time":
             training.pop("steps")
         data = {} if self.data == "books" else {"data": self.data}

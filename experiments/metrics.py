@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from books import Books
 from losses import hidden_states, output_layer, token_losses
+from ruler import measure_ruler
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -38,10 +39,12 @@ def measure(
 ) -> dict[str, Any]:
     """All metrics of a cell, through the fastest dense attention there is.
 
+    RULER comes last and merges the adapter: the model is not usable afterwards.
+
     Args:
         books: for validation. window: tokens of a row.
         evaluation: `edges` of the positions reported apart, `native_window`, `passkey_lengths`, `passkeys` a length,
-            `memorised` passages.
+            `memorised` passages, `ruler` prompts a task and length.
         trained: the rows that the model was trained on, each once.
     """
     model.eval()
@@ -60,6 +63,8 @@ def measure(
     if count := evaluation["memorised"]:
         unseen = [book[:window].tolist() for book in books]
         metrics["memorised"] = recited(model, tokenizer, trained, unseen, count)
+    if count := evaluation["ruler"]:
+        metrics["ruler"] = measure_ruler(model, tokenizer, books, evaluation["passkey_lengths"], count)
     return metrics
 
 

@@ -95,6 +95,24 @@ def _recited(lines: list[dict[str, Any]]) -> dict[str, Any]:
     return lines[0]["metrics"].get("memorised", {}) if lines else {}
 
 
+def ruler_table(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
+    """RULER's scores: the mean of the tasks at each length, then each task's at these lengths; none if not measured."""
+    head, rows = [], []
+    for name, budget, label in study.rows:
+        mine = [line["metrics"]["ruler"] for line in found.get((name, budget), []) if "ruler" in line["metrics"]]
+        if not mine:
+            continue
+        lengths, tasks = list(next(iter(mine[0].values()))), list(mine[0])
+        scores = {
+            task: [statistics.fmean(one[task][length]["score"] for one in mine) for length in lengths] for task in tasks
+        }
+        means = [f"{statistics.fmean(column):.1f}" for column in zip(*scores.values(), strict=True)]
+        head = ["RULER, %", "budget", *(f"mean {short(length)}" for length in lengths)]
+        head += [f"{task.removeprefix('niah_')} {' / '.join(map(short, lengths))}" for task in tasks]
+        rows.append([label, budget, *means, *(" / ".join(f"{score:.0f}" for score in scores[task]) for task in tasks)])
+    return table(head, rows) if rows else []
+
+
 def cost_table(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
     """What each cell cost."""
     rows = []
@@ -133,8 +151,8 @@ def block(study: Study, lines: list[dict[str, Any]]) -> list[str]:
     if study.data == "records":
         parts = [answer_table(study, found), cost_table(study, found)]
     else:
-        quality = [quality_table(study, found), difference_table(study, found), recited_table(study, found)]
-        parts = [*quality, cost_table(study, found)]
+        quality = [quality_table(study, found), difference_table(study, found)]
+        parts = [*quality, recited_table(study, found), ruler_table(study, found), cost_table(study, found)]
     if study.data == "books" and len(found) > 1 and differences(study, found):
         parts.append([f"![{study.title}](images/results_{study.name}.png)"])
     return [line for part in parts if part for line in (*part, "")][:-1]

@@ -87,6 +87,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--only {min(unknown)}: no study has a cell of this name.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU here. --device cpu runs a tiny study.")
+    for study in args.studies:
+        if any(cell.evaluation["ruler"] and not cell.evaluation["passkey_lengths"] for cell in study.cells):
+            raise ValueError(f"{study.name}: ruler needs passkey_lengths, which are those of its prompts too.")
     if args.list:
         return
     if args.model is None:

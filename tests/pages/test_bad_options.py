@@ -70,7 +70,7 @@ LIBRARIES = {
     "float8.py", "float8_kernel.py", "timed_steps.py", "training_model.py", "training_others.py",
     "scaling_check.py", "scaling_memory.py", "scaling_prediction.py", "scaling_step.py", "scaling_traffic.py",
     "scaling_weights.py", "cells.py", "choices.py", "course.py", "figures.py", "losses.py", "metrics.py",
-    "plots.py", "records.py", "rules.py",
+    "plots.py", "records.py", "rules.py", "ruler.py",
     "train.py", "work.py",
 }  # fmt: skip
 

@@ -196,6 +196,25 @@ def test_what_is_recited_by_hand(small):
     assert report.recited_table(study, report.lines_by_row(study, lines[2:])) == []
 
 
+def test_rulers_scores_by_hand(small):
+    """Two seeds of the first cell: (40 + 60) / 2 and (10 + 20) / 2; their mean with vt's 100 and 0 is 75 and 7.5."""
+    study, lines = small
+    for one, near, far in ((lines[0], 40.0, 10.0), (lines[1], 60.0, 20.0)):
+        needle, chain = (
+            {"1024": dict(score=first, of=10), "2048": dict(score=last, of=10)}
+            for first, last in ((near, far), (100, 0))
+        )
+        one["metrics"]["ruler"] = {"niah_single_2": needle, "vt": chain}
+    wanted = [
+        "| RULER, % | budget | mean 1k | mean 2k | single_2 1k / 2k | vt 1k / 2k |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| full attention | tokens | 75.0 | 7.5 | 50 / 15 | 100 / 0 |",
+    ]
+    assert report.ruler_table(study, report.lines_by_row(study, lines)) == wanted
+    assert "\n".join(wanted) in "\n".join(report.block(study, lines))
+    assert report.ruler_table(study, report.lines_by_row(study, lines[2:])) == []
+
+
 def test_answers_by_hand(tmp_path):
     """Two seeds of three records: scores 0.1, 0.3, 0.5 on average; losses weigh by the tokens of the answers."""
     head, cells = SMALL.split("cells:")

@@ -49,6 +49,7 @@ TRAINING = dict(
     accumulation=None,
     parts=None,
     part_rate=None,
+    liger=False,
     rows=None,
 )
 EVALUATION = dict(native_window=None, edges=None, passkey_lengths=[], passkeys=20, memorised=None, ruler=None)

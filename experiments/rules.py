@@ -34,8 +34,9 @@ def check_course(training: dict[str, Any], config: dict[str, Any], data: str, wi
         raise ValueError(f"unscored={unscored} must be below {smallest}, the tokens of the smallest group.")
     if weight is not None and (type(weight) not in (int, float) or not weight > 0):
         raise ValueError(f"dense_weight={weight!r} must be a number above 0.")
-    if not isinstance(training["skip_positions"], bool):
-        raise ValueError(f"skip_positions={training['skip_positions']!r} must be true or false.")
+    for name in ("skip_positions", "liger"):
+        if not isinstance(training[name], bool):
+            raise ValueError(f"{name}={training[name]!r} must be true or false.")
     if training["accumulation"] is not None and not _is_count(training["accumulation"], 1):
         raise ValueError(f"accumulation={training['accumulation']!r} must be a number of rows, 1 or more.")
     _check_parts(training, config, data, window)

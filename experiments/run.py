@@ -36,7 +36,17 @@ from yaml import YAMLError
 
 from peft_longlora.cli.arguments import Parser
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "peft_longlora", "flash-attn-4", "triton", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "peft_longlora",
+    "flash-attn-4",
+    "liger-kernel",
+    "triton",
+    "numpy",
+)
 HERE = Path(__file__).parent
 # Seconds, until a line says better: to load, for a step of full attention, to measure.
 GUESS = dict(loading=15, step=0.7, measuring=45)

@@ -112,7 +112,8 @@ def train(cell: Cell, model: PeftModel, rows: list[dict[str, list[int]]], device
             gradient_checkpointing=options["gradient_checkpointing"],
             gradient_checkpointing_kwargs={"use_reentrant": False}, remove_unused_columns=False,
             dataloader_pin_memory=is_cuda, disable_tqdm=True, logging_strategy="no", save_strategy="no",
-            report_to="none",
+            report_to="none", use_liger_kernel=options["liger"],
+            liger_kernel_config=dict(fused_linear_cross_entropy=False, cross_entropy=False),  # the loss is losses.py's
         )  # fmt: skip
         data = [{name: torch.tensor(value) for name, value in row.items()} for row in rows]
         trainer = LongRowTrainer(model, arguments, train_dataset=data, optimizers=(optimizer, scheduler))

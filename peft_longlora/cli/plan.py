@@ -24,6 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=positive, default=16, help="of LoRA on q, k, v and o (%(default)s)")
     add("--no-embeddings", action="store_true", help="train LoRA and norms alone")
     add("--logits", action="store_true", help="a loss that makes the logits of the whole row")
+    add("--accumulate", action="store_true", help="gradients of several rows are summed before a step")
     add("--group-size", type=tokens, help="tokens of a group (default: a quarter of the row)")
     add("--tokens", type=amount, default="100M", help="tokens to train on, such as 100M or 1B (100M)")
     add("--gpu", default="H100", help="whose measured rate is taken (%(default)s)")
@@ -78,11 +79,12 @@ def run(args: argparse.Namespace) -> int:
     if args.model.lower() not in SHAPES:
         check_place(args.model, "model")
     shape = find_shape(args.model)
-    training = Training(args.rank, not args.no_embeddings, args.four_bit, not args.logits)
+    stay = args.accumulate or args.gpus > 1
+    training = Training(args.rank, not args.no_embeddings, args.four_bit, not args.logits, keeps_gradients=stay)
     budget, host = int(args.gpu_memory * ESTIMATED_FILLED), int(args.host_memory * HOST_FILLED)
     length = -(-args.context // args.gpus)
     for shards in sorted({1, args.gpus}):  # weights whole on each GPU, then shared
-        shared = Training(args.rank, not args.no_embeddings, args.four_bit, not args.logits, shards)
+        shared = replace(training, shards=shards)
         plan = best_estimate(shape, shared, length, budget, host)
         if plan.fits:
             break
@@ -114,6 +116,7 @@ def _advice(shape, training, args: argparse.Namespace, budget: int, host: int) -
     others = {
         "--four-bit": (replace(training, four_bit=True), length, host),
         "--no-embeddings": (replace(training, embeddings=False), length, host),
+        "without --accumulate": (replace(training, keeps_gradients=args.gpus > 1), length, host),
         "without --logits": (replace(training, fused_loss=True), length, host),
         "twice the host's memory": (training, length, 2 * host),
     }

@@ -17,13 +17,22 @@ from peft_longlora.memory.tile import find_feed_forwards, tile
 
 
 def find_blocks(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The blocks of the text model that transformers can checkpoint, in order."""
+    """The blocks of the text model that transformers can checkpoint, in order.
+
+    In a hybrid, blocks with a state in place of attention stand in one list with the others, and are blocks too.
+    """
     attentions = set(find_attention_modules(model).values())
+    lists = [one for one in model.modules() if isinstance(one, nn.ModuleList) and _has(attentions, one)]
+    beside = {id(child) for one in lists for child in one}
     return [
         module
         for module in model.modules()
-        if isinstance(module, GradientCheckpointingLayer) and not attentions.isdisjoint(module.modules())
+        if isinstance(module, GradientCheckpointingLayer) and (id(module) in beside or _has(attentions, module))
     ]
+
+
+def _has(attentions: set[nn.Module], module: nn.Module) -> bool:
+    return not attentions.isdisjoint(module.modules())
 
 
 def checkpoint_blocks(

@@ -149,6 +149,8 @@ class Training:
         four_bit: whether the base's projections are stored as NF4 numbers.
         fused_loss: whether the loss makes no logits of the whole row.
         shards: GPUs that share weights, gradients and optimiser (FSDP2).
+        keeps_gradients: whether gradients are there all the time: those of several batches are summed, or ranks add
+            theirs in buckets.
     """
 
     rank: int = 16
@@ -156,10 +158,20 @@ class Training:
     four_bit: bool = False
     fused_loss: bool = True
     shards: int = 1
+    keeps_gradients: bool = False
+
+
+def late_bytes(shape: Shape, training: Training) -> int:
+    """Of the embeddings' gradient, if it is made when the blocks' backward is over: not while those are at their peak.
+
+    Tied embeddings have one from the output layer on.
+    """
+    is_late = training.embeddings and not (shape.tied or training.keeps_gradients or training.shards > 1)
+    return shape.table * SINGLE if is_late else 0
 
 
 def fixed_parts(shape: Shape, training: Training) -> dict[str, int]:
-    """Bytes on each GPU that do not grow with the row, by name."""
+    """Bytes on each GPU that do not grow with the row, by name, without `late_bytes`."""
     tables = shape.table * (1 if shape.tied else 2)
     linear = shape.linear_bytes(training.four_bit)
     lora = shape.blocks * training.rank * (4 * shape.hidden + 2 * shape.query + 2 * shape.key)
@@ -169,7 +181,7 @@ def fixed_parts(shape: Shape, training: Training) -> dict[str, int]:
     parts = {
         "weights": linear + tables * HALF,
         "adapter": trained * SINGLE,
-        "gradients": trained * SINGLE,
+        "gradients": trained * SINGLE - late_bytes(shape, training),
         "optimiser": trained * ADAM,
     }
     parts = {name: round(size / training.shards) for name, size in parts.items()}
@@ -201,7 +213,8 @@ def estimate(
     free_bytes = HALF * saved + SINGLE * shape.heads + (input_bytes if means.get("offload") else 0)
     sizes = token_bytes, loss_bytes, free_bytes, kept_bytes, input_bytes
     plan = MemoryPlan(length, budget, sum(parts.values()), *sizes, shape.blocks, means=means)
-    return fill(replace(plan, host_budget=host_budget, parts=parts, kernels=("Liger",)))
+    late = late_bytes(shape, training)
+    return fill(replace(plan, host_budget=host_budget, parts=parts, kernels=("Liger",), late=late))
 
 
 def best_estimate(shape: Shape, training: Training, length: int, budget: int, host_budget: int) -> MemoryPlan:

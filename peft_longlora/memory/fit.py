@@ -20,6 +20,7 @@ from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import schedule_of, settings_of
 from peft_longlora.memory.blocks import checkpoint_blocks, find_blocks
 from peft_longlora.memory.liger import kernels_of, use_liger
+from peft_longlora.memory.offload import Offload
 from peft_longlora.memory.plan import AGAIN_KEPT, FILLED, MEANS, OWN_FILLED, MemoryPlan, fill, host_budget
 
 logger = logging.get_logger(__name__)
@@ -61,8 +62,8 @@ def fit_memory(
         liger: whether Liger's kernels are switched on if Liger is installed and knows the model; with the model's own
             loss also its fused loss. TRL's trainers bring a fused loss of their own. Liger's RoPE then serves every
             model of this family in the process, which must all be on a GPU.
-        accumulates: whether gradients of several batches are summed before a step of the optimiser. Then they stay on
-            the GPU from batch to batch.
+        accumulates: whether gradients of several batches are summed before a step of the optimiser, or the model will
+            be wrapped by DDP. Then they, or DDP's buckets, are on the GPU all the time.
 
     Returns: the plan that is now in use; it is also logged.
 
@@ -162,8 +163,11 @@ def _measure(
     bare = peak - tokens * token_bytes
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     fixed = round(bare) + (ADAM_BYTES + (GRADIENT_BYTES if accumulates else 0)) * trained
-    plan = MemoryPlan(length, budget, fixed, token_bytes, 0.0, 0.0, 0.0, _bytes_of_input(model), blocks, means=means)
-    plan = replace(plan, host_budget=host_budget(), kernels=kernels_of(model))
+    in_host = _bytes_in_host(model, tokens, int(means.get("offload", 0)))
+    plan = MemoryPlan(length, budget, fixed, token_bytes, 0.0, 0.0, 0.0, in_host, blocks, means=means)
+    tables = model.get_input_embeddings().parameters()
+    late = 0 if accumulates else GRADIENT_BYTES * sum(each.numel() for each in tables if each.requires_grad)
+    plan = replace(plan, host_budget=host_budget(), kernels=kernels_of(model), late=late)
     if plan.peak > budget:
         return plan
     with_attention = _with(model, tokens, loss, dict(means, keep=True))
@@ -176,9 +180,21 @@ def _measure(
     return fill(replace(plan, loss_bytes=loss_bytes, free_bytes=free_bytes, kept_bytes=kept_bytes))
 
 
-def _bytes_of_input(model: nn.Module) -> int:
+def _bytes_of_input(model: nn.Module) -> float:
     """A token's bytes in the input of a block."""
     return model.config.get_text_config().hidden_size * 2
+
+
+def _bytes_in_host(model: nn.Module, tokens: int, every: int) -> float:
+    """A token's bytes in the host's memory for each block whose input waits there, as the last steps had them.
+
+    More than its input waits where a block is given other tensors too (Zamba, Gemma 4), and where a block's input is
+    not what the block before gave, so that each waits in place of every n-th.
+    """
+    found = [getattr(block, "_gradient_checkpointing_func", None) for block in find_blocks(model)]
+    hosts = {id(one.host): one.host.most for one in found if isinstance(one, Offload)}
+    most = sum(hosts.values()) / tokens / -(-len(found) // max(1, every))
+    return max(most, _bytes_of_input(model))
 
 
 def _growth(model: nn.Module, length: int, loss: Loss, shortest: int = SHORTEST) -> tuple[int, int, float]:

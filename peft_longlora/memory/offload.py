@@ -29,13 +29,13 @@ class _Away:
     """A tensor that waits in the host's memory.
 
     Attributes:
-        block: number of its block. chunks: its copy, pieces of pinned memory.
+        block: number of its block. size: its bytes. chunks: its copy, pieces of pinned memory.
         leaving: the tensor until it is copied. copied: the event after which it is.
         here: the tensor on its way back to the device, or None. arrived: the event after which it is whole.
     """
 
     def __init__(self, tensor: torch.Tensor, chunks: list[torch.Tensor], stream: torch.cuda.Stream, block: int):
-        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self.shape, self.dtype, self.device, self.size = tensor.shape, tensor.dtype, tensor.device, tensor.nbytes
         self.chunks, self.stream, self.block = chunks, stream, block
         self.leaving: torch.Tensor | None = tensor.contiguous()
         self.here: torch.Tensor | None = None
@@ -107,6 +107,7 @@ class HostMemory:
         self._away: list[ref[_Away]] = []  # a dropped graph frees its own
         self._spare: list[torch.Tensor] = []  # pieces of pinned memory
         self._stream: torch.cuda.Stream | None = None
+        self.most = 0  # bytes that have waited at once
 
     def put(self, tensor: torch.Tensor, block: int) -> Any:
         """Start to copy a GPU tensor of a block to the host; returns what `get` takes. Small tensors stay."""
@@ -121,6 +122,7 @@ class HostMemory:
         for one in waiting[:-LEAVING]:
             one.leave()
         self._away = [ref(one) for one in waiting]
+        self.most = max(self.most, sum(one.size for one in waiting))
         return away
 
     def get(self, packed: Any) -> torch.Tensor:

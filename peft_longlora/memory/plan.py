@@ -55,6 +55,7 @@ class MemoryPlan:
         means: `offload` and `tile_tokens`, as `checkpoint_blocks` takes them.
         host_budget: bytes that may wait in the host's memory.
         parts: what `fixed` consists of, if that is known.
+        late: bytes of the embeddings' gradient, which is made when the blocks' backward is over. Not in `fixed`.
         kernels: libraries whose kernels the model uses; for the table.
     """
 
@@ -73,6 +74,7 @@ class MemoryPlan:
     means: dict[str, Any] = field(default_factory=dict)
     host_budget: int = 0
     parts: dict[str, int] = field(default_factory=dict)
+    late: int = 0
     kernels: tuple[str, ...] = ()
 
     @property
@@ -95,7 +97,7 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """The expected peak on the GPU."""
-        return round(self.fixed + self.length * (self.working + self.keep * self.kept_bytes))
+        return round(self.fixed + max(self.late, self.length * (self.working + self.keep * self.kept_bytes)))
 
     @property
     def host(self) -> int:
@@ -117,7 +119,7 @@ class MemoryPlan:
     @property
     def longest(self) -> int:
         """The tokens of the longest step that fits with `offload` and `tile_tokens` of this plan."""
-        on_gpu = (self.budget - self.fixed) / self.token_bytes
+        on_gpu = (self.budget - self.fixed) / self.token_bytes if self.fixed + self.late <= self.budget else 0
         offload = int(self.means.get("offload", 0))
         in_host = self.host_budget / (-(-self.blocks // offload) * self.input_bytes) if offload else on_gpu
         return max(0, int(min(on_gpu, in_host)))
@@ -130,6 +132,7 @@ class MemoryPlan:
             ("inputs of blocks and the working set of one", round(self.length * self.token_bytes)),
             (f"more for {self.free} blocks that keep everything", round(self.length * more)),
             (kept, round(self.length * self.keep * self.kept_bytes)),
+            *([("the embeddings' gradient, when these are gone", self.late)] if self.late else []),
             ("peak expected", self.peak),
             ("budget", self.budget),
             (f"in the host's memory ({self.keep_in_host} blocks' attention)", self.host),

@@ -7,6 +7,7 @@ computed again, torch stops there, before the first tile. Called by `blocks`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,20 +43,27 @@ class Tiled(Mixin):
 
     tile_tokens: int
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, S, hidden) -> (B, S, hidden)."""
-        if not self.training or hidden.shape[1] <= self.tile_tokens:
-            return super().__call__(hidden)
+    def __call__(self, hidden: torch.Tensor, *numbers: Any) -> torch.Tensor:
+        """(B, S, hidden) -> (B, S, hidden), or without B; `numbers` are the same for each token (Zamba2's layer)."""
+        if not self.training or hidden.shape[-2] <= self.tile_tokens:
+            return super().__call__(hidden, *numbers)
+        if any(isinstance(one, torch.Tensor) for one in numbers):
+            return super().__call__(hidden, *numbers)
+        forward = partial(_with_numbers, super().__call__, numbers)
         if not torch.is_grad_enabled():  # the block after this one needs its input again (`offload=2` and more)
-            return torch.cat([super(Tiled, self).__call__(tile) for tile in hidden.split(self.tile_tokens, 1)], dim=1)
+            return torch.cat([forward(tile) for tile in hidden.split(self.tile_tokens, -2)], dim=-2)
         if not hidden.requires_grad:
-            return super().__call__(hidden)
-        tiles = _Tiles(super().__call__, _Save.apply(hidden), self.tile_tokens)
+            return forward(hidden)
+        tiles = _Tiles(forward, _Save.apply(hidden), self.tile_tokens)
         # A tile is named by a number, and what torch saves to enter a tile is kept from the block's own checkpoint:
         # otherwise the last tile's would be the last tensor that the block saves.
         with saved_tensors_hooks(_same, _same):
             outs = [checkpoint(tiles.run, index, use_reentrant=False) for index in range(len(tiles.rows))]
-        return torch.cat(outs, dim=1)
+        return torch.cat(outs, dim=-2)
+
+
+def _with_numbers(forward: Any, numbers: tuple[Any, ...], tile: torch.Tensor) -> torch.Tensor:
+    return forward(tile, *numbers)
 
 
 class _Tiles:
@@ -64,13 +72,13 @@ class _Tiles:
     def __init__(self, forward: Any, saved: torch.Tensor, tokens: int):
         self.forward, self.tokens = forward, tokens
         self.node = saved.grad_fn  # holds the input, or what a checkpointed block computes it from
-        self.rows: list[torch.Tensor | None] = list(saved.split(tokens, dim=1))
+        self.rows: list[torch.Tensor | None] = list(saved.split(tokens, dim=-2))
 
     def run(self, index: int) -> torch.Tensor:
         """One tile, the first time and again."""
         if self.rows[index] is None:
             whole = self.node.saved_tensors[0]  # once for all tiles, because it may be computed only once
-            self.rows = [row.requires_grad_() for row in whole.detach().split(self.tokens, dim=1)]
+            self.rows = [row.requires_grad_() for row in whole.detach().split(self.tokens, dim=-2)]
         tile, self.rows[index] = self.rows[index], None
         return self.forward(tile)
 

@@ -203,7 +203,8 @@ def make_trainer(plan: Plan, say: Callable[[str], None]) -> SFTTrainer:
     use_longlora_card(trainer, **facts)
     if plan.fits and plan.missing is None:
         tokens = arguments.max_length * arguments.per_device_train_batch_size
-        options = dict(loss=_fused_loss(arguments), accumulates=arguments.gradient_accumulation_steps > 1)
+        stay = arguments.gradient_accumulation_steps > 1 or arguments.world_size > 1  # or DDP's buckets do
+        options = dict(loss=_fused_loss(arguments), accumulates=stay)
         say(f"Memory:\n{fit_memory(trainer.model, tokens, **options)}")
     return trainer
 

@@ -55,9 +55,15 @@ def test_a_row_that_does_not_fit_says_what_would_make_it_fit(capsys):
     assert code == 0 and "does not fit" not in text
 
 
+def test_gradients_that_are_summed_stay_at_the_peak(capsys):
+    options = ["--model", "llama-3.1-8b", "--context", "512k", "--gpu-memory", "80GiB"]
+    peaks = [gib(plan(capsys, *options, *more)[1], "peak expected") for more in ([], ["--accumulate"])]
+    assert peaks[1] - peaks[0] == pytest.approx(128256 * 4096 * 4 / 2**30, abs=0.02)
+
+
 def test_gpus_share_a_row(capsys):
     options = ["--model", "llama-3.1-8b", "--gpu-memory", "80GB"]
-    _, one = plan(capsys, *options, "--context", "128k")
+    _, one = plan(capsys, *options, "--context", "128k", "--accumulate")  # as ranks, whose buckets stay
     code, two = plan(capsys, *options, "--context", "256k", "--gpus", 2, "--group-size", "32k")
     assert code == 0 and gib(one, "peak expected") == gib(two, "peak expected")
     assert "weights whole on each GPU" in two

@@ -72,16 +72,24 @@ def test_loss_and_gradients_are_those_of_the_plain_step(dtype, options, device, 
 
 
 OPTIONS = [dict(), dict(keep=False), dict(keep=False, offload=True), dict(keep=False, offload=2)]
-OPTIONS += [dict(keep=False, offload=3)]
-KINDS = {"gpt_oss": {}, "gemma3_text": {}, "gemma4_text": dict(rope_type="linear"), "qwen3_5_text": {}}
+OPTIONS += [dict(keep=False, offload=3), dict(free=1, keep=1, offload=2, tile_tokens=40)]
+KINDS = {
+    "gpt_oss": {},
+    "gemma3_text": {},
+    "gemma4_text": dict(rope_type="linear"),
+    "qwen3_5_text": {},
+    "qwen3_next": {},
+}
+KINDS |= {"lfm2": {}, "zamba2": {}}
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", [name for name in KINDS if name in CONFIG_MAPPING])
 def test_layers_with_windows_states_and_shared_keys(name, options, monkeypatch):
-    """Gemma 4's blocks also get a part of the embeddings each."""
+    """Gemma 4's blocks also get a part of the embeddings each. In a hybrid, layers with a state are blocks too."""
     monkeypatch.setattr("peft_longlora.memory.offload.LEAST_BYTES", 1)
     model = extend(tiny_model(name), group_size=16, **KINDS[name])
+    assert len(find_blocks(model)) == model.config.num_hidden_layers
     for call in (dict(), dict(position_ids=torch.arange(IDS.shape[1]).remainder(40).expand(IDS.shape))):
         checkpoint_blocks(model, free=len(find_blocks(model)))
         loss, grads, _ = step(model, **call)

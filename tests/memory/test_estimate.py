@@ -8,12 +8,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MambaConfig, MixtralConfig
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+from peft_longlora.memory.blocks import find_blocks
 from peft_longlora.memory.estimate import SHAPES, Shape, Training, best_estimate, estimate, fixed_parts, flops, longest
 from peft_longlora.memory.four_bit import four_bit_weights
 from peft_longlora.memory.plan import GIB, MEANS
 from peft_longlora.memory.rates import MEASURED, seconds
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny import EXPERTS, make
+from tests.helpers.tiny import EXPERTS, IDS, extend, make
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -134,3 +135,24 @@ def test_a_shape_is_read_from_a_config():
     assert Shape.of(config) == SHAPES["llama-3.1-8b"]
     with pytest.raises(ValueError, match="model_type='mamba': its config lacks a size of a decoder"):
         Shape.of(MambaConfig())
+
+
+def test_the_embeddings_gradient_comes_when_the_blocks_are_through():
+    """And so it is not in the peak, unless gradients stay from step to step, or the output layer makes it at once."""
+    model, order = extend(make()), []
+    table = next(p for n, p in model.named_parameters() if p.requires_grad and "embed_tokens" in n)
+    table.register_post_accumulate_grad_hook(lambda _: order.append("table"))
+    for number, block in enumerate(find_blocks(model)):
+        first = next(p for p in block.parameters() if p.requires_grad)
+        first.register_post_accumulate_grad_hook(lambda _, number=number: order.append(number))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert order == [1, 0, "table"]
+    shape, counted = SHAPES["llama-3.1-8b"], 128256 * 4096 * 4
+    once, summed = (
+        estimate(shape, Training(keeps_gradients=stays), 2**17, 10**15, 10**15, MEANS[2]) for stays in (False, True)
+    )
+    assert summed.fixed - once.fixed == once.late == counted and summed.late == 0
+    short = replace(once, length=1, free=0, keep=0, keep_in_host=0)
+    assert short.peak == short.fixed + counted and replace(short, budget=short.peak - 1).longest == 0
+    tied = estimate(replace(shape, tied=True), Training(), 2**17, 0, 0, MEANS[2])
+    assert tied.late == 0 and tied.parts["gradients"] == summed.parts["gradients"]

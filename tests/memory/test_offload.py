@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from peft_longlora.memory import checkpoint_blocks, offload
+from peft_longlora.memory import checkpoint_blocks, fit, offload
 from peft_longlora.memory.blocks import find_blocks
+from tests.helpers.every_config import tiny_model
 from tests.helpers.tiny import IDS, extend, make
 
 
@@ -23,7 +24,7 @@ class Away:
 
     def __init__(self, tensor, chunks, stream, block):
         self.chunks, self.like, self.here, self.block, self.is_leaving = chunks, tensor.new_empty(0), None, block, True
-        self.shape = tensor.shape
+        self.shape, self.size = tensor.shape, tensor.nbytes
         for chunk, part in self.pairs(tensor.contiguous()):
             chunk.copy_(part)
         Away.leaving += 1
@@ -100,6 +101,21 @@ def test_steps_are_the_plain_ones_and_their_host_memory_is_used_again(without_gp
     assert Away.back == Away.leaving == 0
     assert Away.handed == 3 * 6  # with every second input, the kept ones are needed twice
     assert Away.most <= 1  # one is on its way while one is used
+
+
+@pytest.mark.parametrize(
+    ("kind", "every", "inputs"), [("llama", 2, 1), ("lfm2", 2, 2), ("zamba", 1, 12), ("zamba", 2, 9)]
+)
+def test_what_waits_at_once_is_measured(without_gpu, kind, every, inputs):
+    """Zamba gives each block the embeddings too, and adds something to the input of some."""
+    model = extend(tiny_model(kind), group_size=16).train()
+    blocks = model.config.num_hidden_layers
+    checkpoint_blocks(model, keep=False, offload=every)
+    for _ in range(2):
+        gradients(model)[0].backward()
+    one = IDS.numel() * model.config.hidden_size * 4
+    expected = inputs * one / IDS.numel() / -(-blocks // every)
+    assert fit._bytes_in_host(model, IDS.numel(), every) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("options", [dict(keep=False), dict(keep=False, tile_tokens=40), dict(keep=1, keep_in_host=3)])

@@ -7,16 +7,18 @@ with parser.refusing():
 
 import argparse
 import dataclasses
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from peft_longlora.cli.arguments import Parser as OneLine
 from peft_longlora.cli.arguments import count, positive
 
-__all__ = ["Parser", "check_output", "checkpointing", "count", "positive", "rate"]
+__all__ = ["Parser", "check_output", "checkpointing", "count", "is_fitted", "positive", "rate"]
 
 
 class Parser(OneLine):
@@ -46,8 +48,19 @@ def check_output(folder: str | Path) -> None:
             raise ValueError(f"--output {folder}: {path} is a file. Give a folder.")
 
 
-def checkpointing() -> dict[str, Any]:
-    """Arguments of a Trainer that computes activations again in the backward; transformers 5.24 renamed them."""
+def is_fitted(tokens: int) -> bool:
+    """Whether `fit_memory` can choose what is computed again: one process, on a GPU, with steps that are not short."""
+    return torch.cuda.is_available() and os.environ.get("WORLD_SIZE", "1") == "1" and tokens >= 4096
+
+
+def checkpointing(fitted: bool = False) -> dict[str, Any]:
+    """Arguments of a Trainer that computes activations again in the backward; transformers 5.24 renamed them.
+
+    Args:
+        fitted: whether `fit_memory` chooses what is computed again. Then the Trainer must not.
+    """
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    if fitted:
+        return {name: False}
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

@@ -13,14 +13,14 @@ On several GPUs: `accelerate launch --config_file examples/accelerate/fsdp2.yaml
 
 Hardware: on one CPU core the embedded model (--model examples/assets/stdlib-llama-512 --context-length 2048 --max-steps
 10 --accumulation 2 --learning-rate 1e-3 --warmup-steps 2 --eval-windows 4, 49 books) takes 1.1 minutes. A 7B model
-needs a GPU (not measured). The Trainer holds several copies of the logits of a whole window (window x vocabulary x 4
-bytes each); TRL's SFTTrainer does not.
+needs a GPU (not measured). On one GPU `fit_memory` chooses what is computed twice; without `pip install liger-kernel`
+the Trainer holds several copies of the logits of a whole window (window x vocabulary x 4 bytes each).
 """
 
 import json
 
 import torch
-from command_line import Parser, check_output, checkpointing, count, positive, rate
+from command_line import Parser, check_output, checkpointing, count, is_fitted, positive, rate
 from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -33,6 +33,7 @@ from transformers import (
 
 from peft_longlora import LongLoraConfig
 from peft_longlora.data import check_held_out, load_rows
+from peft_longlora.memory import explain_out_of_memory, fit_memory
 from peft_longlora.training import last_checkpoint
 
 
@@ -69,6 +70,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     has_gpu = torch.cuda.is_available()
+    tokens = args.context_length * args.batch_size  # of a step on one GPU
+    fitted = is_fitted(tokens)
     options = dict(split=args.split, config=args.config, field=args.text_field, skip_empty=args.skip_empty)
     last = last_checkpoint(args.output)
     with parser.refusing():
@@ -94,7 +97,7 @@ def main() -> None:
         per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=1,
         gradient_accumulation_steps=args.accumulation, learning_rate=args.learning_rate, adam_beta2=0.95,
         lr_scheduler_type="constant_with_warmup", warmup_steps=args.warmup_steps, bf16=has_gpu,
-        **checkpointing(),
+        **checkpointing(fitted),
         logging_steps=1 if args.max_steps < 100 else 10, eval_on_start=bool(args.eval_data),
         dataloader_pin_memory=has_gpu,
     )  # fmt: skip
@@ -121,7 +124,10 @@ def main() -> None:
         eval_dataset=held_out if args.eval_data else None,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
-    trainer.train(resume_from_checkpoint=str(last) if args.resume else None)
+    if fitted:
+        print(fit_memory(model, tokens, accumulates=args.accumulation > 1))
+    with explain_out_of_memory(model):
+        trainer.train(resume_from_checkpoint=str(last) if args.resume else None)
     say = trainer.accelerator.print
     if args.eval_data:
         before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)

@@ -19,13 +19,15 @@ needs a GPU (not measured).
 import json
 
 import torch
-from command_line import Parser, check_output, checkpointing, count, positive, rate
+from command_line import Parser, check_output, checkpointing, count, is_fitted, positive, rate
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from peft_longlora import LongLoraConfig
 from peft_longlora.data import load_rows
+from peft_longlora.memory import explain_out_of_memory, fit_memory
+from peft_longlora.training import fused_loss
 
 
 def make_parser() -> Parser:
@@ -61,6 +63,8 @@ def main() -> None:
     args = parser.parse_args()
     set_seed(args.seed)
     has_gpu = torch.cuda.is_available()
+    tokens = args.max_length * args.batch_size  # of a step on one GPU
+    fitted = is_fitted(tokens)
     with parser.refusing():
         check_output(args.output)
         config = LongLoraConfig(
@@ -90,7 +94,7 @@ def main() -> None:
         warmup_steps=args.warmup_steps,
         adam_beta2=0.95,
         bf16=has_gpu,
-        **checkpointing(),
+        **checkpointing(fitted),
         logging_steps=1,
         dataloader_pin_memory=has_gpu,
         report_to="none",
@@ -124,7 +128,10 @@ def main() -> None:
     for parameter in model.parameters():
         if args.four_bit and parameter.requires_grad:  # TRL has rounded it to bf16, which small steps cannot move
             parameter.data = parameter.data.float()
-    trainer.train()
+    if fitted:
+        print(fit_memory(model, tokens, loss=fused_loss(arguments), accumulates=args.accumulation > 1))
+    with explain_out_of_memory(model):
+        trainer.train()
     say = trainer.accelerator.print
     if args.eval_records:
         before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)

@@ -114,20 +114,23 @@ def _advice(shape, training, args: argparse.Namespace, budget: int, host: int) -
 
     length = -(-args.context // args.gpus)
     others = {
-        "--four-bit": (replace(training, four_bit=True), length, host),
-        "--no-embeddings": (replace(training, embeddings=False), length, host),
+        "with --four-bit": (replace(training, four_bit=True), length, host),
+        "with --no-embeddings": (replace(training, embeddings=False), length, host),
         "without --accumulate": (replace(training, keeps_gradients=args.gpus > 1), length, host),
         "without --logits": (replace(training, fused_loss=True), length, host),
-        "twice the host's memory": (training, length, 2 * host),
+        "with twice the host's memory": (training, length, 2 * host),
     }
-    others |= {f"--gpus {n}": (training, -(-args.context // n), host) for n in (8, 4, 2) if n > args.gpus}
+    others |= {
+        f"with --gpus {n}": (replace(training, keeps_gradients=True), -(-args.context // n), host)
+        for n in (8, 4, 2)
+        if n > args.gpus
+    }
     found = [
         name for name, (how, tokens, room) in others.items() if best_estimate(shape, how, tokens, budget, room).fits
     ]
-    found = [name for name in found if not name.startswith("--gpus")] + [n for n in found if n.startswith("--gpus")][
-        -1:
-    ]
-    return f"It fits with {', or '.join(found)}." if found else "It fits with none of the other options alone."
+    several = [name for name in found if name.startswith("with --gpus")]
+    found = [name for name in found if name not in several[:-1]]
+    return f"It fits {', or '.join(found)}." if found else "It fits with none of the other options alone."
 
 
 def _print_time(shape, plan, args: argparse.Namespace, length: int, group: int) -> None:

@@ -208,13 +208,18 @@ def estimate(
     input_bytes, kept_bytes = HALF * shape.hidden, HALF * shape.query + SINGLE * shape.heads
     inputs = input_bytes * (2 if means.get("offload") else shape.blocks)  # one is used while one comes back
     loss_bytes = inputs + (HALF * 5 * shape.hidden if training.fused_loss else LOGITS * shape.vocabulary)
-    token_bytes = max(inputs + block_bytes(shape, bool(means.get("tile_tokens"))), loss_bytes)
+    block, logits = block_bytes(shape, bool(means.get("tile_tokens"))), loss_bytes - inputs
+    token_bytes = inputs + max(block, logits)
+    largest = "working set of one block" if block >= logits else "loss" if training.fused_loss else "logits"
+    token_parts = {"inputs of blocks": inputs, largest: max(block, logits)}
     saved = 2 * shape.hidden + 2 * shape.query + 2 * shape.key + 2 * shape.inner * shape.active
     free_bytes = HALF * saved + SINGLE * shape.heads + (input_bytes if means.get("offload") else 0)
     sizes = token_bytes, loss_bytes, free_bytes, kept_bytes, input_bytes
     plan = MemoryPlan(length, budget, sum(parts.values()), *sizes, shape.blocks, means=means)
     late = late_bytes(shape, training)
-    return fill(replace(plan, host_budget=host_budget, parts=parts, kernels=("Liger",), late=late))
+    return fill(
+        replace(plan, host_budget=host_budget, parts=parts, kernels=("Liger",), late=late, token_parts=token_parts)
+    )
 
 
 def best_estimate(shape: Shape, training: Training, length: int, budget: int, host_budget: int) -> MemoryPlan:

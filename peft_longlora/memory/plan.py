@@ -55,6 +55,7 @@ class MemoryPlan:
         means: `offload` and `tile_tokens`, as `checkpoint_blocks` takes them.
         host_budget: bytes that may wait in the host's memory.
         parts: what `fixed` consists of, if that is known.
+        token_parts: what `token_bytes` consists of, if that is known.
         late: bytes of the embeddings' gradient, which is made when the blocks' backward is over. Not in `fixed`.
         kernels: libraries whose kernels the model uses; for the table.
     """
@@ -74,6 +75,7 @@ class MemoryPlan:
     means: dict[str, Any] = field(default_factory=dict)
     host_budget: int = 0
     parts: dict[str, int] = field(default_factory=dict)
+    token_parts: dict[str, float] = field(default_factory=dict)
     late: int = 0
     kernels: tuple[str, ...] = ()
 
@@ -126,10 +128,11 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         parts = self.parts or {"weights, gradients, optimiser": self.fixed}
+        growing = self.token_parts or {"inputs of blocks and the working set of one": self.token_bytes}
         kept, more = f"{self.keep} blocks keep attention's output", self.working - self.token_bytes
         rows = [
             *parts.items(),
-            ("inputs of blocks and the working set of one", round(self.length * self.token_bytes)),
+            *((name, round(self.length * size)) for name, size in growing.items()),
             (f"more for {self.free} blocks that keep everything", round(self.length * more)),
             (kept, round(self.length * self.keep * self.kept_bytes)),
             *([("the embeddings' gradient, when these are gone", self.late)] if self.late else []),

@@ -10,6 +10,6 @@ and `damage` (going on), `finish` (evaluation, card, push) and `completed` (noth
 from peft_longlora.training.checkpoints import last_checkpoint
 from peft_longlora.training.meter import Meter, MeteredMixin
 from peft_longlora.training.recipe import Recipe, read_recipe
-from peft_longlora.training.run import train
+from peft_longlora.training.run import fused_loss, train
 
-__all__ = ["Meter", "MeteredMixin", "Recipe", "last_checkpoint", "read_recipe", "train"]
+__all__ = ["Meter", "MeteredMixin", "Recipe", "fused_loss", "last_checkpoint", "read_recipe", "train"]

@@ -19,6 +19,7 @@ from peft_longlora.data.loading import load_rows
 from peft_longlora.eval.corpus import Corpus
 from peft_longlora.hub.loading import is_out_of_memory
 from peft_longlora.hub.trainers import use_longlora_card
+from peft_longlora.memory.advice import explain_out_of_memory
 from peft_longlora.memory.fit import fit_memory
 from peft_longlora.sequence.trainer import SequenceParallelMixin
 from peft_longlora.training.arguments import make_arguments
@@ -122,9 +123,10 @@ def train(recipe: Recipe, *, dry_run: bool = False, say: Callable[[str], None] =
             raise ValueError(str(error)) from error
         if not is_out_of_memory(error):
             raise
+        what = str(error).partition("\n")[0].rstrip(".") if isinstance(error, torch.OutOfMemoryError) else ""
         raise ValueError(
-            f"Out of memory ({' '.join(str(error).split())[:120]} ...). Use a smaller context_length, four_bit, "
-            f"gradient_checkpointing, or more GPUs."
+            f"Out of memory ({what or ' '.join(str(error).split())[:120] + ' ...'}). Use a smaller context_length, "
+            f"four_bit, gradient_checkpointing, or more GPUs."
         ) from error
 
 
@@ -204,7 +206,7 @@ def make_trainer(plan: Plan, say: Callable[[str], None]) -> SFTTrainer:
     if plan.fits and plan.missing is None:
         tokens = arguments.max_length * arguments.per_device_train_batch_size
         stay = arguments.gradient_accumulation_steps > 1 or arguments.world_size > 1  # or DDP's buckets do
-        options = dict(loss=_fused_loss(arguments), accumulates=stay)
+        options = dict(loss=fused_loss(arguments), accumulates=stay)
         say(f"Memory:\n{fit_memory(trainer.model, tokens, **options)}")
     return trainer
 
@@ -214,7 +216,7 @@ def _run(plan: Plan, say: Callable[[str], None]) -> int:
     stop = next(one for one in trainer.callback_handler.callbacks if isinstance(one, StopCallback))
     if plan.last is not None:
         say(f"Going on from {plan.last}.")
-    with stop.listening():
+    with stop.listening(), explain_out_of_memory(trainer.model):
         trainer.train(resume_from_checkpoint=str(plan.last) if plan.last else None)
     step = trainer.state.global_step
     if stop.signal is not None and step < trainer.state.max_steps:
@@ -239,8 +241,14 @@ def _run_again(plan: Plan, say: Callable[[str], None]) -> int:
     return 0
 
 
-def _fused_loss(arguments: SFTConfig) -> Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]:
-    """The loss of a step as the trainer computes it: without the logits of a whole row."""
+def fused_loss(arguments: SFTConfig) -> Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]:
+    """The loss of a step as TRL's trainer computes it, for `fit_memory`: without the logits of a whole row.
+
+    Args:
+        arguments: the trainer's.
+
+    Returns: a function of the model and ids (1, S).
+    """
     from trl.trainer import utils
 
     fused = {"fused_lm_head": True} if hasattr(utils, "add_fused_lm_head") else {}

@@ -53,6 +53,9 @@ def test_a_row_that_does_not_fit_says_what_would_make_it_fit(capsys):
     assert code == 1 and "does not fit" in text and "It fits with --four-bit" in text
     code, text = plan(capsys, *options, "--four-bit")
     assert code == 0 and "does not fit" not in text
+    code, text = plan(capsys, *options, "--four-bit", "--logits", "--accumulate")
+    assert code == 1 and "It fits without --logits." in text
+    assert gib(text, "logits") == pytest.approx(65536 * (128256 * 12) / 2**30, rel=0.01)
 
 
 def test_gradients_that_are_summed_stay_at_the_peak(capsys):

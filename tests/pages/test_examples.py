@@ -16,7 +16,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from peft_longlora import memory
 from peft_longlora.data import read_records, tokenize_records
+from peft_longlora.memory import checkpoint_blocks
+from peft_longlora.memory.advice import state_of
 from tests.helpers.paths import EMBEDDED, EXAMPLES
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_base import prose, save_base
@@ -230,6 +233,33 @@ def test_sft_longalpaca(run, base, tmp_path, packing, chat):
     after = number_after("Loss of held-out answers after", output)
     assert after == pytest.approx(expected, abs=2e-4)
     assert after < number_after("Loss of held-out answers before", output) - 0.1
+
+
+@pytest.mark.parametrize("script", ["extend_context.py", "sft_longalpaca.py"])
+def test_on_a_gpu_fit_memory_chooses_what_is_computed_again(run, base, text_folder, tmp_path, monkeypatch, script):
+    """And not the Trainer. Without a GPU to measure on, the choice is made here."""
+    import command_line
+
+    asked = []
+
+    def choose(model, length, *, loss=None, accumulates=False):
+        ids = torch.arange(3, 9)[None]
+        own = model(input_ids=ids, labels=ids).loss
+        torch.testing.assert_close(own if loss is None else loss(model, ids), own)
+        assert not model.get_base_model().is_gradient_checkpointing
+        checkpoint_blocks(model, free=1)
+        asked.append((length, loss is not None, accumulates, state_of(model)["free"]))
+        return "the plan"
+
+    monkeypatch.setattr(command_line, "is_fitted", lambda tokens: tokens > 256)
+    monkeypatch.setattr(memory, "fit_memory", choose)
+    data = tmp_path / "records.json"
+    data.write_text(json.dumps([{"instruction": prose(9, n), "output": prose(6, 1)} for n in range(9)]))
+    is_sft = script.startswith("sft")
+    window = ("--max-length", 256, "--data", data) if is_sft else ("--context-length", 256, "--data", text_folder)
+    common = ("--model", base, "--max-steps", 1, "--batch-size", 2, "--output", tmp_path / "adapter", *window)
+    output = run(script, *common, "--accumulation", 1 + is_sft)
+    assert "the plan\n" in output and asked == [(512, is_sft, is_sft, 1)]
 
 
 def run_by_rank(script: str, args: list) -> None:

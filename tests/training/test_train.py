@@ -219,6 +219,17 @@ def test_a_signal_ends_training_after_the_step_with_a_checkpoint(run, monkeypatc
     assert code == 0 and len(steps) == 3 and "Going on from" in said
 
 
+def test_a_step_that_runs_out_of_memory_names_the_switch(run, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. " + 40 * "More. ")
+
+    monkeypatch.setattr(torch.Tensor, "backward", fail)
+    code, _, error, _ = run("--gradient-checkpointing", "false")
+    assert code == 2 and "More." not in error
+    assert "No block is checkpointed: call peft_longlora.memory.checkpoint_blocks(model)" in error
+    assert "Use a smaller context_length, four_bit" in error.splitlines()[-1]
+
+
 def test_a_second_ctrl_c_ends_at_once(run, monkeypatch):
     def stop(self, inputs):
         signal.raise_signal(signal.SIGINT)

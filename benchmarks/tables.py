@@ -69,7 +69,7 @@ def training_table(result: dict) -> list[str]:
     with_host = any(row.get("host_gib") for row in result["results"])
     rows = []
     for row in result["results"]:
-        name = [row["row"], f"{row['length']:,}"]
+        name = [row["row"] + (f" ({row['unfinished']})" if "unfinished" in row else ""), f"{row['length']:,}"]
         if row["seconds"] is None:
             reason = "left out: " + row["missing"] if row.get("missing") else "out of memory"
             rows.append([*name, reason, "", "", "", "", *([""] if with_host else [])])

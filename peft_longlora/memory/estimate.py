@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from peft_longlora.attention.states import ATTENDING
 from peft_longlora.memory.four_bit import four_bit_weights
 from peft_longlora.memory.plan import GIB, MEANS, MemoryPlan, fill
 from peft_longlora.memory.sizes import check_sizes
@@ -37,6 +38,7 @@ class Shape:
         tied: whether the output layer is the embeddings.
         experts: feed-forward layers of a block.
         active: how many of them a token passes.
+        states: blocks of a hybrid with a state, which are counted as if they had attention alone.
         sixteen_bit: numbers of the blocks that a 4-bit base keeps in half precision: experts that are one parameter.
     """
 
@@ -51,6 +53,7 @@ class Shape:
     experts: int = 1
     active: int = 1
     sixteen_bit: int = 0
+    states: int = 0
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Shape:
@@ -75,6 +78,7 @@ class Shape:
                 bool(config.tie_word_embeddings),
                 experts,
                 (getattr(config, "num_experts_per_tok", None) or 1) if experts > 1 else 1,
+                states=sum(kind not in ATTENDING for kind in getattr(config, "layer_types", None) or ()),
             )
             if experts == 1:
                 return shape
@@ -193,10 +197,11 @@ def fixed_parts(shape: Shape, training: Training) -> dict[str, int]:
 def block_bytes(shape: Shape, tiled: bool) -> float:
     """A token's bytes at the peak of a checkpointed block's backward, without its input."""
     h, q, kv, f = shape.hidden, shape.query, 2 * shape.key, shape.inner * shape.active
-    # Normed input, q, k, v and attention's output, the residual and its gradient are there all the time.
-    always = h + q + kv + q + h + h
+    # Normed input, q, k, v and attention's output, and the residual's gradient are there all the time.
+    always = h + q + kv + q + h
     attention = 2 * q + kv + q  # gradients of the output, of q, k and v, and dq's float32 sum of half of the heads
-    feed_forward = 3 * h if tiled else 3 * f + h  # its saved input and the gradients' parts; or the inner tensors
+    # The residual after attention, the saved input and its gradient; or the inner tensors.
+    feed_forward = h + (2 * h if tiled else 3 * f + h)
     return HALF * (always + max(attention, feed_forward))
 
 

@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from transformers import LlamaConfig, MixtralConfig
+from transformers import Gemma3TextConfig, LlamaConfig, MixtralConfig, OlmoHybridConfig
 
 from peft_longlora import LongLoraConfig
 from peft_longlora.cli import main
@@ -35,7 +35,7 @@ def test_weights_adapter_and_optimiser_of_a_known_model(capsys):
     trained = lora + 128256 * 4096 + 65 * 4096
     assert gib(text, "adapter") == pytest.approx(trained * 4 / 2**30, abs=0.02)
     assert gib(text, "optimiser") == pytest.approx(trained * 8 / 2**30, abs=0.02)
-    assert gib(text, "peak expected") <= gib(text, "budget") == pytest.approx(0.9 * 80, abs=0.01)
+    assert gib(text, "peak expected") <= gib(text, "budget") == pytest.approx(0.92 * 80, abs=0.01)
     assert "free=" in text and "an estimate from measured steps on one H100" in text
 
 
@@ -110,6 +110,15 @@ def test_a_4_bit_base_keeps_its_experts_and_is_not_advised_for_them(capsys, tmp_
     assert code == 1 and gib(bits, "weights") > experts and "97% of the blocks' weights stay in 16 bits" in bits
     code, half = plan(capsys, *options)
     assert code == 1 and "It fits with" in half and "--four-bit" not in half
+
+
+def test_blocks_with_a_state_are_said(capsys, tmp_path):
+    for kind, other, more in ((OlmoHybridConfig, "linear", {}), (Gemma3TextConfig, "sliding", dict(sliding_window=64))):
+        sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, head_dim=64)
+        more |= dict(layer_types=["full_attention", f"{other}_attention"], num_key_value_heads=4, vocab_size=99)
+        kind(**sizes, **more).save_pretrained(tmp_path)
+        code, text = plan(capsys, "--model", tmp_path, "--context", "8k", "--gpu-memory", "80GiB")
+        assert code == 0 and ("1 of 2 blocks hold a state" in text) == (other == "linear")
 
 
 def test_experts_are_not_measured():

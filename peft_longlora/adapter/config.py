@@ -46,6 +46,8 @@ class LongLoraConfig(LoraConfig):
         dense_layers: Indices of layers that stay dense in training.
         dense_every: n: one training forward in n (the n-th, the 2n-th, ...) is dense in every layer. None or 0: none
             is.
+        skip_positions: For 'local': positions skip inside groups in training, so that a group sees the distances of the
+            window (PoSE, arXiv:2309.10400).
         train_embeddings: Train a copy of the input embeddings, saved with the adapter.
         train_norms: Train a copy of every normalisation module, saved with the adapter.
         base_context_length: Filled in when the adapter is made: the base's own window, checked when it is loaded.
@@ -115,6 +117,13 @@ class LongLoraConfig(LoraConfig):
         metadata={
             "help": "n: one training forward in n (the n-th, the 2n-th, ...) is dense in every layer. None or 0: none "
             "is."
+        },
+    )
+    skip_positions: bool = field(
+        default=False,
+        metadata={
+            "help": "For 'local': positions skip inside groups in training, so that a group sees the distances of the "
+            "window (PoSE, arXiv:2309.10400)."
         },
     )
     train_embeddings: bool = field(

@@ -29,6 +29,7 @@ def check_together(config: LongLoraConfig) -> None:
         chosen_blocks=config.chosen_blocks,
         dense_layers=config.dense_layers,
         dense_every=config.dense_every,
+        skip_positions=config.skip_positions,
         name="attention_pattern",
     )
     for field, value in {"lora_alpha": config.lora_alpha, **config.alpha_pattern}.items():

@@ -1,4 +1,5 @@
-"""The number of training forwards, saved among an adapter's tensors. A resumed run needs it for `dense_every`.
+"""The number of training forwards, saved among an adapter's tensors. A resumed run needs it for `dense_every`
+and `skip_positions`.
 
 A Trainer that resumes reads an adapter's weights but not its config, so the number is saved as a tensor. PEFT saves and
 loads it (`add_count`, `take_count`). FSDP2's full state and DeepSpeed go past PEFT, so it is a buffer of the base too
@@ -43,7 +44,7 @@ def without_count(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def _number_of(model: nn.Module) -> int | None:
     """The number of training forwards, or None if the model has no schedule."""
     settings = next(map(settings_of, find_attention_modules(model).values()), None)
-    return settings.training_forwards if settings is not None and settings.schedule.dense_every else None
+    return settings.training_forwards if settings is not None and settings.schedule.is_counting else None
 
 
 def _continue_from(model: nn.Module, number: int) -> None:

@@ -30,7 +30,7 @@ from peft_longlora.adapter.state import AdapterState, check_place
 from peft_longlora.adapter.wishes import wanted_attention
 from peft_longlora.architecture import rows_of
 from peft_longlora.attention.configure import check_model, configure_attention
-from peft_longlora.attention.settings import AttentionState
+from peft_longlora.attention.settings import AttentionState, settings_on
 from peft_longlora.rope import scale as rope
 from peft_longlora.rope import state as rotary
 
@@ -82,6 +82,7 @@ class LongLoraModel(EndingLoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if config.rope_type == "learned":
                 copies.learn_rope(model, adapter_name, is_trained=not config.inference_mode)
+            settings_on(model).skips.follow(model)  # PEFT and `learn_rope` may have made other rotary modules
             fit.check_after(config, model, self.shapes_of(adapter_name))
             copies.state_tied_sizes(model, adapter_name)
         except Exception:

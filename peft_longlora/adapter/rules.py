@@ -23,6 +23,7 @@ _LENGTHS = (
 )
 # With PEFT's own: the text "false" is true in Python, so a damaged file would switch them on.
 _SWITCHES = (
+    "skip_positions",
     "train_embeddings",
     "train_norms",
     *(each.name for each in fields(LoraConfig) if each.type in (bool, "bool")),

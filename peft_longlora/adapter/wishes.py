@@ -69,5 +69,6 @@ def wanted_attention(config: LongLoraConfig, model: PreTrainedModel) -> dict[str
         pattern=config.attention_pattern,
         dense_layers=[] if is_full else sorted(set(config.dense_layers or ())),
         dense_every=0 if is_full else config.dense_every or 0,
+        skip_positions=config.skip_positions and config.attention_pattern == "local",
         chosen_blocks=config.chosen_blocks if config.attention_pattern == "adaptive" else None,
     )

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.local import documents_of
 from peft_longlora.attention.mask import S2Mask
-from peft_longlora.attention.settings import AttentionSettings
+from peft_longlora.rope.parameters import follows_longest
 
 logger = logging.get_logger(__name__)
 
@@ -34,20 +34,18 @@ def warn_of_packed(call: LayerCall) -> None:
             "keep documents apart, so they see each other (in training they do not). Leave attention_mask out, or give "
             "each document a row of its own."
         )
-    if ROPE not in settings.warned and call.is_sparse and _follows_longest(settings) and _is_packed(call, positions):
+    if (
+        ROPE not in settings.warned
+        and call.is_sparse
+        and follows_longest(settings.config)
+        and _is_packed(call, positions)
+    ):
         settings.warned.add(ROPE)
         logger.warning(
             "rope_type 'dynamic' and 'longrope' take their frequencies from the longest position of a forward, so a "
             "short document that shares a forward with a long one is not computed as it is alone. Use another "
             "rope_type ('yarn', 'llama3', 'linear', 'ntk') for packed rows, or rows of one document of similar length."
         )
-
-
-def _follows_longest(settings: AttentionSettings) -> bool:
-    """Whether frequencies depend on the length; a config may hold one RoPE for each type of layer."""
-    rope = getattr(settings.config, "rope_parameters", None) or {}
-    each = [rope, *(one for one in rope.values() if isinstance(one, dict))]
-    return any(one.get("rope_type") in ("dynamic", "longrope") for one in each)
 
 
 def _is_packed(call: LayerCall, positions: torch.Tensor) -> bool:

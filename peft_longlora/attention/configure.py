@@ -26,6 +26,7 @@ from peft_longlora.attention.settings import (
     replace_settings,
     settings_on,
 )
+from peft_longlora.attention.skips import check_skips
 from peft_longlora.attention.trial import try_out
 from peft_longlora.kernels.backends import check_backend
 from peft_longlora.kernels.patterns import check_blocks, check_pattern, group_size_of
@@ -45,6 +46,7 @@ def configure_attention(
     chosen_blocks: int | None = None,
     dense_layers: list[int] | None = None,
     dense_every: int | None = None,
+    skip_positions: bool | None = None,
     dense_attention: str | None = None,
     backend: str | None = None,
 ) -> AttentionSettings:
@@ -64,6 +66,10 @@ def configure_attention(
         dense_every: n: one training forward in n (the n-th, the 2n-th, ...) is dense in every layer, on the kernel of
             `backend`. None or 0: no forward is. `AttentionSettings.training_forwards` says what is counted, and how to
             resume training.
+        skip_positions: for "local": in sparse training forwards RoPE's positions begin at 0 in each group, and skip
+            once, at a random place, by a random number of tokens that the window has room for (PoSE,
+            arXiv:2309.10400). So a group sees the distances of the window. None: False. Forwards are counted as for
+            dense_every, and the number of a forward decides what is drawn.
         dense_attention: the transformers attention that runs if S2-Attn does not ("sdpa", "flash_attention_2", ...).
             None: the model's current attention, or the one it would have without "s2_attn". "fastest": the fastest
             installed kernel, which rounds differently, for evaluation and prefill; as None if there is a cache, a
@@ -83,7 +89,7 @@ def configure_attention(
     config = model.config.get_text_config()
     asked = dict(
         group_size=group_size, group_size_ratio=group_size_ratio, pattern=pattern, chosen_blocks=chosen_blocks,
-        dense_layers=dense_layers, dense_every=dense_every,
+        dense_layers=dense_layers, dense_every=dense_every, skip_positions=skip_positions,
     )  # fmt: skip
     check_effect(**{**asked, "pattern": pattern or "s2"})
     if owned := _of_adapter(model):
@@ -122,6 +128,7 @@ def _checked(
     chosen_blocks: int | None,
     dense_layers: list[int] | None,
     dense_every: int | None,
+    skip_positions: bool | None,
 ) -> dict[str, Any]:
     """What `configure_attention` was asked for as fields of `AttentionSettings`, with the defaults.
 
@@ -142,14 +149,18 @@ def _checked(
             f"are {', '.join(map(str, sorted(indices)))}."
         )
     group_size = group_size if group_size is None else check_pattern(group_size, pattern)
-    check_pattern(group_size_of(group_size, ratio, window_of(model.config.get_text_config())), pattern)
+    size = check_pattern(group_size_of(group_size, ratio, window_of(model.config.get_text_config())), pattern)
+    if not isinstance(skip_positions, bool | None):
+        raise ValueError(f"skip_positions={skip_positions!r} must be True or False.")
+    if skip_positions:
+        check_skips(model, size)
     return dict(
         given_size=group_size,
         group_size_ratio=ratio,
         pattern=pattern,
         chosen_blocks=check_blocks(chosen_blocks),
         dense_layers=frozenset(dense_layers or ()),
-        schedule=Schedule(check_dense_every(dense_every), training_forwards),
+        schedule=Schedule(check_dense_every(dense_every), training_forwards, skip_positions=bool(skip_positions)),
     )
 
 
@@ -211,6 +222,7 @@ def _said_by(owned: AttentionSettings) -> dict[str, Any]:
         chosen_blocks=owned.chosen_blocks,
         dense_layers=sorted(owned.dense_layers),
         dense_every=owned.schedule.dense_every,
+        skip_positions=owned.schedule.skip_positions,
     )
 
 

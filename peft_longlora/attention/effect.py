@@ -1,4 +1,4 @@
-"""Refuses settings of attention that would have no effect, because whoever gives one expects an effect."""
+"""Refuses settings of attention that would have no effect, or a wrong one: whoever gives one expects an effect."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ def check_effect(
     chosen_blocks: Any = None,
     dense_layers: Any = None,
     dense_every: Any = None,
+    skip_positions: Any = None,
     name: str = "pattern",
 ) -> None:
-    """Refuse settings of which one makes another idle.
+    """Refuse settings of which one makes another idle or wrong.
 
-    The arguments are those of `configure_attention`; None, 0, an empty list and the default ratio are no settings.
+    The arguments are those of `configure_attention`; None, 0, False, an empty list and the default ratio are no
+    settings.
     `name` is that of the argument or field that holds the pattern.
 
     Raises: ValueError.
@@ -34,6 +36,17 @@ def check_effect(
         raise ValueError(
             f"chosen_blocks={chosen_blocks!r} has no effect with {name}={pattern!r}: only 'adaptive' chooses blocks. "
             f"Leave it out, or use {name}='adaptive'."
+        )
+    if skip_positions and pattern != "local":
+        raise ValueError(
+            f"skip_positions={skip_positions!r} goes with {name}='local' alone, not with {pattern!r}: positions skip "
+            f"inside groups, and no query may see two of them. Leave it out, or use {name}='local'."
+        )
+    if skip_positions and dense_layers:
+        raise ValueError(
+            f"skip_positions={skip_positions!r} and dense_layers={dense_layers!r} exclude each other: a dense layer "
+            f"would see positions go back where a group begins. Leave one of them out; dense_every makes whole "
+            f"forwards dense, in which no position skips."
         )
     if pattern == "full":
         given = dict(

@@ -1,4 +1,4 @@
-"""Which training forwards of a model are dense in every layer: one in n.
+"""Which training forwards of a model are dense in every layer (one in n), and which they are, counted.
 
 The settings of a model's layers hold it. `inputs` sees the calls of a model, and begins each forward.
 """
@@ -22,24 +22,35 @@ class Schedule:
     counts.
 
     Attributes:
-        dense_every: n. With 0 there are no dense forwards, and nothing is counted.
-        training_forwards: the number of training forwards, including the current one.
+        dense_every: n. With 0 there are no dense forwards.
+        training_forwards: the number of training forwards, including the current one. Nothing is counted if nothing
+            depends on it.
         is_dense: whether the current forward, or the last one, is dense.
+        skip_positions: whether positions skip in the others (`skips`).
+        is_training: whether the current forward, or the last one, was counted.
     """
 
     dense_every: int = 0
     training_forwards: int = 0
     is_dense: bool = False
+    skip_positions: bool = False
+    is_training: bool = False
+
+    @property
+    def is_counting(self) -> bool:
+        """Whether anything depends on the number of a forward."""
+        return bool(self.dense_every) or self.skip_positions
 
     def begin(self, training: bool) -> None:
         """Begin a forward that is called from outside."""
-        if self.dense_every:
+        if self.is_counting:
             self._count(training and torch.is_grad_enabled())
 
-    @torch.compiler.disable(reason="dense_every counts forwards, and code would be compiled again for each number")
+    @torch.compiler.disable(reason="forwards are counted, and code would be compiled again for each number")
     def _count(self, is_training: bool) -> None:
         self.training_forwards += is_training
-        self.is_dense = is_training and self.training_forwards % self.dense_every == 0
+        self.is_training = is_training
+        self.is_dense = is_training and bool(self.dense_every) and self.training_forwards % self.dense_every == 0
 
 
 def check_dense_every(dense_every: Any) -> int:

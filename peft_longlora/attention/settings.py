@@ -23,6 +23,7 @@ from peft_longlora.architecture import (
 from peft_longlora.attention.effect import RATIO
 from peft_longlora.attention.inputs import ModelInputs
 from peft_longlora.attention.schedule import Schedule
+from peft_longlora.attention.skips import Skips
 from peft_longlora.attention.states import StateLayers
 from peft_longlora.kernels.patterns import group_size_of
 from peft_longlora.rope.parameters import window_of
@@ -41,6 +42,9 @@ class Sharing(Protocol):
     def attend(self, call: Any, pattern: str) -> torch.Tensor:
         """A layer's attention on this rank's stretch; `call` is a `layer.LayerCall`."""
 
+    def place(self, mask: Any, position_ids: torch.Tensor | None, group_size: int) -> tuple[int, int]:
+        """The tokens before this rank's stretch, and those of them that belong to its first document."""
+
 
 @dataclass
 class AttentionSettings:
@@ -58,11 +62,12 @@ class AttentionSettings:
         mode: "auto" (sparse while training), "sparse" or "dense"; set by `use_attention`.
         sharing: the ranks that share each sequence (`sequence.parallelize_sequence`), or None.
         is_enabled: False while the adapter of these settings is switched off; then the model attends as its base.
-        schedule: which training forwards are dense in every layer.
+        schedule: which training forwards are dense in every layer, and whether positions skip in the others.
         refuses_packed: why this model takes no rows of several documents (see `trial`), or None.
         warned: of what (see `caution`).
         inputs: the arguments of the model's last call.
         states: keeps documents apart in layers with a state along the sequence.
+        skips: moves the positions of sparse training forwards.
         probe: a function that gets every call of a layer (a `layer.LayerCall`) before it is computed; or None.
     """
 
@@ -83,11 +88,13 @@ class AttentionSettings:
     warned: set[str] = field(default_factory=set, repr=False, compare=False)
     inputs: ModelInputs = field(default_factory=ModelInputs, repr=False, compare=False)
     states: StateLayers = field(init=False, repr=False, compare=False)
+    skips: Skips = field(init=False, repr=False, compare=False)
     probe: Callable[[Any], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.inputs.schedule = self.schedule
         self.states = StateLayers(self)
+        self.skips = Skips(self)
 
     @property
     def group_size(self) -> int:
@@ -96,7 +103,8 @@ class AttentionSettings:
 
     @property
     def training_forwards(self) -> int:
-        """The number of training forwards of the model (see `Schedule`), counted if `dense_every` is set.
+        """The number of training forwards of the model (see `Schedule`), counted if `dense_every` or
+        `skip_positions` is set.
 
         An adapter's checkpoint holds this number. Without an adapter, set it when you resume training:
         `settings.training_forwards = trainer_state.global_step * gradient_accumulation_steps`.
@@ -174,12 +182,14 @@ def replace_settings(model: PreTrainedModel, settings: dict[str, AttentionSettin
         if hasattr(module, _SETTINGS):
             getattr(module, _SETTINGS).inputs.leave()
             getattr(module, _SETTINGS).states.leave()
+            getattr(module, _SETTINGS).skips.leave()
             delattr(module, _SETTINGS)
         if name in settings:
             setattr(module, _SETTINGS, settings[name])
     for one in {id(s): s for s in settings.values()}.values():
         one.inputs.follow(model)
         one.states.follow(model)
+        one.skips.follow(model)
 
 
 def schedule_of(module: nn.Module) -> Schedule | None:

@@ -271,6 +271,8 @@ def _pattern_text(config: LongLoraConfig, window: int | None) -> str:
     dense = f"; dense in layers {', '.join(map(str, config.dense_layers))}" if config.dense_layers else ""
     if config.dense_every:
         dense += f"; one training forward in {config.dense_every} dense in every layer"
+    if config.skip_positions:
+        dense += "; positions skip inside groups (PoSE, arXiv:2309.10400)"
     return f"`{config.attention_pattern}`: {groups}{shift}{dense}"
 
 

@@ -84,6 +84,14 @@ def is_nested(parameters: dict[str, Any]) -> bool:
     return any(isinstance(value, dict) for value in parameters.values())
 
 
+def follows_longest(config: PreTrainedConfig) -> bool:
+    """Whether frequencies depend on the longest position of a forward; a config may hold one RoPE for each type of
+    layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = [rope, *(one for one in rope.values() if isinstance(one, dict))]
+    return any(one.get("rope_type") in ("dynamic", "longrope") for one in each)
+
+
 def check_rope(rope_type: str, rope_parameters: dict[str, Any] | None) -> None:
     """Refuse parameters that no model can use.
 

@@ -20,7 +20,7 @@ from peft_longlora.attention.local import documents_of
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.kernels.patterns import BLOCK_PATTERNS
 from peft_longlora.sequence import halo, ulysses, window
-from peft_longlora.sequence.edges import Edges, exchange_edges, plan_halo
+from peft_longlora.sequence.edges import Edges, exchange_edges, plan_halo, tokens_elsewhere
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,21 @@ class SharedSequence:
         rank = dist.get_rank(group)
         plan = mask.once(("halo", size, pattern), lambda: plan_halo(edges, rank, documents, group))
         return halo.attend(*tensors, plan, call.options, _kept(call, mask))
+
+    def place(self, mask: S2Mask, position_ids: torch.Tensor | None, group_size: int) -> tuple[int, int]:
+        """The tokens of the sequence before this rank's stretch, and those of them that belong to its first document.
+
+        Args:
+            mask: knows the padding of the stretch. position_ids: (1, S) of the stretch.
+
+        Raises: ValueError: the stretches do not make up one sequence.
+        """
+        if position_ids is None or position_ids.shape[0] != 1:
+            return 0, 0  # `attend` refuses this
+        group = self.mesh.get_group()
+        edges = exchange_edges(mask.documents(position_ids), position_ids, group_size, "local", group)
+        rank = dist.get_rank(group)
+        return sum(edge.length for edge in edges[:rank]), tokens_elsewhere(edges)[0][rank]
 
     def _attend_local(self, call: LayerCall) -> torch.Tensor:
         """Attention of a layer with a window or chunks of its own; as `attend`."""

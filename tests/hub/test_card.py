@@ -113,6 +113,7 @@ def test_an_adapter_of_a_plain_transformers_model_has_the_card_too(base_folder, 
         ),
         ({"context_length": 32}, 64, 8),
         ({"attention_pattern": "local", "dense_every": 3}, 256, 64),
+        ({"attention_pattern": "local", "skip_positions": True}, 256, 64),
     ],
     ids=str,
 )
@@ -136,6 +137,7 @@ def test_card_says_what_the_model_does(base_folder, tmp_path, fields, window, gr
     assert dense == (fields.get("dense_layers") == [1])
     every = "; one training forward in 3 dense in every layer" in pattern
     assert every == (settings[0].schedule.dense_every == 3)
+    assert ("; positions skip inside groups" in pattern) == settings[0].schedule.skip_positions
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert row(text, "input embeddings").startswith("yes") == any("embed_tokens" in name for name in trained)
     assert row(text, "norms").startswith("yes") == any("norm" in name for name in trained)

@@ -333,8 +333,8 @@ def test_softcap(backend):
 
 def test_the_fastest_is_chosen_and_float32_still_runs():
     if torch.cuda.get_device_capability()[0] == 9 and "flash_attention_4" in BACKENDS:
-        call = torch.device("cuda", 0), torch.bfloat16, 128, 128, True, 0.0, 0.0, False, True
-        assert backends.choose_backend(None, True, *call) == "flash_attention_4"
+        query, key, value = inputs(1, 4, 2, 300)
+        assert backends.pick_backend(query, key, value, True, Options()).name == "flash_attention_4"
     qkv = inputs(1, 4, 2, 300, dtype=torch.float32)
     compare(lambda *x: s2_attention(*x, 128), qkv, 128)
 

@@ -39,6 +39,17 @@ CHOICES = [
     Choice("where the dense steps go", "every 6th", "the last 25", "courses/spread/tokens", "courses/last/tokens"),
     Choice("where the dense steps go", "every 6th", "the first 25", "courses/spread/tokens", "courses/first/tokens"),
     Choice("positions between dense steps", "as they are", "skip", "courses/spread/tokens", "courses/skips/tokens"),
+    Choice(
+        "the dense steps' place, positions skip",
+        "every 6th",
+        "every 3rd, second half",
+        "courses/skips/tokens",
+        "courses/late-skips/tokens",
+    ),
+    Choice("rows of sparse steps", "whole", "2 parts, a step each", "courses/spread/tokens", "courses/parts-2/tokens"),
+    Choice("attention, 1e-3, positions skip", f"{LOCAL}, skips", "full", "courses/skips/tokens", "courses/full/tokens"),
+    Choice("65536 tokens, 1e-3, equal tokens", LOCAL, "full", "long/local-8192-dense-6/tokens", "long/full/tokens"),
+    Choice("65536 tokens, 1e-3, equal time", LOCAL, "full", "long/local-8192-dense-6/time", "long/full/tokens"),
     Choice("what is dense", "every 6th step", "5 layers in turn", "courses/spread/tokens", "courses/rotating/tokens"),
     Choice("groups", "4096, every 6th step dense", "2048 to 32768", "courses/spread/tokens", "courses/ladder/tokens"),
     Choice("dense steps, G = 1/8", "every 6th", "every 3rd", f"{SCHEDULE}/tokens", "cost/local-4096-dense-3/tokens"),
@@ -54,7 +65,21 @@ CHOICES = [
     ),
     Choice("LoRA's modules, 1e-3", "all linear layers", "q, k, v, o", "best/local-1e-3/tokens", "rates/1e-3/tokens"),
     Choice("embeddings and norms", "trained", "frozen", f"{SCHEDULE}/tokens", "trained/lora/tokens"),
-    Choice("RoPE", "learned", "yarn", "rope/learned/tokens", f"{SCHEDULE}/tokens"),
+    Choice("RoPE", "yarn", "linear", f"{SCHEDULE}/tokens", "rope/linear/tokens"),
+    Choice("RoPE", "yarn", "ntk", f"{SCHEDULE}/tokens", "rope/ntk/tokens"),
+    Choice("RoPE", "yarn", "dynamic", f"{SCHEDULE}/tokens", "rope/dynamic/tokens"),
+    Choice("RoPE", "yarn", "learned", f"{SCHEDULE}/tokens", "rope/learned/tokens"),
+    Choice("rank, alpha twice as large, 2e-4", "16", "8", f"{SCHEDULE}/tokens", "ranks/8/tokens"),
+    Choice("rank, alpha twice as large, 2e-4", "64", "16", "ranks/64/tokens", f"{SCHEDULE}/tokens"),
+    Choice("rank, alpha twice as large, 2e-4", "128", "16", "ranks/128/tokens", f"{SCHEDULE}/tokens"),
+    Choice(
+        "blocks by content, no dense steps",
+        "adaptive",
+        "S2, G = 1/4",
+        "schedules/adaptive/tokens",
+        "schedules/s2-8192/tokens",
+    ),
+    Choice("embeddings beside norms", "trained", "frozen", f"{SCHEDULE}/tokens", "trained/norms/tokens"),
     Choice("training at all", "150 steps", "YaRN alone", f"{SCHEDULE}/tokens", "schedules/untrained/tokens"),
 ]
 
@@ -73,11 +98,11 @@ def choice_table(lines: dict[tuple[str, str, str], list[dict[str, Any]]]) -> lis
         seeds = {line["seed"] for line in mine} & {line["seed"] for line in theirs}  # pairs of the same rows
         pairs = [[line["metrics"] for line in some if line["seed"] in seeds] for some in (mine, theirs)]
         a, b = (statistics.fmean(one["perplexity"] for one in some) for some in pairs)
-        keys = [statistics.fmean(one["passkey"]["32768"]["right"] for one in some) for some in pairs]
+        keys = [statistics.fmean(list(one["passkey"].values())[-1]["right"] for one in some) for some in pairs]
         cells = f"`{choice.mine}`, `{choice.theirs}`"
         rows.append(
             f"| {choice.what} | {choice.value} | {choice.other} | {a:.2f} | {b:.2f} | {100 * (a / b - 1):+.2f}% | "
             f"{keys[0]:.3g} / {keys[1]:.3g} | {len(seeds)} | {cells} |"
         )
-    head = "| choice | set | instead of | perplexity | instead | difference | keys at 32k, of 20 | seeds | cells |"
+    head = "| choice | set | instead of | perplexity | instead | difference | keys at the window's end, of 20 | seeds | cells |"
     return [head, "| --- | --- | --- | --- | --- | --- | --- | --- | --- |", *rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def plot(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]], file:
     labels = {(name, budget): label for name, budget, label in study.rows}
     names = dict.fromkeys(name for name, _, _ in study.rows)
     several = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"].colors
-    colours = dict(zip(names, several, strict=False))
+    colours = dict(zip(names, itertools.cycle(several), strict=False))
     for (name, budget), lines in found.items():
         share = lines[0].get("attention_share")
         if share is None:

@@ -37,19 +37,19 @@ def short(name: str) -> str:
 
 
 def differences(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[tuple[str, str], list[float]]:
-    """Percent by which each row's mean perplexity differs from the reference's: overall, then by position."""
-    if not (reference := found.get((study.reference, "tokens"))):
-        return {}
-    names = ("perplexity", *positions(study))
-    base = [statistics.fmean(metric(line, name) for line in reference) for name in names]
-    return {
-        row: [
-            100 * (statistics.fmean(metric(line, name) for line in mine) / value - 1)
-            for name, value in zip(names, base, strict=True)
-        ]
-        for row, mine in found.items()
-        if row != (study.reference, "tokens")
-    }
+    """Percent by which each row's mean perplexity differs from the reference's: overall, then by position.
+
+    Of the seeds that both have, since a seed decides the rows that are trained on; a row without a common seed has no
+    difference.
+    """
+    reference = {line["seed"]: line for line in found.get((study.reference, "tokens"), [])}
+    names, percents = ("perplexity", *positions(study)), {}
+    for row, mine in found.items():
+        pairs = [(line, reference[line["seed"]]) for line in mine if line["seed"] in reference]
+        if pairs and row != (study.reference, "tokens"):
+            means = [[statistics.fmean(metric(line, name) for line in some) for name in names] for some in zip(*pairs, strict=True)]
+            percents[row] = [100 * (value / base - 1) for value, base in zip(*means, strict=True)]
+    return percents
 
 
 def answers(lines: list[dict[str, Any]], name: str, figure: str) -> list[float]:

@@ -139,7 +139,7 @@ def difference_table(study: Study, found: dict[tuple[str, str], list[dict[str, A
         if (name, budget) in percents
     ]
     reference = next(label for name, _, label in study.rows if name == study.reference)
-    head = [f"% above {reference}", "budget", "all", *map(short, positions(study))]
+    head = [f"% above {reference}, same seeds", "budget", "all", *map(short, positions(study))]
     return table(head, rows) if rows else []
 
 

@@ -40,6 +40,10 @@ class RunOptions:
         default=None,
         metadata=_help("Checkpoint only as many blocks as the GPU needs. None: yes, for one process on a GPU."),
     )
+    embedding_learning_rate: float | None = field(
+        default=None,
+        metadata=_help("Learning rate of trained embeddings and norms, which want a lower one. None: learning_rate."),
+    )
     kind: Literal["text", "records"] = field(
         default="text",
         metadata=_help("text: continued pre-training. records: instruction tuning, with a loss on answers only."),

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from peft_longlora.adapter.config import LongLoraConfig
+from peft_longlora.training.learning_rates import no_effect, trains_whole
 from peft_longlora.training.loader import Loader
 from peft_longlora.training.names import NAMES, as_names
 from peft_longlora.training.options import RunOptions
@@ -56,7 +57,7 @@ NO_KEYS = {
 }  # fmt: skip
 ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "save_total_limit")
 ABOVE_ZERO += ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-ABOVE_ZERO += ("eval_windows", "max_rows", "sequence_parallel")
+ABOVE_ZERO += ("eval_windows", "max_rows", "sequence_parallel", "embedding_learning_rate")
 NOT_BELOW_ZERO = (
     "warmup_steps",
     "weight_decay",
@@ -163,7 +164,9 @@ def read_recipe(path: str | Path | None, words: list[str] | tuple[str, ...] = ()
     values = {**DEFAULTS, "output_dir": f"runs/{name}", **values}
     _check(values)
     recipe = Recipe(name, values)
-    recipe.config  # noqa: B018  refuses what LongLoraConfig refuses
+    config = recipe.config  # refuses what LongLoraConfig refuses
+    if recipe.run.embedding_learning_rate is not None and not trains_whole(config):
+        raise ValueError(no_effect(recipe.run.embedding_learning_rate))
     return recipe
 
 

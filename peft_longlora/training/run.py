@@ -28,6 +28,7 @@ from peft_longlora.training.completed import ADAPTER, MEASURE, PUSH, is_complete
 from peft_longlora.training.finish import finish, push
 from peft_longlora.training.held_out import check_names, is_on_hub
 from peft_longlora.training.identity import check_trained_on, note_trained_on, trained_on
+from peft_longlora.training.learning_rates import LearningRatesMixin
 from peft_longlora.training.machine import NOT_CHECKED, check_machine
 from peft_longlora.training.meter import Meter, MeteredMixin
 from peft_longlora.training.model import Sketch, as_float, load_adapted, load_tokenizer, sketch
@@ -181,7 +182,7 @@ def make_trainer(plan: Plan, say: Callable[[str], None]) -> SFTTrainer:
     """Load the model, and make the trainer with its log, its card and its end."""
     from trl import SFTTrainer
 
-    class RecipeTrainer(MeteredMixin, SequenceParallelMixin, SFTTrainer, TokenCounter):
+    class RecipeTrainer(MeteredMixin, SequenceParallelMixin, LearningRatesMixin, SFTTrainer, TokenCounter):
         """TRL's trainer, whose log holds the loss by position, tokens per second and the run's tokens; processes may
         share rows."""
 
@@ -197,6 +198,7 @@ def make_trainer(plan: Plan, say: Callable[[str], None]) -> SFTTrainer:
         callbacks=[StopCallback(), OutlookCallback(say)],
         meter=Meter(arguments.max_length),
         sequence_parallel_size=options.sequence_parallel,
+        embedding_learning_rate=options.embedding_learning_rate,
     )
     if options.four_bit:
         as_float(model)

@@ -1,8 +1,10 @@
 """The tables of docs/attention.md, docs/performance.md and the README, from the numbers that the benchmarks wrote.
 
     python benchmarks/tables.py benchmarks/results/attention_h200.json benchmarks/results/variants_h200.json
+    python benchmarks/tables.py --together benchmarks/results/training_7b_full_*_h100.json
 
-The kind of table follows from what is in the file. A test compares the tables with the pages.
+The kind of table follows from what is in the file. --together makes one table of several files of training.py. A test
+compares the tables with the pages.
 """
 
 import json
@@ -80,6 +82,29 @@ def training_table(result: dict) -> list[str]:
     return table([*head, "host GiB"] if with_host else head, rows)
 
 
+FULL = {
+    "liger": "S2 (FlashAttention-4)",
+    "liger, full": "full (FlashAttention-4)",
+    "liger, full by PyTorch": "full (PyTorch's choice)",
+}
+
+
+def full_table(result: dict) -> list[str]:
+    """Steps with S2-Attn and with full attention, all else equal."""
+    sparse = {row["length"]: row["seconds"] for row in result["results"] if row["row"] == "liger"}
+    rows = []
+    for row in result["results"]:
+        cells = f"{row['length']:,}", f"{row['seconds']:.2f}", f"{row['tokens_per_second']:,.0f}"
+        ratio = "" if row["row"] == "liger" else f"{row['seconds'] / sparse[row['length']]:.2f} times as fast"
+        rows.append([FULL[row["row"]], *cells, number(row, "peak_gib", 1), ratio])
+    return table(["attention while training", "tokens", "s a step", "tokens/s", "peak GiB", "S2 is"], rows)
+
+
+def together(results: list[dict]) -> dict:
+    """The rows of several runs of training.py as if one had written them."""
+    return dict(results=[row for result in results for row in result["results"]])
+
+
 def losses_table(result: dict, every: int = 7) -> list[str]:
     """The losses of two rows or more after some steps."""
     rows = [row for row in result["results"] if row["seconds"]]
@@ -92,7 +117,12 @@ def tables(result: dict) -> dict[str, list[str]]:
     """The tables that the numbers of one file make."""
     if "results" in result:
         has_curves = all(len(row.get("losses", [])) >= 50 for row in result["results"])
-        return {"training": training_table(result)} | ({"losses": losses_table(result)} if has_curves else {})
+        compares = {row["row"] for row in result["results"]} == set(FULL) and all(
+            r["seconds"] for r in result["results"]
+        )
+        beside = {"full": full_table(result)} if compares else {}
+        losses = {"losses": losses_table(result)} if has_curves else {}
+        return {"training": training_table(result)} | beside | losses
     if "rows" in result:
         return {"variants": variants_table(result)}
     found = {"attention": attention_table(result)}
@@ -106,12 +136,19 @@ def tables(result: dict) -> dict[str, list[str]]:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("files", nargs="+", type=old_file, help="what attention.py, variants.py or training.py wrote")
-    for path in parser.parse_args().files:
+    parser.add_argument("--together", action="store_true", help="one table of all files, which training.py wrote")
+    args, found = parser.parse_args(), {}
+    for path in args.files:
         with parser.refusing():
-            found = json.loads(path.read_text())
-            if not isinstance(found, dict) or not {"cases", "rows", "results"} & set(found):
+            found[path] = json.loads(path.read_text())
+            if not isinstance(found[path], dict) or not {"cases", "rows", "results"} & set(found[path]):
                 raise ValueError(f"{path}: none of these scripts wrote it.")
-        for name, lines in tables(found).items():
+            if args.together and "results" not in found[path]:
+                raise ValueError(f"{path}: training.py did not write it, so --together does not take it.")
+    if args.together:
+        found = {", ".join(map(str, found)): together(list(found.values()))}
+    for path, result in found.items():
+        for name, lines in tables(result).items():
             print(f"\n{path}: {name}\n", *lines, sep="\n")
 
 

@@ -105,12 +105,6 @@ def test_dense_forward(tmp_path):
     assert rows[1]["equals_sdpa"] and rows[2]["error"] < 0.02
 
 
-def test_training_step(tmp_path):
-    run("training_step.py", "--tiny", "--repeats", 1, "--output", tmp_path / "out.json")
-    rows = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert [row["attention"] for row in rows] == ["full", "s2"] and all(row["seconds"] > 0 for row in rows)
-
-
 def test_training(tmp_path):
     """Each row changes time and memory alone: the losses are those of the row before, but for bfloat16's rounding.
 
@@ -235,6 +229,9 @@ def test_scaling_model_beside_sharded_rows(tmp_path, capsys):
 def test_tables(capsys):
     run("tables.py", FOLDER / "results/attention_h200.json", FOLDER / "results/variants_h200.json")
     assert capsys.readouterr().out.count("| --- |") >= 3
+    run("tables.py", "--together", *sorted((FOLDER / "results").glob("training_7b_full_*.json")))
+    printed = capsys.readouterr().out
+    assert printed.count("\n| --- |") == 2 and printed.count("times as fast") == 4
 
 
 def test_plot_pattern(tmp_path):

@@ -49,15 +49,21 @@ class Rate:
 
 
 OFFLOADED = ("offload", True), ("tile_tokens", 4096)
+EVERY_SECOND = ("offload", 2), ("tile_tokens", 4096)
 # All with Liger's kernels and FlashAttention-4, optimiser step included (docs/performance.md).
 MEASURED = (
     Rate("H100", "llama-2-7b", 32768, 14674, 17, 15),
+    Rate("H100", "llama-2-7b", 65536, 11378, 0, 32, group_size=16384),
     Rate("H100", "llama-3.1-8b", 32768, 13219, 16, 16, OFFLOADED),
     Rate("H100", "llama-3.1-8b", 131072, 12053, 3, 29, OFFLOADED),
+    Rate("H100", "llama-3.1-8b", 262144, 11864, 0, 30, OFFLOADED),
+    Rate("H100", "llama-3.1-8b", 524288, 9742, 0, 9, EVERY_SECOND),
+    Rate("H100", "llama-3.1-8b", 131072, 9738, 0, 0, OFFLOADED, four_bit=True),
+    Rate("H100", "llama-3.3-70b", 131072, 1159, 0, 12, EVERY_SECOND, four_bit=True),
     Rate("H200", "llama-3.1-8b", 32768, 15365, 32, 0),
     Rate("H200", "llama-3.1-8b", 131072, 12814, 8, 24, OFFLOADED),
     Rate("H200", "llama-3.1-8b", 262144, 12289, 3, 26, OFFLOADED),
-    Rate("H200", "llama-3.1-8b", 524288, 10045, 0, 20, (("offload", 2), ("tile_tokens", 4096))),
+    Rate("H200", "llama-3.1-8b", 524288, 10045, 0, 20, EVERY_SECOND),
 )
 NEAR = 4  # times a measured size, within which the rate is taken as it is
 
@@ -76,6 +82,13 @@ def check_gpu(gpu: str) -> None:
         )
 
 
+def _rates(gpu: str, four_bit: bool) -> list[Rate]:
+    """Those of a GPU and of such a base; if none of such a base was measured, all of the GPU."""
+    check_gpu(gpu)
+    rows = [rate for rate in MEASURED if rate.gpu.lower() == gpu.lower()]
+    return [rate for rate in rows if rate.four_bit == four_bit] or rows
+
+
 def unlike_measured(shape: Shape, length: int, group_size: int, gpu: str = "H100", four_bit: bool = False) -> list[str]:
     """In what a step is unlike all that were measured, in words; empty if the estimate of its seconds stands near them.
 
@@ -92,8 +105,7 @@ def unlike_measured(shape: Shape, length: int, group_size: int, gpu: str = "H100
     Raises:
         ValueError: no step was measured on this GPU.
     """
-    check_gpu(gpu)
-    rows = [rate for rate in MEASURED if rate.gpu.lower() == gpu.lower()]
+    rows = _rates(gpu, four_bit)
     shapes = [SHAPES[rate.shape] for rate in rows]
     sizes = (
         ("a width of", shape.hidden, [each.hidden for each in shapes]),
@@ -125,7 +137,5 @@ def seconds(shape: Shape, plan: MemoryPlan, group_size: int, gpu: str = "H100", 
     Raises:
         ValueError: no step was measured on this GPU.
     """
-    check_gpu(gpu)
-    rows = [rate for rate in MEASURED if rate.gpu.lower() == gpu.lower()]
-    rows = [rate for rate in rows if rate.four_bit == four_bit] or rows
+    rows = _rates(gpu, four_bit)
     return flops(shape, plan.length, group_size, plan) / median(rate.flops_per_second for rate in rows)

@@ -86,14 +86,18 @@ def test_the_group_is_what_the_config_makes_of_the_row(capsys):
         (["--model", EMBEDDED, "--context", "128k"], r"a width of \d+ \(4,096 measured\)\."),
         (
             ["--model", "llama-2-7b", "--context", "4k", "--group-size", "2k"],
-            r"rows on one GPU of 4,096 \(32,768 to 131",
+            r"rows on one GPU of 4,096 \(32,768 to 524,288 measured",
         ),
         (
             ["--model", "llama-2-7b", "--context", "128k", "--gpus", "32", "--group-size", "8k"],
             "rows on one GPU of 4,096",
         ),
-        (["--model", "llama-2-7b", "--context", "32k", "--group-size", "256"], "groups of 256 .8,192 measured"),
-        (["--model", "llama-2-7b", "--context", "32k", "--four-bit"], "it has a base in 4 bits"),
+        (
+            ["--model", "llama-2-7b", "--context", "32k", "--group-size", "256"],
+            "groups of 256 .8,192 to 16,384 measured",
+        ),
+        (["--model", "llama-2-7b", "--context", "32k", "--four-bit", "--gpu", "H200"], "it has a base in 4 bits"),
+        (["--model", "llama-2-7b", "--context", "16k", "--four-bit"], r"rows on one GPU of 16,384 \(131,072 measured"),
     ],
 )
 def test_a_step_unlike_all_measured_ones_is_said(capsys, options, unlike):

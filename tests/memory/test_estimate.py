@@ -17,23 +17,25 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny import EXPERTS, IDS, extend, make
 
 RESULTS = ROOT / "benchmarks" / "results"
+WITHOUT_LIGER = ("half low rank", "attention kept")
+FULL = ("liger, full", "liger, full by PyTorch")
 
 
 def measured():
-    """Each measured step: what it was, its options of `checkpoint_blocks`, its peak and its speed."""
+    """Each measured step: where, what it was, its options of `checkpoint_blocks`, its peak and its speed."""
     for file in [*sorted(RESULTS.glob("training_[78]*.json")), RESULTS / "training_32k_h100.json"]:
         data = json.loads(file.read_text())
         shape, about = SHAPES[data["about"]["shape"]], data["about"]
         for row in data["results"]:
-            known = row["row"] in ("half low rank", "attention kept", "liger", "memory filled", "as planned")
-            if row.get("seconds") and known and "limit_gib" not in row:
+            if row.get("seconds") and row["row"] in (*WITHOUT_LIGER, *FULL, "liger", "memory filled", "as planned"):
                 options = row.get("options") or options_of(row, shape.blocks)
                 training = Training(
                     embeddings=not about.get("no_embeddings"),
                     four_bit=bool(about.get("four_bit")),
-                    fused_loss=row["row"] not in ("half low rank", "attention kept"),
+                    fused_loss=row["row"] not in WITHOUT_LIGER,
                 )
-                yield pytest.param(shape, training, options, row, id=f"{file.stem} {row['row']} {row['length']}")
+                name = f"{file.stem} {row['row']} {row['length']}"
+                yield pytest.param(about, shape, training, options, row, id=name)
 
 
 def options_of(row: dict, blocks: int) -> dict:
@@ -43,23 +45,35 @@ def options_of(row: dict, blocks: int) -> dict:
     return dict(free=free, keep=blocks - free if keeps else 0, keep_in_host=0)
 
 
-@pytest.mark.parametrize(("shape", "training", "options", "row"), measured())
-def test_the_peak_is_the_measured_one_within_a_tenth(shape, training, options, row):
+@pytest.mark.parametrize(("about", "shape", "training", "options", "row"), list(measured()))
+def test_peak_and_seconds_are_the_measured_ones(about, shape, training, options, row):
+    """Within what docs/performance.md says. Rates are those of Liger's kernels and of S2-Attn."""
     counts = {name: options[name] for name in ("free", "keep", "keep_in_host")}
     means = {name: options[name] for name in ("offload", "tile_tokens") if options.get(name)}
     plan = replace(estimate(shape, training, row["length"], 10**15, 10**15, means), **counts)
-    assert plan.peak / GIB == pytest.approx(row["peak_gib"], rel=0.1)
+    assert plan.peak / GIB == pytest.approx(row["peak_gib"], rel=0.05)
+    if row["row"] not in WITHOUT_LIGER:
+        group = row["length"] if row["row"] in FULL else about.get("group_size", 8192)
+        expected = seconds(shape, plan, group, gpu_of(about), training.four_bit)
+        assert expected == pytest.approx(row["seconds"], rel=0.2 if row["row"] in FULL else 0.1)
 
 
-def test_rates_are_rows_of_results_and_give_their_seconds_back():
-    found = {(row.values[0], row.values[3]["length"], round(row.values[3]["tokens_per_second"])) for row in measured()}
+def gpu_of(about: dict) -> str:
+    """The name that rates have for the GPU of a result."""
+    return next(name for name in ("H100", "H200") if name in about["device"])
+
+
+def test_rates_are_rows_of_results():
+    found = set()
+    for about, shape, training, options, row in (each.values for each in measured()):
+        means = tuple((name, options[name]) for name in ("offload", "tile_tokens") if options.get(name))
+        work = options["free"], options["keep"] + options["keep_in_host"], means
+        speed = row["length"], round(row["tokens_per_second"])
+        if row["row"] not in FULL:
+            found.add((gpu_of(about), shape, training.four_bit, about.get("group_size", 8192), *work, *speed))
     for rate in MEASURED:
-        shape = SHAPES[rate.shape]
-        assert (shape, rate.length, round(rate.tokens_per_second)) in found
-        plan = estimate(shape, Training(), rate.length, 10**15, 10**15, dict(rate.means))
-        plan = replace(plan, free=rate.free, keep=rate.keep, keep_in_host=0)
-        expected = seconds(shape, plan, rate.group_size, rate.gpu, rate.four_bit)
-        assert expected == pytest.approx(rate.length / rate.tokens_per_second, rel=0.15)
+        kind = rate.gpu, SHAPES[rate.shape], rate.four_bit, rate.group_size
+        assert (*kind, rate.free, rate.keep, rate.means, rate.length, rate.tokens_per_second) in found
 
 
 @pytest.mark.parametrize("name", SHAPES)

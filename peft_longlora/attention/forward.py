@@ -73,6 +73,8 @@ def s2_attention_forward(
         _refuse_unknown(kwargs)
         warn_of_packed(call)
     is_sparse = _takes_pattern(call)
+    if not is_sparse:
+        settings.skips.refuse_dense(module)
     if settings.sharing is not None:
         return settings.sharing.attend(call, call.pattern if is_sparse else "full").contiguous(), None
     if not is_sparse:

@@ -19,7 +19,7 @@ class Schedule:
 
     A training forward is a call of the whole model from outside, in training mode and with gradients. Evaluation,
     generation and the recomputation of gradient checkpointing do not count. Each micro-batch of an accumulated step
-    counts.
+    counts. A checkpoint around the whole model is refused: its recomputation is a call from outside.
 
     Attributes:
         dense_every: n. With 0 there are no dense forwards.
@@ -42,12 +42,19 @@ class Schedule:
         return bool(self.dense_every) or self.skip_positions
 
     def begin(self, training: bool) -> None:
-        """Begin a forward that is called from outside."""
+        """Begin a forward that is called from outside. Raises: RuntimeError: as `_count`."""
         if self.is_counting:
             self._count(training and torch.is_grad_enabled())
 
     @torch.compiler.disable(reason="forwards are counted, and code would be compiled again for each number")
     def _count(self, is_training: bool) -> None:
+        """Raises: RuntimeError: a backward computes the whole model again, and nobody knows for which forward."""
+        if is_training and torch._C._current_autograd_node() is not None:
+            raise RuntimeError(
+                "dense_every and skip_positions go by the number of a forward, and a backward calls the whole model "
+                "again (torch.utils.checkpoint around it?), which would be computed as another forward than the first "
+                "time. Checkpoint its blocks instead: model.gradient_checkpointing_enable()."
+            )
         self.training_forwards += is_training
         self.is_training = is_training
         self.is_dense = is_training and bool(self.dense_every) and self.training_forwards % self.dense_every == 0

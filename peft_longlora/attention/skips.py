@@ -60,14 +60,31 @@ class Skips:
             handle.remove()
         self.handles = []
 
+    @property
+    def are_on(self) -> bool:
+        """Whether positions skip in the forward that runs."""
+        schedule, inputs = self.settings.schedule, self.settings.inputs
+        is_on = schedule.skip_positions and schedule.is_training and not schedule.is_dense
+        # With cached tokens in front layers are dense. Who calls a part of a model by hand gets what they ask for.
+        return is_on and self.settings.is_sparse(True) and not inputs.has_cache and inputs.caller is not None
+
+    def refuse_dense(self, module: nn.Module) -> None:
+        """Refuse a layer that attends over the borders of groups in a forward whose positions skip.
+
+        Raises: ValueError.
+        """
+        if self.are_on:
+            name, number = type(module).__name__, getattr(module, "layer_idx", None)
+            state = "training" if module.training else "evaluation"
+            raise ValueError(
+                f"skip_positions=True: {name} (layer_idx={number}, in {state} mode) attends densely in a forward whose "
+                f"positions skip, so it would see positions go back where a group begins. Call model.train() for the "
+                f"whole model (to freeze a layer, use requires_grad_(False)), or leave skip_positions out."
+            )
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Hook: RoPE is computed for the positions of a forward."""
-        settings, inputs = self.settings, self.settings.inputs
-        is_on = settings.schedule.is_training and not settings.schedule.is_dense and settings.is_sparse(True)
-        # With cached tokens in front layers are dense. Who calls a part of a model by hand gets what they ask for.
-        if kwargs is None or not is_on or inputs.has_cache or inputs.caller is None:
-            return None
-        return self._replace(module, args, kwargs)
+        return None if kwargs is None or not self.are_on else self._replace(module, args, kwargs)
 
     @torch.compiler.disable(reason="positions skip by the number of the forward, which would be compiled in")
     def _replace(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from peft_longlora import LongLoraConfig, configure_attention, export_lora, use_attention
@@ -312,3 +313,23 @@ def test_no_count_is_left_on_a_base(tmp_path):
         assert not base._state_dict_hooks and not base._load_state_dict_pre_hooks
     export_lora(of_kind("adapter")[0], tmp_path / "exported", fold_into=tmp_path / "base")
     assert not [name for name in load_file(tmp_path / "base" / "model.safetensors") if "forwards" in name]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    "setting", [dict(dense_every=2), dict(attention_pattern="local", skip_positions=True)], ids=str
+)
+def test_a_checkpoint_around_the_whole_model_is_refused(setting, reentrant):
+    """The second forward would be another one than the first, and give its gradients."""
+    model, plain = (extend(make(), group_size=16, init_lora_weights=False, **setting).train() for _ in range(2))
+
+    def loss(embeddings):
+        return model(inputs_embeds=embeddings, labels=ROWS[0], use_cache=False).loss
+
+    embeddings = model.get_input_embeddings()(ROWS[0])
+    with pytest.raises(RuntimeError, match="Checkpoint its blocks instead"):
+        checkpoint(loss, embeddings, use_reentrant=reentrant).backward()
+    model.zero_grad()
+    settings = settings_of(next(iter(find_attention_modules(model).values())))
+    settings.training_forwards = 0
+    assert_same(step(model, ROWS[1]), step(plain, ROWS[1]))

@@ -409,3 +409,20 @@ def test_masks_and_scalings_that_come_later_are_refused():
     scale_rope(model, WINDOW, rope_type="dynamic")
     with pytest.raises(NotImplementedError, match="'dynamic' and 'longrope'"):
         model(input_ids=ROWS[0], use_cache=False)
+
+
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_layer_that_would_see_positions_go_back_is_refused(is_compiled):
+    """Whoever freezes a layer may put it into evaluation mode, in which it attends densely."""
+    model, plain = adapted(dense_every=2), adapted(dense_every=2)
+    layer = model.get_base_model().model.layers[1]
+    if is_compiled:
+        torch._dynamo.reset()
+        model.compile(backend="eager")
+    layer.eval()
+    with pytest.raises(ValueError, match=r"layer_idx=1, in evaluation mode\) attends densely.*requires_grad_\(False\)"):
+        step(model, ROWS[0])
+    layer.train()
+    plain(input_ids=ROWS[0])  # counted, too
+    for ids in ROWS[1:3]:
+        assert_same(step(model, ids), step(plain, ids))

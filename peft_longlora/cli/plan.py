@@ -90,9 +90,7 @@ def run(args: argparse.Namespace) -> int:
             break
     print(plan)
     if shape.states:
-        print(
-            f"{shape.states} of {shape.blocks} blocks hold a state, and are counted as if they did nothing but attend:"
-        )
+        print(f"{shape.states} of {shape.blocks} blocks hold a state or do not attend, and are counted as attention:")
         print("memory and time may be far off. fit_memory measures them.")
     if args.four_bit and shape.sixteen_bit:
         share = 100 * shape.sixteen_bit / shape.linear_weights

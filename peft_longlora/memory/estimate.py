@@ -11,10 +11,9 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from peft_longlora.attention.states import ATTENDING
 from peft_longlora.memory.four_bit import four_bit_weights
 from peft_longlora.memory.plan import GIB, MEANS, MemoryPlan, fill
-from peft_longlora.memory.sizes import check_sizes
+from peft_longlora.memory.sizes import COUNTS, SIZES, check_sizes
 
 HALF, SINGLE = 2, 4  # bytes of a number
 FOUR_BIT = 0.5 + 1 / 64 + 4 / 64 / 256  # NF4: blocks of 64 numbers, whose factors take 8 bits and a factor for 256
@@ -38,7 +37,7 @@ class Shape:
         tied: whether the output layer is the embeddings.
         experts: feed-forward layers of a block.
         active: how many of them a token passes.
-        states: blocks of a hybrid with a state, which are counted as if they had attention alone.
+        states: blocks of a hybrid with a state or without attention, which are counted as if they only attended.
         sixteen_bit: numbers of the blocks that a 4-bit base keeps in half precision: experts that are one parameter.
     """
 
@@ -59,9 +58,13 @@ class Shape:
     def of(cls, config: PretrainedConfig) -> Shape:
         """The shape of a text model.
 
+        Args:
+            config: of a whole model, which says whether its output layer is tied, as transformers reads it there.
+
         Raises:
             ValueError: the config lacks a size, so this is not a decoder of the usual kind.
         """
+        is_tied = bool(getattr(config, "tie_word_embeddings", False))
         config = config.get_text_config()
         try:
             heads, hidden = config.num_attention_heads, config.hidden_size
@@ -75,11 +78,14 @@ class Shape:
                 heads,
                 config.num_hidden_layers,
                 config.vocab_size,
-                bool(config.tie_word_embeddings),
+                is_tied,
                 experts,
                 (getattr(config, "num_experts_per_tok", None) or 1) if experts > 1 else 1,
-                states=sum(kind not in ATTENDING for kind in getattr(config, "layer_types", None) or ()),
+                states=sum(map(_has_more, getattr(config, "layer_types", None) or ())),
             )
+            if not all(isinstance(value, int) for value in vars(shape).values()):
+                several = [name for name in SIZES + COUNTS if isinstance(getattr(config, name, None), list | tuple)]
+                raise AttributeError(f"{', '.join(several)}: several numbers")
             if experts == 1:
                 return shape
             try:
@@ -128,6 +134,11 @@ SHAPES = {
     "llama-3.3-70b": Shape(8192, 28672, 8192, 1024, 64, 80, 128256),
 }
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def _has_more(layer_type: str) -> bool:
+    """Whether a layer that transformers calls so has a state, or does not attend."""
+    return not layer_type.endswith("attention") or layer_type == "linear_attention"
 
 
 def find_shape(model: str) -> Shape:

@@ -5,7 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MambaConfig, MixtralConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+)
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from peft_longlora.memory.blocks import find_blocks
@@ -13,6 +21,7 @@ from peft_longlora.memory.estimate import SHAPES, Shape, Training, best_estimate
 from peft_longlora.memory.four_bit import four_bit_weights
 from peft_longlora.memory.plan import GIB, MEANS
 from peft_longlora.memory.rates import MEASURED, seconds
+from tests.helpers.every_config import tiny_config
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import EXPERTS, IDS, extend, make
 
@@ -142,6 +151,34 @@ def test_experts_of_a_model_without_a_class_of_text_count_as_fused():
     assert shape.sixteen_bit == 2 * config.num_experts * 3 * config.hidden_size * config.moe_intermediate_size
 
 
+@pytest.mark.parametrize("family", ["mistral3", "internvl", "qwen2_5_vl", "qwen3_vl_moe", "gemma3"])
+def test_a_model_that_sees_images_is_tied_as_its_whole_config_says(family):
+    """Text configs have a default of their own, or say nothing."""
+    for tied in (True, False):
+        config = tiny_config(family)
+        config.tie_word_embeddings = tied
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+        assert Shape.of(config).tied is tied
+        assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is tied
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("nemotron_h", {"linear_attention", "moe", "mlp"}),
+        ("deepseek_v32", set()),  # "indexed_attention"
+        ("qwen3_5", {"linear_attention"}),
+        ("gemma3", set()),
+        ("falcon_h1", {"hybrid"}),
+    ],
+)
+def test_blocks_with_a_state_or_without_attention_are_counted(family, more):
+    config = AutoConfig.for_model(family)
+    kinds = config.get_text_config().layer_types
+    assert Shape.of(config).states == sum(kind in more for kind in kinds)
+
+
 def test_a_shape_is_read_from_a_config():
     config = LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8
@@ -149,6 +186,10 @@ def test_a_shape_is_read_from_a_config():
     assert Shape.of(config) == SHAPES["llama-3.1-8b"]
     with pytest.raises(ValueError, match="model_type='mamba': its config lacks a size of a decoder"):
         Shape.of(MambaConfig())
+    # Experts of text and of images; feed-forward layers of different widths.
+    for family, name in (("ernie4_5_vl_moe", "moe_intermediate_size"), ("gemma3n_text", "intermediate_size")):
+        with pytest.raises(ValueError, match=rf"lacks a size of a decoder \({name}: several numbers\)"):
+            Shape.of(AutoConfig.for_model(family))
 
 
 def test_the_embeddings_gradient_comes_when_the_blocks_are_through():

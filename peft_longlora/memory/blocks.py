@@ -99,5 +99,8 @@ def checkpoint_blocks(
             call = before = Offload(call, host, number, block, before if is_again else None)
         block._gradient_checkpointing_func = call
         block.gradient_checkpointing = number < checkpointed
+        for module in block.modules():  # Zamba's hybrid layers hold a layer that is one by itself
+            if module is not block and isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = False
         for module in find_feed_forwards(block):
             tile(module, tile_tokens if number < checkpointed else None)

@@ -124,6 +124,21 @@ def test_what_is_computed_a_second_time():
     assert counts[0, True].products > counts[1, True].products > counts[2, True].products == plain.products
 
 
+@pytest.mark.parametrize("name", ["zamba", "zamba2"])
+def test_a_block_in_a_block_is_not_computed_a_third_time(name):
+    """Their hybrid layers hold a layer that transformers can checkpoint by itself."""
+    model = extend(tiny_model(name), group_size=16)
+    *_, plain = step(model)
+    with _Count() as forward:
+        model(input_ids=IDS, use_cache=False)
+    checkpoint_blocks(model, keep=False)
+    *_, again = step(model)
+    assert plain.products < again.products <= plain.products + forward.products
+    checkpoint_blocks(model, free=len(find_blocks(model)))
+    *_, free = step(model)
+    assert free.products == plain.products
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "gpt_neox", "mixtral"])
 def test_blocks_are_found_in_order(model_type):
     model = make(model_type)

@@ -25,7 +25,7 @@ from peft_longlora.attention.inputs import ModelInputs
 from peft_longlora.attention.schedule import Schedule
 from peft_longlora.attention.skips import Skips
 from peft_longlora.attention.states import StateLayers
-from peft_longlora.kernels.patterns import group_size_of
+from peft_longlora.kernels.patterns import group_size_of, whole_number
 from peft_longlora.rope.parameters import window_of
 
 logger = logging.get_logger(__name__)
@@ -113,7 +113,11 @@ class AttentionSettings:
 
     @training_forwards.setter
     def training_forwards(self, count: int) -> None:
-        self.schedule.training_forwards = count
+        """Raises: ValueError: a number that cannot be one of forwards."""
+        number = whole_number(count)
+        if number is None or number < 0:
+            raise ValueError(f"training_forwards={count!r} must be a whole number of forwards, 0 or more.")
+        self.schedule.training_forwards = number
 
     def pattern_of(self, module: nn.Module, is_dense_forward: bool = False) -> str:
         """The pattern of a layer in a sparse forward, or in a dense forward of `dense_every`."""

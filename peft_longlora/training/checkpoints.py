@@ -20,12 +20,13 @@ TRAINED_WITH = {
     "seed", "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
     "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "max_length",
     "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "packing_strategy", "padding_free",
-    "label_smoothing_factor", "neftune_noise_alpha", "loss_type",
+    "label_smoothing_factor", "neftune_noise_alpha", "loss_type", "shuffle_dataset", "train_sampling_strategy",
+    "average_tokens_across_devices", "dataloader_drop_last", "router_aux_loss_coef",
 }  # fmt: skip
 # Keys of ours that change it.
 TRAINED_ON = {
     "model", "model_revision", "tokenizer", "dtype", "four_bit", "data", "kind", "split", "data_config", "text_field",
-    "skip_empty", "repositories", "too_long", "max_rows", "sequence_parallel",
+    "skip_empty", "repositories", "too_long", "max_rows", "sequence_parallel", "embedding_learning_rate",
 }  # fmt: skip
 
 

@@ -34,8 +34,8 @@ class LearningRatesMixin:
     """
 
     def __init__(self, *args: Any, embedding_learning_rate: float | None = None, **kwargs: Any):
-        if embedding_learning_rate is not None and not embedding_learning_rate > 0:
-            raise ValueError(f"embedding_learning_rate={embedding_learning_rate!r} must be above 0, or None.")
+        if embedding_learning_rate is not None and not _is_rate(embedding_learning_rate):
+            raise ValueError(f"embedding_learning_rate={embedding_learning_rate!r} must be a number above 0, or None.")
         self.embedding_learning_rate = embedding_learning_rate
         super().__init__(*args, **kwargs)
         if embedding_learning_rate is None:
@@ -55,6 +55,10 @@ class LearningRatesMixin:
         if self.embedding_learning_rate is not None and not is_made:
             split_groups(optimizer, whole_parameters(args[0] if args else self.model), self.embedding_learning_rate)
         return optimizer
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def trains_whole(config: LongLoraConfig) -> bool:

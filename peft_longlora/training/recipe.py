@@ -257,6 +257,8 @@ def _check(values: dict[str, Any]) -> None:
             value = values.get(name)
             if value is not None and not value > least:
                 raise ValueError(f"{name}={value!r} must be {rule}.")
+            if value == float("inf") and name != "max_grad_norm":  # which then only logs the norm
+                raise ValueError(f"{name}={value!r} must be {rule}, and finite.")
     if values.get("max_steps", -1) != -1 and values["max_steps"] < 1:
         raise ValueError(f"max_steps={values['max_steps']} must be 1 or more. Leave it out to count epochs.")
     window, length = values["context_length"], values.get("max_length")

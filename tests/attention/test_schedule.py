@@ -333,3 +333,14 @@ def test_a_checkpoint_around_the_whole_model_is_refused(setting, reentrant):
     settings = settings_of(next(iter(find_attention_modules(model).values())))
     settings.training_forwards = 0
     assert_same(step(model, ROWS[1]), step(plain, ROWS[1]))
+
+
+@pytest.mark.parametrize("wrong", [-1, 2.5, "3", None, True])
+def test_a_number_that_is_none_of_forwards_is_refused(wrong):
+    model, _ = of_kind("bare")
+    settings = settings_of(next(iter(find_attention_modules(model).values())))
+    with pytest.raises(ValueError, match=rf"training_forwards={wrong!r} must be a whole number of forwards"):
+        settings.training_forwards = wrong
+    settings.training_forwards = torch.tensor(4)
+    step(model, ROWS[0])
+    assert settings.training_forwards == 5

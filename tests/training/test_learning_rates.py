@@ -62,8 +62,9 @@ def test_two_rates_are_those_of_a_plain_loop(tmp_path):
 
 
 def test_a_rate_that_nothing_or_something_else_decides_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="must be above 0"):
-        trainer(tmp_path, make(), rate=0)
+    for wrong in (0, -1e-3, float("inf"), float("nan"), "1e-3", True):
+        with pytest.raises(ValueError, match="must be a number above 0"):
+            trainer(tmp_path, make(), rate=wrong)
     with pytest.raises(ValueError, match=r"has no effect: .*train_embeddings"):
         trainer(tmp_path, make(train_embeddings=False, train_norms=False))
     model = make()
@@ -88,5 +89,8 @@ def test_the_command_passes_it_on_and_goes_on_from_a_checkpoint(run, place):
             torch.testing.assert_close(tensor.float(), start.float(), rtol=0, atol=1e-6)
     assert any(tensor.abs().max() > 1e-3 for name, tensor in ours.items() if "lora_B" in name)
     assert json.loads((whole / "trainer_state.json").read_text())["log_history"][0]["learning_rate"] == 1e-2
+    for other in (1e-3, "null"):
+        code, _, err, _ = run(key, other, "--lr-scheduler-type", "constant", out="parts")
+        assert code == 2 and "holds a run with embedding_learning_rate=1e-09, and the recipe says" in err
     code, _, err, _ = run(key, 1e-3, "--no-train-embeddings", "--no-train-norms", out="none")
     assert code == 2 and "embedding_learning_rate=0.001 has no effect" in err

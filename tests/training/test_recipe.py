@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from peft_longlora.training import read_recipe
-from peft_longlora.training.recipe import keys, own_recipes
+from peft_longlora.training.checkpoints import TRAINED_ON, TRAINED_WITH
+from peft_longlora.training.recipe import RUN, TRAINER, keys, own_recipes
 from peft_longlora.training.values import convert
 from tests.helpers.paths import ROOT
 
@@ -68,6 +69,8 @@ def test_the_command_line_alone():
         (dict(zzzzzz=1), "zzzzzz: no such key. --keys lists all"),
         (dict(learning_rate="fast"), "learning_rate='fast' is not a number"),
         (dict(learning_rate=-1), "learning_rate=-1.0 must be above 0"),
+        (dict(learning_rate=float("inf")), "learning_rate=inf must be above 0, and finite"),
+        (dict(embedding_learning_rate=float("inf")), "embedding_learning_rate=inf must be above 0, and finite"),
         (dict(context_length=1.5), "context_length=1.5 is not a whole number"),
         (dict(max_steps=0), "max_steps=0 must be 1 or more"),
         (dict(max_length=2048), "max_length=2048, the tokens of a row, must be 3 to context_length=1024"),
@@ -156,3 +159,13 @@ def test_a_model_in_place_of_a_recipe_is_said(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"this is a model, not a recipe. Give it with --model "):
         read_recipe(tmp_path)
+
+
+def test_each_key_of_ours_says_whether_a_run_may_go_on_with_another_value():
+    """A key that changes what is learned must not: the card would say what only the last steps were trained with."""
+    free = {
+        *("about", "attn_backend", "dense_attention", "fit_memory", "eval_data", "eval_split", "eval_lengths"),
+        *("eval_windows", "license", "language", "tags", "overwrite"),
+    }
+    assert {name for name, key in keys().items() if key.owner == RUN} - TRAINED_ON == free
+    assert {name for name, key in keys().items() if key.owner == TRAINER} >= TRAINED_WITH

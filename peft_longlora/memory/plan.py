@@ -90,11 +90,16 @@ class MemoryPlan:
         return self.peak <= self.budget and self.host <= self.host_budget
 
     @property
+    def arriving(self) -> float:
+        """A token's bytes in the output of attention that comes back from the host while a block's backward runs."""
+        # The next block's, while this block's is used. Blocks that keep theirs on the GPU come first in the backward.
+        return self.kept_bytes if self.keep_in_host and not self.keep else 0.0
+
+    @property
     def working(self) -> float:
         """A token's bytes at the expected peak, but for what blocks keep of attention."""
-        # The next block's, while this block's is used. Blocks that keep theirs on the GPU come first in the backward.
-        arriving = self.kept_bytes if self.keep_in_host and not self.keep else 0.0
-        return max(self.token_bytes + arriving, self.loss_bytes + self.free * self.free_bytes if self.free else 0.0)
+        free = self.loss_bytes + self.free * self.free_bytes if self.free else 0.0
+        return max(self.token_bytes + self.arriving, free)
 
     @property
     def peak(self) -> int:
@@ -133,7 +138,12 @@ class MemoryPlan:
         rows = [
             *parts.items(),
             *((name, round(self.length * size)) for name, size in growing.items()),
-            (f"more for {self.free} blocks that keep everything", round(self.length * more)),
+            (
+                "attention's output on its way back from the host"
+                if self.arriving and self.working == self.token_bytes + self.arriving
+                else f"more for {self.free} blocks that keep everything",
+                round(self.length * more),
+            ),
             (kept, round(self.length * self.keep * self.kept_bytes)),
             *([("the embeddings' gradient, when these are gone", self.late)] if self.late else []),
             ("peak expected", self.peak),

@@ -64,6 +64,14 @@ def test_gradients_that_are_summed_stay_at_the_peak(capsys):
     assert peaks[1] - peaks[0] == pytest.approx(128256 * 4096 * 4 / 2**30, abs=0.02)
 
 
+def test_what_comes_back_from_the_host_is_named(capsys):
+    options = ["--model", "llama-3.1-8b", "--context", "128k", "--gpu-memory", "26GiB", "--four-bit"]
+    code, text = plan(capsys, *options)
+    assert code == 0 and "free=0, keep=0, keep_in_host=32" in text and "keep everything" not in text
+    kept = 131072 * (4096 * 2 + 32 * 4) / 2**30  # one block's, half precision, with its log-sum-exp
+    assert gib(text, "attention's output on its way back from the host") == pytest.approx(kept, abs=0.01)
+
+
 def test_gpus_share_a_row(capsys):
     options = ["--model", "llama-3.1-8b", "--gpu-memory", "80GB"]
     _, one = plan(capsys, *options, "--context", "128k", "--accumulate")  # as ranks, whose buckets stay

@@ -19,8 +19,8 @@ class LearningRatesMixin:
     """Before a Trainer in the list of bases: adds the argument `embedding_learning_rate`.
 
     Args:
-        embedding_learning_rate: of the copies that `modules_to_save`, `train_embeddings` and `train_norms` train; None:
-            `learning_rate`, which is LoRA's. The Trainer's schedule scales both.
+        embedding_learning_rate: of the copies that `modules_to_save`, `train_embeddings`, `train_norms` and
+            `rope_type="learned"` train; None: `learning_rate`, which is LoRA's. The Trainer's schedule scales both.
         args: of the trainer.
         kwargs: of the trainer.
 
@@ -63,7 +63,8 @@ def _is_rate(value: Any) -> bool:
 
 def trains_whole(config: LongLoraConfig) -> bool:
     """Whether an adapter with this config trains modules whole."""
-    return bool(config.train_embeddings or config.train_norms or config.modules_to_save)
+    learns_rope = config.rope_type == "learned"
+    return bool(config.train_embeddings or config.train_norms or config.modules_to_save or learns_rope)
 
 
 def no_effect(learning_rate: float) -> str:

@@ -42,7 +42,10 @@ class RunOptions:
     )
     embedding_learning_rate: float | None = field(
         default=None,
-        metadata=_help("Learning rate of trained embeddings and norms, which want a lower one. None: learning_rate."),
+        metadata=_help(
+            "Learning rate of what is trained whole (embeddings, norms, the factors of a learned RoPE), which wants a "
+            "lower one. None: learning_rate."
+        ),
     )
     kind: Literal["text", "records"] = field(
         default="text",

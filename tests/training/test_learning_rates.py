@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from peft_longlora import LongLoraConfig
 from peft_longlora.training import LearningRatesMixin
+from peft_longlora.training.learning_rates import trains_whole
 from tests.helpers.configs import tiny_llama_config
 
 ROWS = torch.randint(0, 97, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -71,6 +72,18 @@ def test_a_rate_that_nothing_or_something_else_decides_is_refused(tmp_path):
     with pytest.raises(ValueError, match="given in `optimizers`"):
         trainer(tmp_path, model, optimizers=(torch.optim.AdamW(model.parameters()), None))
     trainer(tmp_path, make(train_embeddings=False, train_norms=False), rate=None).train()
+
+
+def test_the_factors_of_a_learned_rope_are_trained_whole(tmp_path):
+    fields = dict(rope_type="learned", train_embeddings=False, train_norms=False)
+    assert trains_whole(LongLoraConfig(**fields)) and not trains_whole(
+        LongLoraConfig(**{**fields, "rope_type": "yarn"})
+    )
+    found = trainer(tmp_path, make(**fields), rate=1e-9)
+    found.train()
+    factors = next(one for name, one in found.model.named_parameters() if name.endswith("default.stretch"))
+    start = next(one for name, one in make(**fields).named_parameters() if name.endswith("default.stretch"))
+    assert factors.requires_grad and (factors - start).abs().max() < 1e-7
 
 
 def test_the_command_passes_it_on_and_goes_on_from_a_checkpoint(run, place):

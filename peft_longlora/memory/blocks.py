@@ -15,6 +15,8 @@ from peft_longlora.memory.keep import keep_in_host as in_host
 from peft_longlora.memory.offload import HostMemory, Offload
 from peft_longlora.memory.tile import find_feed_forwards, tile
 
+_OTHERWISE = {"keep": ", or True or False", "tile_tokens": " of tokens, or None for whole rows"}
+
 
 def find_blocks(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """The blocks of the text model that transformers can checkpoint, in order.
@@ -60,8 +62,8 @@ def checkpoint_blocks(
         tile_tokens: tokens of one tile in the feed-forward layers of checkpointed blocks (`tile`); None: whole rows.
 
     Raises:
-        ValueError: more blocks are free, or keep attention, than there are, a tile is below 1 token, or transformers
-            cannot checkpoint the model's blocks.
+        ValueError: a number is not whole, more blocks are free, or keep attention, than there are, a tile is below 1
+            token, or transformers cannot checkpoint the model's blocks. The model is not changed then.
     """
     blocks = find_blocks(model)
     if not blocks:
@@ -69,6 +71,10 @@ def checkpoint_blocks(
             f"{type(model).__name__} has no blocks that transformers can checkpoint (GradientCheckpointingLayer). "
             f"Train it without fit_memory."
         )
+    for name, value in (("free", free), ("keep_in_host", keep_in_host), ("keep", keep), ("tile_tokens", tile_tokens)):
+        is_switch = name == "keep" and isinstance(value, bool)
+        if type(value) is not int and not is_switch and not (name == "tile_tokens" and value is None):
+            raise ValueError(f"{name}={value!r} must be a whole number{_OTHERWISE.get(name, '')}.")
     if not 0 <= free <= len(blocks):
         raise ValueError(f"free={free} is outside 0 to {len(blocks)}, the number of this model's blocks.")
     if not isinstance(offload, int) or offload < 0:

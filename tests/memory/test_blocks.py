@@ -168,6 +168,15 @@ def test_what_cannot_be_is_refused():
     for wrong in (-1, 2.0, "all"):
         with pytest.raises(ValueError, match=rf"offload={wrong!r} must be True or False, or n"):
             checkpoint_blocks(make(), offload=wrong)
+    for name, *values in (("free", True, 1.0, None), ("keep", 1.0, "all"), ("keep_in_host", True, 1.5)):
+        for wrong in values:
+            with pytest.raises(ValueError, match=rf"{name}={wrong!r} must be a whole number"):
+                checkpoint_blocks(make(), **{name: wrong})
+    for wrong in (2.5, True, "4"):
+        model = make()
+        with pytest.raises(ValueError, match=rf"tile_tokens={wrong!r} must be a whole number of tokens, or None"):
+            checkpoint_blocks(model, tile_tokens=wrong)
+        assert not model.is_gradient_checkpointing
     with pytest.raises(ValueError, match="tile_tokens=0 must be 1 or more tokens"):
         checkpoint_blocks(make(), tile_tokens=0)
     with pytest.raises(ValueError, match="no blocks that transformers can checkpoint"):

@@ -104,5 +104,6 @@ def choice_table(lines: dict[tuple[str, str, str], list[dict[str, Any]]]) -> lis
             f"| {choice.what} | {choice.value} | {choice.other} | {a:.2f} | {b:.2f} | {100 * (a / b - 1):+.2f}% | "
             f"{keys[0]:.3g} / {keys[1]:.3g} | {len(seeds)} | {cells} |"
         )
-    head = "| choice | set | instead of | perplexity | instead | difference | keys at the window's end, of 20 | seeds | cells |"
+    last = "keys at the window's end, of 20"
+    head = f"| choice | set | instead of | perplexity | instead | difference | {last} | seeds | cells |"
     return [head, "| --- | --- | --- | --- | --- | --- | --- | --- | --- |", *rows]

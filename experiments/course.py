@@ -1,14 +1,12 @@
-"""What changes from step to step of a cell's training: dense steps and layers, group sizes, positions, weights.
+"""What changes from step to step of a cell's training: dense steps and layers, group sizes, weights.
 
 `train` asks it before each step, and for each row. README.md beside it describes the options.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -47,25 +45,15 @@ class Course:
     """The course of one training: what is set before each step, and what a row of it looks like.
 
     Args:
-        model: with its adapter. options: a cell's `training`. steps: of the optimizer. seed: of the skips.
+        model: with its adapter. options: a cell's `training`. steps: of the optimizer.
         dense_every: of the adapter's config, whose dense forwards are counted here too, one a step.
-        window: tokens of a whole row, where rows are cut. None: no row is.
 
     Raises: ValueError: layers that do not go round, or no token of a group that counts.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        options: dict[str, Any],
-        steps: int,
-        seed: int,
-        dense_every: int | None = None,
-        window: int | None = None,
-    ):
-        self.model, self.options, self.seed, self.blocks = model, options, seed, ExitStack()
-        self.settings, self.window = settings_on(model), window or 0
-        self.rope = model.get_base_model().get_decoder().rotary_emb
+    def __init__(self, model: nn.Module, options: dict[str, Any], steps: int, dense_every: int | None = None):
+        self.model, self.options, self.blocks = model, options, ExitStack()
+        self.settings = settings_on(model)
         self.layers = model.config.get_text_config().num_hidden_layers
         number, unscored = options.get("rotating_layers"), options.get("unscored")
         if number and (number > self.layers or self.layers % number):
@@ -90,9 +78,6 @@ class Course:
             self.settings.given_size = self.group_size(step)
         if self.options.get("rotating_layers"):
             self.settings.dense_layers = frozenset(self.dense_layers(step))
-        if self.options.get("skip_positions") and step not in self.dense:
-            hook = self.rope.register_forward_pre_hook(partial(self._skip, step), with_kwargs=True)
-            self.blocks.callback(hook.remove)
 
     def end(self) -> None:
         """Undo what lasts for one step."""
@@ -110,23 +95,6 @@ class Course:
             return sorted(self.settings.dense_layers)
         turns = self.layers // number
         return list(range(step % turns, self.layers, turns))
-
-    def positions(self, step: int, length: int) -> list[int]:
-        """Positions of a row's tokens in a sparse step that skips: they go on farther away at a random place of each
-        group, by at most what a whole row is longer than the group. So a group sees the distances of a row (PoSE,
-        arXiv:2309.10400)."""
-        rng, group_size, found = random.Random(f"{self.seed} {step}"), self.group_size(step), []
-        for start in range(0, length, group_size):
-            size = min(group_size, length - start)
-            place, skip = rng.randrange(size), rng.randrange(max(1, max(length, self.window) - size))
-            found += [number + skip * (number >= place) for number in range(size)]
-        return found
-
-    def _skip(self, step: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Hook on RoPE. The model's own positions stay as they are, since a jump in them would begin a document."""
-        given = kwargs.get("position_ids", args[-1])
-        positions = torch.tensor([self.positions(step, given.shape[-1])], device=given.device)
-        return args[:1], {**kwargs, "position_ids": positions}
 
     def weigh(self, step: int, losses: torch.Tensor) -> torch.Tensor:
         """The loss of a step from those of its tokens, (S - 1,).

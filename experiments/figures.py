@@ -47,7 +47,10 @@ def differences(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]
     for row, mine in found.items():
         pairs = [(line, reference[line["seed"]]) for line in mine if line["seed"] in reference]
         if pairs and row != (study.reference, "tokens"):
-            means = [[statistics.fmean(metric(line, name) for line in some) for name in names] for some in zip(*pairs, strict=True)]
+            means = [
+                [statistics.fmean(metric(line, name) for line in some) for name in names]
+                for some in zip(*pairs, strict=True)
+            ]
             percents[row] = [100 * (value / base - 1) for value, base in zip(*means, strict=True)]
     return percents
 

@@ -42,11 +42,11 @@ def check_course(training: dict[str, Any], config: dict[str, Any], data: str, wi
     _check_parts(training, config, data, window)
     if data == "records" and (unscored is not None or weight is not None):
         raise ValueError("unscored and dense_weight weigh the tokens of books; the loss of records is on the answers.")
-    told_apart = unscored is not None or weight is not None or training["skip_positions"]
+    told_apart = unscored is not None or weight is not None
     if told_apart and (training["accumulation"] or 1) > 1 and config.get("dense_every"):
         raise ValueError(
-            "unscored, dense_weight and skip_positions tell dense steps from others, and with accumulation dense_every "
-            "makes single forwards dense. Use dense_steps in its place."
+            "unscored and dense_weight tell dense steps from others, and with accumulation dense_every makes single "
+            "forwards dense. Use dense_steps in its place."
         )
 
 

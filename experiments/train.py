@@ -71,7 +71,8 @@ def make_model(cell: Cell, folder: str, device: str) -> PeftModel:
     known = {field.name for field in dataclasses.fields(LongLoraConfig)}
     if unknown := sorted(set(cell.config) - known):
         raise ValueError(f"config has {unknown}, which the installed peft_longlora's LongLoraConfig does not know.")
-    config = LongLoraConfig(task_type="CAUSAL_LM", **cell.config)
+    skips = dict(skip_positions=True) if cell.training["skip_positions"] else {}
+    config = LongLoraConfig(task_type="CAUSAL_LM", **cell.config, **skips)
     torch.manual_seed(cell.seed)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="s2_attn", dtype=dtype).to(device)
@@ -94,8 +95,7 @@ def train(cell: Cell, model: PeftModel, rows: list[dict[str, list[int]]], device
     is_cuda = device != "cpu"
     groups = _parameter_groups(model, options)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=is_cuda)
-    window = cell.window if options["parts"] else None
-    course = Course(model, options, steps, cell.seed, dense_every if each == 1 else None, window)
+    course = Course(model, options, steps, dense_every if each == 1 else None)
 
     def factor(step: int) -> float:
         if not options["parts"]:

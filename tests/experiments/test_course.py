@@ -45,14 +45,14 @@ def plain(**settings) -> torch.Tensor:
 
 
 def test_steps_that_are_dense(model):
-    course = Course(model, {"dense_steps": {"last": 1}}, 3, seed=0)
+    course = Course(model, {"dense_steps": {"last": 1}}, 3)
     torch.testing.assert_close(losses(model, course, 2), plain(pattern="full", group_size=None))
     torch.testing.assert_close(losses(model, course, 0), plain())
     assert [course.share(step, lambda size: size / 100) for step in range(3)] == [0.16, 0.16, 1.0]
 
 
 def test_group_sizes_take_turns(model):
-    course = Course(model, {"group_sizes": [8, 32]}, 4, seed=0)
+    course = Course(model, {"group_sizes": [8, 32]}, 4)
     for step, size in enumerate((8, 32, 8)):
         torch.testing.assert_close(losses(model, course, step), plain(group_size=size))
         assert course.share(step, lambda size: size / 100) == size / 100
@@ -62,54 +62,32 @@ def test_group_sizes_take_turns(model):
 def test_dense_layers_take_turns(model):
     layers = model.config.num_hidden_layers
     assert layers == 2
-    course = Course(model, {"rotating_layers": 1}, 4, seed=0)
+    course = Course(model, {"rotating_layers": 1}, 4)
     for step in range(3):
         torch.testing.assert_close(losses(model, course, step), plain(dense_layers=[step % 2]))
         assert course.share(step, lambda size: 0.5) == 0.75
     assert course.period == 2
 
 
-def test_positions_that_skip_change_distances_inside_groups_alone(model):
-    course = Course(model, {"skip_positions": True, "dense_steps": {"last": 1}}, 3, seed=5)
-    positions = torch.tensor(course.positions(1, LENGTH))
-    for start in range(0, LENGTH, GROUP):
-        steps = positions[start : start + GROUP].diff()
-        assert (steps >= 1).all() and (steps > 1).sum() <= 1 and steps.sum() <= LENGTH
-    assert (positions.diff() > 1).any()
-    torch.testing.assert_close(losses(model, course, 2), plain(pattern="full", group_size=None))
-    # Each group by itself, with its positions, in a model without groups.
-    alone, rows = base().eval(), []
-    for start in range(0, LENGTH, GROUP):
-        piece, where = IDS[:, start : start + GROUP], positions[None, start : start + GROUP]
-        mask = torch.ones_like(piece)  # without one, transformers takes a skip for a new document
-        rows.append(alone(input_ids=piece, position_ids=where, attention_mask=mask).logits[0])
-    expected = torch.nn.functional.cross_entropy(torch.cat(rows)[:-1], IDS[0, 1:], reduction="none")
-    torch.testing.assert_close(losses(model, course, 1), expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(losses(model, course, 1), plain())
-
-
 def test_what_the_tokens_weigh(model):
     each = torch.rand(LENGTH - 1)
-    course = Course(model, {"unscored": 4, "dense_weight": 3.0, "dense_steps": {"last": 1}}, 2, seed=0)
+    course = Course(model, {"unscored": 4, "dense_weight": 3.0, "dense_steps": {"last": 1}}, 2)
     counted = [each[n] for n in range(LENGTH - 1) if n < GROUP or n % GROUP >= 4]
     torch.testing.assert_close(course.weigh(0, each), torch.stack(counted).mean())
     torch.testing.assert_close(course.weigh(1, each), 3 * each.mean())
-    torch.testing.assert_close(Course(model, {}, 2, seed=0).weigh(0, each), each.mean())
+    torch.testing.assert_close(Course(model, {}, 2).weigh(0, each), each.mean())
 
 
 def test_dense_forwards_of_the_adapter_are_known(model):
-    course = Course(model, {"dense_weight": 2.0}, 6, seed=0, dense_every=3)
+    course = Course(model, {"dense_weight": 2.0}, 6, dense_every=3)
     assert [course.share(step, lambda size: 0.0) for step in range(6)] == [0, 0, 1, 0, 0, 1]
     assert course.weigh(2, torch.ones(9)) == 2 and course.weigh(3, torch.ones(9)) == 1
 
 
-def test_rows_in_parts_by_hand(model):
+def test_rows_in_parts_by_hand():
     rows = [{"input_ids": list(range(number, number + 4))} for number in (0, 10, 20)]
     assert cut_rows(rows, None, 3) == (rows, [0, 1, 2])
     found, before = cut_rows(rows, 2, 3)  # one forward in three is dense: the second row's
     assert [one["input_ids"] for one in found] == [[0, 1], [2, 3], [10, 11, 12, 13], [20, 21], [22, 23]]
     assert before == [0, 0.5, 1, 2, 2.5]
     assert [one["input_ids"] for one in cut_rows(rows[:1], 2, None)[0]] == [[0, 1], [2, 3]]
-    # A group in a part skips as far as one in a whole row.
-    course = Course(model, {"skip_positions": True}, 400, seed=5, window=LENGTH)
-    assert max(max(course.positions(step, GROUP)) for step in range(400)) > LENGTH * 0.9

@@ -90,6 +90,21 @@ def test_every_cell_but_the_wrong_one_has_a_line(lines, place):
     assert lines["untrained", "tokens"]["metrics"]["perplexity"] == pytest.approx(math.exp(4.57), rel=0.3)
 
 
+def test_positions_that_skip_are_the_packages(place, tmp_path):
+    content = yaml.safe_load(STUDY)
+    shape = dict(attention_pattern="local", group_size=16, dense_every=2)
+    content["cells"] = [dict(name="full", config=shape, training=dict(skip_positions=True))]
+    (tmp_path / "skips.yaml").write_text(yaml.safe_dump(content))
+    cell = read_study(tmp_path / "skips.yaml").cells[0]
+    rows, losses = train_rows(Books.read(place, "train"), WINDOW, 2, cell.seed), []
+    for skips in (True, False):
+        cell.training["skip_positions"] = skips
+        model = make_model(cell, str(place / "base"), "cpu")
+        assert model.peft_config["default"].skip_positions is skips
+        losses.append(train(cell, model, rows, "cpu")["loss"])
+    assert losses[0][0] != losses[1][0] and losses[0][1] != losses[1][1]  # the first step skips, the second is dense
+
+
 def test_rows_in_parts_train_as_a_plain_loop_does(place, tmp_path):
     """Two sparse rows in two parts each at half the rate, then a whole dense one, and the same again."""
     shape = dict(attention_pattern="local", group_size=16, dense_every=5)

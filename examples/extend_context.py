@@ -34,7 +34,7 @@ from transformers import (
 from peft_longlora import LongLoraConfig
 from peft_longlora.data import check_held_out, load_rows
 from peft_longlora.memory import explain_out_of_memory, fit_memory
-from peft_longlora.training import last_checkpoint
+from peft_longlora.training import last_checkpoint, leave
 
 
 def make_parser() -> Parser:
@@ -135,8 +135,7 @@ def main() -> None:
         say(f"Loss after, dense attention: {trainer.evaluate()['eval_loss']:.4f}")
     trainer.save_model()
     say(f"Text read: {rows.info.description}.\nThe adapter is in {args.output}.")
-    trainer.accelerator.wait_for_everyone()  # a process that leaves while the first still saves can end the job
-    trainer.accelerator.end_training()
+    leave(trainer)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from trl import SFTConfig, SFTTrainer
 from peft_longlora import LongLoraConfig
 from peft_longlora.data import load_rows
 from peft_longlora.memory import explain_out_of_memory, fit_memory
-from peft_longlora.training import fused_loss
+from peft_longlora.training import fused_loss, leave
 
 
 def make_parser() -> Parser:
@@ -139,8 +139,7 @@ def main() -> None:
         say(f"Loss of held-out answers after, dense attention: {trainer.evaluate()['eval_loss']:.4f}")
     trainer.save_model()
     say(f"The adapter is in {args.output}.")
-    trainer.accelerator.wait_for_everyone()  # a process that leaves while the first still saves can end the job
-    trainer.accelerator.end_training()
+    leave(trainer)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ gives words their types), then `run` (what happens in which order) and what it c
 """
 
 from peft_longlora.training.checkpoints import last_checkpoint
+from peft_longlora.training.finish import leave
 from peft_longlora.training.learning_rates import LearningRatesMixin
 from peft_longlora.training.meter import Meter, MeteredMixin
 from peft_longlora.training.recipe import Recipe, read_recipe
@@ -21,6 +22,7 @@ __all__ = [
     "Recipe",
     "fused_loss",
     "last_checkpoint",
+    "leave",
     "read_recipe",
     "train",
 ]

@@ -58,6 +58,19 @@ def finish(
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
             push(trainer.args, recipe.run, say)
+    leave(trainer)
+
+
+def leave(trainer: Trainer) -> None:
+    """End a run in all of its processes together. The trainer cannot train any more.
+
+    Args:
+        trainer: of which everything is saved that is wanted.
+    """
+    # DDP goes first. If it were the last to hold the group of processes, it would wait for gloo's thread with Python's
+    # lock in its hands, and that thread may be waiting for the lock.
+    trainer.accelerator.free_memory()
+    trainer.model_wrapped = trainer.model
     trainer.accelerator.wait_for_everyone()  # a process that leaves while the first still works can end the job
     trainer.accelerator.end_training()
 

@@ -9,7 +9,7 @@ sends what to whom. The time does not depend on the length of the sequence. Call
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -28,9 +28,11 @@ class Edges(NamedTuple):
 
     Attributes:
         length: tokens. head, tail: tokens of its first and its last document, 0 for padding.
-        first, last: positions of the first and of the last token.
+        first, last: positions of the first and of the last token that is not padding.
         group_size, pattern: G, and the pattern's place among `patterns.PATTERNS`: the same on all ranks.
         has_hole: whether there is padding inside a document, 0 or 1.
+        front, behind: tokens of padding before the first and after the last document; the length if there is no other.
+        opens, after: positions of the stretch's first token, and of the first token of the padding `behind`.
     """
 
     length: int
@@ -41,12 +43,16 @@ class Edges(NamedTuple):
     group_size: int
     pattern: int
     has_hole: int = 0
+    front: int = 0
+    behind: int = 0
+    opens: int = 0
+    after: int = 0
 
 
 def exchange_edges(
     documents: Documents, position_ids: torch.Tensor, group_size: int, pattern: str, group: dist.ProcessGroup
 ) -> list[Edges]:
-    """The edges of all ranks, from one all-gather of eight numbers a rank in each forward.
+    """The edges of all ranks, from one all-gather of twelve numbers a rank in each forward.
 
     Args:
         documents: those of this rank's stretch, from `groups.find_documents`.
@@ -57,13 +63,16 @@ def exchange_edges(
     """
     length = position_ids.shape[1]
     (_, head, number), (_, tail, last_number) = (documents[0], documents[-1]) if length else ((0, 0, 0),) * 2
-    numbers = [number for _, _, number in documents if number]
-    has_hole = int(len(set(numbers)) < len(numbers))
+    real = [one for one in documents if one[2]]
+    has_hole = int(len({one[2] for one in real}) < len(real))
     ends = head * bool(number), tail * bool(last_number)
-    mine = Edges(length, *ends, 0, 0, group_size, PATTERNS.index(pattern), has_hole)
+    front, behind = (length, length) if not real else (real[0][0], length - real[-1][0] - real[-1][1])
+    mine = Edges(length, *ends, 0, 0, group_size, PATTERNS.index(pattern), has_hole, front, behind)
     mine = torch.tensor(mine).to(position_ids.device)
     if length:
-        mine[3:5] = position_ids[0, [0, -1]]
+        places = (front, length - behind - 1, 0, length - behind) if real else (0,) * 4
+        found = position_ids[0, [min(place, length - 1) for place in places]]
+        mine[3:5], mine[10:] = found[:2], found[2:]
     edges = [Edges(*one) for one in torch.stack(gather(mine, group)).tolist()]
     _check_edges(edges)
     return edges
@@ -82,10 +91,11 @@ def _check_edges(edges: list[Edges]) -> None:
             f"The ranks hold stretches of {[edge.length for edge in edges]} tokens, and each needs one or more. Cut "
             f"the batch with shard_batch, which pads."
         )
-    if any(edge.has_hole for edge in edges):
+    if holes := _holes(edges):
         raise ValueError(
-            "attention_mask has padding inside a document (0 between two 1), which ranks that share a sequence cannot "
-            "leave out. Mask padding only at the ends of rows: give the tokenizer its own pad token."
+            f"attention_mask has padding inside a document (0 between two 1, {holes[0]}), which ranks that share a "
+            f"sequence cannot leave out. Mask padding only at the ends of rows: give the tokenizer its own pad token. "
+            f"To end a document there, give position_ids that restart."
         )
     if len({(edge.group_size, edge.pattern) for edge in edges}) > 1:
         raise ValueError(
@@ -101,6 +111,24 @@ def _check_edges(edges: list[Edges]) -> None:
                 f"{[edge.length for edge in edges]} tokens). Give every rank of the group the same batch, and cut it "
                 f"with shard_batch."
             )
+
+
+def _holes(edges: list[Edges]) -> list[str]:
+    """Where padding stands inside a document: on a rank, or between the tokens of two ranks.
+
+    No rank sees that its document goes on behind padding at its end. The rule is that of attention's `mask` for a row:
+    a document goes on if its positions do, which count padding or leave it out.
+    """
+    found = [f"on rank {rank}" for rank, edge in enumerate(edges) if edge.has_hole]
+    real = [rank for rank, edge in enumerate(edges) if edge.front < edge.length]
+    for left, right in pairwise(real):
+        before, here = edges[left], edges[right]
+        padding = before.behind + sum(edge.length for edge in edges[left + 1 : right]) + here.front
+        after = before.after if before.behind else edges[left + 1].opens
+        step = padding + 1 if after == before.last + 1 else 1
+        if padding and here.first == before.last + step:
+            found.append(f"between the tokens of ranks {left} and {right}")
+    return found
 
 
 def is_continued(edges: list[Edges], rank: int) -> bool:

@@ -4,7 +4,9 @@ A hole, padding between two tokens of one document, does not end the document in
 it lies, and take padding that stands between documents or at the ends of rows.
 """
 
+import copy
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -88,6 +90,7 @@ def batches(ranks: int) -> dict:
     return found
 
 
+@cache
 def made(name: str):
     what = MODELS[name]
     if isinstance(what, str):
@@ -100,7 +103,7 @@ def made(name: str):
 
 def found_by(name: str, batch: dict, mesh) -> list[torch.Tensor]:
     """Logits of tokens, and gradients summed over the ranks; of one process if there is no mesh."""
-    model, call = made(name), dict(batch)
+    model, call = copy.deepcopy(made(name)), dict(batch)
     if mesh is not None:
         parallelize_sequence(model, mesh)
         call = shard_batch(batch, mesh.get_local_rank(), mesh.size())

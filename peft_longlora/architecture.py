@@ -98,6 +98,12 @@ def is_local_layer(module: nn.Module, config: PreTrainedConfig) -> bool:
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
+def has_chunks(module: nn.Module, config: PreTrainedConfig) -> bool:
+    """Whether a config says that a layer has chunks of its own."""
+    layer_types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    return bool(layer_types) and index is not None and "chunked" in layer_types[index]
+
+
 def is_local_type(layer_type: str) -> bool:
     """Whether transformers calls layers with a window or chunks of their own so."""
     return any(name in layer_type for name in ("sliding", "chunked", "window"))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_longlora.architecture import is_causal_layer
+from peft_longlora.architecture import has_chunks, is_causal_layer
 from peft_longlora.attention.local import Local, cuts_of, find_local
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.attention.settings import AttentionSettings
@@ -122,7 +122,8 @@ class LayerCall:
         """The layer's own window or chunks, if a kernel can run them."""
         if not isinstance(self.mask, S2Mask) or torch.compiler.is_compiling():
             return None
-        local = self.mask.once(("local", positions is None), lambda: find_local(self.mask, positions))
+        is_chunked = has_chunks(self.module, self.settings.config)
+        local = self.mask.once(("local", positions is None), lambda: find_local(self.mask, positions, is_chunked))
         told = self.more.get("sliding_window")
         return None if local and told is not None and local != ("window", told) else local
 

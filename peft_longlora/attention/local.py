@@ -28,11 +28,13 @@ def documents_of(mask: S2Mask) -> S2Mask:
 
 
 @torch.compiler.disable
-def find_local(mask: S2Mask, positions: torch.Tensor | None) -> Local | None:
+def find_local(mask: S2Mask, positions: torch.Tensor | None, has_chunks: bool = False) -> Local | None:
     """What a layer sees, from its mask; None if its rule is another, or if padding stands inside a document.
 
     Args:
         positions: (1 or B, S), restarting where a document starts, or None.
+        has_chunks: what to answer if both fit, as in rows that are no longer than the size. That matters where the rows
+            are stretches of a sequence that ranks share: its documents may be longer.
     """
     size, rule = mask.arguments.get("local_size"), mask.arguments.get("mask_function")
     if size is None or rule is None or not mask.is_causal or mask.arguments["kv_length"] != mask.length:
@@ -62,7 +64,9 @@ def find_local(mask: S2Mask, positions: torch.Tensor | None) -> Local | None:
     # transformers counts chunks from the start of a document if its rule knows documents, and of the row if not.
     found = torch.stack([((x & no_later) | (ids == 0)).all() for x in (window, chunks(place), chunks(here - left))])
     is_window, *is_chunks = found.tolist()
-    return Local("window", size) if is_window else Local("chunks", size) if any(is_chunks) else None
+    if any(is_chunks) and (has_chunks or not is_window):
+        return Local("chunks", size)
+    return Local("window", size) if is_window else None
 
 
 def cuts_of(mask: S2Mask, positions: torch.Tensor | None, local: Local) -> Cuts:

@@ -105,9 +105,9 @@ def test_evaluation_is_that_of_stock(name):
         torch.testing.assert_close(model(**call).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
-def rule(function, size=WINDOW, **more):
+def rule(function, size=WINDOW, has_chunks=False, **more):
     how = dict(batch_size=1, q_length=12, kv_length=12, device=torch.device("cpu"), local_size=size)
-    return find_local(S2Mask({**how, "mask_function": function, **more}), None)
+    return find_local(S2Mask({**how, "mask_function": function, **more}), None, has_chunks)
 
 
 def test_what_a_rule_is():
@@ -118,6 +118,10 @@ def test_what_a_rule_is():
     assert rule(sliding_window_causal_mask_function(WINDOW + 1)) is None
     assert rule(sliding_window_causal_mask_function(WINDOW - 1)) is None
     assert rule(lambda b, h, q, k: (q - k).abs() < WINDOW) is None  # it sees later tokens
+    for name, function in (("window", sliding_window_causal_mask_function), ("chunks", chunked_causal_mask_function)):
+        more = (padding,) if name == "chunks" else ()
+        assert rule(function(WINDOW, *more), has_chunks=name != "chunks").kind == name  # what it is, whatever is said
+        assert rule(function(12, *more), 12, has_chunks=name == "chunks") == Local(name, 12)  # both fit 12 tokens
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1]])
     assert rule(sliding_window_causal_mask_function(WINDOW), attention_mask=mask) is None  # inside a document
     left = torch.tensor([[0, 0] + [1] * 10])

@@ -17,6 +17,7 @@ from peft_longlora import configure_attention
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.sequence import parallelize_sequence, shard_batch
 from peft_longlora.sequence.edges import exchange_edges, tokens_elsewhere
+from tests.attention.test_local import TYPES
 from tests.attention.test_local import make as make_local
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import make
@@ -31,6 +32,8 @@ MODELS = {
     "window": "gpt_oss",
     "evaluation": dict(pattern="s2"),
 }
+if "llama4_text" in TYPES:
+    MODELS["chunks"] = "llama4_text"
 # Padding [from, to) of one row on two ranks, whose border is 24, and on three, whose borders are 16 and 32.
 HOLES = {
     "a hole at the end of a rank": ([(20, 24)], [(13, 16)]),

@@ -1,5 +1,7 @@
 """Layers with a sliding window, chunks or sinks, in models whose ranks share a sequence: those of one process."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,14 +19,14 @@ from tests.helpers.releases import checkpoint_activations
 KINDS = [("s2", True, True), ("full", True, False), ("s2", False, False)]  # pattern, trains, packed
 
 
-def found_by(name, pattern, training, packed, mesh):
+def found_by(name, pattern, training, packed, mesh, tokens=ROW.shape[1]):
     """Logits, and gradients summed over the ranks; of one process if there is no mesh."""
     model = make(name)
     if pattern == "full":
         configure_attention(model, pattern=pattern)
     model.train(training)
-    call = dict(PACKED) if packed else dict(input_ids=ROW)
-    length = ROW.shape[1]
+    call = {name: x[:, :tokens] for name, x in (PACKED if packed else dict(input_ids=ROW)).items()}
+    length = tokens
     if mesh is not None:
         checkpoint_activations(model, use_reentrant=False)
         parallelize_sequence(model, mesh)
@@ -42,13 +44,13 @@ def found_by(name, pattern, training, packed, mesh):
     return torch.cat(whole, dim=1)[:, :length], grads
 
 
-def compare(ranks, names):
+def compare(ranks, names, kinds=KINDS, lengths=(ROW.shape[1],)):
     mesh, errors = init_device_mesh("cpu", (ranks,)), {}
-    for name in names:
-        for kind in KINDS:
-            alone, shared = (found_by(name, *kind, x) for x in (None, mesh))
-            pairs = [(alone[0], shared[0]), *((grad, shared[1][n]) for n, grad in alone[1].items())]
-            errors[(name, *kind)] = max(((a - b).abs().max() / (a.abs().max() + 1e-3)).item() for a, b in pairs)
+    for case in product(names, kinds, lengths):
+        name, kind, tokens = case
+        alone, shared = (found_by(name, *kind, x, tokens) for x in (None, mesh))
+        pairs = [(alone[0], shared[0]), *((grad, shared[1][n]) for n, grad in alone[1].items())]
+        errors[case] = max(((a - b).abs().max() / (a.abs().max() + 1e-3)).item() for a, b in pairs)
     return errors
 
 
@@ -59,6 +61,13 @@ EVERY = pytest.param(2, list(TYPES), marks=pytest.mark.slow), pytest.param(3, li
 def test_losses_and_gradients_are_those_of_one_process(ranks, names):
     for errors in run_ranks(ranks, compare, ranks, names):
         assert not {case: error for case, error in errors.items() if not error < 1e-3}
+
+
+@pytest.mark.parametrize("name", [name for name in TYPES if name in ("gpt_oss", "llama4_text")])
+def test_a_stretch_is_no_longer_than_the_window_or_the_chunks(name):
+    """Alone it does not show which of the two the layer has: both are 5 tokens long, stretches from 3 on."""
+    for errors in run_ranks(2, compare, 2, [name], KINDS[:1], (6, 8, 10)):
+        assert len(errors) == 3 and not {case: error for case, error in errors.items() if not error < 1e-3}
 
 
 def test_who_sends_what():

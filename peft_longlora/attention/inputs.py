@@ -32,6 +32,7 @@ class Call:
 
     Attributes:
         position_ids: (1 or B, S), as the caller gave them; of several axes, the text's (see `text_positions`).
+        are_of_axes: whether `text_positions` counted them, from 0 at the row's start.
         attention_mask: as the caller gave it.
         cu_seq_lens: (documents + 1) numbers of tokens before each document's end, as collators for flash kernels give.
         has_cache: whether the caller gave a cache, empty or not, as `generate` does.
@@ -40,6 +41,7 @@ class Call:
     """
 
     position_ids: torch.Tensor | None = None
+    are_of_axes: bool = False
     attention_mask: Any = None
     cu_seq_lens: torch.Tensor | None = None
     has_cache: bool = False
@@ -172,12 +174,14 @@ class ModelInputs:
             place = places.get(name, len(args))
             return args[place] if kwargs.get(name) is None and place < len(args) else kwargs.get(name)
 
-        position_ids, cu_seq_lens = text_positions(given("position_ids")), kwargs.get("cu_seq_lens_q")
+        as_given, cu_seq_lens = given("position_ids"), kwargs.get("cu_seq_lens_q")
+        position_ids = text_positions(as_given)
         if self.caller is None or self.caller is module:  # no module calls itself: the call was interrupted
             self._begin()
             now = self.now
             now.caller, now.position_ids, now.cu_seq_lens = module, position_ids, cu_seq_lens
             now.attention_mask = given("attention_mask")
+            now.are_of_axes = _has_axes_only(as_given)
             now.has_cache = any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS)
             now.notes = {"has gradients": torch.is_grad_enabled()}
             if not torch.compiler.is_compiling():
@@ -187,7 +191,8 @@ class ModelInputs:
             self.schedule.begin(module.training)
         else:  # another followed module called it, and may not pass on its arguments
             now = self.now
-            now.position_ids = now.position_ids if position_ids is None else position_ids
+            if position_ids is not None:
+                now.position_ids, now.are_of_axes = position_ids, _has_axes_only(as_given)
             now.cu_seq_lens = now.cu_seq_lens if cu_seq_lens is None else cu_seq_lens
 
     def _begin(self) -> None:
@@ -238,6 +243,11 @@ class ModelInputs:
             forward.hold(output)
 
 
+def _has_axes_only(position_ids: torch.Tensor | None) -> bool:
+    """Whether positions are those of axes of images, and none of them counts the tokens of the text."""
+    return position_ids is not None and position_ids.dim() == 3 and len(position_ids) <= 3
+
+
 def text_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:
     """(1 or B, S) positions that restart where a document starts, from positions of several axes.
 
@@ -253,7 +263,7 @@ def text_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:
     """
     if position_ids is None or position_ids.dim() != 3:
         return position_ids
-    if len(position_ids) > 3:
+    if not _has_axes_only(position_ids):
         return position_ids[0]
     place = torch.arange(position_ids.shape[2], device=position_ids.device).expand(position_ids.shape[1:])
     return place - (place * (position_ids == 0).all(0)).cummax(1).values

@@ -42,7 +42,8 @@ class SharedSequence:
             pattern: a sparse pattern, or "full": dense over the whole sequence.
 
         Raises:
-            ValueError: more than one row, no position_ids, stretches that do not make up one sequence.
+            ValueError: more than one row, no position_ids or only those of axes, stretches that do not make up one
+                sequence.
             NotImplementedError: a cache, a rule of the layer's own that is neither a window nor chunks, an attention
                 that is not causal.
         """
@@ -143,6 +144,12 @@ def _check(call: LayerCall, pattern: str) -> None:
         raise ValueError(
             "The model was called without position_ids, and would count each rank's tokens from 0. Give it those of "
             "the whole sequence (shard_batch does)."
+        )
+    if call.settings.inputs.now.are_of_axes:
+        raise ValueError(
+            "position_ids of three axes (time, height, width) do not tell which token of its document a rank's first "
+            "one is, and each rank's tokens would be counted from 0. Give the model position_ids (1, S) of the whole "
+            "sequence's text (shard_batch does), or put them before the axes: (4, 1, S)."
         )
 
 

@@ -85,6 +85,8 @@ def _tell(trainer: Trainer, options: RunOptions, folder: Path) -> None:
     lines = [f"Not on the Hub: {', '.join(local)}"] if local else []
     lines += [f"Documents or records: {read}"] if read else []
     lines += [f"Training: {state.global_step:,} steps of {rows:,} rows, learning rate {args.learning_rate:g}"]
+    if options.embedding_learning_rate is not None:
+        lines[-1] += f" ({options.embedding_learning_rate:g} for what is trained whole)"
     tokens = state.num_input_tokens_seen  # 0: the run began in a version that did not count over all starts
     lines[-1] += f", {tokens:,} tokens" if tokens else ""
     write_training(folder, lines)

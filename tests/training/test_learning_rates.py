@@ -105,5 +105,6 @@ def test_the_command_passes_it_on_and_goes_on_from_a_checkpoint(run, place):
     for other in (1e-3, "null"):
         code, _, err, _ = run(key, other, "--lr-scheduler-type", "constant", out="parts")
         assert code == 2 and "holds a run with embedding_learning_rate=1e-09, and the recipe says" in err
+    assert "learning rate 0.01 (1e-09 for what is trained whole), " in (whole / "README.md").read_text()
     code, _, err, _ = run(key, 1e-3, "--no-train-embeddings", "--no-train-norms", out="none")
     assert code == 2 and "embedding_learning_rate=0.001 has no effect" in err

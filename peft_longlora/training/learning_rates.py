@@ -48,12 +48,13 @@ class LearningRatesMixin:
                 f"rates of its own. Leave one of the two out."
             )
 
-    def create_optimizer(self: Trainer | Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with groups of their own for what is trained whole."""
+    def create_optimizer(self: Trainer | Any, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with groups of their own for what is trained whole; `model` as the Trainer's."""
         is_made = self.optimizer is not None
-        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer = super().create_optimizer(model)
         if self.embedding_learning_rate is not None and not is_made:
-            split_groups(optimizer, whole_parameters(args[0] if args else self.model), self.embedding_learning_rate)
+            whole = whole_parameters(self.model if model is None else model)
+            split_groups(optimizer, whole, self.embedding_learning_rate)
         return optimizer
 
 

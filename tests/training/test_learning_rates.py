@@ -62,6 +62,15 @@ def test_two_rates_are_those_of_a_plain_loop(tmp_path):
     assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])  # LoRA's
 
 
+@pytest.mark.parametrize("way", ["left out", "None", "by name"])
+def test_the_optimizer_may_be_made_by_hand(tmp_path, way):
+    found = trainer(tmp_path, make())
+    given = {"left out": {}, "None": dict(model=None), "by name": dict(model=found.model)}[way]
+    groups = found.create_optimizer(**given).param_groups
+    whole = {one for name, one in found.model.named_parameters() if one.requires_grad and "lora_" not in name}
+    assert {one for group in groups for one in group["params"] if group["lr"] == 1e-3} == whole
+
+
 def test_a_rate_that_nothing_or_something_else_decides_is_refused(tmp_path):
     for wrong in (0, -1e-3, float("inf"), float("nan"), "1e-3", True):
         with pytest.raises(ValueError, match="must be a number above 0"):

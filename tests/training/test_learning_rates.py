@@ -65,8 +65,8 @@ def test_two_rates_are_those_of_a_plain_loop(tmp_path):
 @pytest.mark.parametrize("way", ["left out", "None", "by name"])
 def test_the_optimizer_may_be_made_by_hand(tmp_path, way):
     found = trainer(tmp_path, make())
-    given = {"left out": {}, "None": dict(model=None), "by name": dict(model=found.model)}[way]
-    groups = found.create_optimizer(**given).param_groups
+    args, kwargs = {"left out": ((), {}), "None": ((None,), {}), "by name": ((), dict(model=found.model))}[way]
+    groups = found.create_optimizer(*args, **kwargs).param_groups
     whole = {one for name, one in found.model.named_parameters() if one.requires_grad and "lora_" not in name}
     assert {one for group in groups for one in group["params"] if group["lr"] == 1e-3} == whole
 

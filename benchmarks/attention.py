@@ -13,6 +13,7 @@ same documents. R = 1 means that S2 costs exactly its share.
 """
 
 import json
+import shlex
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -221,7 +222,7 @@ def main() -> None:
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    result = dict(command="python " + " ".join(sys.argv), **versions(device), dtype=str(dtype), cases=[], growth=[])
+    result = dict(command="python " + shlex.join(sys.argv), **versions(device), dtype=str(dtype), cases=[], growth=[])
     print("\n".join(f"{key}: {value}" for key, value in result.items() if isinstance(value, str)), flush=True)
 
     def save() -> None:

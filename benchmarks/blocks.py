@@ -7,6 +7,7 @@ A method that is wrong is reported with its errors and not timed, and the exit c
 """
 
 import json
+import shlex
 import sys
 
 import torch
@@ -98,7 +99,7 @@ def main() -> int:
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    result = dict(command="python " + " ".join(sys.argv), **versions(device), dtype=str(dtype), cases=[])
+    result = dict(command="python " + shlex.join(sys.argv), **versions(device), dtype=str(dtype), cases=[])
     cases = [Case("9/3, D 64, N 32768, G 8192", 9, 3, 64, 32768, 8192), Case("32/8, D 128", 32, 8, 128, 32768, 8192)]
     if args.tiny:
         cases = [Case("tiny 4/2", 4, 2, 16, 1024, 512)]

@@ -10,6 +10,7 @@ Hardware: one GPU with 40 GB or more. On a CPU: python benchmarks/dense_forward.
 
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -60,7 +61,7 @@ def main() -> None:
         torch=torch.__version__,
         transformers=transformers.__version__,
         shape=shape,
-        command="python " + " ".join(sys.argv),
+        command="python " + shlex.join(sys.argv),
     )
     print(about, flush=True)
     rows = []

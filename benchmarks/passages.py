@@ -18,6 +18,7 @@ import gzip
 import hashlib
 import json
 import re
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -102,7 +103,7 @@ def main() -> None:
         counts = ", ".join(f"{way} {sum(hits)} of {len(hits)}" for way, hits in found.items())
         print(f"{book['title']}: {counts}", flush=True)
     if args.output:
-        args.output.write_text(json.dumps({"command": " ".join(sys.argv), "rows": rows}, indent=1) + "\n")
+        args.output.write_text(json.dumps({"command": shlex.join(sys.argv), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

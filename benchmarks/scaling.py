@@ -34,6 +34,7 @@ import argparse
 import json
 import os
 import resource
+import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -166,7 +167,7 @@ def main() -> None:
         tile=args.tile,
         offload=args.offload,
         environment={name: value for name, value in os.environ.items() if name.startswith("NCCL_P2P")},
-        command="torchrun benchmarks/scaling.py " + " ".join(sys.argv[1:]),
+        command="torchrun benchmarks/scaling.py " + shlex.join(sys.argv[1:]),
     )
     results = dict(about=about, rows=[])
 

@@ -71,7 +71,9 @@ def training_table(result: dict) -> list[str]:
     with_host = any(row.get("host_gib") for row in result["results"])
     rows = []
     for row in result["results"]:
-        name = [row["row"] + (f" ({row['unfinished']})" if "unfinished" in row else ""), f"{row['length']:,}"]
+        means = ", ".join(f"{key}={value}" for key, value in row["options"].items()) if row["row"] == "by hand" else ""
+        after = "; ".join(filter(None, (means, row.get("unfinished"))))
+        name = [row["row"] + (f" ({after})" if after else ""), f"{row['length']:,}"]
         if row["seconds"] is None:
             reason = "left out: " + row["missing"] if row.get("missing") else "out of memory"
             rows.append([*name, reason, "", "", "", "", *([""] if with_host else [])])

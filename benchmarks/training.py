@@ -23,6 +23,7 @@ import gc
 import inspect
 import json
 import platform
+import shlex
 import statistics
 import sys
 from collections.abc import Callable
@@ -226,7 +227,7 @@ def main() -> None:
     device = "cpu" if args.tiny or not torch.cuda.is_available() else "cuda"
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     settings = {name: getattr(args, name) for name in ("shape", "group_size", "four_bit", "no_embeddings", "limit_gib")}
-    about = dict(device=name, **settings, **versions(), command="python " + " ".join(sys.argv))
+    about = dict(device=name, **settings, **versions(), command="python " + shlex.join(sys.argv))
     print(about, flush=True)
     if device == "cuda" and args.limit_gib:
         torch.cuda.set_per_process_memory_fraction(args.limit_gib * GIB / torch.cuda.mem_get_info()[1])

@@ -8,6 +8,7 @@ benchmarks/attention.py does it, and the medians are printed. `--profile` adds t
 """
 
 import json
+import shlex
 import statistics
 import sys
 from collections import defaultdict
@@ -308,7 +309,9 @@ def main() -> None:
         calls["one launch, FlashAttention-4's block sparsity"] = lambda *given: by_block_sparsity()(*given)
     if args.only:
         calls = {n: x for n, x in calls.items() if n.startswith("full") or any(word in n for word in args.only)}
-    result = dict(command="python " + " ".join(sys.argv), **versions(device), case=case.name, share=case.share, rows={})
+    result = dict(
+        command="python " + shlex.join(sys.argv), **versions(device), case=case.name, share=case.share, rows={}
+    )
     print("\n".join(f"{key}: {value}" for key, value in result.items() if isinstance(value, str)), flush=True)
     length = min(2048, tokens)
     check = Case("check", heads, kv_heads, dim, length, length // 4)

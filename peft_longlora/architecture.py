@@ -181,6 +181,19 @@ def rows_of(embeddings: nn.Module) -> int:
 CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 
 
+def has_liger_kernels(model: nn.Module) -> bool:
+    """Whether Liger's kernels, which need a GPU, compute norms or feed-forward layers of a model.
+
+    Liger replaces transformers' classes for the whole process: models that are made later have its kernels too.
+    """
+    for module in model.modules():
+        own = vars(module).get("forward")  # a loaded module gets the kernel as a forward of its own
+        for part in (type(module), getattr(own, "__func__", own)):
+            if getattr(part, "__module__", "").partition(".")[0] == "liger_kernel":
+                return True
+    return False
+
+
 def find_state_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of a language model in which a token reaches later ones by another way than attention, by name.
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from peft_longlora.architecture import rows_of
+from peft_longlora.architecture import has_liger_kernels, rows_of
 
 TOKENS = 24
 # How far outputs may be apart, as a part of their size, by the precision of the weights: sums in another order.
@@ -37,13 +37,13 @@ def is_elsewhere(model: PreTrainedModel) -> bool:
 def can_run(model: PreTrainedModel, attention: str) -> bool:
     """Whether a model can run here and now.
 
-    Not if its weights are elsewhere, if it waits on the CPU for a GPU that it needs (quantised, a flash kernel), or if
-    it is compiled.
+    Not if its weights are elsewhere, if it waits on the CPU for a GPU that it needs (quantised, a flash kernel, Liger's
+    kernels), or if it is compiled.
 
     Args:
         attention: the transformers attention with which it would run.
     """
-    needs_gpu = getattr(model, "is_quantized", False) or "flash" in attention
+    needs_gpu = getattr(model, "is_quantized", False) or "flash" in attention or has_liger_kernels(model)
     waits = needs_gpu and next(model.parameters()).device.type == "cpu"
     return not is_elsewhere(model) and not waits and model._compiled_call_impl is None
 

@@ -10,18 +10,15 @@ from torch import nn
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
+from peft_longlora.architecture import has_liger_kernels
+
 
 def kernels_of(model: nn.Module) -> tuple[str, ...]:
     """Libraries whose kernels compute the model's norms or feed-forward layers.
 
     Returns: ("Liger",) or ().
     """
-    for module in model.modules():
-        own = vars(module).get("forward")  # a loaded module gets the kernel as a forward of its own
-        for part in (type(module), getattr(own, "__func__", own)):
-            if getattr(part, "__module__", "").partition(".")[0] == "liger_kernel":
-                return ("Liger",)
-    return ()
+    return ("Liger",) if has_liger_kernels(model) else ()
 
 
 def use_liger(model: nn.Module, fused_loss: bool) -> tuple[str, ...]:

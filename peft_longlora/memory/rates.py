@@ -50,6 +50,7 @@ class Rate:
 
 OFFLOADED = ("offload", True), ("tile_tokens", 4096)
 EVERY_SECOND = ("offload", 2), ("tile_tokens", 4096)
+EVERY_THIRD = ("offload", 3), ("tile_tokens", 4096)
 # All with Liger's kernels and FlashAttention-4, optimiser step included (docs/performance.md).
 MEASURED = (
     Rate("H100", "llama-2-7b", 32768, 14674, 17, 15),
@@ -64,6 +65,7 @@ MEASURED = (
     Rate("H200", "llama-3.1-8b", 131072, 12814, 8, 24, OFFLOADED),
     Rate("H200", "llama-3.1-8b", 262144, 12289, 3, 26, OFFLOADED),
     Rate("H200", "llama-3.1-8b", 524288, 10045, 0, 20, EVERY_SECOND),
+    Rate("H200", "llama-3.1-8b", 1048576, 8744, 0, 3, EVERY_THIRD),
 )
 NEAR = 4  # times a measured size, within which the rate is taken as it is
 

@@ -57,6 +57,35 @@ def test_weights_that_are_not_here_are_not_run():
     assert not rows and model.config._attn_implementation == S2_ATTN
 
 
+class LigerNorm(torch.nn.Module):
+    """As Liger's norms, which Triton computes: it needs a GPU."""
+
+    __module__ = "liger_kernel.transformers.rms_norm"
+
+    def forward(self, states):
+        if states.device.type == "cpu":
+            raise ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
+        return states
+
+
+def test_a_model_with_kernels_that_wait_for_a_gpu_is_not_run_on_the_cpu():
+    """A base that AutoLigerKernelForCausalLM loaded, or one made after Liger replaced the classes of this process."""
+    model = a_llama()
+    model.model.norm = LigerNorm()
+    rows = lengths_of(model)
+    configure_attention(model, group_size=8)
+    assert not rows and model.config._attn_implementation == S2_ATTN
+
+
+def test_a_norm_whose_forward_was_replaced_waits_too():
+    model = a_llama()
+    model.model.norm.forward = LigerNorm.forward.__get__(model.model.norm)
+    LigerNorm.forward.__module__ = LigerNorm.__module__
+    rows = lengths_of(model)
+    configure_attention(model, group_size=8)
+    assert not rows
+
+
 def test_a_model_that_computes_something_else_under_another_name_is_refused():
     model = a_llama()
 

@@ -256,7 +256,7 @@ def test_offloaded_inputs_leave_the_gpu_and_come_back(monkeypatch):
         return {name: ((grads[name] - plain[name]).norm() / plain[name].norm()).item() for name in names}
 
     noise = max(max(distance(one).values()) for one in others)
-    assert noise < 0.02
+    assert noise < 0.05
     for offload in (True, 2, 3):
         for again in found[offload][1]:
             assert max(distance(again).values()) <= 3 * noise + 1e-3

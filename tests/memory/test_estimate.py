@@ -27,6 +27,7 @@ from tests.helpers.tiny import EXPERTS, IDS, extend, make
 
 RESULTS = ROOT / "benchmarks" / "results"
 WITHOUT_LIGER = ("half low rank", "attention kept")
+OURS = ("liger", "memory filled", "as planned", "by hand")
 FULL = ("liger, full", "liger, full by PyTorch")
 
 
@@ -36,8 +37,9 @@ def measured():
         data = json.loads(file.read_text())
         shape, about = SHAPES[data["about"]["shape"]], data["about"]
         for row in data["results"]:
-            if row.get("seconds") and row["row"] in (*WITHOUT_LIGER, *FULL, "liger", "memory filled", "as planned"):
-                options = row.get("options") or options_of(row, shape.blocks)
+            if row.get("seconds") and row["row"] in (*WITHOUT_LIGER, *FULL, *OURS):
+                options = dict(free=0, keep_in_host=0) | (row.get("options") or options_of(row, shape.blocks))
+                options["keep"] = options["keep"] if options["keep"] is not True else shape.blocks
                 training = Training(
                     embeddings=not about.get("no_embeddings"),
                     four_bit=bool(about.get("four_bit")),

@@ -17,7 +17,8 @@ PAGES = {
     "docs/performance.md": [
         ("training_32k_h100", "training"),
         ("training_8b_h100 training_8b_262k_h100 training_8b_524k_h100", "training"),
-        ("training_8b_h200 training_8b_524k_h200", "training"),
+        ("training_8b_h200 training_8b_524k_h200 training_8b_1m_h200", "training"),
+        ("training_8b_same_means_h200 training_8b_same_means_kept_h200", "training"),
         ("training_8b_24gib_h100", "training"),
         ("training_70b_h100", "training"),
         ("training_7b_others_h100", "training"),

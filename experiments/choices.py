@@ -25,6 +25,7 @@ class Choice:
 
 SCHEDULE, LOCAL = "schedules/local-4096-dense-6", "local, G = 1/8, every 6th dense"
 FAR, ADAPTIVE = "schedules/local-2048-far-3-dense-8/time", "schedules/adaptive-dense-6/tokens"
+LONG_SKIPS = "long/local-8192-dense-6-skips"
 CHOICES = [
     Choice("attention, 2e-4, equal time", LOCAL, "full", f"{SCHEDULE}/time", "schedules/full/tokens"),
     Choice("attention, 2e-4, equal tokens", LOCAL, "full", f"{SCHEDULE}/tokens", "schedules/full/tokens"),
@@ -50,8 +51,17 @@ CHOICES = [
     Choice("attention, 1e-3, positions skip", f"{LOCAL}, skips", "full", "courses/skips/tokens", "courses/full/tokens"),
     Choice("65536 tokens, 1e-3, equal tokens", LOCAL, "full", "long/local-8192-dense-6/tokens", "long/full/tokens"),
     Choice("65536 tokens, 1e-3, equal time", LOCAL, "full", "long/local-8192-dense-6/time", "long/full/tokens"),
+    Choice("65536 tokens, 1e-3, equal tokens", f"{LOCAL}, skips", "full", f"{LONG_SKIPS}/tokens", "long/full/tokens"),
+    Choice("65536 tokens, 1e-3, equal time", f"{LOCAL}, skips", "full", f"{LONG_SKIPS}/time", "long/full/tokens"),
     Choice("what is dense", "every 6th step", "5 layers in turn", "courses/spread/tokens", "courses/rotating/tokens"),
     Choice("groups", "4096, every 6th step dense", "2048 to 32768", "courses/spread/tokens", "courses/ladder/tokens"),
+    Choice(
+        "groups and dense steps, the same work",
+        "G = 1/8, every 6th",
+        "G = 1/32, every 4th",
+        "courses/spread/tokens",
+        "courses/1024-dense-4/tokens",
+    ),
     Choice("dense steps, G = 1/8", "every 6th", "every 3rd", f"{SCHEDULE}/tokens", "cost/local-4096-dense-3/tokens"),
     Choice(
         "work", "0.27 (G = 1/8)", "0.10 (G = 1/16, every 24th)", f"{SCHEDULE}/tokens", "cost/local-2048-dense-24/tokens"

@@ -44,6 +44,14 @@ def test_lines_are_of_the_studies_cells_and_say_where_they_ran(file):
             assert len(line.get("loss", [])) == line["steps"] * (cell.training["accumulation"] or 1)
 
 
+def test_the_readme_repeats_rows_of_the_page():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Better than full attention in the same time")[1].split("\n## ")[0]
+    rows = [row for row in section.splitlines() if row.startswith("| ")]
+    first, last = report.markers("long")
+    assert len(rows) > 4 and set(rows) <= set(TEXT.split(first)[1].split(last)[0].splitlines())
+
+
 def test_the_recipe_holds_what_the_lines_say():
     text = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
     assert report.fill_choices(text, report.read_all()) == text, "run python experiments/report.py"

@@ -2,24 +2,29 @@
 and `skip_positions`.
 
 A Trainer that resumes reads an adapter's weights but not its config, so the number is saved as a tensor. PEFT saves and
-loads it (`add_count`, `take_count`). FSDP2's full state and DeepSpeed go past PEFT, so it is a buffer of the base too
-(`CountBuffer`).
+loads it (`add_count`, `take_count`). FSDP2's full state, DeepSpeed and transformers' own `load_adapter` go past PEFT,
+so it is a buffer of the base too (`CountBuffer`).
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.utils.hooks import RemovableHandle
 
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import settings_of
 
-COUNT = "longlora_training_forwards"
+# Not "longlora_...": transformers' load_adapter takes "lora_" in a name for a weight of LoRA.
+COUNT = "s2_training_forwards"
+_ENDING = "training_forwards"  # of the name, also in files that were made when it was "longlora_training_forwards"
 PREFIX = "base_model.model."
 
 
@@ -32,13 +37,13 @@ def add_count(state: dict[str, torch.Tensor], model: nn.Module) -> None:
 
 def take_count(state: dict[str, torch.Tensor], model: nn.Module) -> None:
     """Remove the number from the tensors of an adapter, and let the model continue from it."""
-    for name in [name for name in state if name.endswith(COUNT)]:
+    for name in [name for name in state if name.endswith(_ENDING)]:
         _continue_from(model, int(state.pop(name)))
 
 
 def without_count(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors of an adapter (or their shapes) by name, without the number."""
-    return {name: value for name, value in tensors.items() if not name.endswith(COUNT)}
+    return {name: value for name, value in tensors.items() if not name.endswith(_ENDING)}
 
 
 def _number_of(model: nn.Module) -> int | None:
@@ -58,10 +63,15 @@ class CountBuffer:
 
     Attributes:
         model: the base model. handles: the hooks of its state dict.
+        watch: the hook that hears of buffers which are set on modules.
     """
 
     model: nn.Module
     handles: list[RemovableHandle] = field(default_factory=list)
+    watch: RemovableHandle | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "watch": None}  # torch's list of these hooks is not copied or saved
 
     def attach(self) -> None:
         """Add the buffer, if the model's settings have a schedule."""
@@ -74,6 +84,8 @@ class CountBuffer:
             self.model.register_state_dict_post_hook(self),
             self.model.register_load_state_dict_pre_hook(self._read),
         ]
+        self.watch = register_module_buffer_registration_hook(partial(_take_buffer, weakref.ref(self.model)))
+        weakref.finalize(self.model, self.watch.remove)  # torch holds this hook, not the model
 
     def detach(self) -> None:
         """Remove the buffer."""
@@ -81,7 +93,9 @@ class CountBuffer:
             handle.remove()
         if self.handles:
             delattr(self.model, COUNT)
-        self.handles = []
+        if self.watch is not None:
+            self.watch.remove()
+        self.handles, self.watch = [], None
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         """Hook: the model's state dict was made."""
@@ -97,3 +111,9 @@ class CountBuffer:
             state[prefix + COUNT] = torch.tensor([_number_of(self.model) or 0])
         elif not found.is_meta:
             _continue_from(self.model, int(found))
+
+
+def _take_buffer(wanted: weakref.ref[nn.Module], module: nn.Module, name: str, buffer: torch.Tensor | None) -> None:
+    """Hook: a module gets a buffer. transformers' `load_adapter` puts the number of its file in this way."""
+    if name == COUNT and module is wanted() and buffer is not None and not buffer.is_meta:
+        _continue_from(module, int(buffer))

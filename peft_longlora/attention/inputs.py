@@ -230,11 +230,13 @@ class ModelInputs:
             check_restarts(positions, ends, batch, length)
 
     def _after(self, module: nn.Module, args: Any = None, output: Any = None) -> None:
-        """Hook: a followed module returns, or fails."""
+        """Hook: a followed module returns, or fails and has no output."""
         if self.caller is not module:
             return
         now = self.now
         now.caller = None
+        if output is not None:
+            self.schedule.end()
         if torch.compiler.is_compiling():
             return
         self.thread.frame = None

@@ -17,14 +17,15 @@ from peft_longlora.kernels.patterns import whole_number
 class Schedule:
     """Makes one training forward in n dense: the n-th, the 2n-th and so on.
 
-    A training forward is a call of the whole model from outside, in training mode and with gradients. Evaluation,
-    generation and the recomputation of gradient checkpointing do not count. Each micro-batch of an accumulated step
-    counts. A checkpoint around the whole model is refused: its recomputation is a call from outside.
+    A training forward is a call of the whole model from outside, in training mode and with gradients, that returns.
+    Evaluation, generation and the recomputation of gradient checkpointing do not count, and neither does a call that is
+    refused, raises or is interrupted. Each micro-batch of an accumulated step counts. A checkpoint around the whole
+    model is refused: its recomputation is a call from outside.
 
     Attributes:
         dense_every: n. With 0 there are no dense forwards.
-        training_forwards: the number of training forwards, including the current one. Nothing is counted if nothing
-            depends on it.
+        training_forwards: the number of training forwards that are over. Nothing is counted if nothing depends on it.
+        number: of the current training forward, or the last one.
         is_dense: whether the current forward, or the last one, is dense.
         skip_positions: whether positions skip in the others (`skips`).
         is_training: whether the current forward, or the last one, was counted.
@@ -32,6 +33,7 @@ class Schedule:
 
     dense_every: int = 0
     training_forwards: int = 0
+    number: int = 0
     is_dense: bool = False
     skip_positions: bool = False
     is_training: bool = False
@@ -42,12 +44,22 @@ class Schedule:
         return bool(self.dense_every) or self.skip_positions
 
     def begin(self, training: bool) -> None:
-        """Begin a forward that is called from outside. Raises: RuntimeError: as `_count`."""
+        """A forward begins that is called from outside. Raises: RuntimeError: as `_number`."""
         if self.is_counting:
-            self._count(training and torch.is_grad_enabled())
+            self._number(training and torch.is_grad_enabled())
+
+    def end(self) -> None:
+        """The forward has returned."""
+        if self.is_counting:
+            self._count()
 
     @torch.compiler.disable(reason="forwards are counted, and code would be compiled again for each number")
-    def _count(self, is_training: bool) -> None:
+    def _count(self) -> None:
+        if self.is_training:
+            self.training_forwards = self.number
+
+    @torch.compiler.disable(reason="as _count")
+    def _number(self, is_training: bool) -> None:
         """Raises: RuntimeError: a backward computes the whole model again, and nobody knows for which forward."""
         if is_training and torch._C._current_autograd_node() is not None:
             raise RuntimeError(
@@ -55,9 +67,9 @@ class Schedule:
                 "again (torch.utils.checkpoint around it?), which would be computed as another forward than the first "
                 "time. Checkpoint its blocks instead: model.gradient_checkpointing_enable()."
             )
-        self.training_forwards += is_training
+        self.number = self.training_forwards + is_training
         self.is_training = is_training
-        self.is_dense = is_training and bool(self.dense_every) and self.training_forwards % self.dense_every == 0
+        self.is_dense = is_training and bool(self.dense_every) and self.number % self.dense_every == 0
 
 
 def check_dense_every(dense_every: Any) -> int:

@@ -120,7 +120,7 @@ class Skips:
                 mask.segment_ids(positions),
                 settings.group_size,
                 window_of(settings.config),
-                settings.schedule.training_forwards,
+                settings.schedule.number,
                 first,
                 before,
             )
@@ -150,7 +150,9 @@ def draw(
 
     The draws are a function of the forward's number and of the place of a group among all tokens. So they are the same
     on all ranks, also for a group that lies on two of them, and in a run that was resumed. Nothing waits for the
-    device.
+    device. Ranks with different data draw alike too, as they do for dropout where a Trainer seeds them alike. A rank's
+    number would not do instead: it does not tell which ranks have the same data (tensor and sequence parallelism), and
+    those must draw alike.
 
     Args:
         segment_ids: (B, S) int: 0 = padding, otherwise the document's number, which grows along the row.

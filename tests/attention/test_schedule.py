@@ -1,6 +1,7 @@
 """`dense_every`: a model with it trains as one whose forwards are switched by hand, and goes on where it stopped."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -119,6 +120,51 @@ def test_a_backbone_called_by_itself_is_counted_once():
     assert [torch.allclose(x, dense, atol=1e-5) for x in found] == [False, False, True, False, False, True, False]
 
 
+class Interrupt:
+    """A hook that ends a forward once, in the layer that has it."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, *_):
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole model"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt()], ids=repr)
+def test_a_forward_that_does_not_return_is_not_counted(kind, error):
+    """As a loop that skips a batch which does not fit, or a notebook whose cell is stopped and run again."""
+    model, plain = of_kind(kind)
+    for number, ids in enumerate(ROWS, 1):
+        for _ in range(2):
+            handle = list(find_attention_modules(model).values())[-1].register_forward_hook(Interrupt(error))
+            with pytest.raises(type(error)):
+                model(input_ids=ROWS[0], labels=ROWS[0], use_cache=False)
+            handle.remove()
+        assert_same(step(model, ids), by_hand(plain, number, ids))
+    assert settings_of(next(iter(find_attention_modules(model).values()))).training_forwards == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(attention_mask=torch.ones(1, 1, 96, 96).tril()),  # in the first layer that is sparse
+        dict(attention_mask=torch.tensor([[1] * 50 + [2] * 46])),  # before the model
+        dict(labels=ROWS[0][:, :5]),  # in the loss
+    ],
+    ids=["a mask", "numbers of documents", "labels"],
+)
+def test_a_refused_forward_is_not_counted(wrong):
+    model, plain = of_kind("adapter")
+    for number, ids in enumerate(ROWS[:4], 1):
+        for _ in range(2):
+            with pytest.raises(ValueError):
+                model(**{"input_ids": ROWS[0], "labels": ROWS[0], "use_cache": False, **wrong})
+        assert_same(step(model, ids), by_hand(plain, number, ids))
+
+
 def test_a_second_adapter_keeps_the_count():
     model, _ = of_kind("adapter")
     for ids in ROWS[:2]:
@@ -202,7 +248,7 @@ def test_a_resumed_adapter_has_the_losses_of_an_uninterrupted_one(tmp_path):
     rest = train(tmp_path / "rest", of_kind("adapter")[0], resume=str(checkpoint))
     assert rest == whole
     tensors = load_file(checkpoint / "adapter_model.safetensors")
-    assert tensors["base_model.model.longlora_training_forwards"].tolist() == [8]
+    assert tensors["base_model.model.s2_training_forwards"].tolist() == [8]
     save_file(without_count(tensors), checkpoint / "adapter_model.safetensors")
     anew = train(tmp_path / "anew", of_kind("adapter")[0], resume=str(checkpoint))
     assert anew[:4] == whole[:4] and anew[4:] != whole[4:]
@@ -231,6 +277,28 @@ def test_the_count_comes_with_the_adapter_and_stays_out_of_exports(tmp_path):
         "lora_" in name and "forwards" not in name
         for name in load_file(tmp_path / "exported/adapter_model.safetensors")
     )
+
+
+def test_transformers_own_loader_goes_on_from_the_count(tmp_path):
+    model, _ = of_kind("adapter")
+    for ids in ROWS[:5]:
+        step(model, ids)
+    model.save_pretrained(tmp_path)
+    base = make()
+    base.load_adapter(str(tmp_path), is_trainable=True)
+    base.train()
+    pickle.dumps(base), copy.deepcopy(base)
+    for ids in ROWS[5:]:
+        assert torch.equal(step(base, ids)[0], step(model, ids)[0])
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.longlora_training_forwards"] = tensors.pop("base_model.model.s2_training_forwards")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")  # as it was named first
+    again = PeftModel.from_pretrained(make(), tmp_path)
+    assert settings_of(next(iter(find_attention_modules(again).values()))).training_forwards == 5
+    hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    before = len(hooks)
+    again.unload()
+    assert len(hooks) == before - 1
 
 
 # -- shared sequences ------------------------------------------------------------------------------------------------
@@ -292,16 +360,16 @@ def test_a_loader_that_goes_past_peft_finds_the_count():
     for ids in ROWS[:5]:
         step(model, ids)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert state["base_model.model.longlora_training_forwards"].tolist() == [5]
+    assert state["base_model.model.s2_training_forwards"].tolist() == [5]
     again, _ = of_kind("adapter")
     again.load_state_dict(state)
     for ids in ROWS[5:]:
         assert torch.equal(step(model, ids)[0], step(again, ids)[0])
-    del state["base_model.model.longlora_training_forwards"]
+    del state["base_model.model.s2_training_forwards"]
     again.load_state_dict(state)  # strict, from a run without a schedule
     assert settings_of(next(iter(find_attention_modules(again).values()))).training_forwards == len(ROWS)
     meta = copy.deepcopy(model).to("meta")
-    assert "base_model.model.longlora_training_forwards" not in meta.state_dict()
+    assert "base_model.model.s2_training_forwards" not in meta.state_dict()
 
 
 def test_no_count_is_left_on_a_base(tmp_path):

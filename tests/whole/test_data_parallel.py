@@ -229,7 +229,7 @@ def test_a_schedule_of_dense_forwards_goes_on(config, tmp_path, bases):
     rest = dict(settings, output=tmp_path / "rest", resume=tmp_path / "whole" / "checkpoint-4")
     never = dict(settings, output=tmp_path / "never", dense_every=None)
     launch(tmp_path, config, [dict(settings, output=tmp_path / "whole"), rest, never])
-    count = adapter(tmp_path / "whole" / "checkpoint-4")["base_model.model.longlora_training_forwards"]
+    count = adapter(tmp_path / "whole" / "checkpoint-4")["base_model.model.s2_training_forwards"]
     assert count.tolist() == [4]
     whole = read_losses(tmp_path / "whole")
     assert read_losses(tmp_path / "rest") == pytest.approx(whole, rel=1e-5)

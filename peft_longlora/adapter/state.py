@@ -21,6 +21,7 @@ from peft_longlora.adapter.count import CountBuffer
 from peft_longlora.architecture import find_attention_modules, follow
 from peft_longlora.attention.settings import AttentionState, settings_of
 from peft_longlora.rope import scale as rope
+from peft_longlora.rope.learned import LearnedRotary, check_checkpoints
 from peft_longlora.rope.state import OWNER
 
 
@@ -36,6 +37,7 @@ class AdapterState:
         is_in_peft_model: whether a `PeftModel` has these adapters; it adds further adapters itself.
         set_aside: the base's own weights while adapters are merged into copies of them.
         count: the number of training forwards, for a schedule of dense ones.
+        learns: whether RoPE's frequencies are trained.
     """
 
     model: nn.Module
@@ -46,6 +48,7 @@ class AdapterState:
     handles: list[RemovableHandle] = field(default_factory=list)
     set_aside: merged.Weights = field(default_factory=list)
     count: CountBuffer | None = None
+    learns: bool = False
 
     @classmethod
     def on(cls, model: nn.Module) -> AdapterState | None:
@@ -55,6 +58,7 @@ class AdapterState:
     def follow(self) -> None:
         """Begin to follow the adapters, which are in their places now."""
         self.layer = next((m for m in self.model.modules() if isinstance(m, BaseTunerLayer)), None)
+        self.learns = any(isinstance(m, LearnedRotary) for m in self.model.modules())
         self.handles = follow(self.model, self)
         self.count = CountBuffer(self.model)
         self.count.attach()
@@ -70,6 +74,8 @@ class AdapterState:
                 "The adapter is merged into the base's weights, so its LoRA would not be trained. Call "
                 "unmerge_adapter() before training, or model.eval()."
             )
+        if self.learns and self.model.training and torch.is_grad_enabled():
+            check_checkpoints(self.model)
         if self.layer is not None and self.layer.disable_adapters == self.is_enabled:
             self.switch(not self.is_enabled)
             for module in self.model.modules():  # transformers' enable_adapters forgets these

@@ -106,6 +106,26 @@ def learn(model: PreTrainedModel, rotary: nn.Module) -> nn.Module:
     return module.to(next(rotary.buffers()).device)
 
 
+def check_checkpoints(model: nn.Module) -> None:
+    """Refuse reentrant checkpoints of layers, which all go backward through one graph of the trained frequencies.
+
+    PyTorch would say that a graph is gone.
+
+    Raises: ValueError.
+    """
+    parts = list(model.modules())
+    if not any(isinstance(part, LearnedRotary) and part.stretch.requires_grad for part in parts):
+        return
+    for part in parts:
+        used = getattr(part, "gradient_checkpointing", False) and getattr(part, "_gradient_checkpointing_func", None)
+        if used and getattr(used, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "rope_type='learned' cannot be trained with gradient checkpointing that is reentrant, because each "
+                "layer would go backward through RoPE's frequencies by itself. Use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}, which is transformers' default."
+            )
+
+
 def longrope_of(model: PreTrainedModel, module: LearnedRotary) -> dict[str, Any]:
     """The rope_parameters of "longrope" that compute what a learned module computes.
 

@@ -51,6 +51,21 @@ def logits(model, ids=IDS):
     return model.eval()(input_ids=ids, use_cache=False).logits
 
 
+def test_reentrant_checkpoints_are_refused_while_it_trains():
+    """PyTorch would say in the backward that a graph is gone."""
+    model = adapted().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match=r"rope_type='learned' cannot be trained with.*'use_reentrant': False"):
+        model(input_ids=IDS, labels=IDS, use_cache=False)
+    logits(model), model.train()
+    stretch(model).requires_grad_(False)
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()  # nothing to go through
+    stretch(model).requires_grad_(True)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    assert stretch(model).grad.abs().min() > 0
+
+
 def test_it_starts_as_yarn_and_leaves_it():
     learned, yarn = adapted(), adapted(rope_type="yarn")
     torch.testing.assert_close(logits(learned), logits(yarn), rtol=1e-4, atol=1e-5)

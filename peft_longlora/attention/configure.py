@@ -29,7 +29,7 @@ from peft_longlora.attention.settings import (
 from peft_longlora.attention.skips import check_skips
 from peft_longlora.attention.trial import try_out
 from peft_longlora.kernels.backends import check_backend
-from peft_longlora.kernels.patterns import check_blocks, check_pattern, group_size_of
+from peft_longlora.kernels.patterns import check_blocks, check_layers, check_pattern, group_size_of
 from peft_longlora.rope.absent import check_positions
 from peft_longlora.rope.parameters import window_of
 from peft_longlora.rope.state import OWNER
@@ -86,7 +86,7 @@ def configure_attention(
             rotary embeddings. The model is not changed then.
     """
     check_model(model)
-    config = model.config.get_text_config()
+    config, dense_layers = model.config.get_text_config(), check_layers(dense_layers)
     asked = dict(
         group_size=group_size, group_size_ratio=group_size_ratio, pattern=pattern, chosen_blocks=chosen_blocks,
         dense_layers=dense_layers, dense_every=dense_every, skip_positions=skip_positions,

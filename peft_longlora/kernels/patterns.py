@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from fractions import Fraction
+from numbers import Real
 from typing import Any
 
 PATTERNS = ("s2", "local", "full")
@@ -53,10 +54,20 @@ def group_size_of(group_size: int | None, ratio: float, window: int) -> int:
     """
     if group_size is not None:
         return group_size
-    if not 0 < ratio <= 1:
-        raise ValueError(f"group_size_ratio={ratio} is outside (0, 1]: it is a fraction of the window ({window}).")
+    if not isinstance(ratio, Real) or isinstance(ratio, bool) or not 0 < ratio <= 1:
+        raise ValueError(f"group_size_ratio={ratio!r} is outside (0, 1]: it is a fraction of the window ({window}).")
     # The fraction that the user meant: a float cannot hold 0.58 or 1/3.
     return max(2, int(window * Fraction(ratio).limit_denominator(10**6)) // 2 * 2)
+
+
+def check_layers(layers: Any) -> list[int] | None:
+    """The indices of layers as a list of ints. Raises: ValueError: not a list, or not of whole numbers."""
+    if layers is None:
+        return None
+    numbers = [whole_number(one) for one in layers] if isinstance(layers, list | tuple | set | frozenset) else [None]
+    if None in numbers:
+        raise ValueError(f"dense_layers={layers!r} must be a list of layer indices, each a whole number.")
+    return numbers
 
 
 def check_blocks(blocks: Any) -> int | None:

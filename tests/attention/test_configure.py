@@ -57,6 +57,11 @@ def test_two_models_in_one_process_do_not_touch_each_other():
         (dict(pattern="s3"), r"pattern='s3' .*'s2', 'local', 'full'"),
         (dict(dense_layers=[0, 2]), r"dense_layers=\[0, 2\] .*\[2\].*are 0, 1\."),
         (dict(dense_layers=[-1]), r"dense_layers=\[-1\]"),
+        (dict(dense_layers=1), r"dense_layers=1 must be a list of layer indices"),
+        (dict(dense_layers=[True]), r"dense_layers=\[True\] must be a list of layer indices"),
+        (dict(dense_layers=torch.tensor([0])), r"dense_layers=tensor\(\[0\]\) must be a list of layer indices"),
+        (dict(group_size_ratio="0.5"), r"group_size_ratio='0\.5' .*\(0, 1\]"),
+        (dict(group_size_ratio=True), r"group_size_ratio=True .*\(0, 1\]"),
         (dict(dense_attention="sdpaa"), "sdpaa"),
     ],
 )

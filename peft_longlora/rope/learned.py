@@ -37,15 +37,21 @@ class LearnedRotary(Mixin):
 
     def factors(self) -> torch.Tensor:
         """(D / 2,) the factors now, float32."""
-        device = self.stretch.device
-        if self._start.device != device:  # plain attributes do not follow `model.to(...)`, and are not rounded by it
-            self._start, self._powers = self._start.to(device), self._powers.to(device)
-        return self._start * self.stretch.float().exp()
+        return self._constants()[0] * self.stretch.float().exp()
+
+    def _constants(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_start` and `_powers`: plain attributes do not follow `model.to(...)`, and are not rounded by it."""
+        device, here = self.stretch.device, (self._start, self._powers)
+        if self._start.device != device:
+            here = self._start.to(device), self._powers.to(device)
+            if device.type != "meta":  # from there nothing comes back
+                self._start, self._powers = here
+        return here
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward with these frequencies; a gradient reaches the parameter."""
         # As transformers computes "longrope", so that a merged model has the same bits.
-        inv_freq = 1.0 / (self.factors() * self._powers)
+        inv_freq = 1.0 / (self.factors() * self._constants()[1])
         kind = self.original_class
         own = kind.__new__(kind)
         own.__dict__.update(self.__dict__)
@@ -82,13 +88,13 @@ def learn(model: PreTrainedModel, rotary: nn.Module) -> nn.Module:
     module = fresh(rotary, config)
     inv_freq = module._buffers["inv_freq"].float()
     count = len(inv_freq)
-    shape = torch.arange(0, 2 * count, 2, dtype=torch.int64).float() / (2 * count)
+    # The caller may make a model without weights (`with torch.device("meta")`), but factors are numbers in a config.
+    shape = torch.arange(0, 2 * count, 2, dtype=torch.int64, device="cpu").float() / (2 * count)
     module._powers = base_rope(config)["rope_theta"] ** shape
     module._start = 1.0 / (inv_freq * module._powers)
     mix(module, LearnedRotary)
-    module.register_parameter(STRETCH, nn.Parameter(torch.zeros(count, dtype=torch.float32)))
     merged = copy.deepcopy(config)
-    merged.rope_parameters = {**config.rope_parameters, **longrope_of(model, module)}
+    merged.rope_parameters = {**config.rope_parameters, **longrope_of(model, module, module._start)}
     try:
         merged.standardize_rope_params()
         merged.validate_rope()
@@ -103,7 +109,10 @@ def learn(model: PreTrainedModel, rotary: nn.Module) -> nn.Module:
             f"rope_type='learned': {config.model_type} computes other frequencies from the factors of 'longrope' than "
             f"from yarn's. {_CURE}"
         )
-    return module.to(next(rotary.buffers()).device)
+    device = next(rotary.buffers()).device
+    module.to(device)
+    module.register_parameter(STRETCH, nn.Parameter(torch.zeros(count, dtype=torch.float32, device=device)))
+    return module
 
 
 def check_checkpoints(model: nn.Module) -> None:
@@ -126,26 +135,26 @@ def check_checkpoints(model: nn.Module) -> None:
             )
 
 
-def longrope_of(model: PreTrainedModel, module: LearnedRotary) -> dict[str, Any]:
-    """The rope_parameters of "longrope" that compute what a learned module computes.
+def longrope_of(model: PreTrainedModel, module: LearnedRotary, factors: torch.Tensor) -> dict[str, Any]:
+    """The rope_parameters of "longrope" that compute what a learned module computes with these factors.
 
     Short and long rows have the same factors, so rows of any length have the same frequencies.
     """
-    yarn, factors = base_rope(model.config.get_text_config()), module.factors().tolist()
+    yarn, numbers = base_rope(model.config.get_text_config()), factors.tolist()
     return {
         "rope_type": "longrope",
         "factor": yarn["factor"],
         ORIGINAL: yarn[ORIGINAL],
         "attention_factor": module.attention_scaling,
-        "short_factor": factors,
-        "long_factor": factors,
+        "short_factor": numbers,
+        "long_factor": numbers,
     }
 
 
 @torch.no_grad()
 def settle(model: PreTrainedModel, module: LearnedRotary) -> None:
     """Make the module, which a merge has put into the model, a plain one, and write its factors into the config."""
-    new = longrope_of(model, module)
+    new = longrope_of(model, module, module.factors())
     unmix(module)
     for name in (STRETCH, "_start", "_powers"):
         delattr(module, name)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -64,6 +65,21 @@ def test_reentrant_checkpoints_are_refused_while_it_trains():
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
     assert stretch(model).grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("empty", [init_empty_weights, lambda: torch.device("meta")], ids=["accelerate", "torch"])
+def test_a_model_without_weights_takes_it(empty):
+    """As `longlora train` tries a recipe before it loads weights."""
+    with empty():
+        model = adapted(LlamaForCausalLM(tiny_llama_config(max_position_embeddings=64)))
+        assert stretch(model).shape == (4,) and stretch(model).is_meta
+        model.eval()(input_ids=torch.zeros(1, 200, dtype=torch.long, device="meta"))
+
+
+def test_weights_that_come_after_the_adapter_are_taken(tmp_path):
+    expected = logits(bend(adapted()))
+    bend(adapted()).save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path, low_cpu_mem_usage=True)), expected)
 
 
 def test_it_starts_as_yarn_and_leaves_it():

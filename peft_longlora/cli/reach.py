@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import Command, add_model_options, model_options, positive, tokens
+from .arguments import Command, add_model_options, model_options, positive, say_options, tokens
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,14 @@ def run(args: argparse.Namespace) -> int:
     length = args.length or subject.window
     rows = _rows(corpus, subject, length, args.rows)
     beyond = args.beyond or length // 4
+    notes = list(subject.notes)
+    if length > subject.window:
+        notes.append(
+            f"length={length} is above the model's window of {subject.window} tokens, so it attends otherwise than "
+            f"after training. Give the window of the planned training with context_length=..."
+        )
+    for note in notes:
+        print(f"warning: {say_options(note, args, COMMAND.options)}", file=sys.stderr)
     shares = far_layers(subject.model, rows, beyond)
     chosen = list(shares)[: args.top]
     fewer = f" (--data holds no more than these of --rows {args.rows})" if len(rows) < args.rows else ""

@@ -84,5 +84,19 @@ def test_the_number_of_rows_that_were_measured_is_said(books, options, said, cap
     assert capsys.readouterr().out.startswith(said.format(whole=whole))
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        (["--length", "600"], True),
+        (["--length", "512"], False),
+        (["--length", "600", "--context-length", "1024"], False),
+    ],
+)
+def test_rows_above_the_window_are_warned_of(books, options, warned, capsys):
+    assert main(["reach", "--model", str(EMBEDDED), "--device", "cpu", "--data", str(books), *options]) == 0
+    warning = "--length 600 is above the model's window of 512 tokens"
+    assert (warning in capsys.readouterr().err) == warned
+
+
 def test_the_first_tokens_are_those_of_far_layers():
     assert reach.SINKS == SINKS

@@ -138,7 +138,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if results is None:
         return 0
-    written = f"{args.output}: results.json, results.md, samples.jsonl and plots"
+    plots = " and plots" if any(args.output.glob("*.png")) else ""
+    written = f"{args.output}: results.json, results.md, samples.jsonl{plots}"
     if config is not None:
         written += f"\n{_write_card(config, args.adapter, args.output)}"
     print(make_report(results), written, sep="\n")

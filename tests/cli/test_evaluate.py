@@ -41,7 +41,9 @@ def test_a_length_that_runs_out_of_memory_is_left_out_and_the_rest_goes_on(tmp_p
         command = ["eval", "--model", "small", "--tasks", "perplexity", "--data", tmp_path / "letters"]
         command += ["--protocol", "both", "--stride", 4, "--lengths", lengths, "--output", tmp_path / "out"]
         code = longlora(*command)
-        return code, Results.load(tmp_path / "out"), capsys.readouterr().err.splitlines()[-1]
+        printed = capsys.readouterr()
+        assert printed.out.endswith("out: results.json, results.md, samples.jsonl\n"), "there are no plots here"
+        return code, Results.load(tmp_path / "out"), printed.err.splitlines()[-1]
 
     code, results, said = run("8,17,16,24")
     names = [f"perplexity {n} ({protocol})" for protocol in ("longlora", "documents") for n in (17, 24)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft_longlora.eval.report import statistics
-from peft_longlora.eval.report.units import PERCENT
+from peft_longlora.eval.report.units import MOST, PERCENT
 from peft_longlora.hub.results import Row, rounded
 
 LOWER_IS_BETTER = {"perplexity", "bits_per_byte", "peak_memory_bytes", "kv_cache_bytes", "seconds_to_first_token"}
@@ -63,7 +63,8 @@ class Cell:
         """Unit names in a fixed order, and their numerators and denominators."""
         names = sorted(self.units)
         units = [self.units[n] for n in names]
-        return names, statistics.Ratios(units, self.is_perplexity, is_score=self.name[3] in PERCENT)
+        is_score, most = self.name[3] in PERCENT, MOST.get(self.name[3])
+        return names, statistics.Ratios(units, self.is_perplexity, is_score=is_score, most=most)
 
     def row(self, confidence: float) -> Row:
         """The cell as a row."""

@@ -24,11 +24,18 @@ class Ratios:
         units: a numerator and a denominator for each unit.
         exponential: whether the ratio is a loss in nats.
         is_score: whether each unit is between nothing and everything right.
+        most: everything, if a unit counts what is right (tokens of 50): its values are a score times this.
     """
 
-    def __init__(self, units: Sequence[Sequence[float]], exponential: bool = False, is_score: bool = False):
+    def __init__(
+        self,
+        units: Sequence[Sequence[float]],
+        exponential: bool = False,
+        is_score: bool = False,
+        most: float | None = None,
+    ):
         self.sums = np.asarray(units, dtype=np.float64).reshape(-1, 2)
-        self.exponential, self.is_score = exponential, is_score
+        self.exponential, self.is_score, self.most = exponential, is_score, most
 
     def value(self) -> float:
         """The ratio over all units."""
@@ -41,6 +48,8 @@ class Ratios:
 
         It is (None, None) where there are too few units.
         """
+        if self.most is not None:
+            return times(self.most, self.as_score().interval(confidence))
         if self.are_counts or (self.is_extreme and len(self.sums) > 1):
             return wilson(round(self.value() * len(self.sums)), len(self.sums), confidence)
         if self.are_too_few:
@@ -53,6 +62,10 @@ class Ratios:
         if np.all(self.sums >= 0):  # no value of these can be less than 0, and no score more than 1
             low, high = max(low, 0.0), min(high, 1.0) if self.is_score else high
         return low, high
+
+    def as_score(self) -> Ratios:
+        """The same as parts of everything."""
+        return Ratios(self.sums / [self.most or 1.0, 1.0], is_score=True)
 
     @property
     def are_counts(self) -> bool:
@@ -129,6 +142,12 @@ def student(confidence: float, freedom: float) -> float:
     return math.sqrt(freedom) * math.tan(np.interp(confidence, share, angles))
 
 
+def times(factor: float, interval: Interval) -> Interval:
+    """An interval of a value that is so many times as large."""
+    low, high = interval
+    return None if low is None else factor * low, None if high is None else factor * high
+
+
 def around(value: float, standard_error: float, confidence: float) -> tuple[float, float]:
     """The normal interval of a value with a known standard error."""
     half = NormalDist().inv_cdf(0.5 + confidence / 2) * standard_error
@@ -188,6 +207,9 @@ def difference(
     both papers). So does a pair of which one has nothing right or nothing wrong. Others get Student's.
     """
     value = second.value() - first.value()
+    if first.most is not None:
+        _, *ends = difference(first.as_score(), second.as_score(), paired, confidence)
+        return value, *times(first.most, (ends[0], ends[1]))
     if first.are_counts and second.are_counts and paired:
         return value, *paired_newcombe(first.sums[:, 0], second.sums[:, 0], confidence)
     is_share = first.are_counts and second.are_counts

@@ -5,6 +5,7 @@ from __future__ import annotations
 from peft_longlora.hub.results import Row
 
 PERCENT = {"accuracy", "recall", "f1", "rougeL", "verbatim"}
+MOST = {"verbatim_tokens": 50}  # metrics that count what is right, and all that there is of it
 OF_TEXT = ("perplexity", "bits_per_byte")  # metrics that belong to the text they are measured on
 UNITS = {
     "bits_per_byte": ("bits per byte", 1),

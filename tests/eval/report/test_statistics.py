@@ -70,6 +70,24 @@ def test_no_interval_of_scores_leaves_zero_to_one():
     assert Ratios([(1 - x, 1) for x, _ in scores]).interval(0.95)[0] == 0.0, "but not below 0"
 
 
+def test_a_count_of_at_most_fifty_is_a_score_of_fifty():
+    """Tokens that are right of 50: nothing and everything are not certain, and one token of 50 is not everything."""
+    counts = [(50, 1)] * 19 + [(10, 1)]
+    plain, found = Ratios(counts).interval(0.95), Ratios(counts, most=50).interval(0.95)
+    assert plain[1] > 50 and found == pytest.approx((plain[0], 50))
+    for right, expected in ((0, wilson(0, 20, 0.95)), (50, wilson(20, 20, 0.95))):
+        found = Ratios([(right, 1)] * 20, most=50)
+        assert found.value() == right and found.interval(0.95) == pytest.approx([50 * end for end in expected])
+    ones = Ratios([(1, 1)] * 4 + [(0, 1)] * 16, most=50)
+    half = 2.0930 * np.std([1] * 4 + [0] * 16, ddof=1) / 20**0.5
+    assert ones.interval(0.95) == pytest.approx((0.2 - half, 0.2 + half), abs=1e-4)
+    assert Ratios([(3, 1)] * 7, most=50).interval(0.95) == (None, None)
+    value, low, high = difference(Ratios([(0, 1)] * 20, most=50), Ratios([(50, 1)] * 20, most=50), True, 0.95)
+    assert value == high == 50 and 30 < low < 45
+    value, low, high = difference(ones, Ratios([(9, 1)] * 10 + [(0, 1)] * 10, most=50), True, 0.95)
+    assert value == pytest.approx(4.3) and 0 < low < value < high < 9
+
+
 def test_too_few_units_have_no_interval():
     """The reported case: two documents, whose bootstrap was from the one to the other."""
     two = Ratios([(200, 100), (310, 150)], exponential=True)

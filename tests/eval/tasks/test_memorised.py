@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_longlora import LongLoraConfig
 from peft_longlora.eval import Corpus, Memorised, Subject, evaluate
 from peft_longlora.eval.report.cells import collect_cells
+from peft_longlora.eval.report.units import MOST
+from peft_longlora.eval.tasks.memorised import CONTINUATION
 from peft_longlora.hub.card import CardOptions
 from tests.helpers.answering_models import letter_tokenizer
 
@@ -76,9 +78,11 @@ def test_a_text_that_a_model_knows_and_one_that_it_does_not(tmp_path):
         sure, guessed = rows["known", "base", length, "verbatim"], rows["other", "base", length, "verbatim"]
         assert (sure.value, sure.high, guessed.value, guessed.low) == (1, 1, 0, 0) and sure.units == 20
         assert 0.7 < sure.low < 1 and not sure.higher_is_better  # 20 of 20, by Wilson's interval
-        assert rows["known", "base", length, "verbatim_tokens"].value == 50
+        tokens = rows["known", "base", length, "verbatim_tokens"]
+        assert (tokens.value, tokens.high) == (50, 50) and tokens.low == pytest.approx(50 * sure.low, abs=1e-3)
     # 50, 200 and 250 tokens, and 49 of those that follow; the first passage has 242 before it.
     assert sorted(set(model.read)) == [99, 249, 292, WINDOW - 1]
+    assert MOST["verbatim_tokens"] == CONTINUATION
     assert "not known how many" not in " ".join(task.notes)
 
 

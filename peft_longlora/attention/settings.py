@@ -107,7 +107,8 @@ class AttentionSettings:
         `skip_positions` is set.
 
         An adapter's checkpoint holds this number. Without an adapter, set it when you resume training:
-        `settings.training_forwards = trainer_state.global_step * gradient_accumulation_steps`.
+        `settings.training_forwards = trainer_state.global_step * gradient_accumulation_steps`. If the rows of an epoch
+        do not fill its last step, that step has fewer forwards: count the batches of whole epochs instead.
         """
         return self.schedule.training_forwards
 

@@ -14,7 +14,7 @@ from peft_longlora.memory.keep import keep_attention
 from peft_longlora.memory.liger import kernels_of
 from peft_longlora.memory.offload import Offload
 from peft_longlora.memory.plan import TILE
-from peft_longlora.memory.tile import Tiled
+from peft_longlora.memory.tile import Tiled, find_feed_forwards
 
 
 @contextmanager
@@ -49,10 +49,12 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     Args:
         model: as above.
 
-    Returns: `checkpointed`: whether any block is; `free`, `keep` (on the GPU), `offload` (0 or n) and `tiled`.
+    Returns: `checkpointed`: whether any block is; `free`, `keep` (on the GPU), `offload` (0 or n) and `tiled`; `whole`:
+        how many feed-forward layers of checkpointed blocks compute whole rows. A mixture of experts has no tiles.
     """
     blocks = find_blocks(model)
-    functions = [block._gradient_checkpointing_func for block in blocks if block.gradient_checkpointing]
+    checkpointed = [block for block in blocks if block.gradient_checkpointing]
+    functions = [block._gradient_checkpointing_func for block in checkpointed]
     offloads = [function for function in functions if isinstance(function, Offload)]
     inner = [function.checkpoint if isinstance(function, Offload) else function for function in functions]
     kept = [getattr(function, "keywords", {}).get("context_fn") is keep_attention for function in inner]
@@ -62,6 +64,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         keep=sum(kept),
         offload=_every(offloads),
         tiled=any(isinstance(module, Tiled) for module in model.modules()),
+        whole=sum(not isinstance(module, Tiled) for block in checkpointed for module in find_feed_forwards(block)),
     )
 
 
@@ -74,17 +77,17 @@ def _next_switch(model: nn.Module) -> str:
     """The cheapest switch that is still off."""
     on = state_of(model)
     call = "peft_longlora.memory.checkpoint_blocks"
-    now = f"tile_tokens={TILE}" if on["tiled"] else ""
+    now = f", tile_tokens={TILE}" if on["tiled"] else ""
     if not on["checkpointed"]:
         return f"No block is checkpointed: call {call}(model), or fit_memory(model, length), which chooses."
     if on["free"]:
         return f"{on['free']} blocks keep everything: call {call}(model, free=0), or fit_memory(model, length)."
-    if not on["tiled"]:
+    if on["whole"]:
         return f"Feed-forward layers compute whole rows: call {call}(model, tile_tokens={TILE})."
     if not kernels_of(model):
         return "Norms and loss make float32 copies of the row: install liger-kernel, and call fit_memory again."
     if not on["offload"]:
-        return f"The inputs of all blocks stay on the GPU: call {call}(model, offload=True, {now})."
+        return f"The inputs of all blocks stay on the GPU: call {call}(model, offload=True{now})."
     if on["keep"]:
-        return f"{on['keep']} blocks keep attention on the GPU: call {call}(model, keep=False, offload=True, {now})."
+        return f"{on['keep']} blocks keep attention on the GPU: call {call}(model, keep=False, offload=True{now})."
     return "Every switch is on: use shorter rows, a 4-bit base, or more GPUs that share a row (peft_longlora.sequence)."

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -36,7 +37,8 @@ def _same(x: torch.Tensor) -> torch.Tensor:
 
 
 class Tiled(Mixin):
-    """Mixed into a module's class: a call computes `tile_tokens` tokens at a time, each again in the backward.
+    """Mixed into a module's class: a call computes `tile_tokens` tokens at a time, of all rows together, each again in
+    the backward.
 
     The call is changed and not the forward, because Liger gives single modules a forward of their own.
     """
@@ -45,16 +47,18 @@ class Tiled(Mixin):
 
     def __call__(self, hidden: torch.Tensor, *numbers: Any) -> torch.Tensor:
         """(B, S, hidden) -> (B, S, hidden), or without B; `numbers` are the same for each token (Zamba2's layer)."""
-        if not self.training or hidden.shape[-2] <= self.tile_tokens:
+        # Tokens of each row: a tile of a batch holds some of every row.
+        tokens = max(1, self.tile_tokens // max(1, hidden.shape[:-2].numel()))
+        if not self.training or hidden.shape[-2] <= tokens:
             return super().__call__(hidden, *numbers)
         if any(isinstance(one, torch.Tensor) for one in numbers):
             return super().__call__(hidden, *numbers)
         forward = partial(_with_numbers, super().__call__, numbers)
         if not torch.is_grad_enabled():  # the block after this one needs its input again (`offload=2` and more)
-            return torch.cat([forward(tile) for tile in hidden.split(self.tile_tokens, -2)], dim=-2)
+            return torch.cat([forward(tile) for tile in hidden.split(tokens, -2)], dim=-2)
         if not hidden.requires_grad:
             return forward(hidden)
-        tiles = _Tiles(forward, _Save.apply(hidden), self.tile_tokens)
+        tiles = _Tiles(forward, _Save.apply(hidden), tokens)
         # A tile is named by a number, and what torch saves to enter a tile is kept from the block's own checkpoint:
         # otherwise the last tile's would be the last tensor that the block saves.
         with saved_tensors_hooks(_same, _same):
@@ -91,8 +95,14 @@ def find_feed_forwards(block: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in block.modules()
-        if type(module).__name__.endswith("MLP") and any(isinstance(child, nn.Linear) for child in module.children())
+        if type(module).__name__.endswith("MLP") and any(map(_is_linear, module.children()))
     ]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    while isinstance(module, BaseTunerLayer):  # an adapter on the layer
+        module = module.base_layer
+    return isinstance(module, nn.Linear)
 
 
 def tile(module: nn.Module, tokens: int | None) -> None:

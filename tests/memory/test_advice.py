@@ -5,7 +5,7 @@ import torch
 
 from peft_longlora.memory import checkpoint_blocks, explain_out_of_memory
 from peft_longlora.memory.advice import state_of
-from tests.helpers.tiny import IDS, extend, make
+from tests.helpers.tiny import EXPERTS, IDS, extend, make
 
 
 @pytest.fixture
@@ -40,7 +40,21 @@ def test_the_switches_come_one_after_the_other(model):
 def test_what_is_on_is_seen(model):
     for every in (1, 2, 3):
         checkpoint_blocks(model, free=1, keep=1, keep_in_host=1, offload=every, tile_tokens=40)
-        assert state_of(model) == dict(checkpointed=True, free=1, keep=1, offload=every, tiled=True)
+        assert state_of(model) == dict(checkpointed=True, free=1, keep=1, offload=every, tiled=True, whole=0)
+
+
+@pytest.mark.parametrize("names", [None, "all-linear"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_switch_that_is_on_or_has_no_effect_is_not_named(monkeypatch, family, names):
+    """Feed-forward layers with adapters have tiles too; a mixture of experts has none."""
+    monkeypatch.setattr("peft_longlora.memory.advice.kernels_of", lambda model: ("Liger",))
+    targets = dict(target_modules=names) if names else {}
+    model = extend(make(family, **EXPERTS.get(family, {})), group_size=16, **targets).train()
+    checkpoint_blocks(model)
+    assert ("tile_tokens=4096" in message(model)) is (family == "llama")
+    checkpoint_blocks(model, tile_tokens=40)
+    assert "call peft_longlora.memory.checkpoint_blocks(model, offload=True" in message(model)
+    assert ("tile_tokens=4096" in message(model)) is (family == "llama")
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

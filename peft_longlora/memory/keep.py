@@ -36,14 +36,27 @@ def is_attention(operator: Any) -> bool:
     return operator in ATTENTION or getattr(operator, "namespace", None) == NAMESPACE
 
 
+def _is_kept(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call's output is kept: attention without dropout.
+
+    Dropout takes random numbers. If the second forward left attention out, everything random behind it (LoRA's dropout)
+    would take other ones than the first.
+    """
+    if not is_attention(operator):
+        return False
+    given = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False)) | kwargs
+    return not given.get("dropout_p")
+
+
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if is_attention(operator) else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if _is_kept(operator, args, kwargs) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def keep_attention() -> tuple[Any, Any]:
     """A `context_fn` for `torch.utils.checkpoint.checkpoint`: keep attention's outputs, compute the rest again.
 
-    It costs 2 * H * D_v bytes a token and block in half precision, and 4 * H for the log-sum-exp.
+    It costs 2 * H * D_v bytes a token and block in half precision, and 4 * H for the log-sum-exp. Attention with
+    dropout is computed again.
     """
     return create_selective_checkpoint_contexts(_policy)
 
@@ -63,7 +76,7 @@ class _Keep(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
-        if is_attention(function):
+        if _is_kept(function, args, kwargs or {}):
             # Detached, because autograd will give its history to the tensor that is returned.
             self.kept.append(tree_map_only(torch.Tensor, lambda x: self.host.put(x.detach(), self.block), out))
         return out
@@ -81,7 +94,7 @@ class _Recall(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not is_attention(function):
+        if not _is_kept(function, args, kwargs or {}):
             return function(*args, **(kwargs or {}))
         out, self.kept[self.next] = self.kept[self.next], None
         self.next += 1

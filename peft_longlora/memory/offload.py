@@ -100,8 +100,48 @@ class _Again:
     precision: torch.autocast
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What a block gave the next one: its output, of a version (in-place changes raise it), and how to compute that
+    block's input again."""
+
+    output: ref[torch.Tensor]
+    version: int
+    again: _Again
+
+    def leads_to(self, tensor: torch.Tensor) -> bool:
+        return self.output() is tensor and self.version == tensor._version
+
+
 class HostMemory:
-    """Tensors that wait in the host's memory, in the order of the forward. All blocks of a model share one object."""
+    """Tensors that wait in the host's memory. All blocks of a model share one object; a copied model's begins empty.
+
+    Each GPU has a place of its own: a model may lie on several (device_map), and replicas (nn.DataParallel) run in
+    threads, a GPU each.
+    """
+
+    def __init__(self):
+        self._places: dict[torch.device, _Place] = {}
+
+    def __reduce__(self) -> Any:
+        return HostMemory, ()
+
+    @property
+    def most(self) -> int:
+        """Bytes that have waited at once."""
+        return sum(place.most for place in self._places.values())
+
+    def put(self, tensor: torch.Tensor, block: int) -> Any:
+        """Start to copy a GPU tensor of a block to the host; returns what `get` takes. Small tensors stay."""
+        return self._places.setdefault(tensor.device, _Place()).put(tensor, block) if _leaves(tensor) else tensor
+
+    def get(self, packed: Any) -> torch.Tensor:
+        """The tensor on its device. Also starts to copy back what this block and the block before it need."""
+        return self._places[packed.device].get(packed) if isinstance(packed, _Away) else packed
+
+
+class _Place:
+    """Tensors of one GPU that wait, in the order of the forward."""
 
     def __init__(self):
         self._away: list[ref[_Away]] = []  # a dropped graph frees its own
@@ -109,10 +149,8 @@ class HostMemory:
         self._stream: torch.cuda.Stream | None = None
         self.most = 0  # bytes that have waited at once
 
-    def put(self, tensor: torch.Tensor, block: int) -> Any:
-        """Start to copy a GPU tensor of a block to the host; returns what `get` takes. Small tensors stay."""
-        if not _leaves(tensor):
-            return tensor
+    def put(self, tensor: torch.Tensor, block: int) -> _Away:
+        """As `HostMemory.put`."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
         away = _Away(tensor, self._room(tensor.nbytes), self._stream, block)
@@ -125,10 +163,8 @@ class HostMemory:
         self.most = max(self.most, sum(one.size for one in waiting))
         return away
 
-    def get(self, packed: Any) -> torch.Tensor:
-        """The tensor on its device. Also starts to copy back what this block and the block before it need."""
-        if not isinstance(packed, _Away):
-            return packed
+    def get(self, packed: _Away) -> torch.Tensor:
+        """As `HostMemory.get`."""
         waiting = self._waiting()
         if packed in waiting:  # the first time
             index = waiting.index(packed)
@@ -185,8 +221,7 @@ class Offload:
     ):
         self.checkpoint, self.host, self.block, self.module, self.before = checkpoint, host, block, module, before
         self._is_followed = False
-        self._last: _Again | None = None  # for the next block, until it has run
-        self._output: tuple[ref[torch.Tensor], int] | None = None  # and its version, which in-place changes raise
+        self._last: _Given | None = None  # for the next block, until it has run
         if before is not None:
             before._is_followed = True
 
@@ -195,10 +230,14 @@ class Offload:
         # Not the input itself: torch keeps `pack` until the backward is over. Others are small (Gemma 4: each block's
         # part of a tensor that is there in any case).
         address, others = args[0].data_ptr(), args[1:]
-        # Not where another layer stands between the two (layers with a state in hybrids), or something is added.
-        last = self.before._last if self.before is not None and self.before._gave(args[0]) else None
+        # Not where another layer stands between the two (layers with a state in hybrids), or something is added. Read
+        # and written as one object, because replicas of the model in other threads (nn.DataParallel) share this one.
+        given = self.before._last if self.before is not None else None
+        last = given.again if given is not None and given.leads_to(args[0]) else None
+        again = None
 
         def pack(tensor: torch.Tensor) -> Any:
+            nonlocal again
             is_input = tensor.data_ptr() == address
             if is_input and last is not None:
                 packed: Any = last
@@ -206,29 +245,27 @@ class Offload:
                 packed = self.host.put(tensor, self.block)
             if is_input and self._is_followed:
                 states = _random_states(tensor.device), _precision(tensor.device.type)
-                self._last = _Again(lambda x: function(x, *others), packed, *states)
+                again = _Again(lambda x: function(x, *others), packed, *states)
             return packed
 
         try:
             with saved_tensors_hooks(pack, self._unpack):
                 out = self.checkpoint(function, *args)
-            tensor = out[0] if isinstance(out, tuple) else out
-            self._output = ref(tensor), tensor._version
+            if again is not None:
+                tensor = out[0] if isinstance(out, tuple) else out
+                self._last = _Given(ref(tensor), tensor._version, again)
             return out
         except BaseException:  # no next block will take it
             self._last = None
             raise
         finally:
+            again = None  # torch keeps `pack`, and with it what this name holds
             if self.before is not None:
                 self.before._last = None
 
     def forget(self) -> None:
         """Drop what a step has left that ended with an error between two blocks."""
         self._last = None
-
-    def _gave(self, tensor: torch.Tensor) -> bool:
-        """Whether this tensor is the output of the block's last call, as it was."""
-        return self._output is not None and self._output[0]() is tensor and self._output[1] == tensor._version
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not isinstance(packed, _Again):

@@ -12,65 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from peft_longlora.memory import checkpoint_blocks, fit, offload
 from peft_longlora.memory.blocks import find_blocks
 from tests.helpers.every_config import tiny_model
+from tests.helpers.host_copies import Away
 from tests.helpers.tiny import IDS, extend, make
-
-
-class Away:
-    """As `offload._Away`, without a GPU; notes what is back and not yet handed on."""
-
-    back, leaving, handed, most = 0, 0, 0, 0
-
-    pairs = offload._Away._pairs
-
-    def __init__(self, tensor, chunks, stream, block):
-        self.chunks, self.like, self.here, self.block, self.is_leaving = chunks, tensor.new_empty(0), None, block, True
-        self.shape, self.size = tensor.shape, tensor.nbytes
-        for chunk, part in self.pairs(tensor.contiguous()):
-            chunk.copy_(part)
-        Away.leaving += 1
-
-    def back_again(self):
-        tensor = self.like.new_empty(self.shape)
-        for chunk, part in self.pairs(tensor):
-            part.copy_(chunk)
-        return tensor
-
-    def leave(self):
-        Away.leaving -= self.is_leaving
-        self.is_leaving = False
-
-    def fetch(self):
-        if self.here is None and not self.is_leaving:
-            self.here = self.back_again()
-            Away.back += 1
-
-    def get(self):
-        Away.handed += 1
-        if self.is_leaving:
-            self.leave()
-            return self.back_again()
-        self.fetch()
-        tensor, self.here = self.here, None
-        Away.back -= 1
-        Away.most = max(Away.most, Away.back)
-        return tensor
-
-
-@pytest.fixture
-def without_gpu(monkeypatch):
-    made = []
-    monkeypatch.setattr(Away, "back", 0)
-    monkeypatch.setattr(Away, "leaving", 0)
-    monkeypatch.setattr(Away, "handed", 0)
-    monkeypatch.setattr(Away, "most", 0)
-    monkeypatch.setattr(offload, "_Away", Away)
-    monkeypatch.setattr(offload.torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(offload, "_leaves", lambda x: x.is_floating_point() and not isinstance(x, torch.nn.Parameter))
-    monkeypatch.setattr(offload, "_pinned", lambda size: made.append(size) or torch.empty(size, dtype=torch.uint8))
-    monkeypatch.setattr(offload, "CHUNK", 2**10)
-    monkeypatch.setattr(offload, "SLAB", 2**12)
-    return made
-
 
 INPUT = 2 * 96 * 32 * 4  # bytes in a block's input
 

@@ -31,8 +31,7 @@ Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 SHORTEST = 2048  # tokens of the first step that is measured
 STEADY = 0.05  # two slopes that differ by less count as equal
 FREE_PROBES = (4, 8)  # blocks that keep everything in two more steps
-ADAM_BYTES = 8  # two float32 moments for each trained number
-GRADIENT_BYTES = 4
+MOMENTS = 2  # of AdamW, in the precision of what is trained
 
 
 def fit_memory(
@@ -68,7 +67,8 @@ def fit_memory(
     Returns: the plan that is now in use; it is also logged.
 
     Raises:
-        ValueError: the model is not on a CUDA device, has no blocks to checkpoint, or is wrapped or shared already.
+        ValueError: the model is not on a CUDA device, or on several, has no blocks to checkpoint, or is wrapped or
+            shared already.
         MemoryError: no means suffice; the message says which length fits. All blocks are then checkpointed.
     """
     device = next(model.parameters()).device
@@ -111,6 +111,11 @@ def fit_memory(
 def _check(model: nn.Module, device: torch.device, length: int) -> None:
     if device.type != "cuda":
         raise ValueError(f"The model is on {device.type!r}: fit_memory measures on a GPU. Move the model to one.")
+    if len(places := sorted({str(each.device) for each in model.parameters()})) > 1:
+        raise ValueError(
+            f"The model is on {', '.join(places)}: fit_memory measures one GPU. Load the model on one (without "
+            f"device_map), or give checkpoint_blocks the switches yourself."
+        )
     if length < 2 * SHORTEST:
         raise ValueError(f"length={length} is below {2 * SHORTEST} tokens: such a short step needs no plan.")
     check_alone(model)
@@ -161,12 +166,12 @@ def _measure(
     blocks = len(find_blocks(model))
     tokens, peak, token_bytes = _growth(model, length, loss, max(SHORTEST, 2 * (means.get("tile_tokens") or 0)))
     bare = peak - tokens * token_bytes
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    fixed = round(bare) + (ADAM_BYTES + (GRADIENT_BYTES if accumulates else 0)) * trained
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    fixed = round(bare) + (MOMENTS + bool(accumulates)) * trained
     in_host = _bytes_in_host(model, tokens, int(means.get("offload", 0)))
     plan = MemoryPlan(length, budget, fixed, token_bytes, 0.0, 0.0, 0.0, in_host, blocks, means=means)
     tables = model.get_input_embeddings().parameters()
-    late = 0 if accumulates else GRADIENT_BYTES * sum(each.numel() for each in tables if each.requires_grad)
+    late = 0 if accumulates else sum(each.nbytes for each in tables if each.requires_grad)
     plan = replace(plan, host_budget=host_budget(), kernels=kernels_of(model), late=late)
     if plan.peak > budget:
         return plan

@@ -107,6 +107,11 @@ class MemoryPlan:
         return round(self.fixed + max(self.late, self.length * (self.working + self.keep * self.kept_bytes)))
 
     @property
+    def room(self) -> int:
+        """What is left of the budget while blocks are computed."""
+        return self.budget - round(self.fixed + self.length * (self.working + self.keep * self.kept_bytes))
+
+    @property
     def host(self) -> int:
         """Bytes that wait in the host's memory."""
         offload = int(self.means.get("offload", 0))
@@ -163,12 +168,12 @@ def fill(plan: MemoryPlan) -> MemoryPlan:
         one = replace(plan, free=free, keep=0, keep_in_host=0)
         if one.fits:
             kept, rest = max(1.0, plan.length * plan.kept_bytes), plan.blocks - free  # bytes of a block's attention
-            keep = min(rest, int((one.budget - one.peak) / kept))
+            keep = min(rest, int(one.room / kept))
             found.append(replace(one, keep=keep))
             in_host = min(rest, int((one.host_budget - one.host) / kept)) if plan.means.get("offload") else 0
             first = min(1, rest - in_host)  # needs no more room than what arrives for blocks whose attention waits
             if in_host and (with_host := replace(one, keep=first, keep_in_host=in_host)).fits:
-                keep = min(rest - in_host, first + int((one.budget - with_host.peak) / kept))
+                keep = min(rest - in_host, first + int(with_host.room / kept))
                 found.append(replace(with_host, keep=keep))
     return min(found, key=lambda one: one.work, default=plan)
 

@@ -1,0 +1,48 @@
+"""What a plan counts and fills: precisions of what is trained, one GPU, and a late gradient."""
+
+from dataclasses import replace
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from peft_longlora.memory import fit, fit_memory
+from peft_longlora.memory.plan import MEANS, fill
+from tests.helpers.tiny import make
+from tests.memory.test_fit import GIB, NAMED, Machine, plan
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_optimizer_has_the_precision_of_what_is_trained(monkeypatch, dtype):
+    """All weights in half precision have moments, and gradients, in half precision."""
+    model = make(dtype=dtype)
+    model(torch.arange(9)[None], labels=torch.arange(9)[None]).loss.backward()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step()
+    moments = sum(state[name].nbytes for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+    gradients = sum(parameter.grad.nbytes for parameter in model.parameters())
+    Machine(monkeypatch)
+    once, summed = (fit_memory(model, 60_000, NAMED, accumulates=value) for value in (False, True))
+    assert once.fixed == pytest.approx(1e8 + moments, abs=2)
+    assert summed.fixed - once.fixed == gradients
+    assert once.late == model.get_input_embeddings().weight.nbytes
+
+
+def test_a_model_on_several_devices_is_refused():
+    """As device_map="auto" places it: one GPU's peak says nothing about the other's."""
+    places = [SimpleNamespace(device=torch.device("cuda", number)) for number in (0, 1, 0)]
+    model = SimpleNamespace(parameters=lambda: iter(places))
+    with pytest.raises(ValueError, match="The model is on cuda:0, cuda:1: fit_memory measures one GPU"):
+        fit._check(model, places[0].device, 8192)
+
+
+@pytest.mark.parametrize("budget", [GIB // 2, GIB // 2 + 10**7, GIB])
+@pytest.mark.parametrize("means", [MEANS[0], MEANS[2]], ids=str)
+def test_a_late_gradient_takes_no_room_from_attention(budget, means):
+    """It is made when what blocks keep is gone, so the two need not fit together."""
+    chosen = fill(plan(500, budget, 17 * 10**6, means, late=GIB // 4, free_bytes=400_000))
+    numbers = [(free, keep, host) for free, keep, host in product(range(9), repeat=3) if free + keep + host <= 8]
+    others = (replace(chosen, free=free, keep=keep, keep_in_host=host) for free, keep, host in numbers)
+    others = [one for one in others if one.fits and (one.means or not one.keep_in_host)]
+    assert chosen.fits and chosen.work == min(one.work for one in others)

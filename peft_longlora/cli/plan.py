@@ -6,8 +6,12 @@ import argparse
 import contextlib
 import re
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from .arguments import Command, numbers, positive, tokens
+
+if TYPE_CHECKING:
+    from peft_longlora.memory.estimate import Shape, Training
 
 GIB = 2**30
 
@@ -83,25 +87,22 @@ def run(args: argparse.Namespace) -> int:
     training = Training(args.rank, not args.no_embeddings, args.four_bit, not args.logits, keeps_gradients=stay)
     budget, host = int(args.gpu_memory * ESTIMATED_FILLED), int(args.host_memory * HOST_FILLED)
     length = -(-args.context // args.gpus)
-    for shards in sorted({1, args.gpus}):  # weights whole on each GPU, then shared
-        shared = replace(training, shards=shards)
-        plan = best_estimate(shape, shared, length, budget, host)
+    for way in _ways(training, args.gpus):
+        plan = best_estimate(shape, way, length, budget, host)
         if plan.fits:
             break
     print(plan)
     if shape.states:
         print(f"{shape.states} of {shape.blocks} blocks hold a state or do not attend, and are counted as attention:")
         print("memory and time may be far off. fit_memory measures them.")
-    if args.four_bit and shape.sixteen_bit:
-        share = 100 * shape.sixteen_bit / shape.linear_weights
-        print(
-            f"{share:.0f}% of the blocks' weights stay in 16 bits: bitsandbytes converts linear layers, not the experts"
-        )
+    if args.four_bit and (share := round(100 * shape.sixteen_bit_share)):
+        others = "the experts" if shape.experts > 1 else "others"
+        print(f"{share}% of the blocks' weights stay in 16 bits: bitsandbytes converts linear layers, not {others}")
     if args.gpus > 1:
-        way = "weights whole on each GPU" if shards == 1 else "weights, gradients and optimiser shared by FSDP2"
-        print(f"{args.gpus} GPUs share each row (peft_longlora.sequence); {way}")
-    most = args.gpus * longest(shape, shared, budget, host)
-    print(f"the longest row that fits: {most} tokens")
+        how = "weights whole on each GPU" if way.shards == 1 else "weights, gradients and optimiser shared by FSDP2"
+        print(f"{args.gpus} GPUs share each row (peft_longlora.sequence); {how}")
+    most = args.gpus * max(longest(shape, one, budget, host) for one in _ways(training, args.gpus))
+    print(f"the longest row that fits: {max(most, args.context) if plan.fits else most} tokens")
     if not plan.fits:
         needed = f"{plan.peak / GIB:.1f} GiB of {budget / GIB:.1f}"
         print(f"A row of {args.context} tokens does not fit: {needed}, and {plan.host / GIB:.1f} GiB of the host's")
@@ -111,25 +112,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _advice(shape, training, args: argparse.Namespace, budget: int, host: int) -> str:
+def _ways(training: Training, gpus: int) -> list[Training]:
+    """Weights whole on each GPU, then shared by them."""
+    return [replace(training, shards=shards) for shards in sorted({1, gpus})]
+
+
+def _advice(shape: Shape, training: Training, args: argparse.Namespace, budget: int, host: int) -> str:
     """What would make the row fit, each by itself."""
     from peft_longlora.memory.estimate import best_estimate
 
-    length = -(-args.context // args.gpus)
     others = {
-        "with --four-bit": (replace(training, four_bit=True), length, host),
-        "with --no-embeddings": (replace(training, embeddings=False), length, host),
-        "without --accumulate": (replace(training, keeps_gradients=args.gpus > 1), length, host),
-        "without --logits": (replace(training, fused_loss=True), length, host),
-        "with twice the host's memory": (training, length, 2 * host),
+        "with --four-bit": (replace(training, four_bit=True), args.gpus, host),
+        "with --no-embeddings": (replace(training, embeddings=False), args.gpus, host),
+        "without --accumulate": (replace(training, keeps_gradients=args.gpus > 1), args.gpus, host),
+        "without --logits": (replace(training, fused_loss=True), args.gpus, host),
+        "with twice the host's memory": (training, args.gpus, 2 * host),
     }
     others |= {
-        f"with --gpus {n}": (replace(training, keeps_gradients=True), -(-args.context // n), host)
-        for n in (8, 4, 2)
-        if n > args.gpus
+        f"with --gpus {n}": (replace(training, keeps_gradients=True), n, host) for n in (8, 4, 2) if n > args.gpus
     }
     found = [
-        name for name, (how, tokens, room) in others.items() if best_estimate(shape, how, tokens, budget, room).fits
+        name
+        for name, (how, gpus, room) in others.items()
+        if any(best_estimate(shape, way, -(-args.context // gpus), budget, room).fits for way in _ways(how, gpus))
     ]
     several = [name for name in found if name.startswith("with --gpus")]
     found = [name for name in found if name not in several[:-1]]

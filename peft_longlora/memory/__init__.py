@@ -2,7 +2,7 @@
 
 Read `blocks`, `keep`, `offload`, `tile` and `liger`, which are the means; then `plan`, the formula of memory, and who
 fills it with numbers: `fit` measures them, `estimate` and `rates` compute them from a shape (`sizes` checks its config,
-`four_bit` counts what a 4-bit base converts); then `advice`. Imports `attention` and `architecture`.
+`weights` counts what its model holds); then `advice`. Imports `attention` and `architecture`.
 """
 
 from peft_longlora.memory.advice import explain_out_of_memory

@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from peft_longlora.memory.four_bit import four_bit_weights
 from peft_longlora.memory.plan import GIB, MEANS, MemoryPlan, fill
 from peft_longlora.memory.sizes import COUNTS, SIZES, check_sizes
+from peft_longlora.memory.weights import count_weights
 
 HALF, SINGLE = 2, 4  # bytes of a number
 FOUR_BIT = 0.5 + 1 / 64 + 4 / 64 / 256  # NF4: blocks of 64 numbers, whose factors take 8 bits and a factor for 256
@@ -38,7 +38,10 @@ class Shape:
         experts: feed-forward layers of a block.
         active: how many of them a token passes.
         states: blocks of a hybrid with a state or without attention, which are counted as if they only attended.
-        sixteen_bit: numbers of the blocks that a 4-bit base keeps in half precision: experts that are one parameter.
+        sixteen_bit: numbers that a 4-bit base keeps in half precision: experts that are one parameter, and others.
+        more: numbers in the blocks beyond those of attention and gated feed-forward layers; below 0 if there are less.
+        beside: numbers of other parts than the text model, such as an image encoder.
+        routed: numbers in the experts of all blocks.
     """
 
     hidden: int
@@ -53,6 +56,9 @@ class Shape:
     active: int = 1
     sixteen_bit: int = 0
     states: int = 0
+    more: int = 0
+    beside: int = 0
+    routed: int = 0
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Shape:
@@ -62,14 +68,14 @@ class Shape:
             config: of a whole model, which says whether its output layer is tied, as transformers reads it there.
 
         Raises:
-            ValueError: the config lacks a size, so this is not a decoder of the usual kind.
+            ValueError: the config lacks a size, so this is not a decoder of the usual kind, or as `count_weights`.
         """
-        is_tied = bool(getattr(config, "tie_word_embeddings", False))
+        whole, is_tied = config, bool(getattr(config, "tie_word_embeddings", False))
         config = config.get_text_config()
         try:
             heads, hidden = config.num_attention_heads, config.hidden_size
             dim = getattr(config, "head_dim", None) or hidden // heads
-            experts = next((n for n in map(lambda x: getattr(config, x, None), _EXPERTS) if n), 1)
+            experts, active = (next((n for x in names if (n := getattr(config, x, None))), 1) for names in _EXPERTS)
             shape = cls(
                 hidden,
                 (experts > 1 and getattr(config, "moe_intermediate_size", None)) or config.intermediate_size,
@@ -80,24 +86,30 @@ class Shape:
                 config.vocab_size,
                 is_tied,
                 experts,
-                (getattr(config, "num_experts_per_tok", None) or 1) if experts > 1 else 1,
+                active if experts > 1 else 1,
                 states=sum(map(_has_more, getattr(config, "layer_types", None) or ())),
             )
             if not all(isinstance(value, int) for value in vars(shape).values()):
                 several = [name for name in SIZES + COUNTS if isinstance(getattr(config, name, None), list | tuple)]
                 raise AttributeError(f"{', '.join(several)}: several numbers")
-            if experts == 1:
-                return shape
-            try:
-                converted = four_bit_weights(config)
-            except ValueError:  # a part of a multimodal model, which has no class: as if all experts were fused
-                converted = shape.blocks * shape.attention_weights
-            return replace(shape, sixteen_bit=max(0, shape.linear_weights - converted))
-        except (AttributeError, RuntimeError) as error:  # transformers' for sizes that layers differ in
+            return shape.counted(whole)
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # transformers' for sizes that layers
+            # differ in, and for sizes that are missing
             raise ValueError(
                 f"model_type={config.model_type!r}: its config lacks a size of a decoder ({error}). "
                 f"plan knows decoders such as Llama's; fit_memory measures any model on its GPU."
             ) from error
+
+    def counted(self, config: PretrainedConfig) -> Shape:
+        """This shape with the numbers of weights that the model of a config has, so of any kind of block."""
+        found = count_weights(config, self.experts)
+        if found is None:
+            routed = self.blocks * self.experts * self.feed_forward_weights if self.experts > 1 else 0
+            return replace(self, sixteen_bit=routed, routed=routed)  # as if experts were one parameter
+        sixteen_bit = max(0, found.blocks + found.beside - found.four_bit)
+        shape = self if found.experts else replace(self, experts=1, active=1)  # Doge's config names some it has not
+        more = found.blocks - shape.linear_weights
+        return replace(shape, more=more, beside=found.beside, sixteen_bit=sixteen_bit, routed=found.experts)
 
     @property
     def attention_weights(self) -> int:
@@ -112,13 +124,17 @@ class Shape:
     @property
     def linear_weights(self) -> int:
         """Of all blocks."""
-        return self.blocks * (self.attention_weights + self.experts * self.feed_forward_weights)
+        return self.blocks * (self.attention_weights + self.experts * self.feed_forward_weights) + self.more
+
+    @property
+    def sixteen_bit_share(self) -> float:
+        """How much of all weights but embeddings and output layer a 4-bit base keeps in half precision."""
+        return self.sixteen_bit / (self.linear_weights + self.beside)
 
     def linear_bytes(self, four_bit: bool) -> float:
-        """Of all blocks' weights, in half precision or as a 4-bit base stores them."""
-        if not four_bit:
-            return self.linear_weights * HALF
-        return self.sixteen_bit * HALF + (self.linear_weights - self.sixteen_bit) * FOUR_BIT
+        """Of all weights but embeddings and output layer, in half precision or as a 4-bit base stores them."""
+        every = self.linear_weights + self.beside
+        return self.sixteen_bit * HALF + (every - self.sixteen_bit) * FOUR_BIT if four_bit else every * HALF
 
     @property
     def table(self) -> int:
@@ -133,7 +149,11 @@ SHAPES = {
     "llama-3.1-8b": Shape(4096, 14336, 4096, 1024, 32, 32, 128256),
     "llama-3.3-70b": Shape(8192, 28672, 8192, 1024, 64, 80, 128256),
 }
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+# Fields of configs: experts of a block, and those that a token passes.
+_EXPERTS = (
+    ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    ("num_experts_per_tok", "moe_topk", "moe_k"),
+)
 
 
 def _has_more(layer_type: str) -> bool:
@@ -259,7 +279,8 @@ def flops(shape: Shape, length: int, group_size: int, plan: MemoryPlan | None = 
     """Work of a step of one row on one GPU: frozen products forward and to their input, attention inside groups, and
     what `plan` computes a second time. Bytes that move are not counted.
     """
-    per_block = shape.attention_weights + shape.active * shape.feed_forward_weights
+    idle = shape.routed * (1 - shape.active / shape.experts)  # in experts that a token does not pass
+    per_block = (shape.linear_weights - idle) / shape.blocks
     pairs = min(group_size, length) / 2
     forward = shape.blocks * (2 * per_block + 4 * pairs * shape.query)
     once = 2 * shape.blocks * 2 * per_block + 4 * shape.table + shape.blocks * 3.5 * 4 * pairs * shape.query

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from transformers import Gemma3TextConfig, LlamaConfig, MixtralConfig, OlmoHybridConfig
@@ -54,8 +55,36 @@ def test_a_row_that_does_not_fit_says_what_would_make_it_fit(capsys):
     code, text = plan(capsys, *options, "--four-bit")
     assert code == 0 and "does not fit" not in text
     code, text = plan(capsys, *options, "--four-bit", "--logits", "--accumulate")
-    assert code == 1 and "It fits without --logits." in text
+    assert code == 1 and "It fits without --logits" in text
     assert gib(text, "logits") == pytest.approx(65536 * (128256 * 12) / 2**30, rel=0.01)
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_what_is_advised_fits_and_what_is_not_does_not(capsys, gpus):
+    """Several GPUs may share weights too: 131 GiB of them are whole on none."""
+    options = ["--model", "llama-3.3-70b", "--context", "32k", "--gpu-memory", "80GB"]
+    code, text = plan(capsys, *options, "--gpus", gpus)
+    assert code == 1
+    for more in (["--four-bit"], ["--no-embeddings"], ["--gpus", 2], ["--gpus", 4]):
+        code, _ = plan(capsys, *options, *([] if "--gpus" in more else ["--gpus", gpus]), *more)
+        assert (f"with {' '.join(map(str, more))}" in text) is (code == 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model", "llama-2-7b", "--context", 1500, "--gpu-memory", "14.54GiB", "--no-embeddings"],
+        ["--model", "llama-2-7b", "--context", "128k", "--gpu-memory", "80GB", "--gpus", 8, "--host-memory", "512GB"],
+    ],
+)
+def test_no_longer_row_fits_than_the_longest(capsys, options):
+    """Neither one that is no multiple of 1024, nor one for which the weights are shared."""
+    code, text = plan(capsys, *options)
+    most = int(re.search(r"longest row that fits: (\d+) tokens", text)[1])
+    gpus = options[-3] if "--gpus" in options else 1
+    assert code == 0 and most >= gpus * int(re.search(r"a step of (\d+) tokens", text)[1])
+    options = [str(most + 1024 * gpus) if before == "--context" else one for before, one in pairwise(["", *options])]
+    assert plan(capsys, *options)[0] == 1
 
 
 def test_gradients_that_are_summed_stay_at_the_peak(capsys):
@@ -127,8 +156,8 @@ def test_a_4_bit_base_keeps_its_experts_and_is_not_advised_for_them(capsys, tmp_
 def test_blocks_with_a_state_are_said(capsys, tmp_path):
     for kind, other, more in ((OlmoHybridConfig, "linear", {}), (Gemma3TextConfig, "sliding", dict(sliding_window=64))):
         sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, head_dim=64)
-        more |= dict(layer_types=["full_attention", f"{other}_attention"], num_key_value_heads=4, vocab_size=99)
-        kind(**sizes, **more).save_pretrained(tmp_path)
+        sizes |= dict(num_key_value_heads=4, vocab_size=99, pad_token_id=0, **more)
+        kind(layer_types=["full_attention", f"{other}_attention"], **sizes).save_pretrained(tmp_path)
         code, text = plan(capsys, "--model", tmp_path, "--context", "8k", "--gpu-memory", "80GiB")
         assert code == 0 and ("1 of 2 blocks hold a state" in text) == (other == "linear")
 

@@ -7,23 +7,18 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    BitsAndBytesConfig,
     LlamaConfig,
     MambaConfig,
-    MixtralConfig,
 )
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from peft_longlora.memory.blocks import find_blocks
-from peft_longlora.memory.estimate import SHAPES, Shape, Training, best_estimate, estimate, fixed_parts, flops, longest
-from peft_longlora.memory.four_bit import four_bit_weights
+from peft_longlora.memory.estimate import SHAPES, Shape, Training, best_estimate, estimate, flops, longest
 from peft_longlora.memory.plan import GIB, MEANS
 from peft_longlora.memory.rates import MEASURED, seconds
 from tests.helpers.every_config import tiny_config
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny import EXPERTS, IDS, extend, make
+from tests.helpers.tiny import IDS, extend, make
 
 RESULTS = ROOT / "benchmarks" / "results"
 WITHOUT_LIGER = ("half low rank", "attention kept")
@@ -110,47 +105,6 @@ def test_means_that_need_less_are_estimated_so():
     shape = SHAPES["llama-3.1-8b"]
     tokens = [estimate(shape, Training(), 10**5, 0, 0, means).token_bytes for means in MEANS]
     assert tokens[0] > tokens[1] > tokens[2] == tokens[3] == tokens[4]
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "mixtral"])
-def test_weights_are_the_models_own(family):
-    model = make(family, **EXPERTS.get(family, {}))
-    shape = Shape.of(model.config)
-    layers = model.model.layers
-    gates = sum(p.numel() for n, p in layers.named_parameters() if n.endswith("gate.weight"))
-    assert shape.linear_weights == sum(p.numel() for p in layers.parameters() if p.dim() > 1) - gates
-    assert shape.table == model.get_input_embeddings().weight.numel()
-
-
-@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
-def test_a_4_bit_base_is_what_transformers_converts(family):
-    pytest.importorskip("bitsandbytes")
-    config = make(family, **EXPERTS.get(family, {})).config
-    quantizer = Bnb4BitHfQuantizer(BitsAndBytesConfig(load_in_4bit=True), pre_quantized=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    quantizer._process_model_before_weight_loading(model, None)
-    needed = {n: p.numel() for n, p in model.named_parameters() if quantizer.param_needs_quantization(model, n)}
-    assert 0 < four_bit_weights(config) == sum(needed.values())
-
-
-def test_fused_experts_stay_in_half_precision():
-    config = MixtralConfig(num_hidden_layers=2)
-    shape = Shape.of(config)
-    attention = 2 * 2 * 4096 * (4096 + 1024)
-    experts = 2 * 8 * 3 * 4096 * 14336
-    assert four_bit_weights(config) == attention and shape.sixteen_bit == experts
-    tables = 2 * 32000 * 4096 * 2
-    weights = fixed_parts(shape, Training(four_bit=True))["weights"]
-    assert weights == pytest.approx(attention * 0.5159 + 2 * experts + tables, rel=1e-4)
-
-
-def test_experts_of_a_model_without_a_class_of_text_count_as_fused():
-    config = AutoConfig.for_model("qwen3_vl_moe_text", num_hidden_layers=2)
-    with pytest.raises(ValueError, match="Unrecognized configuration class"):
-        four_bit_weights(config)
-    shape = Shape.of(config)
-    assert shape.sixteen_bit == 2 * config.num_experts * 3 * config.hidden_size * config.moe_intermediate_size
 
 
 @pytest.mark.parametrize("family", ["mistral3", "internvl", "qwen2_5_vl", "qwen3_vl_moe", "gemma3"])

@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model.lower() not in SHAPES:
         check_place(args.model, "model")
     shape = find_shape(args.model)
+    is_four_bit, args.four_bit = args.four_bit, args.four_bit or shape.stored == "4 bits"
     stay = args.accumulate or args.gpus > 1
     training = Training(args.rank, not args.no_embeddings, args.four_bit, not args.logits, keeps_gradients=stay)
     budget, host = int(args.gpu_memory * ESTIMATED_FILLED), int(args.host_memory * HOST_FILLED)
@@ -92,6 +93,10 @@ def run(args: argparse.Namespace) -> int:
         if plan.fits:
             break
     print(plan)
+    if args.four_bit and not is_four_bit:
+        print("The base is stored in 4 bits, so it is counted as with --four-bit.")
+    elif shape.stored and not args.four_bit:
+        print(f"The base is stored by {shape.stored!r}, and its weights are counted in 16 bits: they take less.")
     if shape.states:
         print(f"{shape.states} of {shape.blocks} blocks hold a state or do not attend, and are counted as attention:")
         print("memory and time may be far off. fit_memory measures them.")

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from peft_longlora.memory.plan import GIB, MEANS, MemoryPlan, fill
-from peft_longlora.memory.sizes import COUNTS, SIZES, check_sizes
+from peft_longlora.memory.sizes import COUNTS, SIZES, read_config
 from peft_longlora.memory.weights import count_weights
 
 HALF, SINGLE = 2, 4  # bytes of a number
@@ -42,6 +42,7 @@ class Shape:
         more: numbers in the blocks beyond those of attention and gated feed-forward layers; below 0 if there are less.
         beside: numbers of other parts than the text model, such as an image encoder.
         routed: numbers in the experts of all blocks.
+        stored: how the base is quantised already, "4 bits" (bitsandbytes) or another way's name; "" if it is not.
     """
 
     hidden: int
@@ -59,6 +60,7 @@ class Shape:
     more: int = 0
     beside: int = 0
     routed: int = 0
+    stored: str = ""
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Shape:
@@ -87,9 +89,10 @@ class Shape:
                 is_tied,
                 experts,
                 active if experts > 1 else 1,
+                stored=_stored(whole),
                 states=sum(map(_has_more, getattr(config, "layer_types", None) or ())),
             )
-            if not all(isinstance(value, int) for value in vars(shape).values()):
+            if not all(isinstance(value, int | str) for value in vars(shape).values()):
                 several = [name for name in SIZES + COUNTS if isinstance(getattr(config, name, None), list | tuple)]
                 raise AttributeError(f"{', '.join(several)}: several numbers")
             return shape.counted(whole)
@@ -161,17 +164,22 @@ def _has_more(layer_type: str) -> bool:
     return not layer_type.endswith("attention") or layer_type == "linear_attention"
 
 
+def _stored(config: PretrainedConfig) -> str:
+    quantised = getattr(config, "quantization_config", None) or {}
+    quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()  # of a loaded model
+    return "4 bits" if quantised.get("load_in_4bit") else str(quantised.get("quant_method", ""))
+
+
 def find_shape(model: str) -> Shape:
     """The shape of a name in `SHAPES`, or of the config in a folder or on the Hub.
 
     Raises:
-        ValueError: as `Shape.of`, or a size in the config is none (`check_sizes`).
+        ValueError: as `Shape.of` and `read_config`.
         OSError: there is no such model.
     """
     if shape := SHAPES.get(model.lower()):
         return shape
-    check_sizes(PretrainedConfig.get_config_dict(model)[0], model)
-    return Shape.of(AutoConfig.from_pretrained(model))
+    return Shape.of(read_config(model))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Check the sizes in a model's config.json before transformers computes with them."""
+"""Read a model's config.json, and check its sizes before transformers computes with them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig
+
 SIZES = (
     *("hidden_size", "n_embd", "d_model", "intermediate_size", "vocab_size", "head_dim"),
     *("num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads"),
 )
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+
+def read_config(model: str) -> PretrainedConfig:
+    """The config in a folder or on the Hub.
+
+    Args:
+        model: folder or Hub id.
+
+    Raises:
+        ValueError: the file holds no object, as `check_sizes`, or transformers refuses a value.
+        OSError: there is no such model.
+    """
+    config = PretrainedConfig.get_config_dict(model)[0]
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{model}: config.json holds {type(config).__name__!r}, but must hold an object of fields.")
+    check_sizes(config, model)
+    try:
+        return AutoConfig.from_pretrained(model)
+    except StrictDataclassError as error:
+        raise ValueError(f"{model}: transformers refuses its config.json. {error}") from error
 
 
 def check_sizes(config: Mapping[str, Any], model: str) -> None:

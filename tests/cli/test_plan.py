@@ -212,6 +212,36 @@ def test_a_size_that_is_none_is_named_with_its_file(capsys, tmp_path, name, valu
     assert code == 2 and text == f"longlora plan: error: {file}: {name}={rule}\n"
 
 
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("[1, 2]", "config.json holds 'list', but must hold an object of fields."),
+        (json.dumps(LlamaConfig().to_dict() | {"num_attention_heads": None}), "'num_attention_heads' expected int"),
+        ('{"model_type": "llama", ', "is not a valid JSON file."),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_refused_in_one_line(capsys, tmp_path, text, rule):
+    (tmp_path / "config.json").write_text(text)
+    code, said = plan(capsys, "--model", tmp_path, "--context", 4096, "--gpu-memory", "24GiB")
+    assert code == 2 and rule in said and len(said.strip().splitlines()) == 1
+
+
+def test_a_base_that_is_quantised_already(capsys, tmp_path):
+    """In 4 bits its weights are those of --four-bit; another way's are not known, and it is said."""
+    options = ["--model", tmp_path, "--context", 4096, "--gpu-memory", "24GiB"]
+    config = LlamaConfig()
+    config.save_pretrained(tmp_path)
+    weights = gib(plan(capsys, *options, "--four-bit")[1], "weights")
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config.save_pretrained(tmp_path)
+    code, text = plan(capsys, *options)
+    assert code == 0 and gib(text, "weights") == weights < 4 and "stored in 4 bits" in text
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(tmp_path)
+    code, text = plan(capsys, *options)
+    assert gib(text, "weights") > 12 and "stored by 'gptq', and its weights are counted in 16 bits" in text
+
+
 def test_sizes():
     assert size("24GiB") == 24 * 2**30 and size("1.5 gb") == 1.5e9
     assert amount("100M") == 10**8 and amount("2b") == 2 * 10**9 and amount("4k") == 4096

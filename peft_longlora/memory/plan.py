@@ -171,10 +171,11 @@ def fill(plan: MemoryPlan) -> MemoryPlan:
             keep = min(rest, int(one.room / kept))
             found.append(replace(one, keep=keep))
             in_host = min(rest, int((one.host_budget - one.host) / kept)) if plan.means.get("offload") else 0
-            first = min(1, rest - in_host)  # needs no more room than what arrives for blocks whose attention waits
-            if in_host and (with_host := replace(one, keep=first, keep_in_host=in_host)).fits:
-                keep = min(rest - in_host, first + int(with_host.room / kept))
-                found.append(replace(with_host, keep=keep))
+            # One on the GPU, if it takes no more room than what arrives for blocks whose attention waits; or none.
+            for first in {0, min(1, rest - in_host)} if in_host else ():
+                if (with_host := replace(one, keep=first, keep_in_host=in_host)).fits:
+                    keep = min(rest - in_host, first + int(with_host.room / kept))
+                    found.append(replace(with_host, keep=keep))
     return min(found, key=lambda one: one.work, default=plan)
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_longlora.memory.blocks import find_blocks
+from peft_longlora.memory.blocks import find_blocks, unwrapped
 from peft_longlora.memory.keep import keep_attention
 from peft_longlora.memory.liger import kernels_of
 from peft_longlora.memory.offload import Offload
 from peft_longlora.memory.plan import TILE
 from peft_longlora.memory.tile import Tiled, find_feed_forwards
+
+OTHERWISE = "use shorter rows, a 4-bit base, or more GPUs that share a row (peft_longlora.sequence)"
 
 
 @contextmanager
@@ -25,7 +27,7 @@ def explain_out_of_memory(model: nn.Module) -> Iterator[None]:
     with a shorter row or other switches.
 
     Args:
-        model: the model that is trained, bare or PEFT.
+        model: the model that is trained, bare or PEFT; it may be wrapped by DDP.
 
     Yields: nothing; put `trainer.train()`, or a loop of steps, inside.
 
@@ -75,6 +77,8 @@ def _every(offloads: list[Offload]) -> int:
 
 def _next_switch(model: nn.Module) -> str:
     """The cheapest switch that is still off."""
+    if not find_blocks(model):
+        return f"transformers cannot checkpoint the blocks of {type(unwrapped(model)).__name__}: {OTHERWISE}."
     on = state_of(model)
     call = "peft_longlora.memory.checkpoint_blocks"
     now = f", tile_tokens={TILE}" if on["tiled"] else ""
@@ -90,4 +94,4 @@ def _next_switch(model: nn.Module) -> str:
         return f"The inputs of all blocks stay on the GPU: call {call}(model, offload=True{now})."
     if on["keep"]:
         return f"{on['keep']} blocks keep attention on the GPU: call {call}(model, keep=False, offload=True{now})."
-    return "Every switch is on: use shorter rows, a 4-bit base, or more GPUs that share a row (peft_longlora.sequence)."
+    return f"Every switch is on: {OTHERWISE}."

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -18,11 +19,24 @@ from peft_longlora.memory.tile import find_feed_forwards, tile
 _OTHERWISE = {"keep": ", or True or False", "tile_tokens": " of tokens, or None for whole rows"}
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of DDP or nn.DataParallel, or the model itself."""
+    while isinstance(model, nn.DataParallel | DistributedDataParallel):
+        model = model.module
+    return model
+
+
 def find_blocks(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """The blocks of the text model that transformers can checkpoint, in order.
 
     In a hybrid, blocks with a state in place of attention stand in one list with the others, and are blocks too.
+
+    Args:
+        model: a model of transformers, bare or PEFT, or wrapped (`unwrapped`).
     """
+    model = unwrapped(model)
+    if not getattr(model, "supports_gradient_checkpointing", True):
+        return []
     attentions = set(find_attention_modules(model).values())
     lists = [one for one in model.modules() if isinstance(one, nn.ModuleList) and _has(attentions, one)]
     beside = {id(child) for one in lists for child in one}
@@ -52,7 +66,7 @@ def checkpoint_blocks(
     are computed again. A second call replaces the settings of the first.
 
     Args:
-        model: a model of transformers, bare or PEFT.
+        model: a model of transformers, bare or PEFT; it may be wrapped by DDP already.
         free: number of blocks that are not checkpointed.
         keep: whether checkpointed blocks keep the outputs of attention; or how many of them, the last ones.
         keep_in_host: how many more blocks, before those, keep them in the host's memory.
@@ -65,6 +79,7 @@ def checkpoint_blocks(
         ValueError: a number is not whole, more blocks are free, or keep attention, than there are, a tile is below 1
             token, or transformers cannot checkpoint the model's blocks. The model is not changed then.
     """
+    model = unwrapped(model)
     blocks = find_blocks(model)
     if not blocks:
         raise ValueError(

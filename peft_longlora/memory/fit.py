@@ -131,7 +131,8 @@ def check_alone(model: nn.Module) -> None:
         ValueError: it is wrapped by DDP or FSDP2, or its ranks share sequences.
     """
     names = {type(module).__name__ for module in model.modules()}
-    if "DistributedDataParallel" in names or any(name.startswith(("FSDP", "FullySharded")) for name in names):
+    wrappers = {"DistributedDataParallel", "DataParallel"}
+    if wrappers & names or any(name.startswith(("FSDP", "FullySharded")) for name in names):
         raise ValueError(
             "The model is wrapped by DDP or FSDP. Call fit_memory before it is wrapped (before the Trainer trains), or "
             "take the switches of `longlora plan --gpus N` and give them to checkpoint_blocks."

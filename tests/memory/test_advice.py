@@ -5,6 +5,7 @@ import torch
 
 from peft_longlora.memory import checkpoint_blocks, explain_out_of_memory
 from peft_longlora.memory.advice import state_of
+from tests.helpers.every_config import tiny_model
 from tests.helpers.tiny import EXPERTS, IDS, extend, make
 
 
@@ -55,6 +56,23 @@ def test_a_switch_that_is_on_or_has_no_effect_is_not_named(monkeypatch, family, 
     checkpoint_blocks(model, tile_tokens=40)
     assert "call peft_longlora.memory.checkpoint_blocks(model, offload=True" in message(model)
     assert ("tile_tokens=4096" in message(model)) is (family == "llama")
+
+
+def test_a_wrapped_model_has_the_switches_of_its_own(model):
+    """DDP and nn.DataParallel hold it."""
+    wrapped = torch.nn.DataParallel(model)
+    for options in (dict(free=2), dict(), dict(tile_tokens=40)):
+        checkpoint_blocks(model, **options)
+        assert message(wrapped) == message(model)
+    checkpoint_blocks(wrapped, free=1, tile_tokens=None)
+    assert "1 blocks keep everything" in message(model)
+
+
+def test_no_switch_is_named_that_is_refused():
+    model = tiny_model("jetmoe")  # transformers checkpoints none of its blocks
+    with pytest.raises(ValueError, match="JetMoeForCausalLM has no blocks that transformers can checkpoint"):
+        checkpoint_blocks(model)
+    assert "cannot checkpoint the blocks of JetMoeForCausalLM: use shorter rows" in message(model)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

@@ -35,6 +35,8 @@ def test_a_model_on_several_devices_is_refused():
     model = SimpleNamespace(parameters=lambda: iter(places))
     with pytest.raises(ValueError, match="The model is on cuda:0, cuda:1: fit_memory measures one GPU"):
         fit._check(model, places[0].device, 8192)
+    with pytest.raises(ValueError, match="Call fit_memory before it is wrapped"):
+        fit.check_alone(torch.nn.DataParallel(make()))
 
 
 def fastest(chosen):

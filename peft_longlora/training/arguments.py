@@ -36,6 +36,8 @@ def make_arguments(recipe: Recipe) -> tuple[SFTConfig, bool]:
         )
     if not has_gpu and (given.get("bf16") or given.get("fp16")):
         raise ValueError("bf16 and fp16 are for GPUs, and there is none here. Leave them out.")
+    if not has_gpu and given.get("activation_offloading"):
+        raise ValueError("activation_offloading copies from a GPU, and there is none here. Leave it out.")
     if not has_gpu and processes > 1:
         given["use_cpu"] = True  # otherwise transformers looks for as many GPUs
     given.pop("push_to_hub", None)  # finish.py pushes, after the adapter was measured

@@ -126,6 +126,7 @@ def test_dry_run_loads_no_weights_and_writes_nothing(run, monkeypatch):
         (["--context-length", "128", "--dense-layers", "7"], "dense_layers=.* names .*7"),
         (["--eval-strategy", "steps"], "eval_strategy and eval_on_start need eval_data"),
         (["--bf16"], "bf16 and fp16 are for GPUs"),
+        (["--activation-offloading"], "activation_offloading copies from a GPU, and there is none here"),
         (["--fit-memory"], "fit_memory=True measures on a GPU"),
         (["--report-to", "tensorboard", "--optim", "adamw"], "optim='adamw' is not one of"),
         (["--sequence-parallel", "2"], "sequence_parallel=2 does not divide the 1 processes"),

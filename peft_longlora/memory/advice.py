@@ -51,8 +51,9 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     Args:
         model: as above.
 
-    Returns: `checkpointed`: whether any block is; `free`, `keep` (on the GPU), `offload` (0 or n) and `tiled`; `whole`:
-        how many feed-forward layers of checkpointed blocks compute whole rows. A mixture of experts has no tiles.
+    Returns:
+        `checkpointed`: whether any block is; `free`, `keep` (on the GPU), `offload` (0 or n) and `tiled`; `whole`: how
+        many feed-forward layers of checkpointed blocks compute whole rows. A mixture of experts has no tiles.
     """
     blocks = find_blocks(model)
     checkpointed = [block for block in blocks if block.gradient_checkpointing]

@@ -45,7 +45,8 @@ def count_weights(config: PretrainedConfig, experts: int = 1) -> Weights | None:
         config: of a whole model.
         experts: of a block. Their weights are parameters of three dimensions, of which the first is theirs.
 
-    Returns: the numbers; None if transformers has no language model of this kind (a part of another model), or needs a
+    Returns:
+        The numbers; None if transformers has no language model of this kind (a part of another model), or needs a
         package for it that is not installed.
 
     Raises:

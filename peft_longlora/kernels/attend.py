@@ -116,7 +116,8 @@ def s2_attention(
             tokens also: "window" (each query sees G / 2 tokens and the first 128 of its document); "adaptive" (each
             block of 128 queries sees its own block of keys, the one before, the first of its document, and those whose
             mean key scores highest with the mean of the 128 queries up to the block's first; per KV head).
-        chosen_blocks: how many blocks "adaptive" chooses; None for as many as cost what S2-Attn costs.
+        chosen_blocks: how many blocks "adaptive" chooses; None for as many as cost what S2-Attn costs, 1 at
+            least, which costs more if G is below 1024.
         scaling: factor on the scores; None for D ** -0.5.
         dropout: probability at which attention weights are dropped.
         sinks: (H,) learned logits that every softmax counts, without a value (gpt_oss).

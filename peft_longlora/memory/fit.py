@@ -1,8 +1,9 @@
 """`fit_memory`: the fastest way to compute a step that fits into a GPU. It measures a few short steps and extrapolates.
 
-Short steps predict the peak of a long step (`plan`), with any kernels, quantisation and loss. The row is doubled until
-the growth is steady, because the peak of a very short step is the embeddings' gradient. More steps, in which some
-blocks keep everything or attention's output, show what a block costs. Nothing is assumed about the architecture.
+Short steps predict the peak of a long step (`plan`), with any kernels, quantisation and loss. The peak is read before
+the embeddings' gradient is made: it would hide what the blocks of a short step need, and the plan counts it by itself.
+The row is doubled until the growth is steady. More steps, in which some blocks keep everything or attention's output,
+show what a block costs. Nothing is assumed about the architecture.
 """
 
 from __future__ import annotations
@@ -229,21 +230,30 @@ def _with(model: nn.Module, tokens: int, loss: Loss, options: dict[str, Any]) ->
 
 
 def _peak(model: nn.Module, tokens: int, loss: Loss) -> int:
-    """Bytes at the peak of a forward and a backward, with gradients. Model and random state are not changed."""
+    """Bytes at the peak of a forward and a backward, with gradients but the embeddings'. The model is not changed."""
     device = next(model.parameters()).device
+    embeddings, peaks = model.get_input_embeddings(), []
+
+    def watch(_module: nn.Module, _given: Any, output: torch.Tensor) -> None:
+        # Its gradient is there when all blocks are through; the gradient of the embeddings follows from it.
+        if output.requires_grad:
+            output.register_hook(lambda _: peaks.append(torch.cuda.max_memory_allocated(device)))
+
+    watched = embeddings.register_forward_hook(watch)
     was_training = model.training
     model.train()
     schedules = {id(one): one for one in map(schedule_of, find_attention_modules(model).values()) if one is not None}
     counts = {key: one.training_forwards for key, one in schedules.items()}
     try:
         with torch.random.fork_rng(devices=[device]):
-            ids = torch.randint(model.get_input_embeddings().weight.shape[0], (1, tokens), device=device)
+            ids = torch.randint(embeddings.weight.shape[0], (1, tokens), device=device)
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             loss(model, ids).backward()
             torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
+        return peaks[-1] if peaks else torch.cuda.max_memory_allocated(device)
     finally:
+        watched.remove()
         model.zero_grad(set_to_none=True)
         model.train(was_training)
         for key, one in schedules.items():  # `dense_every` must count only the training's forwards

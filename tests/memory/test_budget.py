@@ -1,5 +1,6 @@
 """What a plan counts and fills: precisions of what is trained, one GPU, and a late gradient."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -7,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from peft_longlora.memory import fit, fit_memory
+from peft_longlora.memory import checkpoint_blocks, fit, fit_memory
+from peft_longlora.memory.blocks import find_blocks
 from peft_longlora.memory.plan import MEANS, fill
-from tests.helpers.tiny import make
+from tests.helpers.tiny import extend, make
 from tests.memory.test_fit import GIB, NAMED, Machine, plan
 
 
@@ -59,3 +61,27 @@ def test_attention_waits_in_the_host_where_none_fits_on_the_gpu():
     budget, host = GIB // 4 + 1000 * (60_000 + 3 * 40_000), 1000 * (5 * 4000 + 2 * 8000)
     chosen = fill(plan(1000, budget, host, MEANS[2]))
     assert (chosen.free, chosen.keep, chosen.keep_in_host) == (3, 0, 2) and chosen.work == fastest(chosen)
+
+
+@pytest.mark.parametrize("embeddings", [True, False])
+@pytest.mark.parametrize("means", [dict(), dict(keep=False, offload=2), dict(free=2)], ids=str)
+def test_the_peak_is_read_between_the_blocks_and_the_embeddings(monkeypatch, embeddings, means):
+    """Their gradient, which the plan counts by itself, must not hide what the blocks of a short step need."""
+    order = []
+    monkeypatch.setattr(fit.torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(fit.torch.cuda, "reset_peak_memory_stats", lambda device: order.append("reset"))
+    monkeypatch.setattr(fit.torch.cuda, "max_memory_allocated", lambda device: order.append("read") or len(order))
+    monkeypatch.setattr(fit.torch.random, "fork_rng", lambda *_, **__: nullcontext())
+    model = extend(make(num_hidden_layers=3), train_embeddings=embeddings)
+    checkpoint_blocks(model, **means)
+    for number, block in enumerate(find_blocks(model)):
+        first = next(p for p in block.parameters() if p.requires_grad)
+        first.register_post_accumulate_grad_hook(lambda _, number=number: order.append(number))
+    for parameter in model.get_input_embeddings().parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _: order.append("embeddings"))
+    hooks = len(model.get_input_embeddings()._forward_hooks)
+    assert fit._peak(model, 64, lambda model, ids: model(input_ids=ids, labels=ids).loss) == 5
+    assert order == ["reset", 2, 1, 0, "read", *["embeddings"] * embeddings]
+    assert len(model.get_input_embeddings()._forward_hooks) == hooks
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import nn
 from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.utils.hooks import RemovableHandle
@@ -35,10 +36,16 @@ def add_count(state: dict[str, torch.Tensor], model: nn.Module) -> None:
         state[prefix + COUNT] = torch.tensor([number])
 
 
-def take_count(state: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Remove the number from the tensors of an adapter, and let the model continue from it."""
+def take_count(state: dict[str, torch.Tensor], model: nn.Module, config: PeftConfig) -> None:
+    """Remove the number from the tensors of an adapter, and let the model continue from it.
+
+    An adapter that is only used beside others (a reference, the initial adapter of a conversion) leaves their number.
+    """
+    is_beside = config.inference_mode and len(getattr(model, "peft_config", {})) > 1
     for name in [name for name in state if name.endswith(_ENDING)]:
-        _continue_from(model, int(state.pop(name)))
+        number = int(state.pop(name))
+        if not is_beside:
+            _continue_from(model, number)
 
 
 def without_count(tensors: Mapping[str, Any]) -> dict[str, Any]:

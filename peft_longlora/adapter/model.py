@@ -231,7 +231,7 @@ class LongLoraModel(EndingLoraModel):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model: nn.Module, state_dict: dict[str, Any], **kwargs: Any) -> Any:
-        count.take_count(state_dict, model)
+        count.take_count(state_dict, model, kwargs["config"])
         check_numbers(state_dict.items(), "The adapter's weights")
         return super()._remap_adapter_state_dict_for_load(model=model, state_dict=state_dict, **kwargs)
 

@@ -16,7 +16,7 @@ from peft_longlora import LongLoraConfig, configure_attention, export_lora, use_
 from peft_longlora.adapter.count import without_count
 from peft_longlora.adapter.model import LongLoraModel
 from peft_longlora.architecture import find_attention_modules
-from peft_longlora.attention.settings import settings_of
+from peft_longlora.attention.settings import settings_of, settings_on
 from peft_longlora.sequence import parallelize_sequence, shard_batch
 from tests.helpers.plain_kernel import PlainKernel, install
 from tests.helpers.ranks import run_ranks
@@ -177,6 +177,29 @@ def test_a_second_adapter_keeps_the_count():
     assert settings.training_forwards == 3
     settings.training_forwards = 2
     torch.testing.assert_close(model(input_ids=ROWS[2]).logits, dense)
+
+
+def test_an_adapter_that_is_only_used_leaves_the_count(tmp_path):
+    """A reference beside the trained one, and the initial adapter that PEFT loads when it converts at a save."""
+    model, _ = of_kind("adapter")
+    model.save_pretrained(tmp_path / "initial")
+    for ids in ROWS[:4]:
+        step(model, ids)
+
+    def count() -> int:
+        return settings_on(model.get_base_model()).training_forwards
+
+    model.load_adapter(tmp_path / "initial", "reference")
+    assert count() == 4
+    model.delete_adapter("reference")
+    config = model.peft_config["default"]
+    config.init_lora_weights = True  # what PEFT asks of it, and what it was made with changes no base
+    model.save_pretrained(tmp_path / "last", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    assert count() == 4
+    model.load_adapter(tmp_path / "initial", "second", is_trainable=True)
+    assert count() == 0
+    tensors = load_file(tmp_path / "last" / "adapter_model.safetensors")
+    assert tensors["base_model.model.s2_training_forwards"].tolist() == [4]
 
 
 @pytest.mark.parametrize("value", [-1, 2.0, True, "3"])

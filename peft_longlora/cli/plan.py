@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if args.four_bit and not is_four_bit:
         print("The base is stored in 4 bits, so it is counted as with --four-bit.")
     elif shape.stored and not args.four_bit:
-        print(f"The base is stored by {shape.stored!r}, and its weights are counted in 16 bits: they take less.")
+        print(f"The base is stored by {shape.stored!r}, and its weights are counted in 16 bits, as dequantised.")
     if shape.states:
         print(f"{shape.states} of {shape.blocks} blocks hold a state or do not attend, and are counted as attention:")
         print("memory and time may be far off. fit_memory measures them.")

@@ -43,7 +43,8 @@ from transformers import LlamaConfig
 from peft_longlora.adapter.lowrank import HalfLowRank
 from peft_longlora.memory import checkpoint_blocks, fit_memory
 from peft_longlora.memory.estimate import Shape, Training, best_estimate, flops
-from peft_longlora.memory.plan import ESTIMATED_FILLED, MemoryPlan, host_budget
+from peft_longlora.memory.host import host_budget
+from peft_longlora.memory.plan import ESTIMATED_FILLED, MemoryPlan
 from peft_longlora.rope.mixing import unmix
 
 PEAK_TFLOPS = 989  # dense bf16 of an H100 or H200, by the datasheet

@@ -20,9 +20,10 @@ from transformers.utils import logging
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import schedule_of, settings_of
 from peft_longlora.memory.blocks import checkpoint_blocks, find_blocks
+from peft_longlora.memory.host import host_budget
 from peft_longlora.memory.liger import kernels_of, use_liger
 from peft_longlora.memory.offload import Offload
-from peft_longlora.memory.plan import AGAIN_KEPT, FILLED, MEANS, OWN_FILLED, MemoryPlan, fill, host_budget
+from peft_longlora.memory.plan import AGAIN_KEPT, FILLED, MEANS, OWN_FILLED, MemoryPlan, fill
 
 logger = logging.get_logger(__name__)
 

@@ -6,9 +6,7 @@ numbers of the formula on a GPU, `estimate` computes them from a model's shape.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 GIB = 2**30
@@ -177,12 +175,3 @@ def fill(plan: MemoryPlan) -> MemoryPlan:
                     keep = min(rest - in_host, first + int(with_host.room / kept))
                     found.append(replace(with_host, keep=keep))
     return min(found, key=lambda one: one.work, default=plan)
-
-
-def host_budget() -> int:
-    """Bytes of the host's memory that a process may use: of this container, shared by the ranks of this machine."""
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        size = min(size, int(text))
-    return int(size * HOST_FILLED / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

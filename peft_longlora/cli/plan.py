@@ -12,6 +12,7 @@ from .arguments import Command, numbers, positive, tokens
 
 if TYPE_CHECKING:
     from peft_longlora.memory.estimate import Shape, Training
+    from peft_longlora.memory.plan import MemoryPlan
 
 GIB = 2**30
 
@@ -83,9 +84,9 @@ def run(args: argparse.Namespace) -> int:
     if args.model.lower() not in SHAPES:
         check_place(args.model, "model")
     shape = find_shape(args.model)
-    is_four_bit, args.four_bit = args.four_bit, args.four_bit or shape.stored == "4 bits"
+    four_bit = args.four_bit or shape.stored == "4 bits"
     stay = args.accumulate or args.gpus > 1
-    training = Training(args.rank, not args.no_embeddings, args.four_bit, not args.logits, keeps_gradients=stay)
+    training = Training(args.rank, not args.no_embeddings, four_bit, not args.logits, keeps_gradients=stay)
     budget, host = int(args.gpu_memory * ESTIMATED_FILLED), int(args.host_memory * HOST_FILLED)
     length = -(-args.context // args.gpus)
     for way in _ways(training, args.gpus):
@@ -93,14 +94,14 @@ def run(args: argparse.Namespace) -> int:
         if plan.fits:
             break
     print(plan)
-    if args.four_bit and not is_four_bit:
+    if four_bit and not args.four_bit:
         print("The base is stored in 4 bits, so it is counted as with --four-bit.")
-    elif shape.stored and not args.four_bit:
+    elif shape.stored and not four_bit:
         print(f"The base is stored by {shape.stored!r}, and its weights are counted in 16 bits, as dequantised.")
     if shape.states:
         print(f"{shape.states} of {shape.blocks} blocks hold a state or do not attend, and are counted as attention:")
         print("memory and time may be far off. fit_memory measures them.")
-    if args.four_bit and (share := round(100 * shape.sixteen_bit_share)):
+    if four_bit and (share := round(100 * shape.sixteen_bit_share)):
         others = "the experts" if shape.experts > 1 else "others"
         print(f"{share}% of the blocks' weights stay in 16 bits: bitsandbytes converts linear layers, not {others}")
     if args.gpus > 1:
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"A row of {args.context} tokens does not fit: {needed}, and {plan.host / GIB:.1f} GiB of the host's")
         print(f"{host / GIB:.1f}, with all means. {_advice(shape, training, args, budget, host)}")
         return 1
-    _print_time(shape, plan, args, length, group)
+    _print_time(shape, plan, args, group, four_bit)
     return 0
 
 
@@ -146,20 +147,21 @@ def _advice(shape: Shape, training: Training, args: argparse.Namespace, budget: 
     return f"It fits {', or '.join(found)}." if found else "It fits with none of the other options alone."
 
 
-def _print_time(shape, plan, args: argparse.Namespace, length: int, group: int) -> None:
+def _print_time(shape: Shape, plan: MemoryPlan, args: argparse.Namespace, group: int, four_bit: bool) -> None:
+    """The seconds of a step, and the hours and the cost of all tokens."""
     from peft_longlora.memory.rates import seconds, unlike_measured
 
     if args.tokens_per_second:
-        step, source = length / args.tokens_per_second, "your own rate"
+        step, source = plan.length / args.tokens_per_second, "your own rate"
     else:
-        step = seconds(shape, plan, group, args.gpu, args.four_bit)
+        step = seconds(shape, plan, group, args.gpu, four_bit)
         source = f"an estimate from measured steps on one {args.gpu}"
     hours = args.tokens / args.context * step / 3600
     rate = args.context / step
     print(f"{step:.1f} s a step, {rate:,.0f} tokens/s in all ({source}; groups of {group} tokens)")
     cost = f", which cost {hours * args.gpus * args.price_per_hour:,.2f}" if args.price_per_hour else ""
     print(f"{args.tokens:,} tokens: {hours:,.1f} hours{cost}")
-    if not args.tokens_per_second and (unlike := unlike_measured(shape, length, group, args.gpu, args.four_bit)):
+    if not args.tokens_per_second and (unlike := unlike_measured(shape, plan.length, group, args.gpu, four_bit)):
         print(f"No measured step is like this one: it has {'; '.join(unlike)}. Time and cost may be far off: measure a")
         print("few steps, and give --tokens-per-second.")
 

@@ -94,14 +94,15 @@ class Shape:
             )
             if not all(isinstance(value, int | str) for value in vars(shape).values()):
                 several = [name for name in SIZES + COUNTS if isinstance(getattr(config, name, None), list | tuple)]
-                raise AttributeError(f"{', '.join(several)}: several numbers")
-            return shape.counted(whole)
+                missing = [name for name in _NEEDED if getattr(config, name) is None]
+                raise AttributeError(f"{', '.join(several or missing)}: {'several numbers' if several else None}")
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # transformers' for sizes that layers
             # differ in, and for sizes that are missing
             raise ValueError(
                 f"model_type={config.model_type!r}: its config lacks a size of a decoder ({error}). "
                 f"plan knows decoders such as Llama's; fit_memory measures any model on its GPU."
             ) from error
+        return shape.counted(whole)
 
     def counted(self, config: PretrainedConfig) -> Shape:
         """This shape with the numbers of weights that the model of a config has, so of any kind of block."""
@@ -157,6 +158,7 @@ _EXPERTS = (
     ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     ("num_experts_per_tok", "moe_topk", "moe_k"),
 )
+_NEEDED = ("intermediate_size", "num_hidden_layers", "vocab_size")  # fields without which there is no shape
 
 
 def _has_more(layer_type: str) -> bool:

@@ -135,6 +135,12 @@ def test_blocks_with_a_state_or_without_attention_are_counted(family, more):
     assert Shape.of(config).states == sum(kind in more for kind in kinds)
 
 
+def test_an_error_of_ours_is_not_taken_for_a_missing_size(monkeypatch):
+    monkeypatch.setattr("peft_longlora.memory.estimate.count_weights", lambda *_: {}["a fault of this package"])
+    with pytest.raises(KeyError, match="a fault of this package"):
+        Shape.of(LlamaConfig())
+
+
 def test_a_shape_is_read_from_a_config():
     config = LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8
@@ -142,6 +148,8 @@ def test_a_shape_is_read_from_a_config():
     assert Shape.of(config) == SHAPES["llama-3.1-8b"]
     with pytest.raises(ValueError, match="model_type='mamba': its config lacks a size of a decoder"):
         Shape.of(MambaConfig())
+    with pytest.raises(ValueError, match=r"its config lacks a size of a decoder \(intermediate_size: None\)"):
+        Shape.of(AutoConfig.for_model("gpt_neo"))
     # Experts of text and of images; feed-forward layers of different widths.
     for family, name in (("ernie4_5_vl_moe", "moe_intermediate_size"), ("gemma3n_text", "intermediate_size")):
         with pytest.raises(ValueError, match=rf"lacks a size of a decoder \({name}: several numbers\)"):

@@ -13,7 +13,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.memory.keep import keep_attention
 from peft_longlora.memory.keep import keep_in_host as in_host
-from peft_longlora.memory.offload import HostMemory, Offload
+from peft_longlora.memory.offload import Offload
+from peft_longlora.memory.places import HostMemory
 from peft_longlora.memory.tile import find_feed_forwards, tile
 
 _OTHERWISE = {"keep": ", or True or False", "tile_tokens": " of tokens, or None for whole rows"}

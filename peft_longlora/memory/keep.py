@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from peft_longlora.memory.offload import HostMemory
+from peft_longlora.memory.places import HostMemory
 
 _aten = torch.ops.aten
 # Each returns the output and the log-sum-exp, (B, H, S) float32. A backward of attention needs nothing else.

@@ -1,14 +1,14 @@
 """Copies to the host's memory and back without a GPU: they are made at once, and counted."""
 
-from peft_longlora.memory import offload
+from peft_longlora.memory import places
 
 
 class Away:
-    """As `offload._Away`, without a GPU; notes what is back and not yet handed on."""
+    """As `places._Away`, without a GPU; notes what is back and not yet handed on."""
 
     back, leaving, handed, most = 0, 0, 0, 0
 
-    pairs = offload._Away._pairs
+    pairs = places._Away._pairs
 
     def __init__(self, tensor, chunks, stream, block):
         self.chunks, self.like, self.here, self.block, self.is_leaving = chunks, tensor.new_empty(0), None, block, True

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_longlora.memory import offload
+from peft_longlora.memory import places
 from tests.helpers.host_copies import Away
 
 
@@ -14,10 +14,10 @@ def without_gpu(monkeypatch):
     monkeypatch.setattr(Away, "leaving", 0)
     monkeypatch.setattr(Away, "handed", 0)
     monkeypatch.setattr(Away, "most", 0)
-    monkeypatch.setattr(offload, "_Away", Away)
-    monkeypatch.setattr(offload.torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(offload, "_leaves", lambda x: x.is_floating_point() and not isinstance(x, torch.nn.Parameter))
-    monkeypatch.setattr(offload, "_pinned", lambda size: made.append(size) or torch.empty(size, dtype=torch.uint8))
-    monkeypatch.setattr(offload, "CHUNK", 2**10)
-    monkeypatch.setattr(offload, "SLAB", 2**12)
+    monkeypatch.setattr(places, "_Away", Away)
+    monkeypatch.setattr(places.torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(places, "_leaves", lambda x: x.is_floating_point() and not isinstance(x, torch.nn.Parameter))
+    monkeypatch.setattr(places, "_pinned", lambda size: made.append(size) or torch.empty(size, dtype=torch.uint8))
+    monkeypatch.setattr(places, "CHUNK", 2**10)
+    monkeypatch.setattr(places, "SLAB", 2**12)
     return made

@@ -61,7 +61,7 @@ def step(model, in_half=False, **more):
 )
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_loss_and_gradients_are_those_of_the_plain_step(dtype, options, device, monkeypatch):
-    monkeypatch.setattr("peft_longlora.memory.offload.LEAST_BYTES", 1)
+    monkeypatch.setattr("peft_longlora.memory.places.LEAST_BYTES", 1)
     model = extend(make(dtype=dtype, num_hidden_layers=3), group_size=16, lora_dropout=0.2).to(device)
     loss, grads, _ = step(model)
     checkpoint_blocks(model, **options)
@@ -87,7 +87,7 @@ KINDS |= {"lfm2": {}, "zamba2": {}}
 @pytest.mark.parametrize("name", [name for name in KINDS if name in CONFIG_MAPPING])
 def test_layers_with_windows_states_and_shared_keys(name, options, monkeypatch):
     """Gemma 4's blocks also get a part of the embeddings each. In a hybrid, layers with a state are blocks too."""
-    monkeypatch.setattr("peft_longlora.memory.offload.LEAST_BYTES", 1)
+    monkeypatch.setattr("peft_longlora.memory.places.LEAST_BYTES", 1)
     model = extend(tiny_model(name), group_size=16, **KINDS[name])
     assert len(find_blocks(model)) == model.config.num_hidden_layers
     for call in (dict(), dict(position_ids=torch.arange(IDS.shape[1]).remainder(40).expand(IDS.shape))):

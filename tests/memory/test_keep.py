@@ -6,7 +6,7 @@ from torch.nn.functional import dropout
 from torch.utils.checkpoint import checkpoint
 
 from peft_longlora.memory import keep, keep_attention
-from peft_longlora.memory.offload import HostMemory
+from peft_longlora.memory.places import HostMemory
 
 
 @torch.library.custom_op("memory_tests::attend", mutates_args=())

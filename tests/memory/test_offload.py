@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from peft_longlora.memory import checkpoint_blocks, fit, offload
+from peft_longlora.memory import checkpoint_blocks, fit, places
 from peft_longlora.memory.blocks import find_blocks
 from tests.helpers.every_config import tiny_model
 from tests.helpers.host_copies import Away
@@ -65,14 +65,14 @@ def test_what_waits_at_once_is_measured(without_gpu, kind, every, inputs):
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_what_has_left_is_held_by_nobody(without_gpu, monkeypatch, every, options):
     """Storages of inputs, and of attention's outputs, after the forward and before the backward."""
-    storages, put = [], offload.HostMemory.put
+    storages, put = [], places.HostMemory.put
 
     def watch(self, tensor, block):
-        if offload._leaves(tensor) and tensor.numel() >= 512:
+        if places._leaves(tensor) and tensor.numel() >= 512:
             storages.append(StorageWeakRef(tensor.untyped_storage()))
         return put(self, tensor, block)
 
-    monkeypatch.setattr(offload.HostMemory, "put", watch)
+    monkeypatch.setattr(places.HostMemory, "put", watch)
     model = extend(make(num_hidden_layers=6), group_size=16).train()
     checkpoint_blocks(model, offload=every, **options)
     gc.collect()
@@ -122,7 +122,7 @@ def test_attention_waits_there_too(without_gpu):
     checkpoint_blocks(model, keep=1, keep_in_host=2, offload=True, tile_tokens=40)
     for _ in range(2):
         loss, grads = gradients(model)
-        assert Away.leaving == offload.LEAVING
+        assert Away.leaving == places.LEAVING
         loss.backward()
         for name, grad in grads().items():
             torch.testing.assert_close(grad, plain[name], msg=name)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peft_longlora import configure_attention
-from peft_longlora.memory import checkpoint_blocks, offload
+from peft_longlora.memory import checkpoint_blocks, places
 from peft_longlora.memory.blocks import find_blocks
 from tests.helpers.tiny import IDS, extend, make
 
@@ -71,10 +71,10 @@ def replica_of(module):
 
 def test_each_gpu_has_a_stream_and_memory_of_its_own(without_gpu, monkeypatch):
     """This GPU's stream does not make another's copies: one may not have ended when its memory is used again."""
-    monkeypatch.setattr(offload, "_leaves", lambda tensor: True)
-    monkeypatch.setattr(offload.torch.cuda, "Stream", lambda device: f"stream of {device}")
-    monkeypatch.setattr(offload, "_Away", OnDevice)
-    host = offload.HostMemory()
+    monkeypatch.setattr(places, "_leaves", lambda tensor: True)
+    monkeypatch.setattr(places.torch.cuda, "Stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(places, "_Away", OnDevice)
+    host = places.HostMemory()
     first = [host.put(SimpleNamespace(device=f"cuda:{n}", nbytes=3000), n) for n in (0, 1)]
     assert [one.stream for one in first] == ["stream of cuda:0", "stream of cuda:1"] and host.most == 6000
     pieces = [{id(chunk) for chunk in one.chunks} for one in first]
@@ -84,8 +84,21 @@ def test_each_gpu_has_a_stream_and_memory_of_its_own(without_gpu, monkeypatch):
     assert not pieces[0] & {id(chunk) for chunk in again.chunks}
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_copy_that_runs_out_of_memory_says_only_that():
+    """Attention's output may have to be made contiguous first."""
+
+    def contiguous():
+        raise torch.OutOfMemoryError("no memory")
+
+    tensor = SimpleNamespace(shape=(1,), dtype=torch.float32, device="cuda:0", nbytes=4, contiguous=contiguous)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        places._Away(tensor, [], None, 0)
+    gc.collect()
+
+
 class OnDevice:
-    """As `offload._Away`, without its copies."""
+    """As `places._Away`, without its copies."""
 
     def __init__(self, tensor, chunks, stream, block):
         self.device, self.size, self.block = tensor.device, tensor.nbytes, block
@@ -98,7 +111,7 @@ class OnDevice:
 @pytest.mark.parametrize("options", [dict(keep=False, offload=2), dict(keep=1, keep_in_host=2)])
 def test_a_model_is_copied_after_a_step(without_gpu, monkeypatch, options):
     """Streams cannot be copied."""
-    monkeypatch.setattr(offload.torch.cuda, "Stream", lambda device: torch.Stream(device="cpu"))
+    monkeypatch.setattr(places.torch.cuda, "Stream", lambda device: torch.Stream(device="cpu"))
     model = extend(make(num_hidden_layers=4), group_size=16).train()
     checkpoint_blocks(model, **options)
     found = []

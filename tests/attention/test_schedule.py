@@ -1,6 +1,7 @@
 """`dense_every`: a model with it trains as one whose forwards are switched by hand, and goes on where it stopped."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -313,15 +314,32 @@ def test_transformers_own_loader_goes_on_from_the_count(tmp_path):
     pickle.dumps(base), copy.deepcopy(base)
     for ids in ROWS[5:]:
         assert torch.equal(step(base, ids)[0], step(model, ids)[0])
+
+
+def test_the_count_of_an_older_file_is_read_under_its_name(tmp_path):
+    model, _ = of_kind("adapter")
+    step(model, ROWS[0])
+    model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     tensors["base_model.model.longlora_training_forwards"] = tensors.pop("base_model.model.s2_training_forwards")
-    save_file(tensors, tmp_path / "adapter_model.safetensors")  # as it was named first
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
     again = PeftModel.from_pretrained(make(), tmp_path)
-    assert settings_of(next(iter(find_attention_modules(again).values()))).training_forwards == 5
+    assert settings_on(again.get_base_model()).training_forwards == 1
+
+
+def test_no_hook_on_all_buffers_is_left():
+    """torch holds it for the whole process, so nothing else would remove it."""
     hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    gc.collect()
     before = len(hooks)
-    again.unload()
-    assert len(hooks) == before - 1
+    model, _ = of_kind("adapter")
+    assert len(hooks) == before + 1
+    model.unload()
+    assert len(hooks) == before
+    model, _ = of_kind("adapter")
+    del model, _
+    gc.collect()
+    assert len(hooks) == before
 
 
 # -- shared sequences ------------------------------------------------------------------------------------------------

@@ -67,6 +67,8 @@ class LigerNorm(torch.nn.Module):
             raise ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
         return states
 
+    forward.__module__ = __module__
+
 
 def test_a_model_with_kernels_that_wait_for_a_gpu_is_not_run_on_the_cpu():
     """A base that AutoLigerKernelForCausalLM loaded, or one made after Liger replaced the classes of this process."""
@@ -80,7 +82,6 @@ def test_a_model_with_kernels_that_wait_for_a_gpu_is_not_run_on_the_cpu():
 def test_a_norm_whose_forward_was_replaced_waits_too():
     model = a_llama()
     model.model.norm.forward = LigerNorm.forward.__get__(model.model.norm)
-    LigerNorm.forward.__module__ = LigerNorm.__module__
     rows = lengths_of(model)
     configure_attention(model, group_size=8)
     assert not rows

@@ -13,7 +13,7 @@ from transformers import (
 )
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from peft_longlora.memory.estimate import SHAPES, Shape, Training, estimate, fixed_parts, flops
+from peft_longlora.memory.estimate import Shape, Training, estimate, fixed_parts, flops
 from peft_longlora.memory.plan import GIB, MEANS
 from peft_longlora.memory.weights import count_weights
 from tests.helpers.every_config import tiny_config
@@ -56,11 +56,6 @@ def test_a_token_passes_some_experts(family):
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n and p.dim() == 3)
     active = shape.linear_weights - experts + experts * shape.active / shape.experts
     assert experts and flops(shape, 10**6, 2) == pytest.approx(4e6 * (active + shape.table), rel=0.01)
-
-
-def test_a_known_shape_is_that_of_its_config():
-    sizes = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8)
-    assert Shape.of(LlamaConfig(vocab_size=128256, **sizes)) == SHAPES["llama-3.1-8b"]
 
 
 def test_experts_that_a_config_names_and_the_model_has_not():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,13 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
 def _whole_checkpoints(folder: str | Path) -> list[Path]:
     """The whole checkpoints of an output folder, newest first."""
-    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{STATE}")]
-    return sorted(whole, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return [path for path in _checkpoints(folder) if (path / STATE).is_file()]
+
+
+def _checkpoints(folder: str | Path) -> list[Path]:
+    """The Trainer's checkpoints in an output folder, newest first. What a person named checkpoint-best is none."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
 
 
 def open_output(recipe: Recipe) -> Path | None:
@@ -96,7 +102,7 @@ def begin_output(recipe: Recipe) -> None:
     """Write the values into the output folder; with `overwrite`, delete the checkpoints of the run before."""
     folder = recipe.output_dir
     if recipe.run.overwrite:
-        for path in folder.glob("checkpoint-*"):
+        for path in _checkpoints(folder):
             shutil.rmtree(path)
     folder.mkdir(parents=True, exist_ok=True)
     values = {name: value for name, value in _plain(recipe.values).items() if name not in ("overwrite", "hub_token")}

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from peft_longlora.training import last_checkpoint
+from peft_longlora.training.checkpoints import begin_output
 from peft_longlora.training.completed import is_complete
 from tests.helpers.tiny_base import prose, save_base
 
@@ -68,6 +69,17 @@ def test_a_run_of_whole_epochs_is_complete(run, tmp_path):
     assert run(*given)[0] == 0
     last = last_checkpoint(tmp_path / "out").name
     assert "nothing is trained" in run(*given)[1] and last_checkpoint(tmp_path / "out").name == last
+
+
+def test_a_folder_that_a_person_named_is_no_checkpoint(tmp_path):
+    """It is neither gone on from nor deleted."""
+    names = ["checkpoint-2", "checkpoint-10", "checkpoint-30-copy", "checkpoint-best"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+    begin_output(SimpleNamespace(output_dir=tmp_path, run=SimpleNamespace(overwrite=True), values={}))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == names[2:]
 
 
 def test_a_run_goes_on_only_with_its_own_rows_and_base(run, tmp_path):

@@ -5,10 +5,10 @@ Read `config`, `model` (how an adapter is added) and `ending` (how it is switche
     config       its fields are checked by `rules` (each by itself), `consistency` (together), `filled_in` (those that
                  the package fills in) and `variants` (the options of LoRA's variants)
     model        `files` reads an adapter; `fit` checks that it fits its model, with `base` (is this the base that it
-                 was made for?), `regexes`, `inits` (does LoRA start again as it did?) and `wishes` (do all adapters want
-                 one RoPE and one attention?); `again` checks weights that are loaded over an adapter that is there;
-                 `trainable` finds the modules to train, and `names` says which names of a config match none; `count`
-                 saves the number of training forwards
+                 was made for?), `regexes`, `inits` (does LoRA start again as it did?) and `wishes` (do all adapters
+                 want one RoPE and one attention?); `again` checks weights that are loaded over an adapter that is
+                 there; `trainable` finds the modules to train, and `names` says which names of a config match none;
+                 `count` saves the number of training forwards
     layers       `copies` and `precision` handle the copies of embeddings and norms, `lowrank` LoRA's product,
                  and `called` sees that an adapted projection is called at all
     ending       `state` undoes what adapters changed, `merged` keeps the base's weights during a merge, `mixed` handles

@@ -60,7 +60,7 @@ class LongLoraModel(EndingLoraModel):
         self._on_taken = self.on_made()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter. If that fails, restore the model and raise."""
+        """Add an adapter. If that fails or is interrupted (a notebook's cell), restore the model and raise."""
         config = self.peft_config[adapter_name]
         for name, other in self.peft_config.items():
             if not isinstance(other, LongLoraConfig):
@@ -85,7 +85,7 @@ class LongLoraModel(EndingLoraModel):
             settings_on(model).skips.follow(model)  # PEFT and `learn_rope` may have made other rotary modules
             fit.check_after(config, model, self.shapes_of(adapter_name))
             copies.state_tied_sizes(model, adapter_name)
-        except Exception:
+        except BaseException:
             self._undo(adapter_name, before)
             for parameter, requires_grad in trainable_before:
                 parameter.requires_grad = requires_grad

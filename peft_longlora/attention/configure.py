@@ -181,7 +181,7 @@ def _dense_attention(model: PreTrainedModel, known: AttentionSettings | None, as
 
 
 def _put_on(model: PreTrainedModel, settings: AttentionSettings) -> None:
-    """Put S2-Attn on a model, and try it on a few tokens. If that fails, restore the model and raise."""
+    """Put S2-Attn on a model, and try it on a few tokens. If that fails or is interrupted, restore it and raise."""
     config, before = settings.config, AttentionState.of(model)
     parts = [name for name in model.config.sub_configs if getattr(model.config, name, None) is config]
 
@@ -189,11 +189,11 @@ def _put_on(model: PreTrainedModel, settings: AttentionSettings) -> None:
         # Encoders of images and sounds keep their attention.
         model.set_attn_implementation({"": name, parts[0]: name} if parts else name)
 
-    use(S2_ATTN)
-    replace_settings(model, dict.fromkeys(find_attention_modules(model), settings))
     try:
+        use(S2_ATTN)
+        replace_settings(model, dict.fromkeys(find_attention_modules(model), settings))
         try_out(model, settings, use)
-    except Exception:
+    except BaseException:
         before.put_on(model)
         raise
 

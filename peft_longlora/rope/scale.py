@@ -97,7 +97,7 @@ def scale_rope(
     base = RopeState.of(model)
     try:
         _apply(model, new, length)
-    except Exception:
+    except BaseException:
         base.put_on(model)
         raise
     setattr(model, STATES, (base, scaled := RopeState.of(model)))

@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from peft_longlora import configure_attention
-from peft_longlora.attention.settings import S2_ATTN
+from peft_longlora.attention.settings import S2_ATTN, settings_on
 from tests.helpers.every_config import tiny_config, tiny_model
 
 IDS = torch.arange(3, 43)[None]
@@ -47,6 +47,19 @@ def test_a_kind_of_model_is_tried_once_on_few_tokens():
     rows = lengths_of(again)
     configure_attention(again, group_size=16)
     assert not rows
+
+
+def test_a_trial_that_is_interrupted_leaves_the_model():
+    model = a_llama()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        configure_attention(model, group_size=8)
+    handle.remove()
+    assert model.config._attn_implementation == "sdpa" and settings_on(model) is None
 
 
 def test_weights_that_are_not_here_are_not_run():

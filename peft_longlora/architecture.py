@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import CodeType
 from typing import Any
@@ -57,6 +58,20 @@ def follow(
         if after is not None:
             handles.append(module.register_forward_hook(after, always_call=True))
     return handles
+
+
+@contextmanager
+def same_modes(model: nn.Module) -> Iterator[None]:
+    """After the block each module is in the mode, training or evaluation, in which it was before.
+
+    `model.train()` alone would train what its user has set to evaluation, such as a frozen part with dropout.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def text_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from peft_longlora.architecture import has_liger_kernels, rows_of
+from peft_longlora.architecture import has_liger_kernels, rows_of, same_modes
 
 TOKENS = 24
 # How far outputs may be apart, as a part of their size, by the precision of the weights: sums in another order.
@@ -90,15 +90,10 @@ def outputs(model: PreTrainedModel, ids: torch.Tensor, **more: torch.Tensor) -> 
 @contextmanager
 def at_rest(model: PreTrainedModel) -> Iterator[None]:
     """The model in evaluation, with random numbers as they were."""
-    modes = {module: module.training for module in model.modules()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with same_modes(model), torch.random.fork_rng(devices=list(devices)):
+        model.eval()
+        yield
 
 
 def short(error: BaseException) -> str:

@@ -56,9 +56,9 @@ def load_rows(
 ) -> Dataset:
     """Rows of at most `length` tokens, for TRL's SFTTrainer or a plain Trainer. Logs one line on what they hold.
 
-    With kind="text", every token of every document is in exactly one row; a file that is given twice is read
-    once. The first token of a row is read, but nothing
-    predicts it. `.info.description` of the result is the same line: documents, tokens, rows, and what was left out.
+    With kind="text", every token of every document is in exactly one row; a file that is given twice is read once. The
+    first token of a row is read, but nothing predicts it. `.info.description` of the result is the same line:
+    documents, tokens, rows, and what was left out.
 
     Args:
         sources: files, folders (.txt, .md, .pdf, .jsonl, .json, .parquet), source trees, or ids of datasets on the
@@ -128,7 +128,8 @@ def load_rows(
                 records = noting(read_records(sources, **where, counts=counts), file)
                 rows = tokenize_records(records, tokenizer, length, **made, counts=counts)
             digest = _write(islice(rows, max_rows), part, counts, max_rows)
-            path.with_suffix(".json").write_text(json.dumps({**asdict(counts), "digest": digest}))
+            with _replacing(path.with_suffix(".json")) as held:
+                held.write_text(json.dumps({**asdict(counts), "digest": digest}))
     dataset = Dataset.from_file(str(path))
     dataset.info.description = str(counts)
     dataset.info.download_checksums = {

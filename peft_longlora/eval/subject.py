@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from peft_longlora.architecture import find_attention_modules
+from peft_longlora.architecture import find_attention_modules, same_modes
 from peft_longlora.attention.configure import configure_attention
 from peft_longlora.attention.mode import use_attention
 from peft_longlora.attention.settings import S2_ATTN, settings_of
@@ -153,15 +153,10 @@ class Subject:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within the block: evaluation mode and the chosen attention. Afterwards the model is as before."""
-        was_training = self.model.training
-        self.model.eval()
-        with ExitStack() as stack:
-            if self.attention == "sparse":
-                stack.enter_context(use_attention(self.model, "sparse"))
-            try:
-                yield
-            finally:
-                self.model.train(was_training)
+        attention = use_attention(self.model, "sparse") if self.attention == "sparse" else nullcontext()
+        with same_modes(self.model), attention:
+            self.model.eval()
+            yield
 
     def base(self) -> Subject:
         """The base as a subject. It is the base only within `as_base`."""

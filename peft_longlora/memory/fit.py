@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers.utils import logging
 
-from peft_longlora.architecture import find_attention_modules
+from peft_longlora.architecture import find_attention_modules, same_modes
 from peft_longlora.attention.settings import schedule_of, settings_of
 from peft_longlora.memory.blocks import checkpoint_blocks, find_blocks
 from peft_longlora.memory.host import host_budget
@@ -241,12 +241,11 @@ def _peak(model: nn.Module, tokens: int, loss: Loss) -> int:
             output.register_hook(lambda _: peaks.append(torch.cuda.max_memory_allocated(device)))
 
     watched = embeddings.register_forward_hook(watch)
-    was_training = model.training
-    model.train()
     schedules = {id(one): one for one in map(schedule_of, find_attention_modules(model).values()) if one is not None}
     counts = {key: one.training_forwards for key, one in schedules.items()}
     try:
-        with torch.random.fork_rng(devices=[device]):
+        with same_modes(model), torch.random.fork_rng(devices=[device]):
+            model.train()
             ids = torch.randint(embeddings.weight.shape[0], (1, tokens), device=device)
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
@@ -256,6 +255,5 @@ def _peak(model: nn.Module, tokens: int, loss: Loss) -> int:
     finally:
         watched.remove()
         model.zero_grad(set_to_none=True)
-        model.train(was_training)
         for key, one in schedules.items():  # `dense_every` must count only the training's forwards
             one.training_forwards = counts[key]

@@ -23,6 +23,9 @@ def test_a_tokenizer_of_another_model_is_named(tmp_path, base):
 def test_the_model_is_left_as_it_was(tmp_path, base):
     subject = load_subject(base)
     subject.model.train()
+    subject.model.model.layers[1].eval()  # as its user wants it
+    modes = [module.training for module in subject.model.modules()]
     before = subject.model.config._attn_implementation
     evaluate(subject, [Passkey(lengths=[128], depths=[0], seeds=1)], tmp_path / "out")
-    assert subject.model.training and subject.model.config._attn_implementation == before
+    assert [module.training for module in subject.model.modules()] == modes
+    assert subject.model.config._attn_implementation == before

@@ -80,7 +80,10 @@ def main() -> None:
     if len(tokenizer) > 2**16:
         parser.error(f"--model {args.model} has {len(tokenizer)} tokens, more than uint16 can number")
     texts = (document["text"] for document in read_documents(list(map(str, files))))
-    books = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    try:
+        books = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    except (OSError, ValueError) as error:
+        parser.error(f"--texts {args.texts}: {error}")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     np.save(f"{args.output}.npy", np.concatenate([np.asarray(book, dtype=np.uint16) for book in books]))
     np.save(f"{args.output}_off.npy", np.cumsum([0, *map(len, books)]))

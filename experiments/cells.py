@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rules import check_course
+from rules import check_course, check_evaluation, check_numbers, check_plan, check_shape
 
 BUDGETS = ("tokens", "time")
 STUDY_KEYS = {
@@ -142,14 +143,12 @@ def read_study(path: str | Path) -> Study:
     whole = {**{key: value for key, value in parent.items() if key not in ("cells", "title")}, **content}
     for key in ("config", "training", "evaluation"):
         whole[key] = {**parent.get(key, {}), **content.get(key, {})}
-    window, seeds = whole.get("window"), whole.get("seeds", [0])
-    if type(window) is not int or window < 4:
-        raise ValueError(f"{path}: window={window!r} must be the tokens of a training row, 4 or more.")
+    window, seeds, budgets = whole.get("window"), whole.get("seeds", [0]), whole.get("budgets", ["tokens"])
     if (data := whole.get("data", "books")) not in DATA:
         raise ValueError(f"{path}: data={data!r} must be one of {DATA}.")
     evaluation = {**EVALUATION, **whole["evaluation"]}
-    evaluation["edges"] = evaluation["edges"] or [0, window]
-    evaluation["native_window"] = evaluation["native_window"] or window
+    for key, usual in (("edges", [0, window]), ("native_window", window)):
+        evaluation[key] = usual if evaluation[key] is None else evaluation[key]
     _check(path, "evaluation", evaluation, set(EVALUATION))
     entries = whole.get("cells") or []
     names = [entry.get("name") for entry in entries]
@@ -161,33 +160,48 @@ def read_study(path: str | Path) -> Study:
     def make(entry: dict[str, Any], budget: str, seed: int) -> Cell:
         training = {**TRAINING, **whole["training"], **entry.get("training", {})}
         _check(path, f"training of {entry['name']!r}", training, set(TRAINING))
-        for key in ("learning_rate", "embedding_learning_rate", "decay"):
-            if not isinstance(training[key], int | float):
-                raise ValueError(f"{path}: {key}={training[key]!r} is no number to YAML. Write 2.0e-4, with the dot.")
-        config = {**whole["config"], **entry.get("config", {})}
+        config, most = {**whole["config"], **entry.get("config", {})}, entry.get("window", window)
         try:
-            check_course(training, config, data, entry.get("window", window))
+            check_numbers(training)
+            check_course(training, config, data, most)
         except ValueError as error:
             raise ValueError(f"{path}: training of {entry['name']!r}: {error}") from None
-        label, most = entry.get("label", entry["name"]), entry.get("window", window)
+        label = entry.get("label", entry["name"])
         return Cell(path.stem, entry["name"], label, budget, seed, data, most, config, training, evaluation)
 
+    for entry in entries:
+        _check(path, f"cell {entry['name']!r}", entry, CELL_KEYS)
+    try:
+        check_plan(whole, BUDGETS)
+        for entry in entries:
+            check_plan({"seeds": seeds, **entry}, BUDGETS, seeds)
+            check_evaluation(evaluation, entry.get("window", window) if data == "books" else None)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     order = [
         (entry, budget, seed)
         for seed in seeds
         for budget in BUDGETS
         for entry in entries
-        if budget in entry.get("budgets", whole.get("budgets", ["tokens"])) and seed in entry.get("seeds", seeds)
+        if budget in entry.get("budgets", budgets) and seed in entry.get("seeds", seeds)
     ]
-    for entry in entries:
-        _check(path, f"cell {entry['name']!r}", entry, CELL_KEYS)
     lengths, title = evaluation["passkey_lengths"], whole.get("title", path.stem)
     cells = [make(*one) for one in order]
+    untrained = {cell.name for cell in cells if not cell.training["steps"]}
+    for cell in cells:
+        if cell.budget == "time" and (idle := untrained & {cell.name, whole["reference"]}):
+            raise ValueError(f"{path}: {min(idle)!r} has steps=0, and equal time with no step cannot be told.")
+    if untrained and evaluation["memorised"]:
+        raise ValueError(f"{path}: {min(untrained)!r} has steps=0, so no text that memorised could ask for.")
     return Study(path.stem, title, whole["reference"], data, evaluation["edges"], lengths, cells)
 
 
 def _read(path: Path) -> dict[str, Any]:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        check_shape(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     _check(path, "the study", content, STUDY_KEYS)
     return content
 
@@ -198,9 +212,45 @@ def _check(path: Path, what: str, found: dict[str, Any], known: set[str]) -> Non
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The finished cells of a results file; none if there is no file."""
-    path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.is_file() else []
+    """The finished cells of a results file; none if there is no file.
+
+    Without the end of a file that a run was stopped in the middle of: that cell has no line.
+
+    Raises: ValueError: another line is not JSON.
+    """
+    path, found = Path(path), []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            if line.endswith("\n"):
+                raise ValueError(
+                    f"{path}, line {number} is not JSON ({error}). Take it out, and its cell runs again."
+                ) from error
+    return found
+
+
+def append_line(line: dict[str, Any], path: Path) -> bool:
+    """Add a cell's line to a results file, unless another run has added one meanwhile.
+
+    Returns: whether it was added.
+    """
+    keys = [(one["cell"], one["budget"], one["seed"]) for one in read_lines(path)]
+    if (line["cell"], line["budget"], line["seed"]) in keys:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.read_bytes() if path.is_file() else b""
+    rest = before[before.rfind(b"\n") + 1 :]
+    gap = b"\n" if rest else b""
+    try:
+        json.loads(rest or b"0")
+    except ValueError:  # half a line, of a run that was stopped
+        os.truncate(path, len(before) - len(rest))
+        gap = b""
+    with open(path, "ab", buffering=0) as out:  # in one piece, beside another run
+        out.write(gap + json.dumps(line).encode() + b"\n")
+    return True
 
 
 def line_of(cell: Cell, lines: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -26,6 +26,23 @@ from peft_longlora.eval import Corpus, Memorised, Subject
 BEFORE = "There is a pass key hidden in the book below. Find it and memorize it.\n\n"
 NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is "
+SPARE = 2  # tokens of a length that no prompt uses
+
+
+def check_books(tokenizer: PreTrainedTokenizerBase, books: Books, window: int, evaluation: dict[str, Any]) -> None:
+    """Refuse to train if perplexity or keys could not be measured afterwards.
+
+    Raises: ValueError: the validation books are too short, or a length of keys is.
+    """
+    longest, lengths = max(map(len, books), default=0), evaluation["passkey_lengths"]
+    if too_long := [size for size in (window, evaluation["native_window"], *lengths) if size >= longest]:
+        raise ValueError(
+            f"The longest validation book has {longest} tokens, which must be more than window, native_window and "
+            f"passkey_lengths, and {max(too_long)} is among them."
+        )
+    around = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in _texts("10000"))
+    if lengths and min(lengths) <= around + SPARE:
+        raise ValueError(f"passkey_lengths={lengths}: key and question alone have {around} tokens. Take longer ones.")
 
 
 @torch.no_grad()
@@ -136,17 +153,14 @@ def passkeys(
     Returns: "right", "of", and "loss": mean sum of the losses of a key's tokens, nats.
     """
     long = [book for book in books if len(book) > length]
-    if not long:
-        raise ValueError(f"passkey_lengths: no validation book is longer than {length} tokens. Leave it out.")
     head, right, loss = output_layer(model), 0, 0.0
     for number in range(count):
         key = str(rng.randint(10000, 99999))
         before, needle, question, answer = (
-            tokenizer(text, add_special_tokens=False)["input_ids"]
-            for text in (BEFORE, NEEDLE.format(key=key), QUESTION, key)
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in _texts(key)
         )
         book = long[rng.randrange(len(long))]
-        body = length - sum(map(len, (before, needle, question, answer))) - 2
+        body = length - sum(map(len, (before, needle, question, answer))) - SPARE
         start, depth = rng.randrange(0, len(book) - body), int(body * (number + 0.5) / count)
         hay = book[start : start + body].astype("int64").tolist()
         ids = _to_ids(model, before + hay[:depth] + needle + hay[depth:] + question + answer)
@@ -156,6 +170,11 @@ def passkeys(
         right += int((logits.argmax(-1) == targets).all())
         loss += nn.functional.cross_entropy(logits, targets, reduction="sum").item()
     return dict(right=right, of=count, loss=loss / count)
+
+
+def _texts(key: str) -> tuple[str, str, str, str]:
+    """What stands around the book's text: before it, within, behind, and the answer."""
+    return BEFORE, NEEDLE.format(key=key), QUESTION, key
 
 
 def _to_ids(model: nn.Module, tokens: list[int]) -> torch.Tensor:

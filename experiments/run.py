@@ -27,11 +27,12 @@ from typing import Any
 
 import torch
 from books import Books, train_rows
-from cells import Cell, Study, line_of, read_lines, read_study, steps_of
-from metrics import measure
+from cells import Cell, Study, append_line, line_of, read_lines, read_study, steps_of
+from metrics import check_books, measure
 from records import check_scores, measure_records, record_rows, split_records
 from train import make_model, train
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import is_liger_kernel_available
 from yaml import YAMLError
 
 from peft_longlora.cli.arguments import Parser
@@ -93,8 +94,12 @@ def _check(args: argparse.Namespace) -> None:
 
     Raises: ValueError, OSError.
     """
-    if unknown := set(args.only or ()) - {cell.name for study in args.studies for cell in study.cells}:
-        raise ValueError(f"--only {min(unknown)}: no study has a cell of this name.")
+    cells = [cell for study in args.studies for cell in study.cells]
+    for option, what in (("only", "name"), ("seeds", "seed"), ("budgets", "budget")):
+        if unknown := set(getattr(args, option) or ()) - {getattr(cell, what) for cell in cells}:
+            raise ValueError(f"--{option} {min(unknown)}: no study has a cell of this {what}.")
+    for file in sorted(args.results.glob("*.jsonl")):
+        read_lines(file)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU here. --device cpu runs a tiny study.")
     for study in args.studies:
@@ -105,11 +110,22 @@ def _check(args: argparse.Namespace) -> None:
     if args.model is None:
         raise ValueError("--model is missing: the base that is trained.")
     AutoConfig.from_pretrained(args.model)
-    kinds = {cell.data for study in args.studies for cell in study.cells}
+    have_liger = {cell.training["liger"] for cell in cells if is_wanted(cell, args)}
+    if len(have_liger) > 1:
+        raise ValueError("Liger's kernels stay for the process: run cells with liger: true and those without apart.")
+    if True in have_liger and not is_liger_kernel_available():
+        raise ValueError("liger: true needs Liger's kernels. To get them: pip install liger-kernel.")
+    kinds = {cell.data for cell in cells}
     if "books" in kinds and not (args.tokens and Path(args.tokens, "train.npy").is_file()):
         raise ValueError(f"--tokens {args.tokens}: there is no train.npy. Write it with experiments/books.py.")
     if "records" in kinds and not (args.records and Path(args.records).is_dir()):
         raise ValueError(f"--records {args.records}: there is no folder of this name.")
+
+
+def is_wanted(cell: Cell, args: argparse.Namespace) -> bool:
+    """Whether --only, --seeds and --budgets let a cell run."""
+    pairs = (cell.name, args.only), (cell.seed, args.seeds), (cell.budget, args.budgets)
+    return all(value in (chosen or [value]) for value, chosen in pairs)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,8 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed: list[str] = []
     for study in args.studies:
         for cell in study.cells:
-            is_wanted = cell.name in (args.only or [cell.name]) and cell.seed in (args.seeds or [cell.seed])
-            if not is_wanted or cell.budget not in (args.budgets or [cell.budget]):
+            if not is_wanted(cell, args):
                 continue
             try:
                 if not run_cell(cell, study, args, start, kernels):
@@ -152,7 +167,9 @@ def run_cell(cell: Cell, study: Study, args: argparse.Namespace, start: float, k
         print(f"{cell}: done, {json.dumps(line['metrics'])[:120]}", flush=True)
         return False
     if (line := twin_of(cell, args.results)) is not None:
-        append(file, {**line, "study": cell.study, "cell": cell.name, "run_in": line.get("run_in", line["study"])})
+        if not args.list:
+            names = dict(study=cell.study, cell=cell.name, run_in=line.get("run_in", line["study"]))
+            append_line({**line, **names}, file)
         print(f"{cell}: the same run as {line['cell']} of {line['study']}", flush=True)
         return False
     steps = steps_of(cell, study.reference, lines, device)
@@ -165,8 +182,8 @@ def run_cell(cell: Cell, study: Study, args: argparse.Namespace, start: float, k
         print("  not started" + ("" if args.list else ": no time"), flush=True)
         return False
     line = finish_cell(cell, steps, args, kernels)
-    append(file, line)
-    print(f"{cell}: {line['seconds']:.0f} s, {json.dumps(line['metrics'])}", flush=True)
+    rest = "" if append_line(line, file) else " (left out: another run has added the cell's line)"
+    print(f"{cell}: {line['seconds']:.0f} s, {json.dumps(line['metrics'])}{rest}", flush=True)
     return True
 
 
@@ -177,13 +194,6 @@ def twin_of(cell: Cell, folder: Path) -> dict[str, Any] | None:
     lines = (line for file in sorted(folder.glob("*.jsonl")) for line in read_lines(file))
     same = cell.fingerprint, cell.budget, cell.seed
     return next((line for line in lines if (line["fingerprint"], line["budget"], line["seed"]) == same), None)
-
-
-def append(file: Path, line: dict[str, Any]) -> None:
-    """Add a line to a results file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a", encoding="utf-8") as out:
-        out.write(json.dumps(line) + "\n")
 
 
 def finish_cell(cell: Cell, steps: int, args: argparse.Namespace, kernels: Kernels) -> dict[str, Any]:
@@ -201,6 +211,7 @@ def finish_cell(cell: Cell, steps: int, args: argparse.Namespace, kernels: Kerne
     else:
         rows = train_rows(Books.read(args.tokens, "train"), cell.window, count, cell.seed, cell.training["rows"])
         held = Books.read(args.tokens, "validation")
+        check_books(tokenizer, held, cell.window, cell.evaluation)
         distinct = list({tuple(row["input_ids"]): row["input_ids"] for row in rows}.values())
         scores = partial(measure, model, tokenizer, held, cell.window, cell.evaluation, distinct)
     if steps:

@@ -18,6 +18,7 @@ from typing import Any
 from cells import Cell, Study, line_of, read_lines, read_study
 from choices import MARK, choice_table
 from figures import answer_loss, answers, differences, lines_by_row, metric, positions, short
+from yaml import YAMLError
 
 from peft_longlora.cli.arguments import Parser
 
@@ -212,9 +213,12 @@ def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is out of date")
     args = parser.parse_args()
-    studies, text = read_all(), PAGE.read_text(encoding="utf-8")
-    new, recipe = fill(text, studies), RECIPE.read_text(encoding="utf-8")
-    chosen = fill_choices(recipe, studies)
+    text, recipe = (page.read_text(encoding="utf-8") for page in (PAGE, RECIPE))
+    try:
+        studies = read_all()
+        new, chosen = fill(text, studies), fill_choices(recipe, studies)
+    except (ValueError, YAMLError) as error:
+        parser.error(" ".join(str(error).split()))
     for study, lines in studies:
         print(f"{study.name}: {len(lines)} lines, {len(missing(study, lines))} cells to run", flush=True)
     if args.check:

@@ -59,6 +59,19 @@ def test_the_recipe_holds_what_the_lines_say():
         report.fill_choices("no markers", [])
 
 
+def test_a_report_that_cannot_be_made_says_why_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "mine.yaml").write_text(SMALL)
+    read_all = report.read_all
+    monkeypatch.setattr(report, "read_all", lambda: read_all(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    for text, reason in (("", "The page has no place for mine"), ("{\n", "mine.jsonl, line 1 is not JSON")):
+        (tmp_path / "results" / "mine.jsonl").write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            report.main()
+        assert stop.value.code == 2 and reason in capsys.readouterr().err
+
+
 def test_choices_by_hand(small, monkeypatch):
     """Of the seed that both have: 20.0 is 5.70% below 21.21; 12 keys beside 20."""
     import choices

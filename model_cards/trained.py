@@ -74,7 +74,8 @@ def make_results(folder: Path) -> Results:
         tokenizer_sha256=None, chat_template_sha256=None, dtype="bfloat16", attention="dense",
         rope_parameters=config.applied_rope_parameters, native_window=NATIVE, window=line["settings"]["window"],
     )  # fmt: skip
-    command = "python experiments/run.py experiments/memorised.yaml --only one-pass --save FOLDER"
+    run = "python experiments/run.py experiments/memorised.yaml"
+    command = f"{run} --model MODEL --tokens TOKENS --only one-pass --save FOLDER"
     return Results(
         created=line["date"], versions=line["versions"], hardware={**line["hardware"], "processes": 1}, model=model,
         settings={"seed": line["seed"], "confidence": 0.95, "command": command, "cell": line["settings"]}, data={},

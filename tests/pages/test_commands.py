@@ -91,3 +91,10 @@ def test_extras_exist(command):
 def test_tests_that_pages_name_exist(command):
     for path in re.findall(r"\btests/[\w/.]+", command):
         assert Path(ROOT, path).exists(), path
+
+
+def test_runs_of_studies_name_the_model_and_the_tokens():
+    runs = [command for command in starting("python") if "experiments/run.py" in command and "--list" not in command]
+    assert len(runs) > 2
+    for command in runs:  # run.py refuses to train without
+        assert {"--model", "--tokens"} <= set(OPTION.findall(command)), command

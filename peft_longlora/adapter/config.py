@@ -42,7 +42,7 @@ class LongLoraConfig(LoraConfig):
             None. It is never a fraction of the row, so a short document stays dense.
         attention_pattern: 's2'; 'local' (groups without a shift); 'full' (dense in training too); 'window' (half a
             group back, and the first 128 tokens); 'adaptive' (blocks of keys chosen by content).
-        chosen_blocks: How many blocks of 128 keys 'adaptive' chooses. None: as many as cost what 's2' costs.
+        chosen_blocks: How many blocks of 128 keys 'adaptive' chooses. None: at the cost of 's2', but at least 1.
         dense_layers: Indices of layers that stay dense in training.
         dense_every: n: one training forward in n (the n-th, the 2n-th, ...) is dense in every layer. None or 0: none
             is.
@@ -107,7 +107,7 @@ class LongLoraConfig(LoraConfig):
     )
     chosen_blocks: int | None = field(
         default=None,
-        metadata={"help": "How many blocks of 128 keys 'adaptive' chooses. None: as many as cost what 's2' costs."},
+        metadata={"help": "How many blocks of 128 keys 'adaptive' chooses. None: at the cost of 's2', but at least 1."},
     )
     dense_layers: list[int] | None = field(
         default=None, metadata={"help": "Indices of layers that stay dense in training."}

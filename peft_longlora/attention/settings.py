@@ -54,7 +54,7 @@ class AttentionSettings:
         config: the model's text config; its window may determine the group size.
         given_size: G in tokens, if the user gave it. group_size_ratio: otherwise G as a fraction of the window.
         pattern: one of `patterns.PATTERNS` and `patterns.BLOCK_PATTERNS`.
-        chosen_blocks: how many blocks of keys "adaptive" chooses; None for as many as cost what S2-Attn costs.
+        chosen_blocks: how many blocks of keys "adaptive" chooses; None: as `s2_attention`.
         dense_layers: indices of layers that stay dense in training.
         dense_attention: the transformers attention that runs if S2-Attn does not.
         is_fastest: whether whole causal rows go through the fastest kernel instead.
@@ -120,10 +120,9 @@ class AttentionSettings:
             raise ValueError(f"training_forwards={count!r} must be a whole number of forwards, 0 or more.")
         self.schedule.training_forwards = number
 
-    def pattern_of(self, module: nn.Module, is_dense_forward: bool = False) -> str:
-        """The pattern of a layer in a sparse forward, or in a dense forward of `dense_every`."""
-        is_dense = is_dense_forward or getattr(module, "layer_idx", None) in self.dense_layers
-        return "full" if is_dense else self.pattern
+    def pattern_of(self, module: nn.Module) -> str:
+        """The pattern of a layer in a sparse forward."""
+        return "full" if getattr(module, "layer_idx", None) in self.dense_layers else self.pattern
 
     def is_sparse(self, training: bool) -> bool:
         """Whether a forward of a module in this mode is sparse."""

@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="delete the old results in --output first")
     add("--with-base", action="store_true", help="measure the base too: both in one table and in one plot a task")
     add("--card", action="store_true", help="show the results in the adapter's card (README.md)")
-    add("--seed", type=int, default=0, help="seed of generated prompts and of intervals (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of generated prompts (%(default)s)")
     add_model_options(parser, "as in the file, on a CPU float32")
     _add_extension(parser)
     _add_documents(parser)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import random
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from books import Books
 from losses import hidden_states, output_layer, token_losses
-from ruler import measure_ruler
+from ruler import check_ruler, measure_ruler
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -29,10 +31,17 @@ QUESTION = "\n\nWhat is the pass key? The pass key is "
 SPARE = 2  # tokens of a length that no prompt uses
 
 
-def check_books(tokenizer: PreTrainedTokenizerBase, books: Books, window: int, evaluation: dict[str, Any]) -> None:
-    """Refuse to train if perplexity or keys could not be measured afterwards.
+def check_measures(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    books: Books,
+    window: int,
+    evaluation: dict[str, Any],
+    trained: list[list[int]],
+) -> None:
+    """Refuse to train if `measure` could not measure with the same arguments afterwards.
 
-    Raises: ValueError: the validation books are too short, or a length of keys is.
+    Raises: ValueError: the validation books are too short, the model's window is, or a length of prompts is.
     """
     longest, lengths = max(map(len, books), default=0), evaluation["passkey_lengths"]
     if too_long := [size for size in (window, evaluation["native_window"], *lengths) if size >= longest]:
@@ -43,6 +52,11 @@ def check_books(tokenizer: PreTrainedTokenizerBase, books: Books, window: int, e
     around = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in _texts("10000"))
     if lengths and min(lengths) <= around + SPARE:
         raise ValueError(f"passkey_lengths={lengths}: key and question alone have {around} tokens. Take longer ones.")
+    if count := evaluation["memorised"]:
+        with memorised_task(tokenizer, trained, [book[:window].tolist() for book in books], count) as task:
+            task.check(Subject.of(model, tokenizer))
+    if count := evaluation["ruler"]:
+        check_ruler(tokenizer, books, lengths, count)
 
 
 @torch.no_grad()
@@ -85,6 +99,19 @@ def measure(
     return metrics
 
 
+@contextmanager
+def memorised_task(
+    tokenizer: PreTrainedTokenizerBase, trained: list[list[int]], unseen: list[list[int]], count: int
+) -> Iterator[Memorised]:
+    """The task, with the rows as documents, which lie in a folder as long as it is open."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, rows in (("trained", trained), ("unseen", unseen)):
+            Path(folder, name).mkdir()
+            for number, row in enumerate(rows):
+                Path(folder, name, f"{number:04d}.txt").write_text(tokenizer.decode(row), encoding="utf-8")
+        yield Memorised(Corpus(Path(folder, "trained")), Corpus(Path(folder, "unseen")), passages=count)
+
+
 def recited(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, trained: list[list[int]], unseen: list[list[int]], count: int
 ) -> dict[str, Any]:
@@ -97,13 +124,8 @@ def recited(
         "tokens": the mean number before the first other one}}}}.
     """
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, use_attention(model, "dense", dense_attention="fastest"):
-        for name, rows in (("trained", trained), ("unseen", unseen)):
-            Path(folder, name).mkdir()
-            for number, row in enumerate(rows):
-                Path(folder, name, f"{number:04d}.txt").write_text(tokenizer.decode(row), encoding="utf-8")
-        corpora = Corpus(Path(folder, "trained")), Corpus(Path(folder, "unseen"))
-        task, subject = Memorised(*corpora, passages=count), Subject.of(model, tokenizer)
+    dense, subject = use_attention(model, "dense", dense_attention="fastest"), Subject.of(model, tokenizer)
+    with memorised_task(tokenizer, trained, unseen, count) as task, dense:
         task.check(subject)
         for item in task.items(subject):
             sample = item.measure()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +25,25 @@ from peft_longlora.hub.generation import decoding
 
 # One of each kind. Left out to save time: noise or other needles as the haystack, uuids, and coded words.
 TASKS = ("niah_single_2", "niah_multikey_1", "niah_multivalue", "niah_multiquery", "vt", "cwe")
+
+
+@contextmanager
+def ruler_tasks(
+    tokenizer: PreTrainedTokenizerBase, books: Books, lengths: list[int], count: int
+) -> Iterator[dict[str, Ruler]]:
+    """The tasks by their kind, with the books as essays, which lie in a folder as long as it is open."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number, book in enumerate(books):
+            Path(folder, f"{number:04d}.txt").write_text(tokenizer.decode(book.tolist()), encoding="utf-8")
+        haystack = Haystack(Corpus(folder), max(lengths))
+        yield {kind: Ruler(kind=kind, samples=count, lengths=lengths, books=haystack) for kind in TASKS}
+
+
+def check_ruler(tokenizer: PreTrainedTokenizerBase, books: Books, lengths: list[int], count: int) -> None:
+    """Refuse lengths that are too short for a prompt, before the training. Raises: ValueError."""
+    with ruler_tasks(tokenizer, books, lengths, count) as tasks:
+        for task in tasks.values():
+            task.check_shortest(tokenizer)
 
 
 @torch.no_grad()
@@ -43,20 +64,16 @@ def measure_ruler(
     found: dict[str, dict[str, dict[str, float]]] = {}
     subject = Subject.of(model.merge_and_unload() if hasattr(model, "merge_and_unload") else model, tokenizer)
     subject.model.eval()
-    with tempfile.TemporaryDirectory() as folder:
-        for number, book in enumerate(books):
-            Path(folder, f"{number:04d}.txt").write_text(tokenizer.decode(book.tolist()), encoding="utf-8")
-        haystack = Haystack(Corpus(folder), max(lengths))
-        with use_attention(subject.model, "dense", dense_attention="fastest"):
-            for kind in TASKS:
-                task = Ruler(kind=kind, samples=count, lengths=lengths, books=haystack)
-                for length in lengths:
-                    prompts = [task.make_prompt(subject, length, number) for number in range(count)]
-                    rows = [task.prompt_ids(subject, prompt) for prompt in prompts]
-                    texts = write_answers(subject, rows, task.max_new_tokens)
-                    shares = [task.score(text, prompt)["recall"] for text, prompt in zip(texts, prompts, strict=True)]
-                    score = round(100 * statistics.fmean(shares), 2)
-                    found.setdefault(kind, {})[str(length)] = dict(score=score, of=count)
+    dense = use_attention(subject.model, "dense", dense_attention="fastest")
+    with ruler_tasks(tokenizer, books, lengths, count) as tasks, dense:
+        for kind, task in tasks.items():
+            for length in lengths:
+                prompts = [task.make_prompt(subject, length, number) for number in range(count)]
+                rows = [task.prompt_ids(subject, prompt) for prompt in prompts]
+                texts = write_answers(subject, rows, task.max_new_tokens)
+                shares = [task.score(text, prompt)["recall"] for text, prompt in zip(texts, prompts, strict=True)]
+                score = round(100 * statistics.fmean(shares), 2)
+                found.setdefault(kind, {})[str(length)] = dict(score=score, of=count)
     return found
 
 

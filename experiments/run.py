@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from books import Books, train_rows
 from cells import Cell, Study, append_line, line_of, read_lines, read_study, steps_of
-from metrics import check_books, measure
+from metrics import check_measures, measure
 from records import check_scores, measure_records, record_rows, split_records
 from train import make_model, train
 from transformers import AutoConfig, AutoTokenizer
@@ -211,9 +211,10 @@ def finish_cell(cell: Cell, steps: int, args: argparse.Namespace, kernels: Kerne
     else:
         rows = train_rows(Books.read(args.tokens, "train"), cell.window, count, cell.seed, cell.training["rows"])
         held = Books.read(args.tokens, "validation")
-        check_books(tokenizer, held, cell.window, cell.evaluation)
         distinct = list({tuple(row["input_ids"]): row["input_ids"] for row in rows}.values())
-        scores = partial(measure, model, tokenizer, held, cell.window, cell.evaluation, distinct)
+        what = model, tokenizer, held, cell.window, cell.evaluation, distinct
+        check_measures(*what)
+        scores = partial(measure, *what)
     if steps:
         training = train(cell, model, rows, args.device)
     trained_at = time.monotonic()

@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import run
 from books import Books
 from cells import append_line, read_lines, read_study
-from metrics import check_books
+from metrics import check_measures
+from train import make_model
 from transformers import AutoTokenizer
 
 CELL = {"name": "full"}
@@ -75,9 +76,16 @@ def test_yaml_that_is_no_study_is_refused(tmp_path, text):
         read_study(tmp_path / "study.yaml")
 
 
-def test_what_the_books_do_not_hold_is_refused_before_the_training(place):
+def test_what_could_not_be_measured_is_refused_before_the_training(place):
     tokenizer, books = AutoTokenizer.from_pretrained(place / "base"), Books.read(place, "validation")  # 250 and 400
-    check_books(tokenizer, books, 399, dict(native_window=32, passkey_lengths=[224]))
+    cell = next(cell for cell in read_study(place / "tiny.yaml").cells if cell.name == "full")
+    model, rows = make_model(cell, str(place / "base"), "cpu"), [books[0][:96].tolist()]
+
+    def check(window: int, native: int, length: int, **more) -> None:
+        evaluation = dict(native_window=native, passkey_lengths=[length], memorised=None, ruler=None)
+        check_measures(model, tokenizer, books, window, evaluation | more, rows)
+
+    check(399, 32, 224)
     for window, native, length, reason in (
         (400, 32, 224, "longest validation book has 400 tokens.*400 is among"),
         (96, 500, 224, "500 is among"),
@@ -85,7 +93,11 @@ def test_what_the_books_do_not_hold_is_refused_before_the_training(place):
         (96, 32, 150, "key and question alone have"),
     ):
         with pytest.raises(ValueError, match=reason):
-            check_books(tokenizer, books, window, dict(native_window=native, passkey_lengths=[length]))
+            check(window, native, length)
+    with pytest.raises(ValueError, match="memorised: a window of 96 tokens is too short"):
+        check(96, 32, 224, memorised=2)
+    with pytest.raises(ValueError, match="ruler_niah_single_2 at 224 tokens: The prompt alone"):
+        check(96, 32, 224, ruler=1)
 
 
 def line(cell: str, **more) -> dict:

@@ -51,9 +51,12 @@ class Page:
             return
         reader = Reader(Path(path).name)
         with self._readers_lock:
-            is_full = sum(not other.error for other in self.readers.values()) >= self.places
+            other = self.readers.pop(session, None)  # of another file, dropped at the same moment
+            is_full = sum(not one.error for one in self.readers.values()) >= self.places
             if not is_full:
                 self.readers[session] = reader
+        if other is not None:
+            other.close()
         if is_full:
             Path(path).unlink(missing_ok=True)
             yield View(views.red(views.FULL), [], passages=views.NOWHERE)

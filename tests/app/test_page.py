@@ -88,6 +88,33 @@ def test_a_document_is_read_asked_about_and_forgotten(page, book):
     assert tab.usage == views.EMPTY and page.readers == {}
 
 
+def test_of_two_files_dropped_at_the_same_moment_one_is_read(page, book, tmp_path, monkeypatch):
+    """Each has ended the conversation before, and neither has begun its own: the first would never end."""
+    first = tmp_path / "first.txt"
+    first.write_text(book.read_text())
+    leave, begun = page.leave, []
+
+    def leave_slowly(session):
+        had_document = leave(session)
+        if not begun:
+            begun.append(None)
+            begun[0] = page.read(session, str(first))
+            next(begun[0])
+            begun.append(page.readers[session])
+        return had_document
+
+    monkeypatch.setattr(page, "leave", leave_slowly)
+    tab = Tab(page)
+    with page.lock:  # nobody is done before the other comes
+        second = page.read("one", str(book))
+        tab.show(next(second))
+        assert page.readers["one"].name == "book.txt" and begun[1].is_closed
+        assert list(begun[0]) == []
+    for view in second:
+        tab.show(view)
+    assert "book.txt" in tab.usage and not first.exists() and not book.exists()
+
+
 def test_a_question_asked_while_the_document_is_read_waits_and_is_answered(page, book):
     tab = Tab(page)
     with page.lock:  # another reader has the model

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 ALONE = "dense_steps", "group_sizes", "rotating_layers", "unscored", "dense_weight", "accumulation"
+GROUPED = "dense_steps", "group_sizes", "rotating_layers", "unscored", "dense_weight"
 PLANS = {"every", "after", "first", "last"}
 SWITCHES = "gradient_checkpointing", "bf16", "skip_positions", "liger"
 
@@ -119,6 +120,7 @@ def check_course(training: dict[str, Any], config: dict[str, Any], data: str, wi
     if training["accumulation"] is not None and not _is_count(training["accumulation"], 1):
         raise ValueError(f"accumulation={training['accumulation']!r} must be a number of rows, 1 or more.")
     _check_parts(training, config, data, window)
+    _check_effect(training, config)
     if data == "records" and (unscored is not None or weight is not None):
         raise ValueError("unscored and dense_weight weigh the tokens of books; the loss of records is on the answers.")
     if data == "records" and training["rows"] is not None:
@@ -142,6 +144,16 @@ def _check_dense_steps(found: Any) -> None:
         )
     if "after" in found and "every" not in found:
         raise ValueError(f"dense_steps={found!r}: after says where the counting of every begins, and every is missing.")
+
+
+def _check_effect(training: dict[str, Any], config: dict[str, Any]) -> None:
+    idle = [name for name in GROUPED if training[name] is not None]
+    if config.get("attention_pattern") == "full" and idle:
+        raise ValueError(f"attention_pattern='full' is dense in every step and has no groups: leave {idle} out.")
+    if training["rotating_layers"] is not None and config.get("dense_layers") is not None:
+        raise ValueError("rotating_layers takes the place of dense_layers. Leave one of them out.")
+    if training["dense_weight"] is not None and not (training["dense_steps"] or config.get("dense_every")):
+        raise ValueError("dense_weight weighs dense steps, and neither dense_steps nor dense_every makes one.")
 
 
 def _check_parts(training: dict[str, Any], config: dict[str, Any], data: str, window: int) -> None:

@@ -66,6 +66,22 @@ def test_parts_of_rows_stand_alone(tmp_path, other):
     read_study(write(tmp_path, {"parts": 2, "part_rate": 0.5, "skip_positions": True}, config={"dense_every": 5}))
 
 
+@pytest.mark.parametrize(
+    "training, config, reason",
+    [
+        ({"group_sizes": [8]}, {"attention_pattern": "full"}, "'full' is dense in every step .* leave ..group_sizes"),
+        ({"unscored": 4}, {"attention_pattern": "full"}, "leave ..unscored"),
+        ({"rotating_layers": 1}, {"attention_pattern": "full"}, "leave ..rotating_layers"),
+        ({"dense_steps": {"last": 1}}, {"attention_pattern": "full"}, "leave ..dense_steps"),
+        ({"rotating_layers": 1}, {"dense_layers": [0]}, "takes the place of dense_layers"),
+        ({"dense_weight": 2.0}, {"group_size": 16}, "neither dense_steps nor dense_every"),
+    ],
+)
+def test_what_has_no_effect_is_refused(tmp_path, training, config, reason):
+    with pytest.raises(ValueError, match=reason):
+        read_study(write(tmp_path, training, config=config))
+
+
 def test_records_have_no_tokens_to_weigh(tmp_path):
     with pytest.raises(ValueError, match="the loss of records"):
         read_study(write(tmp_path, {"unscored": 4}, data="records"))

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from peft_longlora.hub.public import RECIPE
+from peft_longlora.hub.writing import write_whole
 from peft_longlora.training.damage import check_checkpoint, read_mapping
 from peft_longlora.training.recipe import ADAPTER, Recipe, keys
 
@@ -108,7 +109,8 @@ def begin_output(recipe: Recipe) -> None:
     values = {name: value for name, value in _plain(recipe.values).items() if name not in ("overwrite", "hub_token")}
     public = {name: _without_path(value) for name, value in values.items() if name not in PRIVATE}
     for name, content in ((RUN, values), (RECIPE, public)):
-        (folder / name).write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+        # In one step: a run whose note is half written, as on a full disk, could never go on.
+        write_whole(folder / name, yaml.safe_dump(content, allow_unicode=True))
 
 
 def _without_path(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from peft_longlora.data.loading import digest_of
 from peft_longlora.eval.identity import Digests, fingerprint
+from peft_longlora.hub.writing import write_whole
 from peft_longlora.training.damage import read_object
 from peft_longlora.training.recipe import Recipe
 
@@ -59,4 +60,4 @@ def check_trained_on(recipe: Recipe, now: dict[str, str]) -> None:
 
 def note_trained_on(folder: Path, now: dict[str, str]) -> None:
     """Write what a run is trained on beside its checkpoints."""
-    (folder / NOTED).write_text(json.dumps(now, indent=1) + "\n")
+    write_whole(folder / NOTED, json.dumps(now, indent=1) + "\n")

@@ -2,11 +2,15 @@
 
 import json
 import re
+import resource
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from peft_longlora.training import last_checkpoint
+from peft_longlora.training.checkpoints import begin_output
+from peft_longlora.training.identity import note_trained_on
 
 pytest.importorskip("trl", minversion="1.16")
 GIVEN = ("--save-steps", 1, "--max-steps")
@@ -95,6 +99,24 @@ def test_a_complete_run_makes_a_damaged_result_again(run, begun, tmp_path, name)
         json.loads((folder / name).read_text())
     else:
         assert (folder / name).read_bytes() == (begun / name).read_bytes()
+
+
+def test_a_full_disk_leaves_the_notes_of_the_run(tmp_path):
+    """A run that goes on writes them anew, and without them it could not."""
+    recipe = SimpleNamespace(output_dir=tmp_path, run=SimpleNamespace(overwrite=False), values={"data": "a" * 99})
+    begin_output(recipe)
+    note_trained_on(tmp_path, {"rows": "1"})
+    notes = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
+    try:
+        with pytest.raises(OSError):
+            begin_output(recipe)
+        with pytest.raises(OSError):
+            note_trained_on(tmp_path, {"rows": "1"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == notes
 
 
 def test_a_checkpoint_that_was_saved_without_its_optimizer_is_whole(run):

@@ -11,8 +11,8 @@ import torch
 from peft_longlora.memory import checkpoint_blocks, fit, fit_memory
 from peft_longlora.memory.blocks import find_blocks
 from peft_longlora.memory.plan import MEANS, fill
+from tests.helpers.measured_gpu import GIB, NAMED, Machine, plan
 from tests.helpers.tiny import extend, make
-from tests.memory.test_fit import GIB, NAMED, Machine, plan
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,6 +1,5 @@
 """What a memory plan chooses, against every other choice; and on a GPU, what it expects against what is measured."""
 
-import math
 from dataclasses import replace
 from itertools import product
 
@@ -9,25 +8,10 @@ import torch
 
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import settings_of
-from peft_longlora.memory import MemoryPlan, fit, fit_memory
+from peft_longlora.memory import fit, fit_memory
 from peft_longlora.memory.plan import MEANS, fill
+from tests.helpers.measured_gpu import GIB, NAMED, Machine, plan
 from tests.helpers.tiny import extend, make
-
-GIB = 2**30
-NAMED = math.ceil(10**10 / 0.97)  # a named budget of which 10 GB are filled
-SIZES = dict(
-    fixed=GIB // 4,
-    token_bytes=100_000,
-    loss_bytes=60_000,
-    free_bytes=40_000,
-    kept_bytes=8_000,
-    input_bytes=4_000,
-    blocks=8,
-)
-
-
-def plan(length=1000, budget=GIB, host=0, means=MEANS[0], **changes):
-    return MemoryPlan(length, budget, host_budget=host, means=means, **{**SIZES, **changes})
 
 
 @pytest.mark.parametrize("budget", [GIB // 4, GIB // 2, GIB, 2 * GIB])
@@ -56,31 +40,6 @@ def test_what_waits_in_the_host():
     assert plan(means=dict(offload=True), keep_in_host=3).host == 1000 * (8 * 4000 + 3 * 8000)
     assert plan(means=dict(offload=2), free=1).host == 1000 * 4 * 4000
     assert plan(free=1).host == 0
-
-
-class Machine:
-    """A GPU on which a step's peak is known: 100 MB and so many bytes a token with each of the means."""
-
-    A_TOKEN = (300_000, 200_000, 120_000, 110_000, 110_000)
-
-    def __init__(self, monkeypatch, host=10**12):
-        self.now = {}
-        monkeypatch.setattr(fit, "checkpoint_blocks", lambda model, **options: setattr(self, "now", options))
-        monkeypatch.setattr(fit, "_peak", self.peak)
-        monkeypatch.setattr(fit, "host_budget", lambda: host)
-        monkeypatch.setattr(fit.torch.cuda, "mem_get_info", lambda device: (10**11, 10**11))
-        monkeypatch.setattr(fit, "_check", lambda *_: None)
-        monkeypatch.setattr(fit, "use_liger", lambda *_, **__: ())
-
-    def peak(self, model, tokens, loss):
-        options = {**self.now}
-        free, keep, in_host = options.pop("free", 0), options.pop("keep"), options.pop("keep_in_host", 0)
-        kept = (2 - free - in_host if keep else 0) if isinstance(keep, bool) else keep
-        return int(
-            1e8
-            + tokens
-            * (self.A_TOKEN[MEANS.index(options)] + 50_000 * free + 10_000 * (kept or bool(in_host and not free)))
-        )
 
 
 @pytest.mark.parametrize("length", [23_000, 28_000, 36_000, 44_000, 60_000, 80_000, 85_000])

@@ -99,12 +99,12 @@ class Memorised:
     def items(self, subject: Subject) -> Iterator[Item]:
         """One item for each passage, prefix and model."""
         variants = ["base", subject.variant] if subject.variant != "base" else ["base"]
-        for corpus in self._corpora():
+        for name, corpus in self._named():
             passages = self._passages(subject, corpus)
             for prefix in (SHORT, MIDDLE, subject.window - CONTINUATION):
                 for variant in variants:
                     for passage in passages:
-                        yield self._item(subject, corpus.summary().name, variant, prefix, passage)
+                        yield self._item(subject, name, variant, prefix, passage)
         if self.unseen is None:
             self._note(
                 f"{self.name}: no unseen text was given, so it is not known how many passages are easy to guess. Give "
@@ -113,6 +113,13 @@ class Memorised:
 
     def _corpora(self) -> list[Corpus]:
         return [self.corpus] if self.unseen is None else [self.corpus, self.unseen]
+
+    def _named(self) -> list[tuple[str, Corpus]]:
+        """The texts by the names of their data in the results; two folders may have one name."""
+        names = [corpus.summary().name for corpus in self._corpora()]
+        if len(names) > len(set(names)):
+            names[1] += " (unseen)"
+        return list(zip(names, self._corpora(), strict=True))
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

@@ -86,6 +86,18 @@ def test_a_text_that_a_model_knows_and_one_that_it_does_not(tmp_path):
     assert "not known how many" not in " ".join(task.notes)
 
 
+def test_two_folders_of_one_name_are_two_texts(tmp_path):
+    """As --data mine/books --unseen other/books: a sample's key tells them apart, or the second is never measured."""
+    known, other = letters(1, 2000), letters(2, 2000)
+    model = Reciter(known)
+    (tmp_path / "mine").mkdir(), (tmp_path / "other").mkdir()
+    texts = corpus(tmp_path / "mine", "books", known), corpus(tmp_path / "other", "books", other)
+    task = Memorised(*texts, passages=4)
+    results = evaluate(Subject.of(model, model.tokenizer), [task], tmp_path / "out", show_progress=False)
+    found = {row.dataset: row.value for row in results.results if row.length == 100 and row.metric == "verbatim"}
+    assert found == {"books": 1, "books (unseen)": 0}
+
+
 def test_a_text_that_a_model_knows_in_part(tmp_path):
     """It knows the first 1000 letters of 2000: a passage that ends behind them breaks off there."""
     text = letters(1, 2000)

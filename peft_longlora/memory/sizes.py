@@ -26,9 +26,12 @@ def read_config(model: str) -> PretrainedConfig:
         ValueError: the file holds no object, as `check_sizes`, or transformers refuses a value.
         OSError: there is no such model.
     """
-    config = PretrainedConfig.get_config_dict(model)[0]
+    try:
+        config = PretrainedConfig.get_config_dict(model)[0]
+    except TypeError:  # transformers 5.17 writes into what it has read, whatever that is
+        config = None
     if not isinstance(config, Mapping):
-        raise ValueError(f"{model}: config.json holds {type(config).__name__!r}, but must hold an object of fields.")
+        raise ValueError(f"{model}: config.json must hold an object of fields, and does not.")
     check_sizes(config, model)
     try:
         return AutoConfig.from_pretrained(model)

@@ -215,7 +215,7 @@ def test_a_size_that_is_none_is_named_with_its_file(capsys, tmp_path, name, valu
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("[1, 2]", "config.json holds 'list', but must hold an object of fields."),
+        ("[1, 2]", "config.json must hold an object of fields, and does not."),
         (json.dumps(LlamaConfig().to_dict() | {"num_attention_heads": None}), "'num_attention_heads' expected int"),
         ('{"model_type": "llama", ', "is not a valid JSON file."),
     ],

@@ -12,7 +12,7 @@ WORKERS ?= auto
 
 help:
 	@echo "make demo    extend the embedded model from 512 to 4096 tokens and plot it (3 to 5 minutes on 2 cores)"
-	@echo "make test    run the tests that need no GPU (about 3 minutes on 2 cores)"
+	@echo "make test    run the tests that need no GPU (about 4 minutes on 2 cores)"
 	@echo "make test-lowest  the same with the lowest supported versions, in .venv-lowest"
 	@echo "make peft-suite   run PEFT's own tests with LongLoraConfig (4 to 8 minutes)"
 	@echo "make browser run the tests of longlora app in a browser; they need chromium and chromedriver"

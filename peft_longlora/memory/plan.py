@@ -102,12 +102,12 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """The expected peak on the GPU."""
-        return round(self.fixed + max(self.late, self.length * (self.working + self.keep * self.kept_bytes)))
+        return max(self.in_blocks, round(self.fixed + self.late))
 
     @property
-    def room(self) -> int:
-        """What is left of the budget while blocks are computed."""
-        return self.budget - round(self.fixed + self.length * (self.working + self.keep * self.kept_bytes))
+    def in_blocks(self) -> int:
+        """The expected peak while blocks are computed, before the embeddings' gradient is made."""
+        return round(self.fixed + self.length * (self.working + self.keep * self.kept_bytes))
 
     @property
     def host(self) -> int:
@@ -166,12 +166,12 @@ def fill(plan: MemoryPlan) -> MemoryPlan:
         one = replace(plan, free=free, keep=0, keep_in_host=0)
         if one.fits:
             kept, rest = max(1.0, plan.length * plan.kept_bytes), plan.blocks - free  # bytes of a block's attention
-            keep = min(rest, int(one.room / kept))
+            keep = min(rest, int((one.budget - one.in_blocks) / kept))
             found.append(replace(one, keep=keep))
             in_host = min(rest, int((one.host_budget - one.host) / kept)) if plan.means.get("offload") else 0
             # One on the GPU, if it takes no more room than what arrives for blocks whose attention waits; or none.
             for first in {0, min(1, rest - in_host)} if in_host else ():
                 if (with_host := replace(one, keep=first, keep_in_host=in_host)).fits:
-                    keep = min(rest - in_host, first + int(with_host.room / kept))
+                    keep = min(rest - in_host, first + int((with_host.budget - with_host.in_blocks) / kept))
                     found.append(replace(with_host, keep=keep))
     return min(found, key=lambda one: one.work, default=plan)

@@ -35,6 +35,8 @@ CHOICES = [
     Choice("attention, 2e-4, equal time", LOCAL, "S2, G = 1/4", f"{SCHEDULE}/time", "schedules/s2-8192/time"),
     Choice("the shift, G = 1/4", "no (local)", "yes (S2)", "schedules/local-8192/tokens", "schedules/s2-8192/tokens"),
     Choice("the shift, dense steps", "no", "yes", f"{SCHEDULE}/tokens", "schedules/s2-4096-dense-6/tokens"),
+    Choice("the shift, dense steps, equal time", "no", "yes", f"{SCHEDULE}/time", "schedules/s2-4096-dense-6/time"),
+    Choice("dense steps, equal time", LOCAL, "none, G = 1/4", f"{SCHEDULE}/time", "schedules/local-8192/time"),
     Choice("far layers dense too", "no", "3 layers, G = 1/16, every 8th dense", f"{SCHEDULE}/time", FAR),
     Choice("blocks by content between dense steps", "no (local)", "adaptive", f"{SCHEDULE}/tokens", ADAPTIVE),
     Choice("where the dense steps go", "every 6th", "the last 25", "courses/spread/tokens", "courses/last/tokens"),
@@ -74,6 +76,7 @@ CHOICES = [
         "LoRA's modules, 2e-4", "all linear layers", "q, k, v, o", "trained/all-linear/tokens", f"{SCHEDULE}/tokens"
     ),
     Choice("LoRA's modules, 1e-3", "all linear layers", "q, k, v, o", "best/local-1e-3/tokens", "rates/1e-3/tokens"),
+    Choice("the best together, positions", "skip", "as they are", "best/skips-1e-3/tokens", "best/local-1e-3/tokens"),
     Choice("embeddings and norms", "trained", "frozen", f"{SCHEDULE}/tokens", "trained/lora/tokens"),
     Choice("RoPE", "yarn", "linear", f"{SCHEDULE}/tokens", "rope/linear/tokens"),
     Choice("RoPE", "yarn", "ntk", f"{SCHEDULE}/tokens", "rope/ntk/tokens"),

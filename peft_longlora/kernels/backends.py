@@ -115,7 +115,7 @@ def _force(name: str, needs: Needs) -> str:
 def _order(device: torch.device, is_regular: bool, has_blocks: bool) -> list[str]:
     """Backends from the fastest to the slowest on this device, whether installed or not."""
     if has_blocks and device.type == "cuda":
-        return ["flex", "sdpa"]
+        return ["flash_attention_4", "flex", "sdpa"]
     if device.type != "cuda":
         return ["sdpa", "flex"]
     if torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9:

@@ -182,6 +182,28 @@ def test_what_flash_attention_4_does_not_do_with_blocks(monkeypatch):
     assert "for Hopper" in backend.lacks(Needs(**call))
 
 
+def test_adaptive_runs_on_flash_attention_4_where_that_can(monkeypatch):
+    """On a machine of a given GPU and packages, which these functions stand for."""
+    from peft_longlora.kernels import backends
+    from peft_longlora.kernels.kernel import Needs
+
+    flash, device = backends.BACKENDS["flash_attention_4"], torch.device("cuda")
+    monkeypatch.setattr(type(backends.BACKENDS["flex"]), "missing", lambda self, device: None)
+    for major, reason, pattern, dim, expected in (
+        (9, None, "adaptive", 64, "flash_attention_4"),
+        (9, None, "window", 64, "flex"),
+        (9, None, "adaptive", 256, "flex"),
+        (10, None, "adaptive", 64, "flex"),
+        (9, "not installed", "adaptive", 64, "flex"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
+        monkeypatch.setattr(flash.kernel, "missing", lambda device, reason=reason: reason)
+        backends._choose.cache_clear()
+        needs = Needs(device, torch.bfloat16, dim, dim, requires_grad=True, blocks=pattern)
+        assert backends._choose(None, True, False, needs) == expected
+    backends._choose.cache_clear()
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 @pytest.mark.parametrize("pattern", BLOCK_PATTERNS)
 def test_no_token_and_no_choice_sees_a_later_one(pattern, backend):

@@ -55,6 +55,20 @@ def differences(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]
     return percents
 
 
+def found_at(lines: list[dict[str, Any]]) -> tuple[str, dict[str, float]]:
+    """What a cell finds in a window, by its length: RULER's mean score over the tasks or, without, the nats a key.
+
+    Returns: the name of the figure, and its mean over the lines (seeds) at each length; none if nobody measured it.
+    """
+    if rulers := [line["metrics"]["ruler"] for line in lines if "ruler" in line["metrics"]]:
+        tasks = [task for one in rulers for task in one.values()]
+        name, columns = "RULER, %", {length: [task[length]["score"] for task in tasks] for length in tasks[0]}
+    else:
+        keys = [line["metrics"].get("passkey", {}) for line in lines]
+        name, columns = "nats a key", {length: [one[length]["loss"] for one in keys] for length in keys[0]}
+    return name, {length: statistics.fmean(values) for length, values in columns.items()}
+
+
 def answers(lines: list[dict[str, Any]], name: str, figure: str) -> list[float]:
     """A figure of every scored record of a file, averaged over the lines (seeds)."""
     rows = [line["metrics"]["records"][name][figure] for line in lines]

@@ -17,7 +17,7 @@ from typing import Any
 
 from cells import Cell, Study, line_of, read_lines, read_study
 from choices import MARK, choice_table
-from figures import answer_loss, answers, differences, lines_by_row, metric, positions, short
+from figures import answer_loss, answers, differences, found_at, lines_by_row, metric, positions, short
 from yaml import YAMLError
 
 from peft_longlora.cli.arguments import Parser
@@ -107,7 +107,7 @@ def ruler_table(study: Study, found: dict[tuple[str, str], list[dict[str, Any]]]
         scores = {
             task: [statistics.fmean(one[task][length]["score"] for one in mine) for length in lengths] for task in tasks
         }
-        means = [f"{statistics.fmean(column):.1f}" for column in zip(*scores.values(), strict=True)]
+        means = [f"{mean:.1f}" for mean in found_at(found[name, budget])[1].values()]
         head = ["RULER, %", "budget", *(f"mean {short(length)}" for length in lengths)]
         head += [f"{task.removeprefix('niah_')} {' / '.join(map(short, lengths))}" for task in tasks]
         rows.append([label, budget, *means, *(" / ".join(f"{score:.0f}" for score in scores[task]) for task in tasks)])

@@ -203,6 +203,17 @@ def test_the_picture_is_drawn(small, tmp_path):
     assert (tmp_path / "images" / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_found_in_a_window_by_hand():
+    from figures import found_at
+
+    keys = [dict(metrics=dict(passkey={"512": dict(loss=a, right=1, of=2)})) for a in (1.0, 4.0)]
+    assert found_at(keys) == ("nats a key", {"512": 2.5})
+    tasks = [dict(one={"512": dict(score=a, of=1)}, two={"512": dict(score=b, of=1)}) for a, b in ((10, 20), (60, 30))]
+    rulers = [dict(metrics={**line["metrics"], "ruler": ruler}) for line, ruler in zip(keys, tasks, strict=True)]
+    assert found_at(rulers) == ("RULER, %", {"512": 30})
+    assert found_at([dict(metrics=dict(passkey={}))])[1] == {} == found_at([dict(metrics={})])[1]
+
+
 def test_what_is_recited_by_hand(small):
     study, lines = small
     cell = dict(verbatim=3, of=100, tokens=4.25), dict(verbatim=60, of=100, tokens=41.0)

@@ -244,7 +244,7 @@ def check_numbers(state: Iterable[tuple[str, torch.Tensor]], place: str) -> None
             )
 
 
-def check_whole(state: dict[str, torch.Tensor], adapter_name: str) -> None:
+def check_gathered(state: dict[str, torch.Tensor], adapter_name: str) -> None:
     """Refuse to save an adapter if other processes hold its weights.
 
     Raises: ValueError: a tensor of the adapter is empty.

@@ -24,9 +24,9 @@ from peft_longlora.adapter import called, copies, count, fit, lowrank, precision
 from peft_longlora.adapter.base import layout_of
 from peft_longlora.adapter.config import LongLoraConfig, refuse_other_tuner
 from peft_longlora.adapter.ending import EndingLoraModel
-from peft_longlora.adapter.files import check_numbers, check_whole
+from peft_longlora.adapter.files import check_gathered, check_numbers
 from peft_longlora.adapter.names import check_names
-from peft_longlora.adapter.state import AdapterState, check_place
+from peft_longlora.adapter.state import AdapterState, check_free
 from peft_longlora.adapter.wishes import wanted_attention
 from peft_longlora.architecture import rows_of
 from peft_longlora.attention.configure import check_model, configure_attention
@@ -54,7 +54,7 @@ class LongLoraModel(EndingLoraModel):
     # -- adding an adapter ---------------------------------------------------------------------------------------
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        check_place(model, adapter_name)  # before PEFT forgets the first adapter's config
+        check_free(model, adapter_name)  # before PEFT forgets the first adapter's config
         check_model(model)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         self._on_taken = self.on_made()
@@ -224,7 +224,7 @@ class LongLoraModel(EndingLoraModel):
 
     @classmethod
     def _get_adapter_state_dict(cls, *, adapter_name: str, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        check_whole(state_dict, adapter_name)
+        check_gathered(state_dict, adapter_name)
         state = super()._get_adapter_state_dict(adapter_name=adapter_name, state_dict=state_dict, **kwargs)
         count.add_count(state, kwargs["model"])
         return state

@@ -110,7 +110,7 @@ class AdapterState:
         self.attention.put_on(self.model)
 
 
-def check_place(model: nn.Module, adapter_name: str) -> None:
+def check_free(model: nn.Module, adapter_name: str) -> None:
     """Refuse anything but a transformers model, and a base that another model with an adapter uses already.
 
     Two models on one base would both change its RoPE and attention.

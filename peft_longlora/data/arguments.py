@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 
-def check_whole(name: str, value: Any, least: int, what: str) -> int:
+def check_count(name: str, value: Any, least: int, what: str) -> int:
     """The value as an int.
 
     Args:

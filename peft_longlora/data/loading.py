@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from huggingface_hub import dataset_info
 from transformers import PreTrainedTokenizerBase
 
-from peft_longlora.data.arguments import check_whole
+from peft_longlora.data.arguments import check_count
 from peft_longlora.data.counts import Counts
 from peft_longlora.data.digests import SUFFIX, noting
 from peft_longlora.data.documents import read_documents, read_records
@@ -104,8 +104,8 @@ def load_rows(
     where = dict(split=split, config=config)
     read = dict(field=field, skip_empty=skip_empty, repositories=repositories) if kind == "text" else {}
     if max_rows is not None:
-        check_whole("max_rows", max_rows, 1, "of rows")
-    length = check_whole("length", length, SHORTEST if kind == "text" else 2, "of tokens in a row")
+        check_count("max_rows", max_rows, 1, "of rows")
+    length = check_count("length", length, SHORTEST if kind == "text" else 2, "of tokens in a row")
     made = dict(pack=pack) if kind == "text" else dict(too_long=too_long)
     folder = Path(cache or Path(settings.HF_DATASETS_CACHE) / "longlora-rows")
     key = _key(sources, tokenizer, dict(where, **read, **made, kind=kind, length=length, max_rows=max_rows))

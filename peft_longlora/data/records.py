@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from peft_longlora.data.arguments import check_whole
+from peft_longlora.data.arguments import check_count
 from peft_longlora.data.conversations import (
     ASSISTANT,
     CURE,
@@ -165,7 +165,7 @@ def tokenize_records(
     """
     if too_long not in ("truncate", "drop", "error"):
         raise ValueError(f"too_long={too_long!r} is unknown. Use 'truncate', 'drop' or 'error'.")
-    max_length = check_whole("max_length", max_length, 2, "of tokens in a row")
+    max_length = check_count("max_length", max_length, 2, "of tokens in a row")
     if tokenizer.chat_template is None and tokenizer.eos_token is None:
         raise ValueError(
             "The tokenizer has neither a chat template nor an end-of-sequence token, so a model would never learn to "

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from peft_longlora.data.arguments import check_whole
+from peft_longlora.data.arguments import check_count
 from peft_longlora.data.counts import Counts
 from peft_longlora.data.encoding import encode_all
 from peft_longlora.data.records import IGNORED
@@ -46,7 +46,7 @@ def to_windows(
 
     Example: 9 tokens with length 4 give rows of 4, 3 and 2.
     """
-    length = check_whole("length", length, SHORTEST, "of tokens in a row")
+    length = check_count("length", length, SHORTEST, "of tokens in a row")
     counts = Counts() if counts is None else counts
     pieces = _cut(documents, tokenizer, length, counts)
     for row in _pack(pieces, length) if pack else pieces:

@@ -91,7 +91,7 @@ def load_model(
     words = load_part(AutoTokenizer, tokenizer or model, "tokenizer")
     check_tokenizer(base, words)
     native = window_of(base.config.get_text_config())
-    notes = check_whole(model, found)
+    notes = check_complete(model, found)
     known, rows = len(words.get_vocab()), rows_of(base.get_input_embeddings())
     if known < PADDED * rows:
         notes.append(
@@ -162,7 +162,7 @@ def check_place(name: str, what: str, revision: str | None = None) -> None:
         raise ValueError(f"{what}={error}") from error
 
 
-def check_whole(model: str, found: dict[str, Any]) -> list[str]:
+def check_complete(model: str, found: dict[str, Any]) -> list[str]:
     """Refuse a model whose files lack weights: transformers makes random ones.
 
     Args:

@@ -21,8 +21,8 @@ from peft_longlora.hub.original_fields import carried_fields
 from peft_longlora.hub.original_tensors import (
     Tensors,
     are_equal,
+    check_copies,
     check_lora,
-    check_whole,
     layers_of,
     load_tensors,
     split,
@@ -109,7 +109,7 @@ def convert_original_adapter(
         raise ValueError(f"{label}/{CONFIG_NAME}, or an argument of the conversion: {error}") from error
     layers = layers_of([*lora, *whole])
     check_lora(config, lora, layers, weights_place)
-    check_whole(config, whole, layers, trainable_place)
+    check_copies(config, whole, layers, trainable_place)
     if is_tied:  # in this package's adapters a tied output layer has its own copy of the one weight
         whole[HEAD] = whole[EMBEDDINGS]
     Path(folder).mkdir(parents=True, exist_ok=True)

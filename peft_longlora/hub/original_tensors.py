@@ -114,7 +114,7 @@ def check_lora(config: LongLoraConfig, lora: Tensors, layers: set[str], place: s
     _check_layers(parts, layers, place, lambda module: bool(check_target_module_exists(config, module)))
 
 
-def check_whole(config: LongLoraConfig, whole: Tensors, layers: set[str], place: str) -> None:
+def check_copies(config: LongLoraConfig, whole: Tensors, layers: set[str], place: str) -> None:
     """Refuse the copies of whole modules if one is missing, or is none that the config names.
 
     Args: as those of `check_lora`.

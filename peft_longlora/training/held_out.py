@@ -7,7 +7,7 @@ from pathlib import Path
 from peft_longlora.training.options import RunOptions
 
 
-def check_names(options: RunOptions) -> None:
+def check_apart(options: RunOptions) -> None:
     """Refuse held-out data that is training data by its place; reads nothing.
 
     Raises: ValueError.

@@ -26,7 +26,7 @@ from peft_longlora.training.arguments import make_arguments
 from peft_longlora.training.checkpoints import begin_output, open_output
 from peft_longlora.training.completed import ADAPTER, MEASURE, PUSH, is_complete, missing_parts, restore
 from peft_longlora.training.finish import finish, push
-from peft_longlora.training.held_out import check_names, is_on_hub
+from peft_longlora.training.held_out import check_apart, is_on_hub
 from peft_longlora.training.identity import check_trained_on, note_trained_on, trained_on
 from peft_longlora.training.learning_rates import LearningRatesMixin
 from peft_longlora.training.machine import NOT_CHECKED, check_machine
@@ -140,7 +140,7 @@ def make_plan(recipe: Recipe, *, dry_run: bool = False) -> Plan:
     Raises: ValueError, NotImplementedError, ImportError, OSError: as `train`.
     """
     options = recipe.run
-    check_names(options)
+    check_apart(options)
     check_places(recipe)
     last = open_output(recipe)
     tokenizer = load_tokenizer(options)

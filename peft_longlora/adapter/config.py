@@ -215,7 +215,7 @@ class LongLoraConfig(LoraConfig):
             self.dense_every = check_dense_every(self.dense_every)
         check_together(self)
         self._register_custom_module({nn.Module: refuse_other_tuner})
-        self.refuse_second_use()
+        check_filled_in(self)
 
     def _refuse_newer(self) -> None:
         if isinstance(self.format_version, int) and self.format_version > FORMAT_VERSION:
@@ -223,13 +223,6 @@ class LongLoraConfig(LoraConfig):
                 f"format_version={self.format_version!r}: the adapter was written by a newer peft-longlora; this one "
                 f"reads versions up to {FORMAT_VERSION}. Update it: pip install -U peft-longlora."
             )
-
-    def refuse_second_use(self) -> None:
-        """Refuse a config that was filled in for one RoPE or group size and then edited.
-
-        Raises: ValueError.
-        """
-        check_filled_in(self)
 
     def group_size_on(self, window: int) -> int:
         """The group size G in tokens, on a base with this window."""
@@ -261,7 +254,7 @@ class LongLoraConfig(LoraConfig):
 
         Raises: ValueError: it was edited since it made the adapter, and could not be read again.
         """
-        self.refuse_second_use()
+        check_filled_in(self)
         super().save_pretrained(save_directory, **kwargs)
         self.on_save(save_directory)
         self.folder = str(save_directory)

@@ -17,6 +17,7 @@ from peft_longlora.adapter import trainable
 from peft_longlora.adapter.base import check_base
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.count import without_count
+from peft_longlora.adapter.filled_in import check_filled_in
 from peft_longlora.adapter.inits import check_init, warning_of
 from peft_longlora.adapter.regexes import check_patterns
 from peft_longlora.adapter.wishes import check_wishes
@@ -47,7 +48,7 @@ def check_before(
     """
     _check_ranks(config)
     check_patterns(config, model)
-    config.refuse_second_use()
+    check_filled_in(config)
     check_base(config, model)
     if not is_for_conversion:
         _check_alone(configs)

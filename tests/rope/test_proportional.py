@@ -83,7 +83,7 @@ def test_an_adapter_is_read_again_and_an_edited_config_refused(name, rope_type, 
     edited = config.applied_rope_parameters
     edited["rope_theta"] = edited["rope_theta"] * 1.5
     with pytest.raises(ValueError, match=r"do not fit applied_rope_parameters.*rope_theta"):
-        config.refuse_second_use()
+        config.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", NAMES)

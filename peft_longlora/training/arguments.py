@@ -44,24 +44,24 @@ def make_arguments(recipe: Recipe) -> tuple[SFTConfig, bool]:
     given["max_length"] = given.get("max_length") or recipe.config.context_length
     given.setdefault("bf16", has_gpu and not given.get("fp16"))
     given.setdefault("dataloader_pin_memory", has_gpu)
-    fits = _fits(recipe.run.fit_memory, given, has_gpu, processes)
-    given |= checkpointing(given, fits)
+    calls_fit_memory = _calls_fit_memory(recipe.run.fit_memory, given, has_gpu, processes)
+    given |= checkpointing(given, calls_fit_memory)
     try:
         arguments = SFTConfig(**given)
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()  # refuses a reporter that is not installed
     except Exception as error:  # transformers and TRL raise errors of many kinds
         raise ValueError(" ".join(str(error).split())) from error
-    return arguments, fits
+    return arguments, calls_fit_memory
 
 
-def checkpointing(given: dict[str, Any], fits: bool) -> dict[str, Any]:
+def checkpointing(given: dict[str, Any], calls_fit_memory: bool) -> dict[str, Any]:
     """The arguments that say whether the Trainer checkpoints every block. They cannot be changed afterwards.
 
     Args:
-        given: what the recipe says. fits: whether `fit_memory` does it instead.
+        given: what the recipe says. calls_fit_memory: whether `fit_memory` does it instead.
     """
-    if fits:
+    if calls_fit_memory:
         return {CHECKPOINTING[0]: False}
     name = next((name for name in CHECKPOINTING if name in given), CHECKPOINTING[0])
     if given.get(name) is False or f"{name}_kwargs" in given:
@@ -69,7 +69,7 @@ def checkpointing(given: dict[str, Any], fits: bool) -> dict[str, Any]:
     return {f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def _fits(asked: bool | None, given: dict[str, Any], has_gpu: bool, processes: int) -> bool:
+def _calls_fit_memory(asked: bool | None, given: dict[str, Any], has_gpu: bool, processes: int) -> bool:
     chosen = [name for name in CHECKPOINTING if name in given]
     if asked and not has_gpu:
         raise ValueError("fit_memory=True measures on a GPU, and there is none here. Leave it out.")

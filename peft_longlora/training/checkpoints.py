@@ -14,8 +14,8 @@ from peft_longlora.hub.writing import write_whole
 from peft_longlora.training.damage import check_checkpoint, read_mapping
 from peft_longlora.training.recipe import ADAPTER, Recipe, keys
 
-STATE = "trainer_state.json"  # the Trainer's
-RUN = "run.yaml"  # all values, to go on from. RECIPE holds the same for others, without paths of this machine
+STATE_FILE = "trainer_state.json"  # the Trainer's
+RUN_FILE = "run.yaml"  # all values, to go on from. RECIPE holds the same for others, without paths of this machine
 PRIVATE = {"output_dir", "overwrite", "hub_token", "hub_model_id", "push_to_hub", "logging_dir"}
 # Keys of the Trainer that change what is learned, so they must stay when a run goes on.
 TRAINED_WITH = {
@@ -45,7 +45,7 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
 def _whole_checkpoints(folder: str | Path) -> list[Path]:
     """The whole checkpoints of an output folder, newest first."""
-    return [path for path in _checkpoints(folder) if (path / STATE).is_file()]
+    return [path for path in _checkpoints(folder) if (path / STATE_FILE).is_file()]
 
 
 def _checkpoints(folder: str | Path) -> list[Path]:
@@ -75,17 +75,17 @@ def open_output(recipe: Recipe) -> Path | None:
                 f"output_dir, or --overwrite to train it anew."
             )
         return None
-    if not (folder / RUN).is_file():
+    if not (folder / RUN_FILE).is_file():
         raise ValueError(
-            f"output_dir={str(folder)!r} holds {last.name} of a run without a {RUN}. Give another output_dir, or "
+            f"output_dir={str(folder)!r} holds {last.name} of a run without a {RUN_FILE}. Give another output_dir, or "
             f"--overwrite to begin anew."
         )
     try:
-        before = read_mapping(folder / RUN)
+        before = read_mapping(folder / RUN_FILE)
     except ValueError as error:
         raise ValueError(
-            f"{folder / RUN} is damaged: {error}. It says what the run in output_dir={str(folder)!r} was trained with, "
-            f"so the run cannot go on. Give another output_dir, or --overwrite to begin anew."
+            f"{folder / RUN_FILE} is damaged: {error}. It says what the run in output_dir={str(folder)!r} was trained "
+            f"with, so the run cannot go on. Give another output_dir, or --overwrite to begin anew."
         ) from error
     now = _plain(recipe.values)
     fixed = {name for name, key in keys().items() if key.owner == ADAPTER} | TRAINED_WITH | TRAINED_ON
@@ -108,7 +108,7 @@ def begin_output(recipe: Recipe) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     values = {name: value for name, value in _plain(recipe.values).items() if name not in ("overwrite", "hub_token")}
     public = {name: _without_path(value) for name, value in values.items() if name not in PRIVATE}
-    for name, content in ((RUN, values), (RECIPE, public)):
+    for name, content in ((RUN_FILE, values), (RECIPE, public)):
         # In one step: a run whose note is half written, as on a full disk, could never go on.
         write_whole(folder / name, yaml.safe_dump(content, allow_unicode=True))
 

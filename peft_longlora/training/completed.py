@@ -11,7 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainerState
 
 from peft_longlora.hub.results import RESULTS
-from peft_longlora.training.checkpoints import RUN, STATE
+from peft_longlora.training.checkpoints import RUN_FILE, STATE_FILE
 from peft_longlora.training.damage import damage_of
 from peft_longlora.training.finish import EVALUATION
 from peft_longlora.training.recipe import Recipe
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
     from trl import SFTConfig
 
-ADAPTER, MEASURE, PUSH = "the adapter", "the measurement of eval_data", "the push"
+SAVE, MEASURE, PUSH = "the adapter", "the measurement of eval_data", "the push"
 MEASURED_WITH = ("eval_data", "eval_split", "eval_lengths", "eval_windows", "data_config", "text_field", "repositories")
 
 
@@ -40,19 +40,19 @@ def is_complete(last: Path | None, arguments: SFTConfig) -> bool:
 
 
 def missing_parts(recipe: Recipe, last: Path) -> list[str]:
-    """What a completed run still lacks, of `ADAPTER`, `MEASURE` and `PUSH`. Call it before `begin_output`.
+    """What a completed run still lacks, of `SAVE`, `MEASURE` and `PUSH`. Call it before `begin_output`.
 
     The loss of held-out records is only said, so it always counts as missing; so does a push that is asked for,
     because only the Hub knows of it.
     """
     folder, missing = recipe.output_dir, []
     weights, results = folder / SAFETENSORS_WEIGHTS_NAME, folder / EVALUATION / RESULTS
-    is_saved = weights.is_file() and (folder / STATE).is_file() and (folder / "README.md").is_file()
+    is_saved = weights.is_file() and (folder / STATE_FILE).is_file() and (folder / "README.md").is_file()
     is_saved = is_saved and damage_of(folder) is None
     if not is_saved or _state(folder)["global_step"] != _state(last)["global_step"]:
-        missing.append(ADAPTER)
+        missing.append(SAVE)
     if recipe.run.eval_data:
-        before = yaml.safe_load((folder / RUN).read_text(encoding="utf-8"))
+        before = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
         is_same = all(before.get(name) == recipe.values.get(name) for name in MEASURED_WITH)
         is_newer = results.is_file() and weights.is_file() and results.stat().st_mtime >= weights.stat().st_mtime
         if missing or not (is_same and is_newer):
@@ -74,11 +74,11 @@ def restore(trainer: Trainer, folder: Path, last: Path, is_saved: bool) -> None:
             f"The run in {folder} is complete, and its results are missing. Measure it on one GPU with longlora eval "
             f"--adapter {folder if is_saved else last}."
         )
-    trainer.state = TrainerState.load_from_json(str(last / STATE))
+    trainer.state = TrainerState.load_from_json(str(last / STATE_FILE))
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     source = folder if is_saved else Path(best) if best and Path(best).is_dir() else last
     trainer.model.load_adapter(str(source), trainer.model.active_adapter, is_trainable=True)
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))

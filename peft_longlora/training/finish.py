@@ -20,7 +20,7 @@ from peft_longlora.hub.folder import push_folder
 from peft_longlora.hub.provenance import write_training
 from peft_longlora.hub.results import copy_results
 from peft_longlora.sequence.switch import unshared
-from peft_longlora.training.options import RunOptions
+from peft_longlora.training.options import RunOptions, is_on_hub
 from peft_longlora.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def leave(trainer: Trainer) -> None:
 def _tell(trainer: Trainer, options: RunOptions, folder: Path) -> None:
     """Put the data and the training on the card, without paths of this machine."""
     args, state = trainer.args, trainer.state
-    local = [Path(name).resolve().name for name in options.data if Path(name).exists()]
+    local = [Path(name).resolve().name for name in options.data if not is_on_hub(name)]
     read = trainer.train_dataset.info.description.split(";")[0]  # what follows may name files
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     rows = rows * args.world_size // options.sequence_parallel
@@ -151,7 +151,7 @@ def push(args: TrainingArguments, options: RunOptions, say: Callable[[str], None
         folder,
         args.hub_model_id or folder.name,
         license=options.license,
-        datasets=[name for name in options.data if not Path(name).exists()] or None,
+        datasets=options.data_on_hub or None,
         language=options.language,
         private=args.hub_private_repo,
         token=args.hub_token,

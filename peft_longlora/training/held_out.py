@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft_longlora.training.options import RunOptions
+from peft_longlora.training.options import RunOptions, is_on_hub
 
 
 def check_apart(options: RunOptions) -> None:
@@ -23,8 +23,3 @@ def check_apart(options: RunOptions) -> None:
                     is_same = is_same or places[0] in places[1].parents or places[1] in places[0].parents
             if is_same:
                 raise ValueError(f"eval_data holds {held!r}, which is training data: {name!r}. Hold other data out.")
-
-
-def is_on_hub(name: str) -> bool:
-    """Whether a source is the id of a dataset."""
-    return not Path(name).exists()

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether a source of data is the id of a dataset: there is no such file or folder."""
+    return not Path(source).exists()
 
 
 @dataclass
@@ -85,3 +91,8 @@ class RunOptions:
     overwrite: bool = field(
         default=False, metadata=_help("Begin anew in an output_dir that holds a run, and delete its checkpoints.")
     )
+
+    @property
+    def data_on_hub(self) -> list[str]:
+        """The ids of datasets among `data`."""
+        return [source for source in self.data if is_on_hub(source)]

@@ -24,9 +24,9 @@ from peft_longlora.memory.fit import fit_memory
 from peft_longlora.sequence.trainer import SequenceParallelMixin
 from peft_longlora.training.arguments import make_arguments
 from peft_longlora.training.checkpoints import begin_output, open_output
-from peft_longlora.training.completed import ADAPTER, MEASURE, PUSH, is_complete, missing_parts, restore
+from peft_longlora.training.completed import MEASURE, PUSH, SAVE, is_complete, missing_parts, restore
 from peft_longlora.training.finish import finish, push
-from peft_longlora.training.held_out import check_apart, is_on_hub
+from peft_longlora.training.held_out import check_apart
 from peft_longlora.training.identity import check_trained_on, note_trained_on, trained_on
 from peft_longlora.training.learning_rates import LearningRatesMixin
 from peft_longlora.training.machine import NOT_CHECKED, check_machine
@@ -50,14 +50,15 @@ class Plan:
     """A run that was checked and can begin.
 
     Attributes:
-        fits: whether `fit_memory` chooses what is checkpointed. last: the checkpoint from which the run goes on.
+        calls_fit_memory: whether `fit_memory` chooses what is checkpointed.
+        last: the checkpoint from which the run goes on.
         missing: of a run that is complete, what it still lacks; None: it is not complete.
         held_out: for kind "records", and for text if the Trainer evaluates while it trains.
     """
 
     recipe: Recipe
     arguments: SFTConfig
-    fits: bool
+    calls_fit_memory: bool
     tokenizer: PreTrainedTokenizerBase
     sketch: Sketch
     rows: Dataset
@@ -145,7 +146,7 @@ def make_plan(recipe: Recipe, *, dry_run: bool = False) -> Plan:
     last = open_output(recipe)
     tokenizer = load_tokenizer(options)
     made = sketch(options, recipe.config)  # before the arguments, after which DeepSpeed splits every new model
-    arguments, fits = make_arguments(recipe)
+    arguments, calls_fit_memory = make_arguments(recipe)
     check_machine(recipe, arguments)
     read: dict[str, Any] = dict(kind=options.kind, config=options.data_config, quiet=True)
     if options.kind == "text":
@@ -175,7 +176,7 @@ def make_plan(recipe: Recipe, *, dry_run: bool = False) -> Plan:
         refuse_shared(rows, corpus.digests, "eval_data")
     elif held_out is not None:
         check_held_out(rows, held_out, "eval_data")
-    return Plan(recipe, arguments, fits, tokenizer, made, rows, held_out, corpus, last, missing)
+    return Plan(recipe, arguments, calls_fit_memory, tokenizer, made, rows, held_out, corpus, last, missing)
 
 
 def make_trainer(plan: Plan, say: Callable[[str], None]) -> SFTTrainer:
@@ -202,10 +203,11 @@ def make_trainer(plan: Plan, say: Callable[[str], None]) -> SFTTrainer:
     )
     if options.four_bit:
         as_float(model)
-    on_hub = [name for name in options.data if is_on_hub(name)]
-    facts = dict(license=options.license, datasets=on_hub or None, language=options.language, tags=options.tags)
+    facts = dict(
+        license=options.license, datasets=options.data_on_hub or None, language=options.language, tags=options.tags
+    )
     use_longlora_card(trainer, **facts)
-    if plan.fits and plan.missing is None:
+    if plan.calls_fit_memory and plan.missing is None:
         tokens = arguments.max_length * arguments.per_device_train_batch_size
         stay = arguments.gradient_accumulation_steps > 1 or arguments.world_size > 1  # or DDP's buckets do
         memory = fit_memory(trainer.model, tokens, loss=fused_loss(arguments), accumulates=stay)
@@ -233,7 +235,7 @@ def _run(plan: Plan, say: Callable[[str], None]) -> int:
 def _run_again(plan: Plan, say: Callable[[str], None]) -> int:
     """Make what a completed run lacks, and train nothing. The base is loaded only if it is needed."""
     say(plan.ended)
-    is_saved, is_measured = (part not in plan.missing for part in (ADAPTER, MEASURE))
+    is_saved, is_measured = (part not in plan.missing for part in (SAVE, MEASURE))
     if not (is_saved and is_measured):
         trainer = make_trainer(plan, say)
         restore(trainer, plan.recipe.output_dir, plan.last, is_saved)

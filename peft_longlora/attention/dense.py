@@ -10,6 +10,7 @@ import torch
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from peft_longlora.architecture import is_causal_layer
 from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.kernels.attend import attend as attend_in_groups
@@ -115,7 +116,7 @@ def _flash(
         call.value.transpose(1, 2),
         mask,
         query_length=call.query.shape[2],
-        is_causal=getattr(call.module, "is_causal", True) if is_causal is None else is_causal,
+        is_causal=is_causal_layer(call.module) if is_causal is None else is_causal,
         dropout=call.options.dropout,
         softmax_scale=call.options.scaling,
         softcap=softcap,

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+# What collators tell kernels that take cumulative lengths about the documents of a whole row.
+OF_WHOLE_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 _CURE = (
     "Give one-dimensional integer tensors cu_seq_lens_q and cu_seq_lens_k of equal numbers, as transformers' "
     "DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes them, or position_ids that restart where a "

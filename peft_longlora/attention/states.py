@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from peft_longlora.architecture import find_state_layers
 from peft_longlora.attention.inputs import ModelInputs
+from peft_longlora.attention.lengths import OF_WHOLE_ROWS
 from peft_longlora.attention.mask import S2Mask
 from peft_longlora.attention.pending import Forward, Forwards
 
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# What collators tell kernels about the documents of a whole row.
-OF_WHOLE_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens", "seq_idx")
+# Arguments that say where the documents of a whole row are; wrong for documents in rows of their own.
+NOT_PASSED_ON = (*OF_WHOLE_ROWS, "cu_seqlens")
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +166,7 @@ class StateLayers:
         forward = self._forward(module, next(x for x in given if isinstance(x, torch.Tensor)))
         if forward is None or not forward.is_enabled:
             return None
-        kwargs = {name: x for name, x in kwargs.items() if name not in OF_WHOLE_ROWS}
+        kwargs = {name: x for name, x in kwargs.items() if name not in NOT_PASSED_ON}
         if forward.plan is None:
             return args, kwargs
         if is_read:

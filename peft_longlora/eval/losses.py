@@ -54,9 +54,6 @@ class TokenLosses:
         inputs, targets = (_move(x, self.model.device) for x in (inputs, targets))
         inputs = inputs[None]
         hidden, last_logits = self._hidden_states(inputs)
-        if self._is_plain is None:
-            # Some models scale or cap the result of the output embeddings.
-            self._is_plain = torch.equal(self.head(hidden[:, -1:]), last_logits)
         size = self.chunk_size or max(16, CHUNK_BYTES // (4 * last_logits.shape[-1]))
         targets = targets.to(last_logits.device)
         losses = []
@@ -77,9 +74,7 @@ class TokenLosses:
             inputs: (S,) token ids.
         """
         inputs = _move(inputs, self.model.device)[None]
-        hidden, last_logits = self._hidden_states(inputs)
-        if self._is_plain is None:
-            self._is_plain = torch.equal(self.head(hidden[:, -1:]), last_logits)
+        hidden, _ = self._hidden_states(inputs)
         return self._logits(hidden[:, -count:], inputs)[0].argmax(-1)
 
     def start(self, inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -110,6 +105,9 @@ class TokenLosses:
             logits = self.model(input_ids=inputs, use_cache=False).logits
         finally:
             handle.remove()
+        if self._is_plain is None:
+            # Some models scale or cap the result of the output embeddings.
+            self._is_plain = torch.equal(self.head(seen[0][:, -1:]), logits)
         return seen[0], logits
 
     def _logits(self, hidden: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

@@ -11,13 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from peft_longlora.attention.lengths import check_lengths
+from peft_longlora.attention.lengths import OF_WHOLE_ROWS, check_lengths
 from peft_longlora.data.records import IGNORED
 from peft_longlora.kernels.groups import positions_in_documents
 from peft_longlora.sequence.edges import gather
 
-# Collators describe documents with these for kernels that take cumulative lengths; here positions describe them.
-_OF_WHOLE_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 CHECKSUM = "batch_checksum"
 
 
@@ -45,7 +43,7 @@ def shard_batch(batch: dict[str, Any], rank: int, ranks: int, *, pad_token_id: i
     check_lengths(rows.get("cu_seq_lens_q"), rows.get("cu_seq_lens_k"), *ids.shape)
     if rows.get("cu_seq_lens_q") is not None:
         rows["position_ids"] = positions_in_documents(rows["cu_seq_lens_q"].to(ids.device), *ids.shape)
-    for name in _OF_WHOLE_ROWS:
+    for name in OF_WHOLE_ROWS:  # positions say it, which can be cut
         rows.pop(name, None)
     if rows.get("position_ids") is None:
         rows["position_ids"] = torch.arange(ids.shape[1], device=ids.device)

@@ -151,6 +151,30 @@ def tokens_elsewhere(edges: list[Edges]) -> tuple[list[int], list[int]]:
     return before, after
 
 
+def plan_exchange(
+    starts: list[int], needs: list[int], rank: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """What a rank sends to each rank, and what it receives from each: tokens [from, to).
+
+    Args:
+        starts: where each rank's stretch starts in the sequence, and where the last one ends.
+        needs: for each rank, how many tokens it needs of those just before its stretch.
+
+    Returns: both lists in the order of the ranks; counted from the start of its stretch, and of what it needs.
+
+    Example: stretches of 6 tokens on two ranks, of which the second needs 2: rank 0 sends it (4, 6), and rank 1
+        receives (0, 2).
+    """
+
+    def overlap(holder: int, needer: int, origin: int) -> tuple[int, int]:
+        first, last = max(starts[holder], starts[needer] - needs[needer]), min(starts[holder + 1], starts[needer])
+        return (first - origin, last - origin) if first < last else (0, 0)
+
+    ranks = range(len(needs))
+    sends = [overlap(rank, other, starts[rank]) for other in ranks]
+    return sends, [overlap(other, rank, starts[rank] - needs[rank]) for other in ranks]
+
+
 @dataclass(frozen=True, eq=False)
 class Halo:
     """The plan of one forward on one rank. Pairs are for the straight and for the shifted half of the heads.
@@ -197,18 +221,8 @@ def plan_halo(
     for one, edge in enumerate(edges):
         whole = before[one] + edge.head + (after[one] if edge.head == edge.length else 0)
         needs.append(tuple(before[one] and tokens_before(whole, group_size, shift, before[one]) for shift in shifts))
-
-    def overlap(holder: int, needer: int, half: int, origin: int) -> tuple[int, int]:
-        """Tokens of one rank's stretch in another's halo, counted from `origin`."""
-        first = max(starts[holder], starts[needer] - needs[needer][half])
-        last = min(starts[holder + 1], starts[needer])
-        return (first - origin, last - origin) if first < last else (0, 0)
-
-    ranks = range(len(edges))
-    sends = tuple(tuple(overlap(rank, other, half, starts[rank]) for half in (0, 1)) for other in ranks)
-    receives = tuple(
-        tuple(overlap(other, rank, half, starts[rank] - needs[rank][half]) for half in (0, 1)) for other in ranks
-    )
+    halves = [plan_exchange(starts, [need[half] for need in needs], rank) for half in (0, 1)]
+    sends, receives = (tuple(zip(*both, strict=True)) for both in zip(*halves, strict=True))
     elsewhere = dict(before=before[rank], after=after[rank])
     groups = plan_groups(1, edges[rank].length, group_size, pattern, documents=documents, **elsewhere)
     first_ends = groups.straight[1], groups.shifted[1]

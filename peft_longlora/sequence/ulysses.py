@@ -61,7 +61,7 @@ def attend(
     if heads % ranks or kv_heads % ranks:  # then KV heads are repeated, and go with their query heads
         key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
     # (1, H, S, D) -> (1, H / n, n S, D)
-    query, key, value = (_reshard(x, mesh, 2, 1, x.shape[2] * ranks) for x in (query, key, value))
+    query, key, value = (_reshard(x, mesh, x.shape[2] * ranks) for x in (query, key, value))
     if query.shape[1]:
         out = attend_in_groups(query, key, value, Cuts.of(groups), options)
     else:  # fewer heads than ranks: this rank has none, but takes part in the exchanges of the backward
@@ -69,14 +69,14 @@ def attend(
         if options.sinks is not None:
             out = out + options.sinks.sum()
     # (1, n S, H / n, D_v) -> (1, S, H, D_v)
-    return _reshard(out, mesh, 2, 1, heads)
+    return _reshard(out, mesh, heads)
 
 
-def _reshard(x: torch.Tensor, mesh: DeviceMesh, source: int, target: int, size: int) -> torch.Tensor:
-    """Exchange a part of dimension `source` (of total size `size`) for a part of dimension `target`; differentiable."""
+def _reshard(x: torch.Tensor, mesh: DeviceMesh, size: int) -> torch.Tensor:
+    """Exchange a part of dimension 2, whose whole size is `size`, for a part of dimension 1; differentiable."""
     from torch.distributed.tensor import DTensor, Shard  # importing it takes a second
 
-    shape = torch.Size([*x.shape[:source], size, *x.shape[source + 1 :]])
+    shape = torch.Size([*x.shape[:2], size, *x.shape[3:]])
     stride = torch.empty(shape, device="meta").stride()
-    whole = DTensor.from_local(x.contiguous(), mesh, [Shard(source)], run_check=False, shape=shape, stride=stride)
-    return whole.redistribute(placements=[Shard(target)]).to_local()
+    whole = DTensor.from_local(x.contiguous(), mesh, [Shard(2)], run_check=False, shape=shape, stride=stride)
+    return whole.redistribute(placements=[Shard(1)]).to_local()

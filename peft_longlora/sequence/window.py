@@ -21,7 +21,7 @@ from peft_longlora.kernels.backends import windowed
 from peft_longlora.kernels.cuts import Cuts
 from peft_longlora.kernels.groups import plan_groups
 from peft_longlora.kernels.kernel import Options
-from peft_longlora.sequence.edges import Documents, Edges, Ranges, tokens_elsewhere
+from peft_longlora.sequence.edges import Documents, Edges, Ranges, plan_exchange, tokens_elsewhere
 from peft_longlora.sequence.halo import Kept, bring, send_back
 
 
@@ -59,14 +59,8 @@ def plan_window(
     before, _ = tokens_elsewhere(edges)
     starts = [0, *accumulate(edge.length for edge in edges)]
     needs = [min(tokens, window - 1) for tokens in before]
-
-    def overlap(holder: int, needer: int, origin: int) -> tuple[int, int]:
-        first, last = max(starts[holder], starts[needer] - needs[needer]), min(starts[holder + 1], starts[needer])
-        return (first - origin, last - origin) if first < last else (0, 0)
-
-    ranks, own = range(len(edges)), needs[rank]
-    sends = tuple((overlap(rank, other, starts[rank]),) for other in ranks)
-    receives = tuple((overlap(other, rank, starts[rank] - own),) for other in ranks)
+    own = needs[rank]
+    sends, receives = (tuple((one,) for one in ranges) for ranges in plan_exchange(starts, needs, rank))
     (_, tokens, number), *others = documents
     whole = [(0, own + tokens, number), *((start + own, tokens, number) for start, tokens, number in others)]
     groups = plan_groups(1, own + edges[rank].length, 2, "full", documents=whole)

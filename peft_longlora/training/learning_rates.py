@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import Trainer
 
 from peft_longlora.adapter.config import LongLoraConfig
+from peft_longlora.adapter.copies import wrappers_of
 
 
 class LearningRatesMixin:
@@ -78,8 +78,7 @@ def no_effect(learning_rate: float) -> str:
 
 def whole_parameters(model: nn.Module) -> set[nn.Parameter]:
     """The trained parameters of modules that an adapter trains whole."""
-    copies = (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
-    return {one for module in copies for one in module.parameters() if one.requires_grad}
+    return {one for wrapper in wrappers_of(model) for one in wrapper.parameters() if one.requires_grad}
 
 
 def split_groups(optimizer: Any, parameters: set[nn.Parameter], learning_rate: float) -> None:

@@ -2,11 +2,12 @@
 
 Its forward reads for each block of queries the blocks of keys that it sees, and its backward reads for each block of
 keys the blocks of queries that see it. All but a block's own lie wholly before it, so causality is the only mask.
+Both are operators, as in `operators`: so kept attention is kept here too, and torch.compile takes them as they are.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -56,41 +57,88 @@ def _for_heads(heads: int, counts: torch.Tensor, numbers: torch.Tensor) -> Lists
     return torch.ones_like(counts), own[..., None], counts, numbers
 
 
-class _AttendSeen(torch.autograd.Function):
-    """(1, N, H, D), (1, N, H_kv, D), seen (H_kv, blocks, width), sinks (H,) or None -> (1, N, H, D)."""
+@torch.library.custom_op("peft_longlora::attend_seen", mutates_args=())
+def attend_seen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor,
+    scaling: float,
+    sinks: Optional[torch.Tensor] = None,  # noqa: UP045 (torch 2.11 reads no `|` here)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention to the blocks of keys that each block of queries sees.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        seen: torch.Tensor,
-        sinks: torch.Tensor | None,
-        scaling: float,
-    ):
-        heads = q.shape[2]
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = q.new_empty(1, heads, q.shape[1], dtype=torch.float32)
-        lists = _lists(*key_blocks(seen, heads))
-        more = dict(softmax_scale=scaling, causal=True, out=out, lse=lse, pack_gqa=False)
-        _interface()._flash_attn_fwd(q, k, v, block_sparse_tensors=lists, **more)
-        if sinks is not None:
-            add_sinks_(out[0], lse[0], sinks)
-        ctx.save_for_backward(q, k, v, out, lse, seen, sinks)
-        ctx.scaling = scaling
-        return out
+    Args:
+        q: (N, H, D). k, v: (N, H_kv, D). N counts places in blocks.
+        seen: as in `key_blocks`. scaling: factor on the scores. sinks: (H,), counted in every softmax.
 
-    @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor):
-        q, k, v, out, lse, seen, sinks = ctx.saved_tensors
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        lists = _lists(*query_blocks(seen, q.shape[2]))
-        more = dict(softmax_scale=ctx.scaling, causal=True, dq=dq, dk=dk, dv=dv)
-        _interface()._flash_attn_bwd(q, k, v, out, dout.contiguous(), lse, block_sparse_tensors=lists, **more)
-        is_trained = sinks is not None and ctx.needs_input_grad[4]
-        dsinks = gradient_of_sinks(dout[0], out[0], lse[0], sinks) if is_trained else None
-        return dq, dk, dv, None, dsinks, None
+    Returns: (N, H, D), and the log-sum-exp of the scores, (H, N) float32.
+    """
+    out, lse = _outputs(q)
+    lists = _lists(*key_blocks(seen, q.shape[1]))
+    more = dict(softmax_scale=scaling, causal=True, out=out[None], lse=lse[None], pack_gqa=False)
+    _interface()._flash_attn_fwd(q[None], k[None], v[None], block_sparse_tensors=lists, **more)
+    if sinks is not None:
+        add_sinks_(out, lse, sinks)
+    return out, lse
+
+
+@attend_seen.register_fake
+def _(q, k, v, seen, scaling, sinks=None):
+    return _outputs(q)
+
+
+def _outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("peft_longlora::attend_seen_backward", mutates_args=())
+def attend_seen_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    seen: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of q, k and v."""
+    grads = _gradients(q, k, v)
+    lists = _lists(*query_blocks(seen, q.shape[1]))
+    tensors = (x[None] for x in (q, k, v, out, dout.contiguous(), lse))
+    dq, dk, dv = (x[None] for x in grads)
+    more = dict(softmax_scale=scaling, causal=True, dq=dq, dk=dk, dv=dv)
+    _interface()._flash_attn_bwd(*tensors, block_sparse_tensors=lists, **more)
+    return grads
+
+
+@attend_seen_backward.register_fake
+def _(dout, q, k, v, out, lse, seen, scaling):
+    return _gradients(q, k, v)
+
+
+def _gradients(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, seen, ctx.scaling, sinks = inputs
+    ctx.save_for_backward(q, k, v, *output, seen, sinks)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, _):
+    if dout is None:
+        return (None,) * 6
+    *tensors, sinks = ctx.saved_tensors
+    grads = attend_seen_backward(dout, *tensors, ctx.scaling)
+    _, _, _, out, lse, _ = tensors
+    is_trained = sinks is not None and ctx.needs_input_grad[-1]
+    return *grads, None, None, gradient_of_sinks(dout, out, lse, sinks) if is_trained else None
+
+
+attend_seen.register_autograd(_backward, setup_context=_save)
 
 
 def _interface() -> Any:
@@ -126,7 +174,7 @@ class FlashBlocks(Launched):
         """As `Backend.attend_blocks`."""
         q, k, v = (plan.arrange(x) for x in (query, key, value))
         seen = plan.find_seen(q, k)
-        # (H, N, D) -> (1, N, H, D), a view
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = _AttendSeen.apply(q, k, v, seen, options.sinks, options.scale(query.shape[-1]))
-        return plan.restore(out[0].transpose(0, 1))
+        # (H, N, D) -> (N, H, D), a view
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        out, _ = attend_seen(q, k, v, seen, options.scale(query.shape[-1]), options.sinks)
+        return plan.restore(out.transpose(0, 1))

@@ -5,7 +5,8 @@ Read `mask`, `forward`, `layer` and `dense`, which run in this order.
     settings     how the layers of a model attend: `configure` puts them on it (`effect` refuses idle ones, `trial` runs
                  a few tokens), `mode` changes them for a block of code, `schedule` makes one training forward in n
                  dense, `skips` lets positions skip inside groups
-    inputs       what the model was called with: `lengths` checks it, `pending` keeps it until the backward
+    inputs       what the model was called with: `lengths` checks it, `axes` reads positions of several axes, `pending`
+                 keeps it until the backward
     mask         `ready` answers what models ask of a mask, `caution` warns where packed rows are not computed as their
                  documents alone
     layer        `local` is a window that a layer has of its own, `states` keeps documents apart in layers that do not

@@ -1,6 +1,14 @@
 """The arguments of a model's call, for its layers: some architectures do not pass them on.
 
-The settings of a model's layers (`settings`) hold them; `layer` reads them.
+One `ModelInputs` belongs to the settings of a model's layers. What happens to it, in the order of a training step:
+
+    the model is called   `_before` begins a `Call`: it keeps the arguments, `lengths` checks them, and `schedule`
+                          counts the forward
+    its layers run        `layer`, `states`, `skips` and `caution` read the current `Call`; what the first layer finds
+                          is in its notes for the others
+    the model returns     `_after` ends the `Call`; its `pending.Forward` is then known for as long as its graph
+    the backward runs     a checkpointed layer is computed again: `layer` asks its mask and the last call, `states` asks
+                          `pending.Forwards`
 """
 
 from __future__ import annotations
@@ -19,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from peft_longlora.architecture import CACHE_ARGUMENTS, find_entrances, follow
+from peft_longlora.attention.axes import has_axes_only, text_positions
 from peft_longlora.attention.lengths import check_lengths, check_numbers_of_documents, check_padding, check_restarts
 from peft_longlora.attention.pending import Forward, next_node
 from peft_longlora.attention.schedule import Schedule
@@ -36,7 +45,10 @@ class Call:
         attention_mask: as the caller gave it.
         cu_seq_lens: (documents + 1) numbers of tokens before each document's end, as collators for flash kernels give.
         has_cache: whether the caller gave a cache, empty or not, as `generate` does.
-        notes: facts that layers found in this call, for recomputation (see `layer`).
+        has_gradients: whether it may be followed by a backward.
+        begins: the number of the first node of its graph (`pending.next_node`).
+        forward: what recomputation must know of it; None until a layer with a state asks for it (`states`).
+        notes: facts that layers found in this call, for recomputation (`layer`), and the positions of `skips`.
         caller: the module that was called from outside, while it runs.
     """
 
@@ -45,6 +57,9 @@ class Call:
     attention_mask: Any = None
     cu_seq_lens: torch.Tensor | None = None
     has_cache: bool = False
+    has_gradients: bool = False
+    begins: int | None = None
+    forward: Forward | None = None
     notes: dict[Any, Any] = field(default_factory=dict)
     caller: nn.Module | None = None
 
@@ -54,7 +69,7 @@ class OfThread(threading.local):
 
     Attributes:
         call: the current or last call in this thread. frame: Python's frame that called the module, while it runs.
-        running: see `states`.
+        running: the layer that runs on documents apart, and with what (`StateLayers.running`).
     """
 
     call: Call | None = None
@@ -74,7 +89,8 @@ class ModelInputs:
         last: the last call, of any thread. Threads of autograd, which call no model, use it to recompute layers.
         compiled: `last` is this one if the beginning of the call is compiled; such calls know no threads.
         thread: what belongs to the current thread.
-        places: for the class of each followed module, the places of its arguments by name.
+        places: for the forward of each followed module, the places of its arguments by name. (FSDP2 gives modules
+            classes of their own, which have the same forward.)
         handles: the hooks that record all this.
         looks: training calls whose documents were checked.
     """
@@ -83,7 +99,7 @@ class ModelInputs:
     last: Call = field(default_factory=Call)
     compiled: Call = field(default_factory=Call)
     thread: OfThread = field(default_factory=OfThread)
-    places: dict[str, dict[str, int]] = field(default_factory=dict)
+    places: dict[Callable[..., Any], dict[str, int]] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
     looks: int = 0
 
@@ -139,7 +155,7 @@ class ModelInputs:
         """Record every call of `model` from now on."""
         for module in find_entrances(model):
             arguments = inspect.signature(module.forward).parameters
-            self.places[type(module).__name__] = {name: place for place, name in enumerate(arguments)}
+            self.places[type(module).forward] = {name: place for place, name in enumerate(arguments)}
         self.handles = follow(model, self._before, self._after)
 
     def leave(self) -> None:
@@ -168,7 +184,7 @@ class ModelInputs:
         """Hook: a followed module is called."""
         if kwargs is None:  # torch drops them if another hook removed this one during the same call
             return
-        places = self.places.get(type(module).__name__, {})
+        places = self.places.get(type(module).forward, {})
 
         def given(name: str) -> Any:
             place = places.get(name, len(args))
@@ -181,18 +197,18 @@ class ModelInputs:
             now = self.now
             now.caller, now.position_ids, now.cu_seq_lens = module, position_ids, cu_seq_lens
             now.attention_mask = given("attention_mask")
-            now.are_of_axes = _has_axes_only(as_given)
+            now.are_of_axes = has_axes_only(as_given)
             now.has_cache = any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS)
-            now.notes = {"has gradients": torch.is_grad_enabled()}
+            now.has_gradients, now.begins, now.forward, now.notes = torch.is_grad_enabled(), None, None, {}
             if not torch.compiler.is_compiling():
-                now.notes["begins"] = next_node()
+                now.begins = next_node()
                 if not now.has_cache:
                     self._check(module, given, kwargs)
             self.schedule.begin(module.training)
         else:  # another followed module called it, and may not pass on its arguments
             now = self.now
             if position_ids is not None:
-                now.position_ids, now.are_of_axes = position_ids, _has_axes_only(as_given)
+                now.position_ids, now.are_of_axes = position_ids, has_axes_only(as_given)
             now.cu_seq_lens = now.cu_seq_lens if cu_seq_lens is None else cu_seq_lens
 
     def _begin(self) -> None:
@@ -240,32 +256,5 @@ class ModelInputs:
         if torch.compiler.is_compiling():
             return
         self.thread.frame = None
-        forward = now.notes.get("forward")
-        if isinstance(forward, Forward):
-            forward.hold(output)
-
-
-def _has_axes_only(position_ids: torch.Tensor | None) -> bool:
-    """Whether positions are those of axes of images, and none of them counts the tokens of the text."""
-    return position_ids is not None and position_ids.dim() == 3 and len(position_ids) <= 3
-
-
-def text_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """(1 or B, S) positions that restart where a document starts, from positions of several axes.
-
-    Args:
-        position_ids: (1 or B, S), which is returned; or (axes, B, S): time, height and width of models that see images.
-            If there are more than three axes, the first one counts the tokens of the text, as transformers has it
-            (Qwen2-VL and its like put it there for packed rows).
-
-    The tokens of an image share a time, and text after a video may go on at an earlier one, so a document does not
-    start where a time fails to grow by one. It starts where time, height and width are 0.
-
-    Example: time 0 1 1 1 3 0 1 (an image of three tokens, then a second document): 0 1 2 3 4 0 1.
-    """
-    if position_ids is None or position_ids.dim() != 3:
-        return position_ids
-    if not _has_axes_only(position_ids):
-        return position_ids[0]
-    place = torch.arange(position_ids.shape[2], device=position_ids.device).expand(position_ids.shape[1:])
-    return place - (place * (position_ids == 0).all(0)).cummax(1).values
+        if now.forward is not None:
+            now.forward.hold(output)

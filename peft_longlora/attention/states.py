@@ -182,17 +182,17 @@ class StateLayers:
         inputs, shape = self.settings.inputs, tuple(hidden_states.shape[:2])
         if inputs.caller is None:
             return self.forwards.of_recomputation(shape)
-        notes = inputs.notes
-        if "forward" not in notes:
+        call = inputs.now
+        if call.forward is None:
             plan = None
             if self.settings.is_enabled:
                 # DeepSpeed ZeRO-3 gathers weights in each run of a layer, so all ranks must run it equally often.
                 is_at_once = any(hasattr(weight, "ds_id") for weight in module.parameters())
                 plan = _plan_of(inputs, *shape, hidden_states.device, is_at_once)
-            notes["forward"] = Forward(plan, self.settings.is_enabled, shape, notes.get("begins"))
-            if notes.get("has gradients"):
-                self.forwards.add(notes["forward"])
-        return notes["forward"]
+            call.forward = Forward(plan, self.settings.is_enabled, shape, call.begins)
+            if call.has_gradients:
+                self.forwards.add(call.forward)
+        return call.forward
 
     def _arranged(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         _, apart, args, kwargs = self.running

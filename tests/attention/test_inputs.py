@@ -8,7 +8,6 @@ from transformers import DataCollatorWithFlattening
 
 from peft_longlora import configure_attention
 from peft_longlora.architecture import find_attention_modules
-from peft_longlora.attention.inputs import text_positions
 from peft_longlora.attention.settings import settings_of
 from peft_longlora.kernels.groups import positions_in_documents
 from peft_longlora.sequence.batch import shard_batch
@@ -88,6 +87,17 @@ def test_positions_count_however_the_model_is_called(called, with_mask, use_cach
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_positions_in_their_place_are_found_in_a_class_that_is_made_later():
+    """FSDP2 gives each module that it shards a class of its own, below the module's, when the adapter is there."""
+    model = configured()
+    wanted = by_document(model)
+    model.model.__class__ = type(f"FSDP{type(model.model).__name__}", (type(model.model),), {})
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    found = model.lm_head(model.model(ROW, None, positions).last_hidden_state)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_call_that_failed_leaves_nothing_behind():
     model = configured()
     wanted = by_document(model)
@@ -98,19 +108,6 @@ def test_a_call_that_failed_leaves_nothing_behind():
     with torch.no_grad():
         found = model(input_ids=ROW, position_ids=positions, use_cache=True).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_positions_of_images_tell_documents():
-    """An image's tokens share a time. Two documents with an image each, and one of a token between them."""
-    text = [0, 1, 2, 3, 4, 5, 0, 0, 1, 2, 3]
-    time = [0, 1, 1, 1, 1, 3, 0, 0, 0, 0, 2]
-    height = [0, 1, 1, 2, 2, 3, 0, 0, 0, 1, 2]
-    width = [0, 1, 2, 1, 2, 3, 0, 0, 1, 0, 2]
-    axes = torch.tensor([time, height, width])[:, None]
-    assert text_positions(axes).tolist() == [text]
-    before = torch.tensor([text])  # transformers' form for packed rows: the text's before the axes
-    assert text_positions(torch.cat([before[None], axes])).tolist() == [text]
-    assert text_positions(before) is before and text_positions(None) is None
 
 
 # -- synchronisation -------------------------------------------------------------------------------------------------

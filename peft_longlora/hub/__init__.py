@@ -3,7 +3,7 @@
     card         writes README.md: `readme` finds out who wrote the old one, `markdown` escapes text
     results      reads and writes results.json, and `provenance` says whether it is of these weights
     push         a model goes to the Hub, with `folder` a folder, with `trainers` a Trainer's saves, on a `draft` of
-                 what is there; `public` names the base, `methods` are those that a model gets for this
+                 what is there; `base` is what the push says of the base, `methods` are those that a model gets for this
     loading      a base with an adapter, and `generation` says how it generates
     export       our adapters become plain LoRA, with a card of their own (`lora_card`); `original` makes the original
                  project's adapters ours: `original_fields` carries their config over, `original_tensors` checks them

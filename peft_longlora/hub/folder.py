@@ -18,10 +18,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import hub_id, read_config, refuse_link
+from peft_longlora.hub.base import base_note, base_on_hub, check_base_id, name_base_in
 from peft_longlora.hub.card import CardOptions, as_list, write_card
 from peft_longlora.hub.draft import Remote, begin_draft
-from peft_longlora.hub.provenance import TRAINING, sha256
-from peft_longlora.hub.public import RECIPE, base_note, base_on_hub, check_base, name_base_in
+from peft_longlora.hub.provenance import RECIPE, TRAINING, sha256
 from peft_longlora.hub.push import with_base_license, writing_api
 from peft_longlora.hub.readme import README
 from peft_longlora.hub.results import RESULTS, copy_results, read_results
@@ -106,7 +106,7 @@ def push_folder(
         raise ValueError(
             f"{repo_id!r} is no name of a repository. Give 'owner/name', or 'name' for one of your own."
         ) from error
-    check_base(base)
+    check_base_id(base)
     names, left_out = choose_files(folder, tuple(include))
     local, notes = config.base_model_name_or_path, []
     api = writing_api(token)
@@ -132,7 +132,9 @@ def push_folder(
         name_base_in(folder, draft, local, base or hub_id(local))
         if base is not None:
             _write_config(folder, draft, base)
-        config.card = CardOptions(None, license, as_list(datasets), as_list(language), adapter=remote.repo_id)
+        config.card = CardOptions(
+            license=license, datasets=as_list(datasets), language=as_list(language), adapter=remote.repo_id
+        )
         config.card = with_base_license(config, api.token)
         config.folder = None  # its results are in the draft already
         write_card(config, draft, weights=sha256(folder / SAFETENSORS_WEIGHTS_NAME))

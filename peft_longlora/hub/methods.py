@@ -24,8 +24,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from peft_longlora.adapter.again import check_again
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import read_config
+from peft_longlora.hub.base import warn_of_folder
 from peft_longlora.hub.card import try_card
-from peft_longlora.hub.public import warn_of_folder
 from peft_longlora.hub.push import adapters_of, push_adapter, with_base_license
 from peft_longlora.hub.readme import README, is_trainers_draft
 

@@ -13,7 +13,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft_longlora.hub.results import RESULTS, copy_results, read_results
 from peft_longlora.hub.writing import write_whole, writing
 
-TRAINING = "training.json"
+TRAINING = "training.json"  # what a training says of itself
+RECIPE = "recipe.yaml"  # what `longlora train` was told, without paths of the machine
 BLOCK = 8 * 2**20  # bytes that are read at once
 
 

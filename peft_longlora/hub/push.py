@@ -17,9 +17,9 @@ from torch import nn
 
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import hub_id, read_config
+from peft_longlora.hub.base import check_base_id, naming_bases
 from peft_longlora.hub.card import CardOptions, as_list, write_card
 from peft_longlora.hub.draft import Remote, begin_draft, complete_snapshot
-from peft_longlora.hub.public import check_base, naming_bases
 from peft_longlora.hub.readme import README
 
 
@@ -64,7 +64,7 @@ def push_adapter(
         HfHubHTTPError: the Hub refused. Nothing is committed then; repeat the same call to complete the push.
     """
     api, configs = writing_api(token), adapters_of(model)
-    check_base(base)
+    check_base_id(base)
     remote = Remote.create(api, repo_id, revision, private)
     with TemporaryDirectory() as place:
         has_folders = isinstance(model, PeftModel)  # one folder for each adapter that is not named "default"
@@ -132,7 +132,13 @@ def push_card(
         config = read_config(folder)
         if not isinstance(config, LongLoraConfig):
             raise ValueError(f"{repo_id} is an adapter of type {config.peft_type}; this card is only for LONGLORA.")
-        config.card = CardOptions(template, license, as_list(datasets), as_list(language), adapter=repo_id)
+        config.card = CardOptions(
+            template=template,
+            license=license,
+            datasets=as_list(datasets),
+            language=as_list(language),
+            adapter=repo_id,
+        )
         config.card = with_base_license(config, api.token)
         (weights,) = api.get_paths_info(repo_id, [SAFETENSORS_WEIGHTS_NAME], revision=revision) or [None]
         path = write_card(config, folder, weights=weights.lfs.sha256 if weights and weights.lfs else None)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from peft_longlora.hub.base import warn_of_folder
 from peft_longlora.hub.card import CardOptions, as_list, try_card, write_card
-from peft_longlora.hub.public import warn_of_folder
 from peft_longlora.hub.push import adapters_of, with_base_license
 
 if TYPE_CHECKING:  # the Trainer imports half of the installed packages
@@ -51,7 +51,14 @@ def use_longlora_card(
     """
     trainer = None if isinstance(target, nn.Module) else target
     model = target if trainer is None else _model_of(trainer)
-    options = CardOptions(template, license, as_list(datasets), as_list(language), tuple(as_list(tags) or ()), results)
+    options = CardOptions(
+        template=template,
+        license=license,
+        datasets=as_list(datasets),
+        language=as_list(language),
+        tags=tuple(as_list(tags) or ()),
+        results=results,
+    )
     for config in adapters_of(model).values():
         config.card = options
         with TemporaryDirectory() as folder:

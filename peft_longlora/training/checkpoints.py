@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from peft_longlora.hub.public import RECIPE
+from peft_longlora.hub.provenance import RECIPE
 from peft_longlora.hub.writing import write_whole
 from peft_longlora.training.damage import check_checkpoint, read_mapping
 from peft_longlora.training.recipe import ADAPTER, Recipe, keys

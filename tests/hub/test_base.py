@@ -11,7 +11,7 @@ from peft import get_peft_model
 from transformers import LlamaForCausalLM
 
 from peft_longlora import LongLoraConfig
-from peft_longlora.hub import public
+from peft_longlora.hub.base import logger
 from peft_longlora.hub.readme import _TRAINERS_DRAFT
 from tests.helpers.tiny import extend, make
 from tests.hub.test_push_results import push_both, push_by_command, save_measured
@@ -48,7 +48,7 @@ def push_from_folder(folder: str, repo_id: str, **options) -> tuple[list[str], s
     base = LlamaForCausalLM.from_pretrained(folder, attn_implementation="s2_attn")
     model = get_peft_model(base, LongLoraConfig(r=2, context_length=256))
     said: list[str] = []
-    with mock.patch.object(public.logger, "warning", said.append):
+    with mock.patch.object(logger, "warning", said.append):
         model.push_to_hub(repo_id, **options)
     return said, model.peft_config["default"].base_model_name_or_path
 
@@ -74,7 +74,7 @@ def test_a_model_whose_base_is_in_a_folder_is_pushed_with_a_word(hub, pusher, tm
 def test_a_trainers_push_says_it_too(tmp_path, monkeypatch):
     """A Trainer uploads its folder, and asks the model to complete its card before."""
     said: list[str] = []
-    monkeypatch.setattr(public.logger, "warning_once", said.append)
+    monkeypatch.setattr(logger, "warning_once", said.append)
     model = extend(make())
     for name, count in (("/home/me/base", 1), ("me/base", 1)):
         model.peft_config["default"].base_model_name_or_path = name

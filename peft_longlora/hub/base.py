@@ -20,15 +20,14 @@ from transformers.utils import logging
 from peft_longlora.adapter.config import LongLoraConfig
 from peft_longlora.adapter.files import hub_id
 from peft_longlora.hub.draft import Remote
+from peft_longlora.hub.provenance import RECIPE
 from peft_longlora.hub.readme import README, UNREADABLE, read_readme
 from peft_longlora.hub.results import RESULTS
-
-RECIPE = "recipe.yaml"  # what `longlora train` was told, for others
 
 logger = logging.get_logger(__name__)
 
 
-def check_base(base: str | None) -> None:
+def check_base_id(base: str | None) -> None:
     """Refuse a base that nobody else can load.
 
     Raises: ValueError: it is no id on the Hub.
@@ -69,19 +68,16 @@ def warn_of_folder(config: LongLoraConfig) -> None:
         )
 
 
-def base_on_hub(remote: Remote, draft: Path, subfolder: str = "") -> str | None:
+def base_on_hub(remote: Remote, draft: Path) -> str | None:
     """The base's id that a repository's adapter_config.json names, or else its card; None if neither does.
 
     Args:
         draft: the folder with the repository's README, as `begin_draft` leaves it.
-        subfolder: of the repository; "" or a name and "/".
     """
     named = []
-    if f"{subfolder}{CONFIG_NAME}" in remote.names:
+    if CONFIG_NAME in remote.names:
         with TemporaryDirectory() as place:
-            file = remote.api.hf_hub_download(
-                remote.repo_id, f"{subfolder}{CONFIG_NAME}", revision=remote.revision, local_dir=place
-            )
+            file = remote.api.hf_hub_download(remote.repo_id, CONFIG_NAME, revision=remote.revision, local_dir=place)
             named.append(_entry(json.loads, Path(file).read_text(encoding="utf-8"), "base_model_name_or_path"))
     if text := read_readme(draft / README):
         named.append(_entry(lambda text: ModelCard(text).data.to_dict(), text, "base_model"))

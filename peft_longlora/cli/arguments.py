@@ -207,7 +207,9 @@ def refuse_file(output: Path, files: tuple[str, ...] = ()) -> None:
 
     Raises: ValueError.
     """
-    if found := next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None):
+    from peft_longlora.hub.writing import file_in_the_way
+
+    if found := file_in_the_way(output):
         raise ValueError(f"--output {output}: {found} is a file. Give a folder.")
     if found := next((path for name in files for path in sorted(output.glob(name)) if path.is_dir()), None):
         raise ValueError(f"--output {output}: {found} is a folder, but a file of this name is written there. Move it.")

@@ -132,6 +132,7 @@ def load_rows(
                 held.write_text(json.dumps({**asdict(counts), "digest": digest}))
     dataset = Dataset.from_file(str(path))
     dataset.info.description = str(counts)
+    # A Trainer's `map` keeps the info of a Dataset, so its rows still lead to the notes.
     dataset.info.download_checksums = {
         name: {"num_bytes": None, "checksum": value}
         for name, value in (("rows", digest), ("texts", str(texts.absolute())))

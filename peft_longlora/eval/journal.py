@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 from uuid import uuid4
 
@@ -21,7 +20,7 @@ from transformers.utils import logging
 from peft_longlora.eval.lock import LOCK, FolderLock
 from peft_longlora.eval.samples import SAMPLES, read_samples
 from peft_longlora.hub.results import PLOTS, RESULTS
-from peft_longlora.hub.writing import write_whole, writing
+from peft_longlora.hub.writing import why_unwritable, write_whole, writing
 
 RUN = "run.json"
 DIGESTS = "digests.json"
@@ -53,19 +52,15 @@ class Journal:
         Raises: ValueError.
         """
         refuse_folders(self.folder)
-        try:
-            with TemporaryFile(dir=next(path for path in (self.folder, *self.folder.parents) if path.exists())):
-                pass
-        except OSError as error:
-            raise self._unwritable(error) from error
+        if reason := why_unwritable(self.folder):
+            raise self._unwritable(reason)
         if (self.folder / LOCK).is_file():
             self._lock.take()
             self._lock.release()
 
-    def _unwritable(self, error: OSError) -> ValueError:
+    def _unwritable(self, reason: str) -> ValueError:
         return ValueError(
-            f"output={str(self.folder)!r} cannot be written ({error.strerror or error}). Give a folder that you may "
-            f"write to."
+            f"output={str(self.folder)!r} cannot be written ({reason}). Give a folder that you may write to."
         )
 
     def lock(self) -> None:
@@ -79,7 +74,7 @@ class Journal:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock.take()
             except OSError as error:
-                raise self._unwritable(error) from error
+                raise self._unwritable(error.strerror or str(error)) from error
 
     def release(self) -> None:
         """Let other runs into the folder."""

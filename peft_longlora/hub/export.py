@@ -31,6 +31,7 @@ from peft_longlora.adapter.probe import Probe
 from peft_longlora.adapter.trainable import find_module, named_modules
 from peft_longlora.hub.lora_card import write_lora_card
 from peft_longlora.hub.readme import README
+from peft_longlora.hub.writing import file_in_the_way
 from peft_longlora.rope.state import attributes_of
 
 PREFIX = "base_model.model."
@@ -160,7 +161,7 @@ def _check_places(folder: Path, fold_into: str | os.PathLike | None) -> None:
     """
     places = {"folder": folder} | ({} if fold_into is None else {"fold_into": Path(fold_into)})
     for name, place in places.items():
-        if blocking := next((path for path in (place, *place.parents) if path.exists() and not path.is_dir()), None):
+        if blocking := file_in_the_way(place):
             raise ValueError(f"{name}={str(place)!r}: {blocking} is a file. Give a folder.")
         if found := next((path for path in map(place.joinpath, WRITTEN) if path.is_dir()), None):
             raise ValueError(f"{name}={str(place)!r}: {found} is a folder, but a file of this name is written there.")

@@ -1,4 +1,7 @@
-"""Writes a file completely or not at all: after a crash the old file is there, never half of the new one."""
+"""Writes a file completely or not at all: after a crash the old file is there, never half of the new one.
+
+Also what stands in the way of writing into a folder, asked before anything slow begins.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import BinaryIO
 
 
@@ -32,3 +36,20 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     """Write a file completely or not at all; text is written in UTF-8."""
     with writing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def file_in_the_way(folder: Path) -> Path | None:
+    """What is no folder, at the place of a folder or of one around it; None if nothing is."""
+    return next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+
+
+def why_unwritable(folder: Path) -> str | None:
+    """Why no file can be made in a folder; None if one can.
+
+    A folder that does not exist is not made: the nearest one around it is tried. Nothing stays behind.
+    """
+    try:
+        with TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)

@@ -37,6 +37,7 @@ KERNELS: dict[str, Kernel] = {
 
 @lru_cache(maxsize=32)
 def _side_stream(device: torch.device, index: int, priority: int) -> torch.cuda.Stream:
+    """`index` only keeps launches of one priority on streams of their own."""
     return torch.cuda.Stream(device, priority=priority)
 
 
@@ -190,7 +191,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dout, _):
     if dout is None:
-        return (None,) * 10
+        return (None,) * 10  # one for each argument of `attend_halves`
     *tensors, sinks = ctx.saved_tensors
     grads = attend_halves_backward(dout, *tensors, *ctx.how)
     dsinks = None

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from peft_longlora.hub.provenance import RECIPE
-from peft_longlora.hub.writing import write_whole
+from peft_longlora.hub.writing import file_in_the_way, write_whole
 from peft_longlora.training.damage import check_checkpoint, read_mapping
 from peft_longlora.training.recipe import ADAPTER, Recipe, keys
 
@@ -62,9 +62,8 @@ def open_output(recipe: Recipe) -> Path | None:
             in a key that changes what is learned, or a checkpoint or a note of the run that cannot be read.
     """
     folder = recipe.output_dir
-    for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"output_dir={str(folder)!r}: {path} is a file. Give a folder.")
+    if path := file_in_the_way(folder):
+        raise ValueError(f"output_dir={str(folder)!r}: {path} is a file. Give a folder.")
     last, *older = _whole_checkpoints(folder) or [None]
     if recipe.run.overwrite:
         return None

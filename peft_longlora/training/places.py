@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from peft_longlora.data.folders import walk
+from peft_longlora.hub.writing import file_in_the_way, why_unwritable
 from peft_longlora.training.recipe import Recipe
 
 
@@ -37,21 +37,11 @@ def check_places(recipe: Recipe) -> None:
                 f"output_dir={given!r} is the folder of {key}: the adapter would be written over it. Give another "
                 f"output_dir."
             )
-    if not any(path.is_file() for path in (output, *output.parents)):  # which `open_output` refuses
-        _check_writable(output)
-
-
-def _check_writable(output: Path) -> None:
-    """Nothing stays behind: a folder that does not exist is not made."""
-    near = next(path for path in (output, *output.parents) if path.exists())
-    try:
-        with TemporaryFile(dir=near):
-            pass
-    except OSError as error:
+    # `open_output` refuses a file in the way.
+    if file_in_the_way(output) is None and (reason := why_unwritable(output)):
         raise ValueError(
-            f"output_dir={str(output)!r} cannot be written ({error.strerror or error}). Give an output_dir that you "
-            f"may write to."
-        ) from error
+            f"output_dir={str(output)!r} cannot be written ({reason}). Give an output_dir that you may write to."
+        )
 
 
 def _is_linked(folder: Path, output: Path) -> bool:

@@ -53,13 +53,13 @@ def tolerance_of(model: PreTrainedModel) -> float:
     return max(TOLERANCE.get(parameter.dtype, OF_HALF) for parameter in model.parameters())
 
 
-def far(a: torch.Tensor, b: torch.Tensor) -> float:
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """The distance of two tensors, as a part of the size of `b`."""
     a, b = a.float(), b.float()
     return ((a - b).norm() / b.norm().clamp(min=1e-6)).item()
 
 
-def rows(model: PreTrainedModel) -> torch.Tensor:
+def sample_rows(model: PreTrainedModel) -> torch.Tensor:
     """(2, TOKENS) token ids that mean text; the rows are equal in their first half."""
     special = set(_special_ids(model.config))
     most = min(rows_of(model.get_input_embeddings()), getattr(model.config.get_text_config(), "vocab_size", 2**30))

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from peft_longlora.architecture import rows_of
-from peft_longlora.few_tokens import at_rest, far, is_elsewhere
+from peft_longlora.few_tokens import at_rest, distance, is_elsewhere
 
 TOKENS = 16
 logger = logging.get_logger(__name__)
@@ -51,7 +51,7 @@ class Probe:
         """
         found = _logits(model, self.tokens)
         tolerance = max(TOLERANCE.get(parameter.dtype, 1.0) for parameter in model.parameters())
-        error = far(found, self.logits)
+        error = distance(found, self.logits)
         if not error <= tolerance:
             raise ValueError(
                 f"{what} does not compute what the adapter does: on {TOKENS} tokens its logits are {error:.0%} of "

@@ -16,7 +16,17 @@ from peft_longlora.architecture import is_causal_layer
 from peft_longlora.attention.caution import MASK, ROPE
 from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.settings import S2_ATTN, AttentionSettings
-from peft_longlora.few_tokens import TOKENS, at_rest, can_run, far, key_of, outputs, rows, short, tolerance_of
+from peft_longlora.few_tokens import (
+    TOKENS,
+    at_rest,
+    can_run,
+    distance,
+    key_of,
+    outputs,
+    sample_rows,
+    short,
+    tolerance_of,
+)
 
 LENGTHS = (13, 11)  # tokens of the documents of a packed row
 # Arguments with numbers for tokens or heads that the kernels of S2-Attn know or need not know.
@@ -50,7 +60,7 @@ def try_out(model: PreTrainedModel, settings: AttentionSettings, use: Callable[[
     if settings.sharing is not None or not can_run(model, settings.dense_attention):
         return
     kind = f"{model.config.model_type} ({type(model).__name__})"
-    ids, most = rows(model), tolerance_of(model)
+    ids, most = sample_rows(model), tolerance_of(model)
     with at_rest(model):
         use(settings.dense_attention)
         try:
@@ -133,7 +143,7 @@ def _compare(own: torch.Tensor, dense: torch.Tensor, most: float, kind: str) -> 
 
     Raises: NotImplementedError.
     """
-    error = far(dense, own)
+    error = distance(dense, own)
     if not error <= most:
         raise NotImplementedError(
             f"{kind} computes something else if its attention has another name: {error:.1%} of the size of its "
@@ -141,7 +151,7 @@ def _compare(own: torch.Tensor, dense: torch.Tensor, most: float, kind: str) -> 
         )
     half = TOKENS // 2
     # The two rows differ only behind their first half.
-    if dense.dim() == 3 and not far(dense[0, :half], dense[1, :half]) <= most:
+    if dense.dim() == 3 and not distance(dense[0, :half], dense[1, :half]) <= most:
         raise NotImplementedError(
             f"{kind} lets tokens see later ones, which groups cannot express. Use a causal language model."
         )
@@ -169,7 +179,7 @@ def _try_packed(
         settings.mode, settings.given_size, settings.backend = mode, 2 * TOKENS, "sdpa"
         settings.warned = {MASK, ROPE}  # these rows are not the user's
         try:
-            error = far(outputs(model, row, position_ids=positions)[0], wanted)
+            error = distance(outputs(model, row, position_ids=positions)[0], wanted)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # as it does in training

@@ -6,10 +6,11 @@ A sample holds its key and its measures, and what its task says of it. `journal`
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from peft_longlora.hub.results import is_number
 
 SAMPLES = "samples.jsonl"
 
@@ -44,6 +45,6 @@ def _fault(record: Any) -> str | None:
         if not isinstance(measure, list) or len(measure) not in (4, 5) or not isinstance(measure[0], str):
             return f"{measure!r} is not a measure [metric, group, numerator, denominator]"
         for number in measure[2:4]:
-            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            if not is_number(number):
                 return f"{number!r} is not a number in {measure!r}"
     return None

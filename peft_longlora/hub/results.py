@@ -102,14 +102,14 @@ class Row:
                 raise ValueError(f"{name} must be text in {content}")
         for name in ("value", "low", "high"):
             number = content[name]
-            if (number is not None or name == "value") and not _is_number(number):
+            if (number is not None or name == "value") and not is_number(number):
                 raise ValueError(f"{name} must be a finite number in {content}")
         low, high = (content["value"] if content[name] is None else content[name] for name in ("low", "high"))
         if not low <= content["value"] <= high:
             raise ValueError(f"value must be between low and high in {content}")
         for name in ("length", "units", "tokens"):
             number = content[name]
-            if (number is not None or name == "units") and not (_is_number(number) and number >= 0):
+            if (number is not None or name == "units") and not (is_number(number) and number >= 0):
                 raise ValueError(f"{name} must be a number of 0 or more in {content}")
         if content["group"] is not None and not isinstance(content["group"], str):
             raise ValueError(f"group must be text or null in {content}")
@@ -215,7 +215,8 @@ def _read(path: Path) -> dict[str, Any]:
     return {**content, "results": [Row.of(row) for row in content["results"]]}
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number, and not true or false."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -229,7 +230,7 @@ def _check(content: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be an object, not {content[name]!r}")
     settings = content["settings"]
     for name, low, high in (("seed", 0, 2**63), ("confidence", 0, 1)):
-        if not (_is_number(settings[name]) and low <= settings[name] <= high):
+        if not (is_number(settings[name]) and low <= settings[name] <= high):
             raise ValueError(f"settings: {name} must be a number from {low} to {high}, not {settings[name]!r}")
 
 

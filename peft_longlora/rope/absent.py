@@ -22,7 +22,7 @@ from peft_longlora.architecture import (
     find_text_model,
     is_local_layer,
 )
-from peft_longlora.few_tokens import at_rest, can_run, far, key_of, outputs, rows
+from peft_longlora.few_tokens import at_rest, can_run, distance, key_of, outputs, sample_rows
 from peft_longlora.rope.parameters import full_type, is_nested
 
 # Keys in another order are summed in another order; with positions at least one layer differs by tens of percent.
@@ -100,7 +100,7 @@ def _try(model: PreTrainedModel, attention: str) -> bool | None:
             for layers, hook in (([*attending, *find_state_layers(model).values()], watch), (full, move)):
                 handles = [module.register_forward_hook(hook, with_kwargs=True) for module in layers]
                 try:  # one token, repeated, for `watch`; a text for `move`
-                    ids = rows(model)[:1]
+                    ids = sample_rows(model)[:1]
                     outputs(model, ids[:, :1].expand_as(ids) if hook is watch else ids)
                 finally:
                     for handle in handles:
@@ -133,7 +133,7 @@ class _Watch:
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
         hidden = _hidden(args, kwargs)
-        self.errors.append(far(hidden, hidden[:, :1].expand_as(hidden)))
+        self.errors.append(distance(hidden, hidden[:, :1].expand_as(hidden)))
 
 
 class _Move:
@@ -173,8 +173,8 @@ class _Move:
         if not before.isfinite().all() or not before.any():
             raise _EmptyError
         # A token that does not see others, because it chose keys, would say nothing.
-        sees = far(with_others(last.expand_as(others)), before) > MOST_OF_HALF
-        error = far(with_others(others.flip(1)), before) if sees else float("inf")
+        sees = distance(with_others(last.expand_as(others)), before) > MOST_OF_HALF
+        error = distance(with_others(others.flip(1)), before) if sees else float("inf")
         self.errors.append((error, MOST if is_exact else MOST_OF_HALF))
 
 

@@ -22,7 +22,7 @@ def write_report(results: Results, folder: Path) -> None:
     try:
         from peft_longlora.eval.report.plots import write_plots
     except ImportError:
-        logger.warning("No plots: matplotlib is not installed. pip install peft-longlora[eval]")
+        logger.warning("No plots: matplotlib is not installed. pip install 'peft-longlora[eval]'")
         images = []
     else:
         images = write_plots(results, folder)

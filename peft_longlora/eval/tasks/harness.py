@@ -40,7 +40,7 @@ class Harness:
         except ImportError as error:
             raise ImportError(
                 f"Task {self.task!r} is not one of this package's, and lm-eval, which may know it, is not installed: "
-                f"pip install peft-longlora[eval]"
+                f"pip install 'peft-longlora[eval]'"
             ) from error
         # The user's own files first: reading all of lm-eval's takes long.
         for options in [dict(include_path=self.include_path, include_defaults=False)] * bool(self.include_path) + [{}]:

@@ -93,5 +93,5 @@ def _rouge_scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise ImportError("ROUGE-L needs rouge-score: pip install peft-longlora[eval]") from error
+        raise ImportError("ROUGE-L needs rouge-score: pip install 'peft-longlora[eval]'") from error
     return RougeScorer(["rougeL"], use_stemmer=False)

@@ -1,7 +1,8 @@
 """The sliding window or the chunks that a layer has of its own, as cuts that every kernel can run.
 
 transformers describes them by a rule on indices. It is evaluated at the borders only, so memory is O(S). A rule that is
-neither a window nor chunks is left to dense attention with transformers' own mask. Called by `layer`.
+neither a window nor chunks is left to dense attention with transformers' own mask. Called by `layer`, `caution`
+and sequence's `layer`.
 """
 
 from __future__ import annotations

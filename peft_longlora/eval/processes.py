@@ -1,4 +1,4 @@
-"""The processes that share a run. Called by `run`; uses accelerate only if there are several."""
+"""The processes that share a run. Made by who calls `evaluate`; uses accelerate only if there are several."""
 
 from __future__ import annotations
 

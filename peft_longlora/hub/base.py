@@ -1,6 +1,6 @@
 """What a push says of the base: its id on the Hub in place of a folder of this machine, and the same in every file.
 
-Called by folder.py and push.py.
+Called by `folder` and `push`; `trainers` and `methods` warn with it.
 """
 
 from __future__ import annotations

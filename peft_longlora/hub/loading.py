@@ -1,4 +1,6 @@
-"""Loads a base, its tokenizer and an adapter, and refuses what does not fit. Used by the evaluation and the chat.
+"""Loads a base, its tokenizer and an adapter, and refuses what does not fit.
+
+Used by the evaluation and the chat; `longlora train` loads its parts with `load_part`.
 
 Messages name arguments, such as `model='me/base'`; the command line replaces them by its options.
 """

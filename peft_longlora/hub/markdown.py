@@ -1,4 +1,7 @@
-"""Escapes text from files and from other people, so that it stays text in Markdown. Called by `card` and `export`."""
+"""Escapes text from files and from other people, so that it stays text in Markdown.
+
+Called by `card`, `lora_card` and the tables of eval.
+"""
 
 from __future__ import annotations
 

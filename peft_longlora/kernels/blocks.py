@@ -2,7 +2,7 @@
 
 A document is cut into blocks of 128 tokens; its last block may be short. The computation uses a layout in which every
 document begins at a block. Packed or padded rows are copied into it; rows of whole blocks are not copied. The backends
-`sdpa` and `flex` use it.
+`sdpa`, `flex` and `flash_blocks` use it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A class of ours mixed into the class of one module, so that this object behaves otherwise and no other does.
 
 Nothing of torch, transformers or PEFT is replaced: the module keeps its parameters, hooks and name, and its own methods
-are `super()`. Used by adapter/precision, adapter/lowrank, rope/learned and memory/tile; imports only torch.
+are `super()`. Used by rope/learned, memory/tile and, in adapter/, called, lowrank and precision; imports only torch.
 """
 
 from __future__ import annotations

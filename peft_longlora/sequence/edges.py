@@ -2,8 +2,8 @@
 
 A rank attends to the keys and values of its stretch. If a group began on an earlier rank, it also needs that group's
 earlier keys and values, its halo. One small all-gather in each forward gives every rank the numbers to compute who
-sends what to whom. The time does not depend on the length of the sequence. Called by `layer`; read by `halo` and
-`ulysses`.
+sends what to whom. The time does not depend on the length of the sequence. Called by `layer`; read by `halo`,
+`window` and `ulysses`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The samples behind the rows of a results.json: gathered into cells, and computed.
 
-Called by `run` and `comparison`. `hub.results` has the file's schema.
+Called by `gather`, `callback` and `comparison`. `hub.results` has the file's schema.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Compares two runs: values, differences, and intervals of differences over the same documents or prompts.
 
-Only equal questions are paired; samples identify the text or tokens of their question. Called by `side_by_side`.
+Only equal questions are paired; samples identify the text or tokens of their question. `side_by_side` shows what
+is found; `longlora compare` calls both.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from peft_longlora.data.prefetch import prefetch
 from peft_longlora.eval.run import Run
-from peft_longlora.eval.tasks.task import Item, Task, name_of
+from peft_longlora.eval.tasks.task import Item, Task, with_protocol
 from peft_longlora.hub.loading import is_out_of_memory
 
 logger = logging.get_logger(__name__)
@@ -28,9 +28,9 @@ class Share:
 
     def __init__(self, run: Run, task: Task, show_progress: bool):
         self.run, self.task, self.show_progress = run, task, show_progress
-        self._protocol = name_of(task).removeprefix(task.name)
         self._pending = self._count = 0
         self._label: str | None = None
+        self._place = ""  # of the items of this label, in `run.places`
         self._bar: tqdm | None = None
         self._has_room = True
         self._started: list[tuple[Item, Callable[[], dict[str, Any]]]] = []
@@ -54,15 +54,12 @@ class Share:
             if self._bar is not None:
                 self._bar.close()  # so that an error starts on a new line
 
-    @property
-    def _place(self) -> str:
-        return f"{self._label}{self._protocol}"
-
     def _begin_label(self, label: str) -> None:
         self._attempt(self._finish)
         if self._bar is not None:
             self._bar.close()
         self._label, self._count, self._has_room, self._began = label, 0, True, time.perf_counter()
+        self._place = with_protocol(label, self.task)
         columns = min(100, shutil.get_terminal_size().columns)  # 80 if the terminal does not give its size
         self._bar = tqdm(desc=label, disable=not self.show_progress, ncols=columns)
 

@@ -152,7 +152,7 @@ class Pair:
         return not unlike
 
     def _has_other_data(self, row: Row) -> bool:
-        return any(name.split(" (")[0] == row.task for name in self._other_data)
+        return not self._other_data.isdisjoint((row.task, _with_protocol(row)))
 
     def _unlike_text(self, row: Row, other: Row) -> str:
         """Why perplexities, or bits per byte, are not of the same text, tokens and contexts; "" if they are."""
@@ -196,9 +196,14 @@ class Pair:
         return notes + [note for side in self.sides() if (note := _only_in(*side))]
 
 
+def _with_protocol(row: Row) -> str:
+    """The name in settings and data of a task that has several protocols (`tasks.task.name_of`)."""
+    return f"{row.task} ({row.protocol})"
+
+
 def _cutting(settings: dict[str, Any], row: Row) -> str:
     """How a row's text is cut into windows; into which buckets its positions fall stands in the row itself."""
-    entry = settings.get(f"{row.task} ({row.protocol})")
+    entry = settings.get(_with_protocol(row))
     return str({key: entry[key] for key in sorted(entry) if key != "buckets"} if isinstance(entry, dict) else entry)
 
 

@@ -60,6 +60,11 @@ class Task(Protocol):
 
 
 def name_of(task: Task) -> str:
-    """A task's name, with its protocol if it has several."""
+    """A task's name in settings and data, with its protocol if it has several: "perplexity (documents)"."""
+    return with_protocol(task.name, task)
+
+
+def with_protocol(text: str, task: Task) -> str:
+    """A task's name or an item's label, with the protocol in brackets if the task has several."""
     protocol = task.parameters.get("protocol")
-    return f"{task.name} ({protocol})" if protocol else task.name
+    return f"{text} ({protocol})" if protocol else text

@@ -111,6 +111,23 @@ def test_other_text_of_one_name_is_not_judged(tmp_path):
     assert "perplexity (documents): not the same data, so differences are not paired." in notes
 
 
+def test_other_text_of_one_protocol_says_nothing_of_the_other(tmp_path):
+    """The protocols of a task have data of their own: one may be measured again on other text."""
+    other = tmp_path / "other" / "letters"
+    other.mkdir(parents=True)
+    for i in range(5):
+        (other / f"{i}.txt").write_text("dcba" * 20)
+    documents, longlora = letter_tasks(tmp_path)
+    evaluate(letter_subject(), [documents, longlora], tmp_path / "a", show_progress=False)
+    evaluate(letter_subject(), [Perplexity(Corpus(other), [8]), longlora], tmp_path / "b", show_progress=False)
+    found, notes = compare(tmp_path / "a", tmp_path / "b")
+    verdicts = {(d.first.protocol, d.verdict.startswith("other text"), d.is_paired) for d in found}
+    assert verdicts == {("documents", True, False), ("longlora", False, True)}
+    assert [note for note in notes if "not the same data" in note] == [
+        "perplexity (documents): not the same data, so differences are not paired."
+    ]
+
+
 def test_prompts_of_equal_names_that_are_other_texts_are_not_paired(tmp_path):
     """As a run of before had them: the name of a prompt stood for what the longest length made of it."""
     task = Passkey(lengths=[1000], depths=[0, 1], seeds=2)

@@ -89,8 +89,8 @@ class ModelInputs:
         last: the last call, of any thread. Threads of autograd, which call no model, use it to recompute layers.
         compiled: `last` is this one if the beginning of the call is compiled; such calls know no threads.
         thread: what belongs to the current thread.
-        places: for the forward of each followed module, the places of its arguments by name. (FSDP2 gives modules
-            classes of their own, which have the same forward.)
+        places: for the class of each followed module, the places of its arguments by name. (FSDP2 gives modules
+            classes of their own later, below these, and Liger gives classes another forward.)
         handles: the hooks that record all this.
         looks: training calls whose documents were checked.
     """
@@ -99,7 +99,7 @@ class ModelInputs:
     last: Call = field(default_factory=Call)
     compiled: Call = field(default_factory=Call)
     thread: OfThread = field(default_factory=OfThread)
-    places: dict[Callable[..., Any], dict[str, int]] = field(default_factory=dict)
+    places: dict[type, dict[str, int]] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
     looks: int = 0
 
@@ -155,7 +155,7 @@ class ModelInputs:
         """Record every call of `model` from now on."""
         for module in find_entrances(model):
             arguments = inspect.signature(module.forward).parameters
-            self.places[type(module).forward] = {name: place for place, name in enumerate(arguments)}
+            self.places[type(module)] = {name: place for place, name in enumerate(arguments)}
         self.handles = follow(model, self._before, self._after)
 
     def leave(self) -> None:
@@ -184,7 +184,7 @@ class ModelInputs:
         """Hook: a followed module is called."""
         if kwargs is None:  # torch drops them if another hook removed this one during the same call
             return
-        places = self.places.get(type(module).forward, {})
+        places = next((self.places[kind] for kind in type(module).__mro__ if kind in self.places), {})
 
         def given(name: str) -> Any:
             place = places.get(name, len(args))

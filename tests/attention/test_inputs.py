@@ -98,6 +98,22 @@ def test_positions_in_their_place_are_found_in_a_class_that_is_made_later():
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_positions_in_their_place_are_found_in_a_class_with_another_forward(monkeypatch):
+    """Liger's functions for a model type give its classes another forward, for models that are there too."""
+    model = configured()
+    wanted, kind = by_document(model), type(model.model)
+    forward = kind.forward
+
+    def another(self, input_ids=None, attention_mask=None, position_ids=None, **more):
+        return forward(self, input_ids, attention_mask, position_ids, **more)
+
+    monkeypatch.setattr(kind, "forward", another)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    found = model.lm_head(model.model(ROW, None, positions).last_hidden_state)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_call_that_failed_leaves_nothing_behind():
     model = configured()
     wanted = by_document(model)

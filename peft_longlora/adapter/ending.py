@@ -201,7 +201,10 @@ class EndingLoraModel(LoraModel):
 
     def _check_names(self, adapter_names: list[str]) -> None:
         if unknown := [name for name in adapter_names if name not in self.peft_config]:
-            raise ValueError(f"adapter_names={adapter_names} names {unknown}; there are {sorted(self.peft_config)}.")
+            raise ValueError(
+                f"adapter_names={adapter_names} names {unknown}, which this model does not have. Use names of its "
+                f"adapters: {sorted(self.peft_config)}."
+            )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: PEFT's conversion knows neither RoPE nor trained copies. `export_lora` makes a plain adapter."""

@@ -146,7 +146,7 @@ def _checked(
     if unknown := sorted(set(dense_layers or ()) - indices):
         raise ValueError(
             f"dense_layers={dense_layers} names {unknown}, where this model has no attention: its layers of attention "
-            f"are {', '.join(map(str, sorted(indices)))}."
+            f"are {', '.join(map(str, sorted(indices)))}. Give numbers of these."
         )
     group_size = group_size if group_size is None else check_pattern(group_size, pattern)
     size = check_pattern(group_size_of(group_size, ratio, window_of(model.config.get_text_config())), pattern)

@@ -165,7 +165,7 @@ class Conversation:
             is_stopped: whether it was stopped before it began, when `stop` finds no answer.
         """
         if not question.strip():
-            raise ValueError("The question is empty.")
+            raise ValueError("The question is empty: give one with a word in it.")
         turn, stop = Turn(question.strip()), Stop(self.tokenizer, self.dialogue.stop)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
@@ -226,7 +226,7 @@ class Conversation:
         if by not in ("words", "attention"):
             raise ValueError(f"by={by!r} is unknown. Use 'words' or 'attention'.")
         if not self.has_answer:
-            raise ValueError("There is no answer yet.")
+            raise ValueError("There is no answer yet, so it has no passages. Ask a question first.")
         if self.dialogue.offsets is None:
             raise ValueError(
                 f"{type(self.tokenizer).__name__} does not give the places of its tokens in the text. Use a fast one."

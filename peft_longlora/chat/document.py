@@ -78,9 +78,11 @@ def read_document(
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
     if path.suffix.lower() not in TEXTS:
-        raise ValueError(f"{path}: {path.suffix or 'a name without suffix'} is none of {', '.join(TEXTS)}.")
+        raise ValueError(
+            f"{path}: {path.suffix or 'a name without suffix'} is none of {', '.join(TEXTS)}. Give a file of these."
+        )
     if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty (0 bytes).")
+        raise ValueError(f"{path} is empty (0 bytes): give a file with text.")
     limits = limits or Limits()
     if path.suffix.lower() != ".pdf":
         return _read_text(path, limits)
@@ -105,7 +107,7 @@ def _read_text(path: Path, limits: Limits) -> Document:
     first = 1 + text.count("\n", 0, cut)
     text = text[cut:]
     if not text:
-        raise ValueError(f"{path} holds only white space.")
+        raise ValueError(f"{path} holds only white space: give a file with text.")
     limits.check_characters(path, len(text))
     starts = [0] + [match.end() for match in re.finditer("\n", text)]
     return Document(path.name, text, starts, list(range(first, first + len(starts))), "line")

@@ -229,10 +229,11 @@ def check_cache(kind: str, device: torch.device | str, backend: str | None = Non
         ImportError: "quantised" without a package for it.
     """
     if kind not in CACHES:
-        raise ValueError(f"cache {kind!r} is none of {', '.join(CACHES)}.")
+        raise ValueError(f"cache={kind!r} is unknown. Use one of {', '.join(map(repr, CACHES))}.")
     if kind == "offloaded" and torch.device(device).type == "cpu":
         raise ValueError(
-            "cache='offloaded' keeps keys and values of a GPU in the CPU's memory: the model is on the CPU."
+            "cache='offloaded' keeps keys and values of a GPU in the CPU's memory, and the model is on the CPU. Use "
+            "cache='dense'."
         )
     if kind != "quantised":
         return None

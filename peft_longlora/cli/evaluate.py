@@ -162,7 +162,9 @@ def _config_of_card(adapter: str) -> LongLoraConfig:
 
     config = LongLoraConfig.from_pretrained(adapter)
     if not isinstance(config, LongLoraConfig):
-        raise ValueError(f"--card is only for LongLoRA adapters; {adapter} has type {config.peft_type.value}.")
+        raise ValueError(
+            f"--card is only for LongLoRA adapters; {adapter} has type {config.peft_type.value}. Leave --card out."
+        )
     return config
 
 

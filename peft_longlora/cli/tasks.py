@@ -86,7 +86,7 @@ def make_tasks(args: Namespace) -> list[Task]:
         made = entry.make(options, name)
         tasks += [_beside_base(task) for task in made] if args.with_base and entry.with_base else made
     if not tasks:
-        raise ValueError(f"--tasks {args.tasks!r} names no task.")
+        raise ValueError(f"--tasks {args.tasks!r} names no task. Give names, such as perplexity,passkey.")
     return tasks
 
 

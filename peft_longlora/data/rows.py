@@ -68,7 +68,7 @@ def rows_of_sources(
         path = Path(source)
         if not path.exists():
             if not NAME_ON_HUB.fullmatch(str(source)) or _kind(path) in SUFFIXES:
-                raise FileNotFoundError(f"{source}: no such file or folder.")
+                raise FileNotFoundError(f"{source}: no such file or folder. Check the path.")
             if _is_new([path], seen, counts, "datasets"):
                 yield from hub_rows(str(source), split, config)
         elif repositories and path.is_dir():

@@ -164,7 +164,9 @@ def _check_places(folder: Path, fold_into: str | os.PathLike | None) -> None:
         if blocking := file_in_the_way(place):
             raise ValueError(f"{name}={str(place)!r}: {blocking} is a file. Give a folder.")
         if found := next((path for path in map(place.joinpath, WRITTEN) if path.is_dir()), None):
-            raise ValueError(f"{name}={str(place)!r}: {found} is a folder, but a file of this name is written there.")
+            raise ValueError(
+                f"{name}={str(place)!r}: {found} is a folder, but a file of this name is written there. Move it."
+            )
         config = place / CONFIG_NAME
         if config.is_file() and read_json(config).get("peft_type") != PeftType.LORA.value:
             raise ValueError(

@@ -146,7 +146,9 @@ def _factor(label: str, factor: float | None, context_length: int | None, base_c
             raise ValueError(f"context_length={window} is not above the base's window of {base_context_length} tokens.")
         factor = math.ceil(window / base_context_length)
     if factor <= 1:
-        raise ValueError(f"factor={factor} is not above 1, so it would not extend the window.")
+        raise ValueError(
+            f"factor={factor} is not above 1, so it would not extend the window. Give the factor of its training."
+        )
     return float(factor)
 
 

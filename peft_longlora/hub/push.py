@@ -131,7 +131,10 @@ def push_card(
         api.hf_hub_download(repo_id, CONFIG_NAME, revision=revision, local_dir=folder)
         config = read_config(folder)
         if not isinstance(config, LongLoraConfig):
-            raise ValueError(f"{repo_id} is an adapter of type {config.peft_type}; this card is only for LONGLORA.")
+            raise ValueError(
+                f"{repo_id} is an adapter of type {config.peft_type}, and this card is for LONGLORA alone. Write its "
+                f"README by hand."
+            )
         config.card = CardOptions(
             template=template,
             license=license,

@@ -52,7 +52,9 @@ def shard_batch(batch: dict[str, Any], rank: int, ranks: int, *, pad_token_id: i
         rows["shift_labels"] = nn.functional.pad(rows["labels"][:, 1:], (0, 1), value=IGNORED)
     wrong = [name for name, x in rows.items() if not isinstance(x, torch.Tensor) or x.shape != ids.shape]
     if wrong:
-        raise ValueError(f"{wrong} of the batch cannot be cut into stretches: only (B, S) = {tuple(ids.shape)} can.")
+        raise ValueError(
+            f"{wrong} of the batch cannot be cut into stretches: only (B, S) = {tuple(ids.shape)} can. Leave them out."
+        )
     length = -(-ids.numel() // ranks)
     fill = {"input_ids": pad_token_id, "labels": IGNORED, "shift_labels": IGNORED}
     stretch = {}

@@ -145,7 +145,7 @@ def test_a_forward_that_fails_leaves_nothing_half_filled():
 
 
 def test_what_does_not_work_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="cache 'static' is none of dense, quantised, offloaded"):
+    with pytest.raises(ValueError, match=r"cache='static' is unknown\. Use one of 'dense', 'quantised', 'offloaded'"):
         KVCache(a_model(), "static")
     with pytest.raises(ValueError, match="cache='offloaded' keeps keys and values of a GPU"):
         check_cache("offloaded", "cpu")

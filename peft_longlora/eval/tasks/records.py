@@ -28,7 +28,7 @@ def named_records(
     """
     path = Path(source)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder ({what}).")
+        raise FileNotFoundError(f"{path}: no such file or folder ({what}). Check the path.")
     rows = []
     for file, place, row in read_rows(path):
         try:

@@ -18,10 +18,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 
 from peft_longlora.rope.values import SCALING
 
@@ -82,11 +78,6 @@ SMALL = {
     **dict.fromkeys(("type_vocab_size", "num_nextn_predict_layers"), 1),
     **dict.fromkeys(("num_position_embeddings",), 16),
 }  # fmt: skip
-
-
-def model_types() -> list[str]:
-    """Every model type of transformers' causal language models, and of image-text models."""
-    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 
 
 def tiny_config(model_type: str, changes: dict[str, Any] | None = None) -> PreTrainedConfig:

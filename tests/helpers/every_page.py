@@ -61,7 +61,10 @@ the tiny model's attention layers S2-Attn runs; the others have a window of thei
 
 def types() -> list[tuple[str, str]]:
     """(kind, model type) of everything that is examined."""
-    from tests.helpers.every_config import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     names = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "image": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
     return [(kind, name) for kind, mapping in names.items() for name in sorted(mapping)]
@@ -178,6 +181,8 @@ def main() -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         again = sys.argv[1:]
+        if unknown := sorted({*again} - {name for _, name in types()}):
+            sys.exit(f"transformers {transformers.__version__} has no model type {', '.join(unknown)}. Correct it.")
         old = {(row["kind"], row["type"]): row for row in stored()["results"]} if again else {}
         rows = []
         for kind, name in types():

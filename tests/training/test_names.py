@@ -50,7 +50,7 @@ def test_names_are_those_of_peft(run, place, words, given):
         (["--target-modules", "(q|v)_proj"], "is a regular expression that matches no module's whole name.*commas"),
         (["--exclude-modules", "zzz"], "exclude_modules='zzz' is the name of no module.*end in .*, q_proj"),
         (["--modules-to-save", "lm_haed"], "modules_to_save='lm_haed' is the name of no module.*mean 'lm_head'"),
-        (["--layers-to-transform", "0,2"], "2: the base has layers 0 to 1. Use one of them"),
+        (["--layers-to-transform", "0,2"], "layers_to_transform=.0, 2.: .*in layers 2 of this model, .*layers 0 to 1"),
         (["--target-modules", "(q"], "is no regular expression"),
     ],
 )  # fmt: skip

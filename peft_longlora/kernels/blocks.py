@@ -7,11 +7,12 @@ document begins at a block. Packed or padded rows are copied into it; rows of wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+from peft_longlora.kernels.groups import Plan
 
 BLOCK = 128
 
@@ -48,7 +49,7 @@ class Layout(NamedTuple):
 
 
 @dataclass(eq=False)
-class BlockPlan:
+class BlockPlan(Plan):
     """The blocks of one forward.
 
     Attributes:
@@ -65,7 +66,6 @@ class BlockPlan:
     group_size: int
     pattern: str
     chosen: int
-    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -117,13 +117,6 @@ class BlockPlan:
             at += blocks * BLOCK
         parts = torch.cat(source), torch.cat(is_token), torch.cat(position), torch.tensor(first), torch.tensor(is_dense)
         return Layout(*(x.to(device) for x in (*parts, place, is_real)))
-
-    def once(self, name: Any, make: Callable[[], Any]) -> Any:
-        """A value derived from this plan: the first layer makes it, the others reuse it."""
-        if name not in self._made:
-            with torch.inference_mode(False):
-                self._made[name] = make()
-        return self._made[name]
 
     def arrange(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, S, D) -> (H, N, D), in blocks; 0 at empty places."""

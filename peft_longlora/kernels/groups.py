@@ -94,7 +94,21 @@ def positions_in_documents(cu_seq_lens: torch.Tensor, batch: int, length: int) -
 
 
 @dataclass(eq=False)
-class Groups:
+class Plan:
+    """What all layers of a forward share: values that are derived from it are made once."""
+
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+        """A value that a backend derives from this plan: the first layer makes it, the others reuse it."""
+        if name not in self._made:
+            with torch.inference_mode(False):  # plans are reused, and autograd cannot save tensors of inference mode
+                self._made[name] = make()
+        return self._made[name]
+
+
+@dataclass(eq=False)
+class Groups(Plan):
     """The plan of one forward: boundaries of the straight and of the shifted heads' groups.
 
     Boundaries count the B * S flattened tokens, from 0 to B * S without a hole. Stretches of padding are separate
@@ -118,19 +132,11 @@ class Groups:
     padding: torch.Tensor | None = None
     padding_starts: frozenset[int] = frozenset()
     is_regular: bool = True
-    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def is_split(self) -> bool:
         """Whether straight and shifted heads have different groups."""
         return self.straight != self.shifted
-
-    def once(self, name: Any, make: Callable[[], Any]) -> Any:
-        """A value that a backend derives from this plan: the first layer makes it, the others reuse it."""
-        if name not in self._made:
-            with torch.inference_mode(False):  # plans are reused, and autograd cannot save tensors of inference mode
-                self._made[name] = make()
-        return self._made[name]
 
 
 def plan_groups(

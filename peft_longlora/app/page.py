@@ -75,7 +75,7 @@ class Page:
         """Answer a question in its turn, then show its passages."""
         reader = self.readers.get(session)
         if reader is None:
-            yield View(views.red(views.GONE), [], question, views.NOWHERE)
+            yield views.gone(question)
             return
         if not question.strip():
             return
@@ -140,7 +140,7 @@ class Page:
 
     def look(self, session: str) -> View:
         """What changes on a page that shows a document: everything, if the server has none of this reader."""
-        return View() if session in self.readers else View(views.red(views.GONE), [], passages=views.NOWHERE)
+        return View() if session in self.readers else views.gone()
 
     def leave(self, session: str) -> bool:
         """End what a reader does, and free their place. Returns whether there was a document."""

@@ -80,8 +80,7 @@ def make_app(page: Page, title: str) -> gr.Blocks:
 
         def look(shown: str, request: gr.Request) -> tuple:
             # Not by the file: it is deleted, and gradio would look for it.
-            has_document = shown not in (views.EMPTY, views.red(views.GONE), views.red(views.FULL))
-            return _parts_and_file(page.look(request.session_hash) if has_document else View())
+            return _parts_and_file(page.look(request.session_hash) if views.shows_document(shown) else View())
 
         def leave(request: gr.Request) -> None:
             page.leave(request.session_hash)
@@ -123,7 +122,7 @@ def _parts(view: View) -> tuple:
 
 def _parts_and_file(view: View) -> tuple:
     """The parts, and the file's box: empty if the server has no document."""
-    return *_parts(view), None if view.usage == views.red(views.GONE) else gr.skip()
+    return *_parts(view), None if view.is_gone else gr.skip()
 
 
 async def _no_function(request: Request, error: KeyError) -> PlainTextResponse:

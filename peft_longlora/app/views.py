@@ -28,12 +28,24 @@ class View:
         chat: the messages.
         question: the text in the question box.
         passages: HTML.
+        is_gone: whether the server has no document of this reader, so that the file's box must be empty.
     """
 
     usage: str | None = None
     chat: list[dict[str, str]] | None = None
     question: str | None = None
     passages: str | None = None
+    is_gone: bool = False
+
+
+def gone(question: str | None = None) -> View:
+    """The page of a reader of whom the server has no document; a question stays in its box."""
+    return View(red(GONE), [], question, NOWHERE, is_gone=True)
+
+
+def shows_document(usage: str) -> bool:
+    """Whether a page shows a document, by its part `usage`: when the server was started anew, only the page knows."""
+    return usage not in (EMPTY, red(GONE), red(FULL))
 
 
 def red(text: str) -> str:

@@ -99,8 +99,9 @@ def _notes(run: Run, rows: list[Row], samples: _Samples) -> Iterator[str]:
                 f"{sum(tokens)} tokens in all."
             )
     made_for = f"the window of {run.subject.window} tokens that the model was made for"
+    has_base = run.subject.variant != "base"  # beside the model; a base alone is the model
     for made, is_base in ((made_for, False), (f"the base's window of {run.subject.native_window} tokens", True)):
-        ours = [row for row in rows if (row.variant == "base" != run.subject.variant) == is_base]
+        ours = [row for row in rows if (has_base and row.variant == "base") == is_base]
         if beyond := sorted({row.length for row in ours if row.beyond_window and row.length}):
             yield f"Above {made}: {', '.join(map(str, beyond))} tokens (marked †)."
     for name, are_above in samples.above.items():

@@ -21,7 +21,6 @@ from transformers.trainer_utils import has_length
 
 from peft_longlora.data.records import IGNORED
 from peft_longlora.sequence.batch import CHECKSUM, SequenceCollator, check_same
-from peft_longlora.sequence.batch import shard_batch as shard_batch  # users import it from here
 from peft_longlora.sequence.edges import gather
 from peft_longlora.sequence.switch import parallelize_sequence
 

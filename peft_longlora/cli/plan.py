@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
         check_place(args.model, "model")
     shape = find_shape(args.model)
     four_bit = args.four_bit or shape.stored == "4 bits"
-    stay = args.accumulate or args.gpus > 1
-    training = Training(args.rank, not args.no_embeddings, four_bit, not args.logits, keeps_gradients=stay)
+    gradients = dict(keeps_gradients=args.accumulate, buckets=args.gpus > 1)
+    training = Training(args.rank, not args.no_embeddings, four_bit, not args.logits, **gradients)
     budget, host = int(args.gpu_memory * ESTIMATED_FILLED), int(args.host_memory * HOST_FILLED)
     length = -(-args.context // args.gpus)
     for way in _ways(training, args.gpus):
@@ -130,13 +130,11 @@ def _advice(shape: Shape, training: Training, args: argparse.Namespace, budget: 
     others = {
         "with --four-bit": (replace(training, four_bit=True), args.gpus, host),
         "with --no-embeddings": (replace(training, embeddings=False), args.gpus, host),
-        "without --accumulate": (replace(training, keeps_gradients=args.gpus > 1), args.gpus, host),
+        "without --accumulate": (replace(training, keeps_gradients=False), args.gpus, host),
         "without --logits": (replace(training, fused_loss=True), args.gpus, host),
         "with twice the host's memory": (training, args.gpus, 2 * host),
     }
-    others |= {
-        f"with --gpus {n}": (replace(training, keeps_gradients=True), n, host) for n in (8, 4, 2) if n > args.gpus
-    }
+    others |= {f"with --gpus {n}": (replace(training, buckets=True), n, host) for n in (8, 4, 2) if n > args.gpus}
     found = [
         name
         for name, (how, gpus, room) in others.items()

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from peft_longlora.memory.plan import GIB, MEANS, MemoryPlan, fill
+from peft_longlora.memory.plan import GIB, MemoryPlan, fill, means_of
 from peft_longlora.memory.sizes import COUNTS, SIZES, read_config
 from peft_longlora.memory.weights import count_weights
 
@@ -194,8 +194,8 @@ class Training:
         four_bit: whether the base's projections are stored as NF4 numbers.
         fused_loss: whether the loss makes no logits of the whole row.
         shards: GPUs that share weights, gradients and optimiser (FSDP2).
-        keeps_gradients: whether gradients are there all the time: those of several batches are summed, or ranks add
-            theirs in buckets.
+        keeps_gradients: whether gradients are there all the time, because those of several batches are summed.
+        buckets: whether ranks add their gradients in DDP's buckets, unless they share weights (`shards`).
     """
 
     rank: int = 16
@@ -204,15 +204,13 @@ class Training:
     fused_loss: bool = True
     shards: int = 1
     keeps_gradients: bool = False
+    buckets: bool = False
 
 
 def late_bytes(shape: Shape, training: Training) -> int:
-    """Of the embeddings' gradient, if it is made when the blocks' backward is over: not while those are at their peak.
-
-    Tied embeddings have one from the output layer on.
-    """
-    is_late = training.embeddings and not (shape.tied or training.keeps_gradients or training.shards > 1)
-    return shape.table * SINGLE if is_late else 0
+    """Of the embeddings' gradient, made when the blocks' backward is over. If tied, it and the output layer's are added
+    to a copy."""
+    return shape.table * SINGLE * (2 if shape.tied else 1) if training.embeddings else 0
 
 
 def fixed_parts(shape: Shape, training: Training) -> dict[str, int]:
@@ -221,17 +219,21 @@ def fixed_parts(shape: Shape, training: Training) -> dict[str, int]:
     linear = shape.linear_bytes(training.four_bit)
     lora = shape.blocks * training.rank * (4 * shape.hidden + 2 * shape.query + 2 * shape.key)
     # Copies of the embeddings and norms are trained in single precision; the base's stay, for disabled adapters.
-    copies = (shape.table if training.embeddings else 0) + (2 * shape.blocks + 1) * shape.hidden
-    trained = lora + copies
+    table, norms = shape.table if training.embeddings else 0, (2 * shape.blocks + 1) * shape.hidden
+    trained = lora + table + norms
+    # While the blocks are at their peak; tied embeddings have the output layer's by then.
+    gradients = (trained if training.keeps_gradients else lora + norms) + (table if shape.tied else 0)
     parts = {
         "weights": linear + tables * HALF,
         "adapter": trained * SINGLE,
-        "gradients": trained * SINGLE - late_bytes(shape, training),
+        "gradients": gradients * SINGLE,
         "optimiser": trained * ADAM,
     }
     parts = {name: round(size / training.shards) for name, size in parts.items()}
     if training.shards > 1:  # the block at hand and the next one are whole
         parts["gathered weights"] = round(2 * linear / shape.blocks) + shape.table * HALF
+    elif training.buckets:
+        parts["buckets of DDP"] = trained * SINGLE
     return parts | {"workspaces": STEADY_BYTES}
 
 
@@ -270,7 +272,7 @@ def estimate(
 
 def best_estimate(shape: Shape, training: Training, length: int, budget: int, host_budget: int) -> MemoryPlan:
     """The estimate with the means that cost least time; if nothing fits, that which needs least memory."""
-    plans = [estimate(shape, training, length, budget, host_budget, means) for means in MEANS]
+    plans = [estimate(shape, training, length, budget, host_budget, means) for means in means_of(length)]
     fitting = [plan for plan in plans if plan.fits]
     return min(fitting, key=lambda plan: plan.work) if fitting else min(plans, key=lambda plan: plan.peak)
 

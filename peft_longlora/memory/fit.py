@@ -1,7 +1,7 @@
 """`fit_memory`: the fastest way to compute a step that fits into a GPU. It measures a few short steps and extrapolates.
 
 Short steps predict the peak of a long step (`plan`), with any kernels, quantisation and loss. The peak is read before
-the embeddings' gradient is made: it would hide what the blocks of a short step need, and the plan counts it by itself.
+the embeddings' gradient is made: it would hide what the blocks of a short step need. What that takes is read by itself.
 The row is doubled until the growth is steady. More steps, in which some blocks keep everything or attention's output,
 show what a block costs. Nothing is assumed about the architecture.
 """
@@ -23,7 +23,7 @@ from peft_longlora.memory.blocks import checkpoint_blocks, find_blocks
 from peft_longlora.memory.host import host_budget
 from peft_longlora.memory.liger import kernels_of, use_liger
 from peft_longlora.memory.offload import Offload
-from peft_longlora.memory.plan import AGAIN_KEPT, FILLED, MEANS, OWN_FILLED, MemoryPlan, fill
+from peft_longlora.memory.plan import AGAIN_KEPT, FILLED, OWN_FILLED, MemoryPlan, fill, means_of
 
 logger = logging.get_logger(__name__)
 
@@ -54,7 +54,8 @@ def fit_memory(
     sequence; `length` is then the tokens of one rank. Ranks that are connected take the plan of the first.
 
     Args:
-        model: a model of transformers with its adapter, on its GPU, ready to train with AdamW.
+        model: a model of transformers with its adapter, on its GPU, ready to train with AdamW. It counts as fused, as
+            the Trainer's is; torch's default copies all that is trained once more, in its step.
         length: tokens of a step on this GPU: rows times their length.
         budget: bytes that may be used. The plan fills 97% of them, because a peak may be some percent higher than
             expected. None: 94% of the GPU's memory, minus the memory of other programs.
@@ -63,8 +64,8 @@ def fit_memory(
         liger: whether Liger's kernels are switched on if Liger is installed and knows the model; with the model's own
             loss also its fused loss. TRL's trainers bring a fused loss of their own. Liger's RoPE then serves every
             model of this family in the process, which must all be on a GPU.
-        accumulates: whether gradients of several batches are summed before a step of the optimiser, or the model will
-            be wrapped by DDP. Then they, or DDP's buckets, are on the GPU all the time.
+        accumulates: whether gradients of several batches are summed before a step of the optimiser. Then they are on
+            the GPU all the time. DDP's buckets, as large again, are counted where ranks are connected.
 
     Returns: the plan that is now in use; it is also logged.
 
@@ -80,7 +81,7 @@ def fit_memory(
     loss = loss or (lambda model, ids: model(input_ids=ids, labels=ids).loss)
     budget = _budget(device) if budget is None else int(budget * OWN_FILLED)
     best = last = None
-    for means in MEANS:
+    for means in means_of(length):
         if best is not None and (means.get("offload", 0) > 1 or (best.work <= AGAIN_KEPT and not means.get("offload"))):
             continue  # nothing is gained
         try:
@@ -144,9 +145,13 @@ def check_alone(model: nn.Module) -> None:
         raise ValueError("Ranks share this model's sequences. Call fit_memory before parallelize_sequence.")
 
 
+def _is_connected() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _of_first_rank(*plans: MemoryPlan | None) -> tuple[MemoryPlan | None, ...]:
     """The plans of rank 0, on every rank, so that all compute the same second time."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not _is_connected():
         return plans
     shared = list(plans)
     dist.broadcast_object_list(shared)
@@ -170,11 +175,11 @@ def _measure(
     tokens, peak, token_bytes = _growth(model, length, loss, max(SHORTEST, 2 * (means.get("tile_tokens") or 0)))
     bare = peak - tokens * token_bytes
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    fixed = round(bare) + (MOMENTS + bool(accumulates)) * trained
+    # DDP's buckets are not views of the gradients, unless it is told so.
+    fixed = round(bare) + (MOMENTS + bool(accumulates) + _is_connected()) * trained
     in_host = _bytes_in_host(model, tokens, int(means.get("offload", 0)))
     plan = MemoryPlan(length, budget, fixed, token_bytes, 0.0, 0.0, 0.0, in_host, blocks, means=means)
-    tables = model.get_input_embeddings().parameters()
-    late = 0 if accumulates else sum(each.nbytes for each in tables if each.requires_grad)
+    late = max(0, round(_end(model, SHORTEST, loss) - bare))
     plan = replace(plan, host_budget=host_budget(), kernels=kernels_of(model), late=late)
     if plan.peak > budget:
         return plan
@@ -231,14 +236,31 @@ def _with(model: nn.Module, tokens: int, loss: Loss, options: dict[str, Any]) ->
 
 
 def _peak(model: nn.Module, tokens: int, loss: Loss) -> int:
-    """Bytes at the peak of a forward and a backward, with gradients but the embeddings'. The model is not changed."""
+    """Bytes at the peak of a forward and a backward, until the embeddings' gradient is made."""
+    return _peaks(model, tokens, loss)[0]
+
+
+def _end(model: nn.Module, tokens: int, loss: Loss) -> int:
+    """Bytes at the peak from then on; 0 if the embeddings' output needs no gradient.
+
+    Tied embeddings have a gradient from the output layer already. The two are there together, and a copy of their sum.
+    """
+    return _peaks(model, tokens, loss)[1]
+
+
+def _peaks(model: nn.Module, tokens: int, loss: Loss) -> tuple[int, int]:
+    """What `_peak` and `_end` return. The model is not changed."""
     device = next(model.parameters()).device
     embeddings, peaks = model.get_input_embeddings(), []
 
     def watch(_module: nn.Module, _given: Any, output: torch.Tensor) -> None:
         # Its gradient is there when all blocks are through; the gradient of the embeddings follows from it.
         if output.requires_grad:
-            output.register_hook(lambda _: peaks.append(torch.cuda.max_memory_allocated(device)))
+            output.register_hook(lambda _: read())
+
+    def read() -> None:
+        peaks.append(torch.cuda.max_memory_allocated(device))
+        torch.cuda.reset_peak_memory_stats(device)
 
     watched = embeddings.register_forward_hook(watch)
     schedules = {id(one): one for one in map(schedule_of, find_attention_modules(model).values()) if one is not None}
@@ -251,7 +273,8 @@ def _peak(model: nn.Module, tokens: int, loss: Loss) -> int:
             torch.cuda.reset_peak_memory_stats(device)
             loss(model, ids).backward()
             torch.cuda.synchronize(device)
-        return peaks[-1] if peaks else torch.cuda.max_memory_allocated(device)
+        last = torch.cuda.max_memory_allocated(device)
+        return (max(peaks), last) if peaks else (last, 0)
     finally:
         watched.remove()
         model.zero_grad(set_to_none=True)

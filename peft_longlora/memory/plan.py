@@ -32,6 +32,16 @@ MEANS: tuple[dict[str, Any], ...] = (
 )
 
 
+def means_of(length: int) -> list[dict[str, Any]]:
+    """`MEANS` for a row of `length` tokens: without tiles if a tile would hold the whole row."""
+    found: list[dict[str, Any]] = []
+    for means in MEANS:
+        some = {name: value for name, value in means.items() if name != "tile_tokens" or value < length}
+        if some not in found:
+            found.append(some)
+    return found
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """The memory of a step of `length` tokens on one GPU, and the means that make it fit. Sizes are bytes.
@@ -54,7 +64,8 @@ class MemoryPlan:
         host_budget: bytes that may wait in the host's memory.
         parts: what `fixed` consists of, if that is known.
         token_parts: what `token_bytes` consists of, if that is known.
-        late: bytes of the embeddings' gradient, which is made when the blocks' backward is over. Not in `fixed`.
+        late: bytes of the embeddings' gradient, and of what adds it to another. They are made when the blocks' backward
+            is over, and are not in `fixed`.
         kernels: libraries whose kernels the model uses; for the table.
     """
 

@@ -209,7 +209,7 @@ def make_trainer(plan: Plan, say: Callable[[str], None]) -> SFTTrainer:
     use_longlora_card(trainer, **facts)
     if plan.calls_fit_memory and plan.missing is None:
         tokens = arguments.max_length * arguments.per_device_train_batch_size
-        stay = arguments.gradient_accumulation_steps > 1 or arguments.world_size > 1  # or DDP's buckets do
+        stay = arguments.gradient_accumulation_steps > 1
         memory = fit_memory(trainer.model, tokens, loss=fused_loss(arguments), accumulates=stay)
         say(f"Memory:\n{memory}")
     return trainer

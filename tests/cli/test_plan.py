@@ -73,7 +73,7 @@ def test_what_is_advised_fits_and_what_is_not_does_not(capsys, gpus):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--model", "llama-2-7b", "--context", 1500, "--gpu-memory", "14.54GiB", "--no-embeddings"],
+        ["--model", "llama-2-7b", "--context", 1500, "--gpu-memory", "14.6GiB", "--no-embeddings"],
         ["--model", "llama-2-7b", "--context", "128k", "--gpu-memory", "80GB", "--gpus", 8, "--host-memory", "512GB"],
     ],
 )
@@ -103,10 +103,19 @@ def test_what_comes_back_from_the_host_is_named(capsys):
 
 def test_gpus_share_a_row(capsys):
     options = ["--model", "llama-3.1-8b", "--gpu-memory", "80GB"]
-    _, one = plan(capsys, *options, "--context", "128k", "--accumulate")  # as ranks, whose buckets stay
+    _, one = plan(capsys, *options, "--context", "128k")
     code, two = plan(capsys, *options, "--context", "256k", "--gpus", 2, "--group-size", "32k")
-    assert code == 0 and gib(one, "peak expected") == gib(two, "peak expected")
-    assert "weights whole on each GPU" in two
+    assert code == 0 and "weights whole on each GPU" in two and "buckets of DDP" not in one
+    assert gib(two, "buckets of DDP") == gib(two, "adapter")  # single precision, as what is trained
+    for name in ("weights", "adapter", "gradients", "optimiser", "working set of one block"):
+        assert gib(one, name) == gib(two, name)
+
+
+def test_a_tile_holds_less_than_a_row(capsys):
+    """A row of 4096 tokens is one tile, as `checkpoint_blocks` computes it: nothing is saved."""
+    options = ["--model", "llama-2-7b", "--gpu-memory", "14GiB", "--no-embeddings", "--context"]
+    texts = [plan(capsys, *options, context)[1] for context in (4096, 4097)]
+    assert "tile_tokens" not in texts[0] and "tile_tokens=4096" in texts[1]
 
 
 def test_the_group_is_what_the_config_makes_of_the_row(capsys):

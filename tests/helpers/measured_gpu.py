@@ -31,6 +31,7 @@ class Machine:
         self.now = {}
         monkeypatch.setattr(fit, "checkpoint_blocks", lambda model, **options: setattr(self, "now", options))
         monkeypatch.setattr(fit, "_peak", self.peak)
+        monkeypatch.setattr(fit, "_end", self.end)
         monkeypatch.setattr(fit, "host_budget", lambda: host)
         monkeypatch.setattr(fit.torch.cuda, "mem_get_info", lambda device: (10**11, 10**11))
         monkeypatch.setattr(fit, "_check", lambda *_: None)
@@ -45,3 +46,6 @@ class Machine:
             + tokens
             * (self.A_TOKEN[MEANS.index(options)] + 50_000 * free + 10_000 * (kept or bool(in_host and not free)))
         )
+
+    def end(self, model, tokens, loss):
+        return int(1e8) + model.get_input_embeddings().weight.nbytes

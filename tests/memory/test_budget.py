@@ -84,7 +84,7 @@ def test_the_peak_is_read_between_the_blocks_and_the_embeddings(monkeypatch, emb
     find_blocks(model.train())[1].self_attn.eval()  # as its user wants it
     modes = [module.training for module in model.modules()]
     assert fit._peak(model, 64, lambda model, ids: model(input_ids=ids, labels=ids).loss) == 5
-    assert order == ["reset", 2, 1, 0, "read", *["embeddings"] * embeddings]
+    assert order == ["reset", 2, 1, 0, "read", "reset", *["embeddings"] * embeddings, "read"]
     assert len(model.get_input_embeddings()._forward_hooks) == hooks
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())

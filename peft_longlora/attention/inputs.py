@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,7 +30,9 @@ from peft_longlora.architecture import CACHE_ARGUMENTS, find_entrances, follow
 from peft_longlora.attention.axes import has_axes_only, text_positions
 from peft_longlora.attention.lengths import check_lengths, check_numbers_of_documents, check_padding, check_restarts
 from peft_longlora.attention.pending import Forward, next_node
-from peft_longlora.attention.schedule import Schedule
+
+if TYPE_CHECKING:
+    from peft_longlora.attention.settings import AttentionSettings
 
 LOOKS = 8  # training calls of which numbers on a device are looked at
 
@@ -85,7 +87,7 @@ class ModelInputs:
     """The current call of a model, or its last one.
 
     Attributes:
-        schedule: counts the calls from outside.
+        settings: of the model's attention; its schedule counts the calls from outside.
         last: the last call, of any thread. Threads of autograd, which call no model, use it to recompute layers.
         compiled: `last` is this one if the beginning of the call is compiled; such calls know no threads.
         thread: what belongs to the current thread.
@@ -95,7 +97,7 @@ class ModelInputs:
         looks: training calls whose documents were checked.
     """
 
-    schedule: Schedule = field(default_factory=Schedule)
+    settings: AttentionSettings = field(repr=False, compare=False)
     last: Call = field(default_factory=Call)
     compiled: Call = field(default_factory=Call)
     thread: OfThread = field(default_factory=OfThread)
@@ -204,7 +206,11 @@ class ModelInputs:
                 now.begins = next_node()
                 if not now.has_cache:
                     self._check(module, given, kwargs)
-            self.schedule.begin(module.training)
+            settings = self.settings
+            # Ranks that share a sequence each see a part of it, and must agree.
+            is_comparable = settings.sharing is None and not now.has_cache
+            tokens = given("input_ids") if is_comparable else None
+            settings.schedule.begin(module.training and settings.is_enabled, tokens)
         else:  # another followed module called it, and may not pass on its arguments
             now = self.now
             if position_ids is not None:
@@ -252,7 +258,7 @@ class ModelInputs:
         now = self.now
         now.caller = None
         if output is not None:
-            self.schedule.end()
+            self.settings.schedule.end()
         if torch.compiler.is_compiling():
             return
         self.thread.frame = None

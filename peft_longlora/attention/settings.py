@@ -86,13 +86,13 @@ class AttentionSettings:
     schedule: Schedule = field(default_factory=Schedule)
     refuses_packed: str | None = field(default=None, repr=False, compare=False)
     warned: set[str] = field(default_factory=set, repr=False, compare=False)
-    inputs: ModelInputs = field(default_factory=ModelInputs, repr=False, compare=False)
+    inputs: ModelInputs = field(init=False, repr=False, compare=False)
     states: StateLayers = field(init=False, repr=False, compare=False)
     skips: Skips = field(init=False, repr=False, compare=False)
     probe: Callable[[Any], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self.inputs.schedule = self.schedule
+        self.inputs = ModelInputs(self)
         self.states = StateLayers(self)
         self.skips = Skips(self)
 

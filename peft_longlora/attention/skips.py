@@ -64,7 +64,7 @@ class Skips:
     def are_on(self) -> bool:
         """Whether positions skip in the forward that runs."""
         schedule, inputs = self.settings.schedule, self.settings.inputs
-        is_on = schedule.skip_positions and schedule.is_training and not schedule.is_dense
+        is_on = schedule.skip_positions and schedule.is_scheduled and not schedule.is_dense
         # With cached tokens in front layers are dense. Who calls a part of a model by hand gets what they ask for.
         return is_on and self.settings.is_sparse(True) and not inputs.has_cache and inputs.caller is not None
 

@@ -307,3 +307,13 @@ def test_dpo_of_an_adapter_starts_from_the_adapter(tied, tmp_path, tokenizer):
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses(trainer)[1] != pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", [dict(dense_every=2), dict(dense_every=3, skip_positions=True)], ids=str)
+def test_dpo_compares_forwards_of_one_kind(schedule, tmp_path, tokenizer):
+    """As long as nothing is learned, policy and reference are one model: every loss is log 2, also of dense steps."""
+    model = train(extend(make(), attention_pattern="local", **CONFIG, **schedule))
+    args = DPOConfig(**options(tmp_path, max_length=CONTEXT, learning_rate=0.0, max_steps=6))
+    trainer = DPOTrainer(model, args=args, train_dataset=preferences(), processing_class=tokenizer)
+    trainer.train()
+    assert losses(trainer) == pytest.approx([math.log(2)] * 6, abs=1e-5)

@@ -26,7 +26,7 @@ from peft_longlora.adapter.config import LongLoraConfig, refuse_other_tuner
 from peft_longlora.adapter.ending import EndingLoraModel
 from peft_longlora.adapter.files import check_gathered, check_numbers
 from peft_longlora.adapter.names import check_names
-from peft_longlora.adapter.state import AdapterState, check_free
+from peft_longlora.adapter.state import AdapterState, check_free, check_name
 from peft_longlora.adapter.wishes import wanted_attention
 from peft_longlora.architecture import rows_of
 from peft_longlora.attention.configure import check_model, configure_attention
@@ -54,6 +54,7 @@ class LongLoraModel(EndingLoraModel):
     # -- adding an adapter ---------------------------------------------------------------------------------------
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_name(adapter_name)
         check_free(model, adapter_name)  # before PEFT forgets the first adapter's config
         check_model(model)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
@@ -62,6 +63,7 @@ class LongLoraModel(EndingLoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter. If that fails or is interrupted (a notebook's cell), restore the model and raise."""
         config = self.peft_config[adapter_name]
+        check_name(adapter_name)
         for name, other in self.peft_config.items():
             if not isinstance(other, LongLoraConfig):
                 del self.peft_config[adapter_name]

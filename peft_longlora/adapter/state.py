@@ -110,6 +110,23 @@ class AdapterState:
         self.attention.put_on(self.model)
 
 
+def check_name(adapter_name: Any) -> None:
+    """Refuse a name that modules cannot have. PyTorch would say so after PEFT has changed a part of the model.
+
+    Raises: ValueError.
+    """
+    reason = None
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        reason = "must be a text of one character or more without a dot"
+    elif hasattr(nn.ModuleDict, adapter_name) or hasattr(nn.ParameterDict, adapter_name):
+        reason = "is the name of a method of PyTorch's modules"
+    if reason:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} {reason}, and PEFT makes it the name of modules. Use another name, such as "
+            f"'default'."
+        )
+
+
 def check_free(model: nn.Module, adapter_name: str) -> None:
     """Refuse anything but a transformers model, and a base that another model with an adapter uses already.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from peft_longlora.architecture import find_attention_modules, find_text_model, is_local_layer
+from peft_longlora.architecture import find_attention_modules, find_text_model, is_local_layer, rows_of
 from peft_longlora.attention.configure import configure_attention
 from peft_longlora.attention.layer import LayerCall
 from peft_longlora.attention.mode import use_attention
@@ -40,8 +40,8 @@ def far_layers(
     Returns: {layer index: share from 0 to 1}, largest first. Layers that have a window or chunks have 0.
 
     Raises:
-        ValueError: there are no rows, a row has another shape or is too short for a far key, `beyond` or `queries` is
-            below 1, or the model's ranks share sequences.
+        ValueError: there are no rows, a row is no list of the model's token ids, has another shape or is too short for
+            a far key, `beyond` or `queries` is below 1, or the model's ranks share sequences.
         NotImplementedError: as `configure_attention`.
 
     Examples:
@@ -51,10 +51,11 @@ def far_layers(
     for name, value in (("beyond", beyond), ("queries", queries)):
         if (whole_number(value) or 0) < 1:
             raise ValueError(f"{name}={value!r} must be a whole number, 1 or more.")
-    rows = [_as_row(row, number, beyond) for number, row in enumerate(rows)]
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    vocabulary = rows_of(whole.get_input_embeddings())
+    rows = [_as_row(row, number, beyond, vocabulary) for number, row in enumerate(rows)]
     if not rows:
         raise ValueError("rows is empty: give one or more rows of token ids, each longer than beyond + 128 tokens.")
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     text = find_text_model(whole)
     backbone = getattr(text, "base_model", text)
     with _attending_densely(model, whole) as settings:
@@ -72,9 +73,19 @@ def far_layers(
     return dict(sorted(figures.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _as_row(row: torch.Tensor | Sequence[int], number: int, beyond: int) -> torch.Tensor:
+def _as_row(row: torch.Tensor | Sequence[int], number: int, beyond: int, vocabulary: int) -> torch.Tensor:
     """(1, S) token ids."""
-    ids = torch.as_tensor(row, dtype=torch.long)
+    try:
+        ids = torch.as_tensor(row)
+        is_whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool) or not ids.numel()
+    except (TypeError, ValueError, RuntimeError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(
+            f"rows[{number}] is a {type(row).__name__} that holds no whole numbers. Give each row as token ids, for "
+            f"example tokenizer(text)['input_ids']."
+        )
+    ids = ids.long()
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or len(ids) != 1:
         raise ValueError(f"rows[{number}] has shape {tuple(ids.shape)}: give each row as (S,) or (1, S) token ids.")
@@ -82,6 +93,11 @@ def _as_row(row: torch.Tensor | Sequence[int], number: int, beyond: int) -> torc
         raise ValueError(
             f"rows[{number}] has {ids.shape[1]} tokens, so no query has a key {beyond} tokens before it behind the "
             f"first {SINKS}. Give rows of more than {beyond + SINKS} tokens, best of the length that you will train at."
+        )
+    if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:  # a GPU would end the process
+        raise ValueError(
+            f"rows[{number}] has token ids from {int(ids.min())} to {int(ids.max())}, and the model has {vocabulary}, "
+            f"from 0 on. Give rows of this model's tokenizer, without -100."
         )
     return ids
 

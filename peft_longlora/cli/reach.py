@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot is not None and (args.plot.is_dir() or not args.plot.parent.is_dir()):
         raise ValueError(f"--plot {args.plot}: it is a folder, or lies in one that does not exist. Give a file.")
+    if args.plot is not None and args.plot.suffix.lower() != ".png":
+        raise ValueError(f"--plot {args.plot}: the plot is a PNG. Give a file whose name ends in .png.")
     if args.length is not None:
         _check_length(args.length, args.beyond)
     corpus = Corpus(args.data, args.split, None, args.text_field)

@@ -68,8 +68,8 @@ def scale_rope(
     check_rope(rope_type, rope_parameters)
     if rope_type == "learned":
         raise ValueError(
-            "rope_type='learned' trains factors, which an adapter holds: use LongLoraConfig(rope_type='learned'). "
-            "Without an adapter use 'yarn', with whose factors the training starts."
+            "rope_type='learned' trains factors, which an adapter holds: give it to LongLoraConfig. Without an "
+            "adapter use 'yarn', with whose factors the training starts."
         )
     context_length = None if context_length is None else _tokens(context_length)
     check_positions(model)
@@ -183,6 +183,7 @@ def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
     if "head_dim" in vars(config) and vars(config)["head_dim"] is None:
         # Models read None as this quotient, but transformers' scaled RoPE does not (mixtral), so write the number.
         config.head_dim = config.hidden_size // config.num_attention_heads
+    _check_factors(config, modules)
     try:
         config.standardize_rope_params()
         config.validate_rope()
@@ -230,6 +231,24 @@ def _combined(config: PreTrainedConfig, new: dict[str, Any]) -> dict[str, Any]:
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The new parameters of one kind of layer; entries that are not a scaling are kept if `new` has none."""
     return {**kept_entries(old), **new}
+
+
+def _check_factors(config: PreTrainedConfig, modules: list[nn.Module]) -> None:
+    """Refuse lists of factors with another length than the list of frequencies.
+
+    transformers warns only, and fails in the first row that is long enough for the other list.
+    """
+    rope = config.rope_parameters
+    for kind, parameters in rope.items() if is_nested(rope) else [(None, rope)]:
+        buffer = "inv_freq" if kind is None else f"{kind}_inv_freq"
+        counts = {len(module._buffers[buffer]) for module in modules if module._buffers.get(buffer) is not None}
+        for name in ("short_factor", "long_factor") if (parameters or {}).get("rope_type") == "longrope" else ():
+            factors = parameters.get(name)
+            if isinstance(factors, list | tuple) and len(counts) == 1 and len(factors) not in counts:
+                raise ValueError(
+                    f"rope_parameters={parameters}: {name} has {len(factors)} factors, and {config.model_type} has "
+                    f"{counts.pop()} frequencies. Give one factor for each frequency."
+                )
 
 
 def _check_buffers(buffers: dict[str, torch.Tensor], module: nn.Module, asked: str, kind: str) -> None:

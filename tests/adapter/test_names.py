@@ -4,7 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from tests.helpers.tiny import EXPERTS, assert_same, extend, logits, make, snapshot
+from peft_longlora import LongLoraConfig
+from tests.helpers.tiny import EXPERTS, assert_same, extend, logits, make, snapshot, train
 
 
 @pytest.fixture
@@ -126,3 +127,22 @@ def test_a_config_of_a_second_adapter_is_checked_on_wrapped_modules(said):
     with pytest.raises(ValueError, match="has no effect"):
         model.add_adapter("fourth", type(config)(r=4, context_length=128, modules_to_save=["lm_haed"]))
     assert list(model.peft_config) == ["default", "second", "third"]
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "train", "keys"])
+def test_a_name_of_an_adapter_that_no_module_can_have_is_refused(name, tmp_path):
+    """By whatever way it comes; base and adapter go on as they were."""
+    base = make()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=rf"adapter_name='{name}' .* Use another name"):
+        extend(base, name)
+    assert_same(snapshot(base), before)
+    model = train(extend(base, "first"))
+    model.save_pretrained(tmp_path)
+    trained = logits(model)
+    with pytest.raises(ValueError, match=rf"adapter_name='{name}' .* Use another name"):
+        model.add_adapter(name, LongLoraConfig(r=4, context_length=128))
+    with pytest.raises(ValueError, match=rf"adapter_name='{name}' .* Use another name"):
+        model.load_adapter(tmp_path / "first", name)
+    assert list(model.peft_config) == ["first"] and torch.equal(logits(model), trained)
+    train(model)

@@ -116,6 +116,12 @@ def test_no_attention_matrix_of_a_row_is_held():
         ([ROWS[0], torch.stack([ROWS[0], ROWS[0]])], 40, 8, r"rows\[1\] has shape \(2, 96\)"),
         (ROWS, 0, 8, "beyond=0 must be a whole number"),
         (ROWS, 40, 1.5, "queries=1.5 must be a whole number"),
+        ([ROWS[0], ROWS[0].float()], 40, 8, r"rows\[1\] is a Tensor that holds no whole numbers.*input_ids"),
+        ([ROWS[0] > 50], 40, 8, r"rows\[0\] is a Tensor that holds no whole numbers"),
+        ([dict(input_ids=ROWS[0])], 40, 8, r"rows\[0\] is a dict that holds no whole numbers"),
+        ("a text that is no list of rows", 40, 8, r"rows\[0\] is a str that holds no whole numbers"),
+        ([ROWS[0] + 90], 40, 8, r"rows\[0\] has token ids from \d+ to 1\d\d, and the model has 97, from 0 on"),
+        ([ROWS[0].where(ROWS[0] > 9, -100)], 40, 8, r"rows\[0\] has token ids from -100 to .* without -100"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(rows, beyond, queries, message):

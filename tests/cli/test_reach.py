@@ -53,6 +53,8 @@ def test_layers_come_in_order_with_their_figures(books, tmp_path, capsys):
         (["--length", "1"], "--length 1: no token is a quarter of it before another one, behind the first 128. Give"),
         (["--length", "170"], "Give rows of 171 tokens or more."),
         (["--plot", "{books}"], "it is a folder"),
+        (["--plot", "{books}/reach.jpg.foo"], "the plot is a PNG. Give a file whose name ends in .png."),
+        (["--rope-type", "learned", "--context-length", "1024"], "an adapter holds: give it to LongLoraConfig."),
     ],
 )
 def test_bad_input_is_one_line(books, options, reason, capsys):

@@ -314,6 +314,20 @@ def test_longrope_takes_the_long_factors_beyond_the_window_and_states_the_length
         torch.testing.assert_close(frequencies(model), plain_frequencies() / torch.tensor(given[which]))
 
 
+@pytest.mark.parametrize("which", ["short_factor", "long_factor"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("more", [-1, 1, "one for all"])
+def test_longrope_of_another_number_of_factors_is_refused(which, name, more):
+    """Also in the list that a short row does not use: a long row would end the training."""
+    model, given = build(name), arguments("longrope", name)
+    factors = given["rope_parameters"][which]
+    given["rope_parameters"][which] = [2.0] if more == "one for all" else [2.0] * (len(factors) + more)
+    before, config = logits(model), model.config.to_dict()
+    with pytest.raises(ValueError, match=rf"{which} has \d+ factors, and {name} has {len(factors)} frequencies"):
+        scale_rope(model, LONGER, **given)
+    assert torch.equal(logits(model), before) and model.config.to_dict() == config
+
+
 @pytest.mark.parametrize("context_length", [None, 10, WINDOW])
 def test_a_window_that_is_not_longer_changes_nothing(context_length):
     model = build()

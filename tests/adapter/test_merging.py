@@ -47,7 +47,7 @@ def test_lora_without_copies_is_merged_whichever_is_active():
 
 
 def test_an_unknown_adapter_is_not_merged():
-    with pytest.raises(ValueError, match=r"names \['c'\]; there are \['b', 'default'\]"):
+    with pytest.raises(ValueError, match=r"names \['c'\], which .* adapters: \['b', 'default'\]"):
         two().merge_adapter(["c"])
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ContextDecorator
+from traceback import format_tb
 from typing import Any
 
 import torch
@@ -19,30 +19,43 @@ from peft_longlora.memory.tile import Tiled, find_feed_forwards
 OTHERWISE = "use shorter rows, a 4-bit base, or more GPUs that share a row (peft_longlora.sequence)"
 
 
-@contextmanager
-def explain_out_of_memory(model: nn.Module) -> Iterator[None]:
+def explain_out_of_memory(model: nn.Module) -> AbstractContextManager[None]:
     """Within this context, an error for lack of GPU memory names the switch that would have made the step fit.
 
-    Weights and optimiser stay as they were before the step: its gradients are dropped, and the same model can go on
-    with a shorter row or other switches.
+    Weights and optimiser stay as they were before the step: its gradients and other tensors are dropped, and the same
+    model can go on with a shorter row or other switches, also in a notebook, which keeps the last error.
 
     Args:
         model: the model that is trained, bare or PEFT; it may be wrapped by DDP.
 
-    Yields: nothing; put `trainer.train()`, or a loop of steps, inside.
+    Returns: the context; put `trainer.train()`, or a loop of steps, inside.
 
     Raises:
-        torch.OutOfMemoryError: in place of PyTorch's, which it holds as its cause.
+        torch.OutOfMemoryError: in place of PyTorch's, which it holds as its cause, with its traceback as a note: the
+            traceback itself would keep the step's tensors.
     """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        switch = _next_switch(model)
-        for block in find_blocks(model):
+    return _Explaining(model)
+
+
+class _Explaining(AbstractContextManager[None], ContextDecorator):
+    """The context. Not a generator: contextlib's own frame would keep the traceback."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, torch.OutOfMemoryError):
+            return
+        where = format_tb(traceback)
+        del traceback  # this frame is in the new error's
+        switch = _next_switch(self.model)
+        for block in find_blocks(self.model):
             if isinstance(function := block.__dict__.get("_gradient_checkpointing_func"), Offload):
                 function.forget()
-        model.zero_grad(set_to_none=True)
-        raise torch.OutOfMemoryError(f"The step does not fit into the GPU's memory. {switch}\n{error}") from error
+        self.model.zero_grad(set_to_none=True)
+        text = f"The step does not fit into the GPU's memory. {switch}\n{error}"
+        error.__notes__ = ["".join(where)]  # printed by Python 3.11 and later
+        raise torch.OutOfMemoryError(text) from error.with_traceback(None)
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:

@@ -26,35 +26,47 @@ class _Away:
 
     Attributes:
         block: number of its block. size: its bytes. chunks: its copy, pieces of pinned memory.
-        leaving: the tensor until it is copied. copied: the event after which it is.
+        user: the stream that computes with it, and to which its memory goes back.
+        leaving: the tensor until it is copied, and its version. copied: the event after which it is.
         here: the tensor on its way back to the device, or None. arrived: the event after which it is whole.
     """
 
     def __init__(self, tensor: torch.Tensor, chunks: list[torch.Tensor], stream: torch.cuda.Stream, block: int):
         self.shape, self.dtype, self.device, self.size = tensor.shape, tensor.dtype, tensor.device, tensor.nbytes
         self.chunks, self.stream, self.block = chunks, stream, block
-        self.leaving: torch.Tensor | None = None
+        self.leaving: torch.Tensor | None = tensor
+        self.version = tensor._version
         self.here: torch.Tensor | None = None
         self.copied: torch.cuda.Event | None = None
         self.arrived: torch.cuda.Event | None = None
-        self.leaving = tensor.contiguous()  # may run out of memory; `__del__` then finds nothing to wait for
-        stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.user = torch.cuda.current_stream(self.device)
+        stream.wait_stream(self.user)
         with torch.cuda.stream(stream):
-            for chunk, part in self._pairs(self.leaving):
+            for chunk, part in self._pairs(tensor):
                 chunk.copy_(part, non_blocking=True)
             self.copied = stream.record_event()
 
     def leave(self) -> None:
-        """Give the tensor's memory on the device back. The computing stream uses it again after the copy."""
+        """Give the tensor's memory on the device back. The computing stream uses it again after the copy.
+
+        Raises: RuntimeError: something has changed the tensor in place, so the copy may hold either of the two.
+        """
         if self.leaving is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.copied)
+            if self.leaving._version != self.version:
+                raise RuntimeError(
+                    f"A tensor of shape {tuple(self.shape)} that block {self.block} needs in its backward has been "
+                    f"changed in place while it was copied to the host's memory. Change a copy of it (x = x + y), or "
+                    f"call checkpoint_blocks without offload and keep_in_host."
+                )
+            self.user.wait_event(self.copied)
             self.leaving = None
 
     def fetch(self) -> None:
         """Start to bring it back."""
         if self.here is None and self.leaving is None:
+            self.user = torch.cuda.current_stream(self.device)
             self.here = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # others have used this memory until now
+            self.stream.wait_stream(self.user)  # others have used this memory until now
             with torch.cuda.stream(self.stream):
                 for chunk, part in self._pairs(self.here):
                     part.copy_(chunk, non_blocking=True)
@@ -71,10 +83,10 @@ class _Away:
         return tensor
 
     def __del__(self):
-        # A graph was dropped: nobody else waits for its copies before the memory is used again.
-        for tensor, event in ((self.leaving, self.copied), (self.here, self.arrived)):
-            if tensor is not None:
-                torch.cuda.current_stream(self.device).wait_event(event)
+        # A graph was dropped: nobody else waits for its copies before the memory is used again. An interrupt may have
+        # come before their event, and the thread that drops it may compute on another stream.
+        if self.leaving is not None or self.here is not None:
+            self.user.wait_stream(self.stream)
 
     def _pairs(self, tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each piece of pinned memory, and the part of the tensor that it holds, as bytes."""
@@ -123,6 +135,7 @@ class _Place:
         """As `HostMemory.put`."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
+        tensor = tensor.contiguous()  # may run out of memory, so it comes before any piece is taken
         away = _Away(tensor, self._room(tensor.nbytes), self._stream, block)
         # Whoever needs the tensor once more finds it there until then.
         finalize(away, self._spare.extend, away.chunks).atexit = False

@@ -1,11 +1,14 @@
 """A step that runs out of memory: the switch that is named, and the training that goes on."""
 
+import gc
+
 import pytest
 import torch
 
 from peft_longlora.memory import checkpoint_blocks, explain_out_of_memory
 from peft_longlora.memory.advice import state_of
 from tests.helpers.every_config import tiny_model
+from tests.helpers.held_bytes import Held
 from tests.helpers.tiny import EXPERTS, IDS, extend, make
 
 
@@ -105,3 +108,37 @@ def test_training_goes_on_after_an_error(model, where, offload):
     for (name, mine), (_, theirs) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         if theirs.grad is not None:
             torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(keep=False, offload=2, tile_tokens=40)], ids=str)
+@pytest.mark.parametrize("calls", [3, 5])  # in the forward; in the backward, where a block is computed again
+def test_an_error_that_is_kept_keeps_no_tensor_of_the_step(model, options, calls):
+    """As a notebook keeps its last error: the memory must be free for a shorter row."""
+    seen = []
+
+    def stop(_module, given, _out):
+        seen.append(1)
+        if len(seen) == calls:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def step(ids):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+
+    checkpoint_blocks(model, **options)
+    for name, layer in model.named_modules():
+        if name.endswith("q_proj.base_layer"):
+            layer.register_forward_hook(stop)
+    gc.collect()
+    with Held() as held:
+        for tensor in (IDS, *model.parameters(), *model.buffers()):
+            held.add(tensor)
+        before = held.now
+        with pytest.raises(torch.OutOfMemoryError) as caught, explain_out_of_memory(model):
+            step(IDS)
+        # On a CPU autograd's queue keeps the nodes that were ready until the next backward.
+        torch.ones(1, requires_grad=True).sum().backward()
+        left = held.now - before
+    assert len(seen) == calls and left < IDS.numel() * 32
+    [where] = caught.value.__cause__.__notes__
+    assert "in step" in where and "in stop" in where

@@ -75,26 +75,39 @@ def test_each_gpu_has_a_stream_and_memory_of_its_own(without_gpu, monkeypatch):
     monkeypatch.setattr(places.torch.cuda, "Stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(places, "_Away", OnDevice)
     host = places.HostMemory()
-    first = [host.put(SimpleNamespace(device=f"cuda:{n}", nbytes=3000), n) for n in (0, 1)]
+    first = [host.put(on(f"cuda:{number}"), number) for number in (0, 1)]
     assert [one.stream for one in first] == ["stream of cuda:0", "stream of cuda:1"] and host.most == 6000
     pieces = [{id(chunk) for chunk in one.chunks} for one in first]
     first.pop(0)
     gc.collect()
-    again = host.put(SimpleNamespace(device="cuda:1", nbytes=3000), 1)
+    again = host.put(on("cuda:1"), 1)
     assert not pieces[0] & {id(chunk) for chunk in again.chunks}
 
 
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_a_copy_that_runs_out_of_memory_says_only_that():
+def test_a_copy_that_runs_out_of_memory_takes_no_pinned_memory(monkeypatch):
     """Attention's output may have to be made contiguous first."""
+    monkeypatch.setattr(places.torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(places, "_pinned", lambda size: torch.empty(size, dtype=torch.uint8))
+    monkeypatch.setattr(places, "_leaves", lambda tensor: True)
 
     def contiguous():
         raise torch.OutOfMemoryError("no memory")
 
     tensor = SimpleNamespace(shape=(1,), dtype=torch.float32, device="cuda:0", nbytes=4, contiguous=contiguous)
-    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
-        places._Away(tensor, [], None, 0)
-    gc.collect()
+    monkeypatch.setattr(places, "SLAB", 2**10)
+    place = places._Place()
+    place._spare.extend(place._room(4))
+    pieces = len(place._spare)
+    for _ in range(3):
+        with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+            place.put(tensor, 0)
+    assert len(place._spare) == pieces
+
+
+def on(device):
+    tensor = SimpleNamespace(device=device, nbytes=3000)
+    tensor.contiguous = lambda: tensor
+    return tensor
 
 
 class OnDevice:

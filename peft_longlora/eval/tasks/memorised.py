@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,15 +35,16 @@ class Memorised:
 
     A model reads 50 tokens of a passage, 200, or as many as its window holds, and writes the most likely token 50
     times. It is verbatim if all 50 are those of the text. The passages stand at even distances in the text; they are
-    the same for each prefix, for the base and for the adapter. Give the text that an adapter was trained on, and one
-    that it never saw: a passage may also be easy to guess.
+    the same for each prefix, for the base and for the adapter. No token is asked for twice, or intervals would count it
+    twice: a short text has fewer passages. Give the text that an adapter was trained on, and one that it never saw: a
+    passage may also be easy to guess.
 
     The definition is that of "extractable" in arXiv:2202.07646, with its 50 tokens after 50 to 500.
 
     Args:
         corpus: the text that was trained on.
         unseen: other text of the same kind, or None.
-        passages: how many of each text.
+        passages: how many of each text, at most.
     """
 
     corpus: Corpus
@@ -129,21 +131,28 @@ class Memorised:
         """The passages of a text; it is read and tokenised once."""
         key = id(corpus), subject.window
         if key not in self._found:
-            self._found[key] = list(self._find(subject, corpus))
-            if short := self.passages - len(self._found[key]):
+            left_out: Counter[str] = Counter()
+            self._found[key] = list(self._find(subject, corpus, left_out))
+            for reason, count in left_out.items():
                 self._note(
-                    f"{self.name}, {corpus.summary().name}: {short} of {self.passages} passages lie in documents "
-                    f"shorter than {MIDDLE + CONTINUATION} tokens, and were left out."
+                    f"{self.name}, {corpus.summary().name}: {count} of {self.passages} passages {reason}, and were "
+                    f"left out."
                 )
         return self._found[key]
 
-    def _find(self, subject: Subject, corpus: Corpus) -> Iterator[Passage]:
+    def _find(self, subject: Subject, corpus: Corpus, left_out: Counter[str]) -> Iterator[Passage]:
         number = 0
         for document in corpus.tokens(subject.encode_all):
             (first, last), places = document.parts, len(document.ids) - MIDDLE - CONTINUATION + 1
+            free = 0  # tokens before this one were asked for
             while number < self.passages and (at := (number + 0.5) / self.passages) < last:
-                if places > 0:
-                    place = MIDDLE + int((at - first) / (last - first) * places)
+                place = MIDDLE + int((at - first) / (last - first) * max(0, places))
+                if places <= 0:
+                    left_out[f"lie in documents shorter than {MIDDLE + CONTINUATION} tokens"] += 1
+                elif place < free:
+                    left_out[f"begin in the {CONTINUATION} tokens of another one, as the text is short"] += 1
+                else:
+                    free = place + CONTINUATION
                     begin = max(0, place - (subject.window - CONTINUATION))
                     before, after = document.ids[begin:place], document.ids[place : place + CONTINUATION]
                     yield Passage(number, document.name, before.clone(), after.clone())

@@ -1,5 +1,6 @@
 """Passages continued word for word: by a model that knows a text, by one that knows a part of it, and by none."""
 
+import itertools
 import json
 import random
 from contextlib import nullcontext
@@ -103,25 +104,28 @@ def test_a_text_that_a_model_knows_in_part(tmp_path):
     text = letters(1, 2000)
     model = Reciter(text[:1000])
     subject = Subject.of(model, model.tokenizer)
-    task = Memorised(corpus(tmp_path, "text", text), passages=50)
+    task = Memorised(corpus(tmp_path, "text", text), passages=30)
     rows = measure(task, subject)
-    places = [200 + int((number + 0.5) / 50 * 1751) for number in range(50)]
+    places = [200 + int((number + 0.5) / 30 * 1751) for number in range(30)]
     whole = [place + 50 <= 1000 for place in places]
-    assert rows["text", "base", 100, "verbatim"].value == pytest.approx(sum(whole) / 50)
-    least = sum(min(50, max(0, 1000 - place)) for place in places) / 50
+    assert rows["text", "base", 100, "verbatim"].value == pytest.approx(sum(whole) / 30)
+    least = sum(min(50, max(0, 1000 - place)) for place in places) / 30
     assert least <= rows["text", "base", 100, "verbatim_tokens"].value < least + 1  # and letters guessed by chance
     assert "it is not known how many passages are easy to guess" in " ".join(task.notes)
 
 
 def test_passages_are_even_and_none_leaves_its_document(tmp_path):
-    texts = [letters(seed, count) for seed, count in enumerate((400, 100, 1000, 260))]
+    texts = [letters(seed, count) for seed, count in enumerate((700, 100, 1000, 400))]
     model = Reciter("a" * 30)
     subject = Subject.of(model, model.tokenizer)
-    task = Memorised(corpus(tmp_path, "texts", *texts), passages=40)
+    task = Memorised(corpus(tmp_path, "texts", *texts), passages=14)
     task.check(subject)
     found = task._passages(subject, task.corpus)
-    in_short = sum(400 / 1760 < (i + 0.5) / 40 < 500 / 1760 for i in range(40))
-    assert len(found) == 40 - in_short and f"{in_short} of 40 passages lie in documents" in task.notes[0]
+    in_short = sum(700 / 2200 < (i + 0.5) / 14 < 800 / 2200 for i in range(14))
+    assert in_short and len(found) == 14 - in_short
+    assert task.notes == [
+        f"memorised, texts: {in_short} of 14 passages lie in documents shorter than 250 tokens, and were left out."
+    ]
     for passage in found:
         whole = "".join("abcd"[i] for i in torch.cat([passage.before, passage.after]).tolist())
         assert any(whole in text for text in texts) and 200 <= len(passage.before) <= 250 and len(passage.after) == 50
@@ -130,6 +134,24 @@ def test_passages_are_even_and_none_leaves_its_document(tmp_path):
     model.config.max_position_embeddings = 200
     with pytest.raises(ValueError, match="window of 200 tokens is too short; it needs 250"):
         task.check(Subject.of(model, model.tokenizer))
+
+
+@pytest.mark.parametrize(("count", "most"), [(250, 1), (290, 1), (600, 8), (5000, 95)])
+def test_no_token_of_a_short_text_is_asked_for_twice(count, most, tmp_path):
+    """The interval of a share counts passages as independent: 100 copies of 8 passages are 8."""
+    text = letters(1, count)
+    model = Reciter(text)
+    subject = Subject.of(model, model.tokenizer)
+    task = Memorised(corpus(tmp_path, "text", text), passages=100)
+    places = [
+        text.index("".join("abcd"[i] for i in torch.cat([passage.before, passage.after]).tolist()))
+        + len(passage.before)
+        for passage in task._passages(subject, task.corpus)
+    ]
+    assert min((b - a for a, b in itertools.pairwise(places)), default=50) >= 50
+    assert most / 2 <= len(places) <= most
+    assert measure(task, subject)["text", "base", 100, "verbatim"].units == len(places)
+    assert f"{100 - len(places)} of 100 passages begin in the 50 tokens of another one" in task.notes[0]
 
 
 @pytest.fixture
@@ -156,7 +178,7 @@ def test_it_is_what_greedy_decoding_writes(adapted, tmp_path):
     texts = "".join("abcd"[i] for i in own.tolist()), letters(5, 900)
     task = Memorised(corpus(tmp_path, "own", texts[0]), corpus(tmp_path, "other", texts[1]), passages=3)
     samples = {sample["key"]: sample for sample in (item.measure() for item in task.items(subject))}
-    assert len(samples) == 2 * 3 * 2 * 3
+    assert len(samples) == 2 * 3 * (1 + 3)  # the first text has room for one passage
     for text, name in zip((task.corpus, task.unseen), ("own", "other"), strict=True):
         for passage in task._passages(subject, text):
             for length, room in ((100, 50), (250, 200), (320, 270)):
@@ -173,8 +195,7 @@ def test_it_is_what_greedy_decoding_writes(adapted, tmp_path):
                     assert sample["tokens"] == ids.shape[1] and sample["variant"] == variant
                     assert sample["measures"][0][2] == float(is_same.all())
                     assert sample["measures"][1][2] == int(is_same.long().cumprod(0).sum())
-    recited = [samples[f"memorised/own/320/adapter/{number:06d}"]["measures"][0][2] for number in range(3)]
-    assert recited == [1.0] * 3
+    assert samples["memorised/own/320/adapter/000000"]["measures"][0][2] == 1.0
 
 
 def test_the_command_line_names_both_texts(tmp_path):

@@ -32,6 +32,8 @@ def scaled_parameters(model: PreTrainedModel, context_length: int, rope_type: st
     factor = context_length / window
     if base_rope(config).get("rope_type") == PROPORTIONAL:
         return _proportional(model, factor, rope_type), context_length
+    if rope_type == "dynamic":
+        _check_rotating(rope_type, 2 * _frequencies(model).numel())
     if rope_type == "linear" or rope_type == "dynamic":
         return {"rope_type": rope_type, "factor": factor}, window if keeps_length(config, rope_type) else context_length
     if rope_type == "ntk":
@@ -75,9 +77,14 @@ def _raised_theta(config: PreTrainedConfig, factor: float, dim: int, rotating: i
 
     Raises: ValueError: there is only one frequency.
     """
+    _check_rotating("ntk", rotating)
+    return base_rope(config)["rope_theta"] * factor ** (dim / (rotating - 2))
+
+
+def _check_rotating(rope_type: str, rotating: int) -> None:
+    """Raises: ValueError: there is only one frequency."""
     if rotating <= 2:
         raise ValueError(
-            f"rope_type='ntk' raises theta by factor ** (d / (d - 2)), and only d={rotating} numbers of each head "
-            f"rotate in this model. Use another rope_type, such as 'linear'."
+            f"rope_type={rope_type!r} raises theta by factor ** (d / (d - 2)), and only d={rotating} numbers of each "
+            f"head rotate in this model. Use another rope_type, such as 'linear'."
         )
-    return base_rope(config)["rope_theta"] * factor ** (dim / (rotating - 2))

@@ -190,7 +190,7 @@ def _apply(model: PreTrainedModel, new: dict[str, Any], length: int) -> None:
         if is_valid:  # rules of the architecture, without which the saved config could not be read
             _validate(model)
         donors = [fresh(module, config) for module in modules]
-    except (KeyError, TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
         raise ValueError(
             f"rope_parameters={new} cannot be used for {config.model_type}: {error}. Give rope_parameters that this "
             f"architecture accepts, or use rope_type='ntk', which needs no scaled type."

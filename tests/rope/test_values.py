@@ -95,11 +95,14 @@ def test_a_length_that_queries_scale_by_is_kept(rope_type, tmp_path):
         assert torch.equal(logits(model), logits(ministral()))
 
 
-def test_ntk_needs_more_than_one_pair_that_rotates():
-    """Its exponent d / (d - 2) has no value for d = 2."""
+@pytest.mark.parametrize("rope_type", ["ntk", "dynamic"])
+def test_ntk_needs_more_than_one_pair_that_rotates(rope_type):
+    """Its exponent d / (d - 2) has no value for d = 2; "dynamic" raises theta by the same rule."""
     model = make("gpt_neox", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25})
-    with pytest.raises(ValueError, match=r"rope_type='ntk' .* only d=2 numbers of each head rotate"):
-        scale_rope(model, 128, rope_type="ntk")
+    with pytest.raises(ValueError, match=rf"rope_type='{rope_type}' .* only d=2 numbers of each head rotate"):
+        scale_rope(model, 128, rope_type=rope_type)
+    with pytest.raises(ValueError, match=r"'dynamic', .*'factor': 4.0.* cannot be used for gpt_neox"):
+        scale_rope(model, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "partial_rotary_factor": 0.25})
     assert scale_rope(model, 128, rope_type="linear")["factor"] == 2.0
 
 

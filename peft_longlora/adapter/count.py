@@ -43,9 +43,22 @@ def take_count(state: dict[str, torch.Tensor], model: nn.Module, config: PeftCon
     """
     is_beside = config.inference_mode and len(getattr(model, "peft_config", {})) > 1
     for name in [name for name in state if name.endswith(_ENDING)]:
-        number = int(state.pop(name))
+        number = count_in(name, state.pop(name))
         if not is_beside:
             _continue_from(model, number)
+
+
+def count_in(name: str, tensor: torch.Tensor) -> int:
+    """The number that a tensor of a file holds.
+
+    Raises: ValueError: it is not one number of forwards.
+    """
+    if tensor.is_floating_point() or tensor.numel() != 1 or int(tensor) < 0:
+        raise ValueError(
+            f"tensor {name}={tensor.tolist()} must be one whole number of training forwards, 0 or more, by which "
+            f"dense_every and skip_positions go on. The file is damaged: get it again, or take an earlier checkpoint."
+        )
+    return int(tensor)
 
 
 def without_count(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,10 +130,10 @@ class CountBuffer:
         if found is None:  # the file of a model without a schedule, or of weights alone
             state[prefix + COUNT] = torch.tensor([_number_of(self.model) or 0])
         elif not found.is_meta:
-            _continue_from(self.model, int(found))
+            _continue_from(self.model, count_in(prefix + COUNT, found))
 
 
 def _take_buffer(wanted: weakref.ref[nn.Module], module: nn.Module, name: str, buffer: torch.Tensor | None) -> None:
     """Hook: a module gets a buffer. transformers' `load_adapter` puts the number of its file in this way."""
     if name == COUNT and module is wanted() and buffer is not None and not buffer.is_meta:
-        _continue_from(module, int(buffer))
+        _continue_from(module, count_in(name, buffer))

@@ -137,8 +137,13 @@ class AdapterFile:
 
     def check_numbers(self, names: Iterable[str]) -> None:
         """Refuse these tensors if they cannot be weights (`check_numbers`). One is read at a time."""
+        check_numbers(self.tensors(names), str(self.path))
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """These tensors by name, one at a time."""
         with safe_open(self.path, framework="pt") as file:
-            check_numbers(((name, file.get_tensor(name)) for name in names), str(self.path))
+            for name in names:
+                yield name, file.get_tensor(name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

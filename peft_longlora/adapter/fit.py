@@ -16,7 +16,7 @@ from transformers.utils import logging
 from peft_longlora.adapter import trainable
 from peft_longlora.adapter.base import check_base
 from peft_longlora.adapter.config import LongLoraConfig
-from peft_longlora.adapter.count import without_count
+from peft_longlora.adapter.count import count_in, without_count
 from peft_longlora.adapter.filled_in import check_filled_in
 from peft_longlora.adapter.inits import check_init, warning_of
 from peft_longlora.adapter.regexes import check_patterns
@@ -225,6 +225,8 @@ def check_after(config: LongLoraConfig, model: PreTrainedModel, wanted: dict[str
             f"adapter belongs to another base (it names {config.base_model_name_or_path})."
         )
     config.file.check_numbers(found)
+    for name, tensor in config.file.tensors(config.file.shapes.keys() - found.keys()):
+        count_in(name, tensor)
 
 
 def _embedding_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

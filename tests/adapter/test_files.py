@@ -56,6 +56,7 @@ def set_config(folder: Path, **values):
 
 
 QUERY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+COUNTED = "base_model.model.s2_training_forwards"
 NORM = "base_model.model.model.norm.weight"
 EMBEDDINGS = "base_model.model.model.embed_tokens.weight"
 
@@ -89,6 +90,13 @@ BREAKS = {
         lambda f: edit(f, lambda t: t.update({QUERY: t[QUERY].int()})),
         {},
         [WEIGHTS, QUERY, "torch.int32"],
+    ),
+    "a broken count": (lambda f: edit(f, lambda t: t.update({COUNTED: torch.tensor([2.5])})), {}, [COUNTED, "[2.5]"]),
+    "a negative count": (lambda f: edit(f, lambda t: t.update({COUNTED: torch.tensor([-5])})), {}, [COUNTED, "[-5]"]),
+    "two counts": (
+        lambda f: edit(f, lambda t: t.update({COUNTED: torch.tensor([1, 2])})),
+        {},
+        [COUNTED, "[1, 2]", "one whole number of training forwards", "take an earlier checkpoint"],
     ),
     "hidden size": (None, dict(hidden_size=48, head_dim=8), [WEIGHTS, "base_model.model.model.", "32", "48"]),
     "vocabulary": (None, dict(vocab_size=101), ["97 tokens", "has 101"]),

@@ -210,7 +210,8 @@ class ModelInputs:
             # Ranks that share a sequence each see a part of it, and must agree.
             is_comparable = settings.sharing is None and not now.has_cache
             tokens = given("input_ids") if is_comparable else None
-            settings.schedule.begin(module.training and settings.is_enabled, tokens)
+            is_replica = getattr(module, "_is_replica", False)  # PyTorch's name for it
+            settings.schedule.begin(module.training and settings.is_enabled, tokens, is_replica)
         else:  # another followed module called it, and may not pass on its arguments
             now = self.now
             if position_ids is not None:

@@ -57,17 +57,17 @@ class Schedule:
         """Whether anything depends on the number of a forward."""
         return bool(self.dense_every) or self.skip_positions
 
-    def begin(self, training: bool, tokens: torch.Tensor | None) -> None:
+    def begin(self, training: bool, tokens: torch.Tensor | None, is_replica: bool = False) -> None:
         """A forward begins that is called from outside.
 
         Args:
             training: whether it attends as in training. tokens: (B, S) ids that tell whether two forwards are compared,
-                or None.
+                or None. is_replica: whether the model is one of the copies that nn.DataParallel runs at once.
 
-        Raises: RuntimeError: as `_number`.
+        Raises: ValueError, RuntimeError: as `_number`.
         """
         if self.is_counting:
-            self._number(training, tokens)
+            self._number(training, tokens, is_replica)
 
     def end(self) -> None:
         """The forward has returned."""
@@ -81,14 +81,23 @@ class Schedule:
             self.last, self.tokens = (self.number, self.tokens), None
 
     @torch.compiler.disable(reason="as _count")
-    def _number(self, training: bool, tokens: torch.Tensor | None) -> None:
-        """Raises: RuntimeError: a backward computes the whole model again, and nobody knows for which forward."""
+    def _number(self, training: bool, tokens: torch.Tensor | None, is_replica: bool) -> None:
+        """Raises:
+        RuntimeError: a backward computes the whole model again, and nobody knows for which forward.
+        ValueError: the forward is one of several that nn.DataParallel runs at once, in no order.
+        """
         self.is_training = training and torch.is_grad_enabled()
         if self.is_training and torch._C._current_autograd_node() is not None:
             raise RuntimeError(
                 "dense_every and skip_positions go by the number of a forward, and a backward calls the whole model "
                 "again (torch.utils.checkpoint around it?), which would be computed as another forward than the first "
                 "time. Checkpoint its blocks instead: model.gradient_checkpointing_enable()."
+            )
+        if self.is_training and is_replica:
+            raise ValueError(
+                "dense_every and skip_positions go by the number of a forward, and nn.DataParallel, which a Trainer "
+                "uses on several GPUs if nothing else is said, runs several forwards at once. Start the script with "
+                "accelerate launch or torchrun, or give it one GPU (CUDA_VISIBLE_DEVICES=0)."
             )
         self.is_scheduled, self.number = self.is_training, self.training_forwards + self.is_training
         if self.is_training:

@@ -116,6 +116,18 @@ def test_evaluation_and_sampling_are_not_counted():
     assert settings_of(next(iter(find_attention_modules(model).values()))).training_forwards == len(ROWS)
 
 
+@pytest.mark.parametrize("fields", [dict(dense_every=3), dict(skip_positions=True, attention_pattern="local")], ids=str)
+def test_replicas_that_run_at_once_are_refused(fields):
+    """nn.DataParallel's own copies, which share the settings of the model they are copied from."""
+    model, plain = (extend(make(), group_size=16, **given).train() for given in (fields, {}))
+    replica, other = (one.get_base_model()._replicate_for_data_parallel() for one in (model, plain))
+    with pytest.raises(ValueError, match=r"nn\.DataParallel.* accelerate launch or torchrun, or give it one GPU"):
+        replica(input_ids=ROWS[0])
+    assert torch.equal(replica.eval()(input_ids=ROWS[0]).logits, other.eval()(input_ids=ROWS[0]).logits)
+    step(model.train(), ROWS[0])
+    assert settings_on(model.get_base_model()).training_forwards == 1
+
+
 def test_a_backbone_called_by_itself_is_counted_once():
     model, plain = of_kind("whole model")
     found = [one.model(input_ids=ROWS[0]).last_hidden_state for one in [model] * 6 + [plain]]

@@ -57,7 +57,7 @@ class Schedule:
         """Whether anything depends on the number of a forward."""
         return bool(self.dense_every) or self.skip_positions
 
-    def begin(self, training: bool, tokens: torch.Tensor | None, is_replica: bool = False) -> None:
+    def begin(self, training: bool, tokens: torch.Tensor | None, is_replica: bool) -> None:
         """A forward begins that is called from outside.
 
         Args:

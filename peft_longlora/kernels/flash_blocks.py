@@ -14,7 +14,7 @@ import torch
 from peft_longlora.kernels.blocks import BLOCK, BlockPlan
 from peft_longlora.kernels.flash import import_module
 from peft_longlora.kernels.kernel import Needs, Options, is_deterministic
-from peft_longlora.kernels.operators import KERNELS, Launched
+from peft_longlora.kernels.operators import KERNELS, Launched, empty_gradients
 from peft_longlora.kernels.sinks import add_sinks_, gradient_of_sinks
 
 LISTS = "flash_attn.cute.block_sparsity"
@@ -104,7 +104,7 @@ def attend_seen_backward(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v."""
-    grads = _gradients(q, k, v)
+    grads = empty_gradients(q, k, v)
     lists = _lists(*query_blocks(seen, q.shape[1]))
     tensors = (x[None] for x in (q, k, v, out, dout.contiguous(), lse))
     dq, dk, dv = (x[None] for x in grads)
@@ -115,11 +115,7 @@ def attend_seen_backward(
 
 @attend_seen_backward.register_fake
 def _(dout, q, k, v, out, lse, seen, scaling):
-    return _gradients(q, k, v)
-
-
-def _gradients(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors)
+    return empty_gradients(q, k, v)
 
 
 def _save(ctx, inputs, output):

@@ -81,6 +81,11 @@ def _clear(bounds: Boundaries, *tensors: torch.Tensor) -> None:
             x[start:end].zero_()
 
 
+def empty_gradients(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Room for the gradients of tensors: of the same shapes, and dense, whatever the layout of those is."""
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
+
+
 @torch.library.custom_op("peft_longlora::attend_halves", mutates_args=())
 def attend_halves(
     q: torch.Tensor,
@@ -148,7 +153,7 @@ def attend_halves_backward(
         dout = dout.contiguous()
     if kernel.ties_layouts:  # out is dense
         q, dout = q.contiguous(), dout.contiguous()
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = empty_gradients(q, k, v)
     grads = dict.fromkeys(("straight", "shifted"), (dk, dv))
     if bounds.is_split and k.shape[1] == 1 and q.shape[1] > 1:  # both halves read the single KV head
         grads["shifted"] = torch.empty_like(dk), torch.empty_like(dv)
@@ -180,7 +185,7 @@ def attend_halves_backward(
 
 @attend_halves_backward.register_fake
 def _(dout, q, k, v, out, lse, layout, cu_seqlens, scaling, softcap, backend, window=0):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return empty_gradients(q, k, v)
 
 
 def _save(ctx, inputs, output):

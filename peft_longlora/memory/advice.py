@@ -54,7 +54,7 @@ class _Explaining(AbstractContextManager[None], ContextDecorator):
                 function.forget()
         self.model.zero_grad(set_to_none=True)
         text = f"The step does not fit into the GPU's memory. {switch}\n{error}"
-        error.__notes__ = ["".join(where)]  # printed by Python 3.11 and later
+        error.__notes__ = [*getattr(error, "__notes__", ()), "".join(where)]  # printed by Python 3.11 and later
         raise torch.OutOfMemoryError(text) from error.with_traceback(None)
 
 

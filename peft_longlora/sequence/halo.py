@@ -27,7 +27,7 @@ from peft_longlora.kernels.backends import pick_kernel
 from peft_longlora.kernels.cuts import Boundaries, regular_groups, tensors_of
 from peft_longlora.kernels.kernel import Kernel, Options, Pieces
 from peft_longlora.kernels.launches import head_halves
-from peft_longlora.kernels.operators import KERNELS, attend_halves, attend_halves_backward
+from peft_longlora.kernels.operators import KERNELS, attend_halves, attend_halves_backward, empty_gradients
 from peft_longlora.kernels.sinks import add_sinks_, gradient_of_sinks
 from peft_longlora.sequence.edges import Halo, Ranges
 
@@ -174,7 +174,7 @@ def attend_far_backward(dout, q, k, v, out, lse, scaling: float, softcap: float,
         out, lse: of the whole softmax, over other keys too. others: as `operators.attend_halves_backward`.
     """
     kernel, as_taken, pieces = _one_call(q, k, backend)
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    grads = list(empty_gradients(q, k, v))
     tensors = dout, q, k, v, out, lse.contiguous(), *grads
     kernel.backward(*map(as_taken, tensors), pieces, scaling, softcap)
     return grads

@@ -142,3 +142,11 @@ def test_an_error_that_is_kept_keeps_no_tensor_of_the_step(model, options, calls
     assert len(seen) == calls and left < IDS.numel() * 32
     [where] = caught.value.__cause__.__notes__
     assert "in step" in where and "in stop" in where
+
+
+def test_the_notes_of_an_error_stay():
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    error.__notes__ = ["in step 7"]  # what `add_note` sets in Python 3.11 and later
+    with pytest.raises(torch.OutOfMemoryError) as caught, explain_out_of_memory(extend(make())):
+        raise error
+    assert len(caught.value.__cause__.__notes__) == 2 and error.__notes__[0] == "in step 7"

@@ -51,6 +51,7 @@ TRAINING = dict(
     parts=None,
     part_rate=None,
     liger=False,
+    compile=False,
     rows=None,
 )
 EVALUATION = dict(native_window=None, edges=None, passkey_lengths=[], passkeys=20, memorised=None, ruler=None)

@@ -14,7 +14,7 @@ from typing import Any
 ALONE = "dense_steps", "group_sizes", "rotating_layers", "unscored", "dense_weight", "accumulation"
 GROUPED = "dense_steps", "group_sizes", "rotating_layers", "unscored", "dense_weight"
 PLANS = {"every", "after", "first", "last"}
-SWITCHES = "gradient_checkpointing", "bf16", "skip_positions", "liger"
+SWITCHES = "gradient_checkpointing", "bf16", "skip_positions", "liger", "compile"
 
 
 def check_shape(content: Any) -> None:

@@ -220,7 +220,8 @@ def finish_cell(cell: Cell, steps: int, args: argparse.Namespace, kernels: Kerne
     trained_at = time.monotonic()
     if args.save:  # before the scores: a merge ends the adapter
         model.save_pretrained(args.save / "-".join((cell.study, cell.name, cell.budget, str(cell.seed))))
-    metrics = scores()
+    with torch.compiler.set_stance("force_eager" if cell.training["compile"] else "default"):  # rows of many lengths
+        metrics = scores()
     return dict(
         study=cell.study, cell=cell.name, budget=cell.budget, seed=cell.seed, steps=steps,
         fingerprint=cell.fingerprint, settings=cell.settings, metrics=metrics, **training,

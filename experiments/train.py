@@ -21,6 +21,7 @@ from peft import PeftModel, get_peft_model
 from records import answer_losses
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from work import attention_share, layer_share, shape_of
 
@@ -93,6 +94,8 @@ def train(cell: Cell, model: PeftModel, rows: list[dict[str, list[int]]], device
     whole_rows, (rows, before) = rows, cut_rows(rows, options["parts"], dense_every)
     steps = len(rows) // each
     is_cuda = device != "cpu"
+    if options["compile"]:
+        _compile_blocks(model)
     groups = _parameter_groups(model, options)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=is_cuda)
     course = Course(model, options, steps, dense_every if each == 1 else None)
@@ -149,6 +152,14 @@ def train(cell: Cell, model: PeftModel, rows: list[dict[str, list[int]]], device
         group_size=model.peft_config["default"].applied_group_size,
         trained_parameters=sum(parameter.numel() for group in groups for parameter in group["params"]),
     )
+
+
+def _compile_blocks(model: nn.Module) -> None:
+    """Compile every block by itself: they share their code, so a minute is enough, and the loss stays as it is."""
+    torch.compiler.reset()  # a cell before this one had its own
+    for block in model.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            block.compile()
 
 
 def _layer_share(model: PeftModel, length: int, group_size: int) -> float:

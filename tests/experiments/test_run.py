@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from peft import get_peft_model
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from peft_longlora import LongLoraConfig
@@ -69,6 +70,31 @@ def test_positions_that_skip_are_the_packages(place, tmp_path):
         assert model.peft_config["default"].skip_positions is skips
         losses.append(train(cell, model, rows, "cpu")["loss"])
     assert losses[0][0] != losses[1][0] and losses[0][1] != losses[1][1]  # the first step skips, the second is dense
+
+
+def test_compiled_blocks_train_as_plain_ones_and_are_not_compiled_when_measured(place, tmp_path, monkeypatch):
+    """Steps that skip and dense ones; what is measured is the model's own code, at any length."""
+    content, found, graphs = yaml.safe_load(STUDY), {}, {}
+    shape = dict(attention_pattern="local", group_size=16, dense_every=3, skip_positions=True)
+    content["budgets"] = ["tokens"]
+    compile_block = torch.nn.Module.compile  # without a compiler of C++
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compile_block(block, backend="aot_eager"))
+    rows = train_rows(Books.read(place, "train"), WINDOW, STEPS, 0)
+    for is_compiled in (False, True):
+        content["cells"] = [dict(name="full", config=shape, training=dict(compile=is_compiled))]
+        (tmp_path / "compiled.yaml").write_text(yaml.safe_dump(content))
+        cell = read_study(tmp_path / "compiled.yaml").cells[0]
+        counters.clear()
+        found[is_compiled] = train(cell, make_model(cell, str(place / "base"), "cpu"), rows, "cpu")["loss"]
+        graphs[is_compiled] = counters["stats"]["unique_graphs"]
+    assert found[True] == pytest.approx(found[False], rel=1e-4)
+    assert graphs[False] == 0 < graphs[True]
+    counters.clear()
+    command = [str(tmp_path / "compiled.yaml"), "--model", str(place / "base"), "--tokens", str(place)]
+    assert run.main([*command, "--device", "cpu", "--results", str(tmp_path)]) == 0
+    line = json.loads((tmp_path / "compiled.jsonl").read_text())
+    assert line["loss"] == pytest.approx(found[False], rel=1e-4)
+    assert counters["stats"]["unique_graphs"] == graphs[True]
 
 
 def test_rows_in_parts_train_as_a_plain_loop_does(place, tmp_path):

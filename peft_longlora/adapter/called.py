@@ -43,7 +43,7 @@ class SeesReads(Mixin):
     @property
     def weight(self) -> torch.Tensor:
         """The base's weight, as PEFT has it. Raises: RuntimeError: the adapter is left out in training."""
-        if not torch.compiler.is_compiling() and self.training and torch.is_grad_enabled() and _is_in_a_call():
+        if not torch.compiler.is_compiling() and self.training and torch.is_grad_enabled() and is_in_a_call():
             self.reads += 1
             if self.reads >= MOST_READS and not self.disable_adapters and self.active_adapters:
                 self.reads = 0
@@ -56,9 +56,9 @@ class SeesReads(Mixin):
         return super().weight
 
 
-def _is_in_a_call() -> bool:
-    """Whether this is done on behalf of a module that is called."""
-    frame = sys._getframe(2)
+def is_in_a_call() -> bool:
+    """Whether the caller runs on behalf of a module that is called."""
+    frame = sys._getframe(1)
     while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
         frame = frame.f_back
     return frame is not None

@@ -2,9 +2,9 @@
 
 PEFT keeps LoRA weights in float32 but leaves copied modules in bfloat16. A step of 2e-5 is too small to change its 8
 bits, so norms would not train at all. Here the stored weights are float32, and every forward rounds them. So a trained
-copy computes what the base's module would compute with the rounded weights, and merging changes nothing. A layer that
-looks at its norm's weights (Nemotron-H and Zaya cast their input to the dtype of these) sees the rounded ones too.
-Called by `model`.
+copy computes what the base's module would compute with the rounded weights, and merging changes nothing. Who reads the
+weights while the model computes gets the rounded ones too: Nemotron-H and Zaya cast to the dtype of a norm, and fused
+losses (Liger's, TRL's) multiply by the output layer's matrix without calling it. Called by `model`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from peft_longlora.adapter.called import is_in_a_call
 from peft_longlora.rope.mixing import Mixin, mix, unmix
 
 HALF = (torch.float16, torch.bfloat16)
@@ -88,19 +89,25 @@ class Float32Weights(Mixin):
 
 
 class RoundedReading(Mixin):
-    """Mixed into PEFT's wrapper of copies: who reads a vector of weights through it gets what the copy computes with.
+    """Mixed into PEFT's wrapper of copies: who computes with weights read through it gets what the copy computes with.
 
-    Matrices are not rounded: their dtype is rarely asked for, a copy of them would be large, and code that fills in the
-    embeddings of new tokens writes into them through the wrapper.
+    A matrix is rounded only while a module is called: code that fills in the embeddings of new tokens writes into the
+    one that it reads between calls. Autocast rounds by itself, and a fused loss then adds up its gradient in float32.
     """
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if isinstance(value, torch.Tensor) and value.dim() == 1:
+        if isinstance(value, torch.Tensor) and (value.dim() == 1 or _is_computed_with(value)):
             for copy in self.modules_to_save.values():
                 if isinstance(copy, Float32Weights) and getattr(copy, name, None) is value:
                     return value.to(copy.compute_dtype)
         return value
+
+
+def _is_computed_with(matrix: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(matrix.device.type):
+        return False
+    return is_in_a_call()
 
 
 def _follow_class(module: nn.Module) -> None:
@@ -128,7 +135,7 @@ def keep_in_float32(modules: Iterable[nn.Module]) -> None:
 
 
 def read_rounded(wrappers: Iterable[nn.Module]) -> None:
-    """Give who reads norms' weights through these wrappers the rounded weights of copies that are kept in float32."""
+    """Give who computes with weights read through these wrappers the rounded ones of copies kept in float32."""
     for wrapper in wrappers:
         if not isinstance(wrapper, RoundedReading):
             mix(wrapper, RoundedReading)

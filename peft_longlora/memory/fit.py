@@ -9,6 +9,7 @@ show what a block costs. Nothing is assumed about the architecture.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -59,7 +60,7 @@ def fit_memory(
         length: tokens of a step on this GPU: rows times their length.
         budget: bytes that may be used. The plan fills 97% of them, because a peak may be some percent higher than
             expected. None: 94% of the GPU's memory, minus the memory of other programs.
-        loss: computes the loss of the training, from the model and ids (1, S). None: the model's own loss; its logits,
+        loss: computes the loss of the training, from the model and ids (1, S). None: `own_loss`; the logits,
             (1, S, V) float32, are then a part of the plan if Liger is missing.
         liger: whether Liger's kernels are switched on if Liger is installed and knows the model; with the model's own
             loss also its fused loss. TRL's trainers bring a fused loss of their own. Liger's RoPE then serves every
@@ -78,7 +79,7 @@ def fit_memory(
     _check(model, device, length)
     if liger:
         use_liger(model, fused_loss=loss is None)
-    loss = loss or (lambda model, ids: model(input_ids=ids, labels=ids).loss)
+    loss = loss or own_loss
     budget = _budget(device) if budget is None else int(budget * OWN_FILLED)
     best = last = None
     for means in means_of(length):
@@ -109,6 +110,20 @@ def fit_memory(
         f"Use shorter rows, a 4-bit base, sequence parallelism over more GPUs, or a loss that makes no logits of the "
         f"whole row."
     )
+
+
+def own_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The model's own loss of ids (1, S), under the caller's autocast.
+
+    A trained output layer of a half-precision base is kept in float32. Then it is under autocast in any case, as with
+    the Trainer's bf16=True: a fused loss makes its gradient in float32 there, and in half the bytes without.
+    """
+    kind, head = ids.device.type, model.get_output_embeddings()
+    is_kept = model.dtype.itemsize == 2 and head is not None and head.weight.dtype == torch.float32
+    is_on = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if is_on else model.dtype
+    with torch.autocast(kind, dtype) if is_on or is_kept else nullcontext():
+        return model(input_ids=ids, labels=ids).loss
 
 
 def _check(model: nn.Module, device: torch.device, length: int) -> None:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from types import MethodType
 
 import pytest
 import torch
@@ -96,6 +97,43 @@ def test_who_reads_a_norms_weight_gets_what_the_norm_computes_with():
     assert core.norm.weight.dtype == torch.bfloat16
     plain = get_peft_model(bf16_llama().float(), LongLoraConfig(r=4)).get_base_model().model.norm
     assert plain.weight is plain.modules_to_save.default.weight
+
+
+def fused_forward(self, input_ids, labels):
+    """As fused losses do: the output layer's matrix is read, and the layer is not called."""
+    hidden = self.model(input_ids, use_cache=False).last_hidden_state[:, :-1]
+    self.seen = self.lm_head.weight
+    logits = (hidden @ self.seen.t()).float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("trained", ["tied", "head"])
+def test_a_loss_that_reads_the_output_layers_matrix_computes_as_the_layer_does(trained):
+    """Liger's and TRL's losses do, and bfloat16 states times a float32 matrix is an error of torch."""
+    more = {} if trained == "tied" else dict(modules_to_save=["lm_head"])
+    model = get_peft_model(bf16_llama(tie_word_embeddings=trained == "tied"), LongLoraConfig(r=4, **more)).train()
+    core, found = model.get_base_model(), []
+    copied = core.lm_head.modules_to_save.default.weight
+    for loss in (
+        lambda: core(TOKENS, labels=TOKENS, use_cache=False).loss,
+        lambda: core(input_ids=TOKENS, labels=TOKENS),
+    ):
+        if found:
+            core.forward = MethodType(fused_forward, core)
+        value = loss()
+        value.backward()
+        found.append((value.item(), {n: p.grad.clone() for n, p in trained_copies(model).items()}))
+        model.zero_grad()
+    (plain, plain_grads), (fused, fused_grads) = found
+    assert fused == pytest.approx(plain, rel=1e-3)
+    assert core.seen.dtype == torch.bfloat16 and torch.equal(core.seen, copied.bfloat16())
+    assert all(grad.dtype == torch.float32 for grad in fused_grads.values())
+    for name, grad in plain_grads.items():
+        torch.testing.assert_close(fused_grads[name], grad, rtol=0.05, atol=0.02 * grad.abs().max().item(), msg=name)
+    with torch.autocast("cpu", torch.bfloat16):  # it rounds by itself, and the gradient is summed in float32
+        assert core(input_ids=TOKENS, labels=TOKENS).item() == pytest.approx(plain, rel=1e-3)
+    assert core.seen is copied
+    assert core.lm_head.weight is copied  # between calls: who writes into it must reach what is trained
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -119,6 +119,26 @@ def test_it_measures_on_a_gpu_only():
         fit_memory(extend(make()), 4096)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_own_loss_is_measured_as_the_trainer_computes_it(dtype, tied):
+    """Under autocast where the output layer is kept in float32 under a half-precision base, and where the caller is."""
+    model, seen = extend(make(dtype=dtype, tie_word_embeddings=tied)), []
+    core, ids = model.get_base_model(), torch.arange(3, 40)[None]
+    core.model.norm.register_forward_hook(
+        lambda *_: seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+    )
+    expected = model(input_ids=ids, labels=ids).loss.item()
+    assert fit.own_loss(model, ids).item() == pytest.approx(expected, rel=1e-2)
+    with torch.autocast("cpu", torch.float16):
+        fit.own_loss(model, ids)
+    is_kept = tied and dtype == torch.bfloat16
+    assert [on for on, _ in seen] == [False, is_kept, True]
+    assert seen[2][1] == torch.float16
+    if is_kept:
+        assert seen[1][1] == torch.bfloat16
+
+
 @pytest.mark.parametrize(("length", "measured"), [(4096, 4096), (32768, 16384), (10**6, 32768)])
 def test_the_row_is_doubled_until_its_blocks_decide_the_peak(monkeypatch, length, measured):
     """The embeddings' gradient takes 3 GB whatever the row; the blocks take 400 kB a token, more from 5 k on."""

@@ -39,6 +39,13 @@ CHOICES = [
     Choice("dense steps, equal time", LOCAL, "none, G = 1/4", f"{SCHEDULE}/time", "schedules/local-8192/time"),
     Choice("far layers dense too", "no", "3 layers, G = 1/16, every 8th dense", f"{SCHEDULE}/time", FAR),
     Choice("blocks by content between dense steps", "no (local)", "adaptive", f"{SCHEDULE}/tokens", ADAPTIVE),
+    Choice(
+        "blocks by content between dense steps, 1e-3, equal time",
+        "no (local)",
+        "adaptive",
+        "rates/1e-3, 233 steps/tokens",
+        "adaptive/adaptive-dense-6/time",
+    ),
     Choice("where the dense steps go", "every 6th", "the last 25", "courses/spread/tokens", "courses/last/tokens"),
     Choice("where the dense steps go", "every 6th", "the first 25", "courses/spread/tokens", "courses/first/tokens"),
     Choice("positions between dense steps", "as they are", "skip", "courses/spread/tokens", "courses/skips/tokens"),

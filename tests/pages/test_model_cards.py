@@ -89,7 +89,7 @@ def test_the_trained_adapter_is_whole_and_small():
         assert not torch.allclose(model(ids).logits, before, atol=1e-3)
     stored = without_count(load_file(TRAINED / "adapter_model.safetensors"))
     loaded = without_count(get_peft_model_state_dict(model))
-    assert settings_on(base).training_forwards == 228  # under the name that it had then
+    assert settings_on(base).training_forwards == 228
     assert set(stored) == set(loaded) and all(torch.equal(stored[name], loaded[name]) for name in stored)
     assert model.config.max_position_embeddings == config.applied_context_length == 32768
 
@@ -101,7 +101,7 @@ def test_its_card_is_what_the_lines_of_its_study_say(tmp_path):
     for name in ("README.md", "results.json", "training.json"):
         texts = [VERSIONS.sub("", (folder / name).read_text(encoding="utf-8")) for folder in (TRAINED, tmp_path)]
         assert texts[0] == texts[1], "run: python model_cards/trained.py"
-    line = trained.read_line("memorised", "one-pass")
+    line = trained.read_line("memorised", trained.CELL)
     results = Results.load(TRAINED)
     ours = [row for row in results.results if row.variant == "adapter"]
     assert {row.value for row in ours if row.task == "perplexity"} == {

@@ -143,18 +143,16 @@ class BlockPlan(Plan):
         """
         if self.pattern == "window":
             return self.once(("seen", query.device), lambda: self._listed(self._always(query.device)[None]))
-        always, heads = self._always(query.device), key.shape[0]
-        count = len(always)
+        always, is_candidate = self.once(("always", query.device), lambda: self._always_and_candidates(query.device))
+        count, heads = len(always), key.shape[0]
         q, k = (x.unflatten(1, (count, BLOCK)) for x in (query, key))
         # (H_kv, blocks, D): the mean of the 128 queries up to each block's first query. Later queries must not choose.
         group = q.unflatten(0, (heads, -1))
-        starts, sums = group[:, :, :, 0].float().mean(1), group.float().sum(3).mean(1)
+        # Sums in float32, but no float32 copy of the row.
+        starts, sums = group[:, :, :, 0].mean(1, dtype=torch.float32), group.sum(3, dtype=torch.float32).mean(1)
         asks = (sums.roll(1, 1) - starts.roll(1, 1) + starts) / BLOCK
-        scores = asks @ k.float().mean(2).mT
-        block = torch.arange(count, device=query.device)
-        first = self.layout(query.device).first
-        is_candidate = (block <= block[:, None]) & (block >= first[:, None]) & ~always
-        scores = scores.masked_fill(~is_candidate, -torch.inf)
+        scores = asks @ k.mean(2, dtype=torch.float32).mT
+        scores = scores.where(is_candidate, -torch.inf)
         best = scores.topk(min(self.chosen, count), dim=-1)
         seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, best.indices, best.values > -torch.inf)
         return self._listed(seen | always)
@@ -169,6 +167,12 @@ class BlockPlan(Plan):
         else:
             near = ask - held <= 1
         return (held <= ask) & (held >= first) & (near | (held == first) | layout.is_dense[:, None])
+
+    def _always_and_candidates(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_always`, and the other blocks of the document up to a block's own: one of them may be chosen."""
+        always, first = self._always(device), self.layout(device).first[:, None]
+        block = torch.arange(len(always), device=device)
+        return always, (block <= block[:, None]) & (block >= first) & ~always
 
     def _listed(self, seen: torch.Tensor) -> torch.Tensor:
         count = seen.shape[-1]

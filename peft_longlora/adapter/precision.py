@@ -105,9 +105,9 @@ class RoundedReading(Mixin):
 
 
 def _is_computed_with(matrix: torch.Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(matrix.device.type):
+    if torch.compiler.is_compiling() or not is_in_a_call():
         return False
-    return is_in_a_call()
+    return matrix.is_meta or not torch.is_autocast_enabled(matrix.device.type)  # "meta" has no autocast
 
 
 def _follow_class(module: nn.Module) -> None:

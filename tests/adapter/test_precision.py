@@ -107,6 +107,11 @@ def fused_forward(self, input_ids, labels):
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
 
+class Reader(nn.Module):
+    def forward(self, module):
+        return module.weight
+
+
 @pytest.mark.parametrize("trained", ["tied", "head"])
 def test_a_loss_that_reads_the_output_layers_matrix_computes_as_the_layer_does(trained):
     """Liger's and TRL's losses do, and bfloat16 states times a float32 matrix is an error of torch."""
@@ -134,6 +139,10 @@ def test_a_loss_that_reads_the_output_layers_matrix_computes_as_the_layer_does(t
         assert core(input_ids=TOKENS, labels=TOKENS).item() == pytest.approx(plain, rel=1e-3)
     assert core.seen is copied
     assert core.lm_head.weight is copied  # between calls: who writes into it must reach what is trained
+    del core.forward, core.seen
+    twin = copy.deepcopy(core).to("meta")  # accelerate looks there for ties
+    assert twin.lm_head.weight is twin.lm_head.modules_to_save.default.weight
+    assert Reader()(twin.lm_head).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -179,9 +179,7 @@ def find_shape(model: str) -> Shape:
         ValueError: as `Shape.of` and `read_config`.
         OSError: there is no such model.
     """
-    if shape := SHAPES.get(model.lower()):
-        return shape
-    return Shape.of(read_config(model))
+    return SHAPES.get(model.lower()) or Shape.of(read_config(model))
 
 
 @dataclass(frozen=True)
@@ -208,9 +206,13 @@ class Training:
 
 
 def late_bytes(shape: Shape, training: Training) -> int:
-    """Of the embeddings' gradient, made when the blocks' backward is over. If tied, it and the output layer's are added
-    to a copy."""
+    """Of the embeddings' gradient, made when the blocks are through. Tied, it and the output layer's add to a copy."""
     return shape.table * SINGLE * (2 if shape.tied else 1) if training.embeddings else 0
+
+
+def loss_fixed(shape: Shape, training: Training) -> int:
+    """Beside tied embeddings' gradient: two rounded matrices (Liger, autocast), or the gradient's sum (TRL, none)."""
+    return shape.table * SINGLE if shape.tied and training.embeddings and training.fused_loss else 0
 
 
 def fixed_parts(shape: Shape, training: Training) -> dict[str, int]:
@@ -264,10 +266,8 @@ def estimate(
     free_bytes = HALF * saved + SINGLE * shape.heads + (input_bytes if means.get("offload") else 0)
     sizes = token_bytes, loss_bytes, free_bytes, kept_bytes, input_bytes
     plan = MemoryPlan(length, budget, sum(parts.values()), *sizes, shape.blocks, means=means)
-    late = late_bytes(shape, training)
-    return fill(
-        replace(plan, host_budget=host_budget, parts=parts, kernels=("Liger",), late=late, token_parts=token_parts)
-    )
+    plan = replace(plan, late=late_bytes(shape, training), loss_fixed=loss_fixed(shape, training), parts=parts)
+    return fill(replace(plan, host_budget=host_budget, kernels=("Liger",), token_parts=token_parts))
 
 
 def best_estimate(shape: Shape, training: Training, length: int, budget: int, host_budget: int) -> MemoryPlan:

@@ -1,14 +1,13 @@
 """`fit_memory`: the fastest way to compute a step that fits into a GPU. It measures a few short steps and extrapolates.
 
-Short steps predict the peak of a long step (`plan`), with any kernels, quantisation and loss. The peak is read before
-the embeddings' gradient is made: it would hide what the blocks of a short step need. What that takes is read by itself.
-The row is doubled until the growth is steady. More steps, in which some blocks keep everything or attention's output,
-show what a block costs. Nothing is assumed about the architecture.
+Short steps predict the peak of a long step (`plan`), with any kernels, quantisation and loss. What the loss, the blocks
+and the embeddings' gradient need is read apart (`peaks`): of a short step one would hide what another needs in a long
+step. The row is doubled until the blocks' growth is steady. More steps, in which some blocks keep everything or
+attention's output, show what a block costs. Nothing is assumed about the architecture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -18,18 +17,16 @@ import torch.distributed as dist
 from torch import nn
 from transformers.utils import logging
 
-from peft_longlora.architecture import find_attention_modules, same_modes
-from peft_longlora.attention.settings import schedule_of, settings_of
+from peft_longlora.architecture import find_attention_modules
+from peft_longlora.attention.settings import settings_of
 from peft_longlora.memory.blocks import checkpoint_blocks, find_blocks
 from peft_longlora.memory.host import host_budget
 from peft_longlora.memory.liger import kernels_of, use_liger
 from peft_longlora.memory.offload import Offload
+from peft_longlora.memory.peaks import Loss, Peaks, measure_peaks
 from peft_longlora.memory.plan import AGAIN_KEPT, FILLED, OWN_FILLED, MemoryPlan, fill, means_of
 
 logger = logging.get_logger(__name__)
-
-# Computes the loss of a step, from a model and ids (1, S).
-Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
 SHORTEST = 2048  # tokens of the first step that is measured
 STEADY = 0.05  # two slopes that differ by less count as equal
@@ -187,25 +184,27 @@ def _measure(
     """The plan with these means, from a few short steps."""
     checkpoint_blocks(model, keep=False, **means)
     blocks = len(find_blocks(model))
-    tokens, peak, token_bytes = _growth(model, length, loss, max(SHORTEST, 2 * (means.get("tile_tokens") or 0)))
-    bare = peak - tokens * token_bytes
+    shortest = max(SHORTEST, 2 * (means.get("tile_tokens") or 0))
+    tokens, peaks, token_bytes, loss_bytes = _growth(model, length, loss, shortest)
+    bare = peaks.blocks - tokens * token_bytes
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     # DDP's buckets are not views of the gradients, unless it is told so.
     fixed = round(bare) + (MOMENTS + bool(accumulates) + _is_connected()) * trained
     in_host = _bytes_in_host(model, tokens, int(means.get("offload", 0)))
-    plan = MemoryPlan(length, budget, fixed, token_bytes, 0.0, 0.0, 0.0, in_host, blocks, means=means)
-    late = max(0, round(_end(model, SHORTEST, loss) - bare))
-    plan = replace(plan, host_budget=host_budget(), kernels=kernels_of(model), late=late)
+    plan = MemoryPlan(length, budget, fixed, token_bytes, loss_bytes, 0.0, 0.0, in_host, blocks, means=means)
+    late = max(0, round(measure_peaks(model, SHORTEST, loss).end - bare))
+    loss_fixed = max(0, round(peaks.loss - tokens * loss_bytes - bare))
+    plan = replace(plan, host_budget=host_budget(), kernels=kernels_of(model), late=late, loss_fixed=loss_fixed)
     if plan.peak > budget:
         return plan
     with_attention = _with(model, tokens, loss, dict(means, keep=True))
     some, more = min(FREE_PROBES[0], blocks // 2), min(FREE_PROBES[1], blocks)
     with_some, with_more = (_with(model, tokens, loss, dict(means, keep=False, free=free)) for free in (some, more))
     checkpoint_blocks(model, keep=False, **means)
-    free_bytes = (with_more - with_some) / (more - some) / tokens
-    loss_bytes = (with_some - bare) / tokens - some * free_bytes
-    kept_bytes = (with_attention - peak) / blocks / tokens
-    return fill(replace(plan, loss_bytes=loss_bytes, free_bytes=free_bytes, kept_bytes=kept_bytes))
+    free_bytes = (with_more.loss - with_some.loss) / (more - some) / tokens
+    turn_bytes = (with_some.blocks - bare) / tokens - some * free_bytes
+    kept_bytes = (with_attention.blocks - peaks.blocks) / blocks / tokens
+    return fill(replace(plan, turn_bytes=turn_bytes, free_bytes=free_bytes, kept_bytes=kept_bytes))
 
 
 def _bytes_of_input(model: nn.Module) -> float:
@@ -225,73 +224,29 @@ def _bytes_in_host(model: nn.Module, tokens: int, every: int) -> float:
     return max(most, _bytes_of_input(model))
 
 
-def _growth(model: nn.Module, length: int, loss: Loss, shortest: int = SHORTEST) -> tuple[int, int, float]:
-    """A number of tokens above which the peak grows steadily, the peak there, and a token's bytes."""
+def _growth(model: nn.Module, length: int, loss: Loss, shortest: int = SHORTEST) -> tuple[int, Peaks, float, float]:
+    """A number of tokens above which the blocks' peak grows steadily, the peaks there, and a token's bytes in the
+    blocks and when the loss is computed."""
     # A block's backward holds its input, queries, keys, values and gradients; smaller growth belongs to other parts.
     least = 6 * _bytes_of_input(model)
-    tokens, slope = shortest, 0.0
-    _peak(model, tokens, loss)  # compiles kernels
-    peak = _peak(model, tokens, loss)
+    tokens, slope, at_loss = shortest, 0.0, 0.0
+    measure_peaks(model, tokens, loss)  # compiles kernels
+    peaks = measure_peaks(model, tokens, loss)
     while 4 * tokens <= length or not slope:
-        longer = _peak(model, 2 * tokens, loss)
-        before, slope = slope, (longer - peak) / tokens
-        tokens, peak = 2 * tokens, longer
+        longer = measure_peaks(model, 2 * tokens, loss)
+        before, slope = slope, (longer.blocks - peaks.blocks) / tokens
+        at_loss = (longer.loss - peaks.loss) / tokens
+        tokens, peaks = 2 * tokens, longer
         if slope >= least and abs(slope - before) < STEADY * slope:
             break
-    return tokens, peak, slope
+    return tokens, peaks, slope, at_loss
 
 
-def _with(model: nn.Module, tokens: int, loss: Loss, options: dict[str, Any]) -> int:
-    """`_peak` with other options; if the step does not fit, a number above the GPU's memory."""
+def _with(model: nn.Module, tokens: int, loss: Loss, options: dict[str, Any]) -> Peaks:
+    """The peaks with other options; if the step does not fit, numbers above the GPU's memory."""
     checkpoint_blocks(model, **options)
     try:
-        return _peak(model, tokens, loss)
+        return measure_peaks(model, tokens, loss)
     except torch.OutOfMemoryError:
-        return torch.cuda.mem_get_info(next(model.parameters()).device)[1]
-
-
-def _peak(model: nn.Module, tokens: int, loss: Loss) -> int:
-    """Bytes at the peak of a forward and a backward, until the embeddings' gradient is made."""
-    return _peaks(model, tokens, loss)[0]
-
-
-def _end(model: nn.Module, tokens: int, loss: Loss) -> int:
-    """Bytes at the peak from then on; 0 if the embeddings' output needs no gradient.
-
-    Tied embeddings have a gradient from the output layer already. The two are there together, and a copy of their sum.
-    """
-    return _peaks(model, tokens, loss)[1]
-
-
-def _peaks(model: nn.Module, tokens: int, loss: Loss) -> tuple[int, int]:
-    """What `_peak` and `_end` return. The model is not changed."""
-    device = next(model.parameters()).device
-    embeddings, peaks = model.get_input_embeddings(), []
-
-    def watch(_module: nn.Module, _given: Any, output: torch.Tensor) -> None:
-        # Its gradient is there when all blocks are through; the gradient of the embeddings follows from it.
-        if output.requires_grad:
-            output.register_hook(lambda _: read())
-
-    def read() -> None:
-        peaks.append(torch.cuda.max_memory_allocated(device))
-        torch.cuda.reset_peak_memory_stats(device)
-
-    watched = embeddings.register_forward_hook(watch)
-    schedules = {id(one): one for one in map(schedule_of, find_attention_modules(model).values()) if one is not None}
-    counts = {key: one.training_forwards for key, one in schedules.items()}
-    try:
-        with same_modes(model), torch.random.fork_rng(devices=[device]):
-            model.train()
-            ids = torch.randint(embeddings.weight.shape[0], (1, tokens), device=device)
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            loss(model, ids).backward()
-            torch.cuda.synchronize(device)
-        last = torch.cuda.max_memory_allocated(device)
-        return (max(peaks), last) if peaks else (last, 0)
-    finally:
-        watched.remove()
-        model.zero_grad(set_to_none=True)
-        for key, one in schedules.items():  # `dense_every` must count only the training's forwards
-            one.training_forwards = counts[key]
+        size = torch.cuda.mem_get_info(next(model.parameters()).device)[1]
+        return Peaks(size, size, size)

@@ -67,6 +67,10 @@ class MemoryPlan:
         late: bytes of the embeddings' gradient, and of what adds it to another. They are made when the blocks' backward
             is over, and are not in `fixed`.
         kernels: libraries whose kernels the model uses; for the table.
+        loss_fixed: bytes of the loss that do not grow with the row and are not in `fixed`: what makes the gradient of a
+            trained output layer, as that of tied embeddings.
+        turn_bytes: a token's bytes, without `free_bytes`, when the backward of the first block that keeps everything
+            runs; 0 if `loss_bytes` covers it.
     """
 
     length: int
@@ -87,6 +91,8 @@ class MemoryPlan:
     token_parts: dict[str, float] = field(default_factory=dict)
     late: int = 0
     kernels: tuple[str, ...] = ()
+    loss_fixed: int = 0
+    turn_bytes: float = 0.0
 
     @property
     def options(self) -> dict[str, Any]:
@@ -105,10 +111,12 @@ class MemoryPlan:
         return self.kept_bytes if self.keep_in_host and not self.keep else 0.0
 
     @property
-    def working(self) -> float:
-        """A token's bytes at the expected peak, but for what blocks keep of attention."""
-        free = self.loss_bytes + self.free * self.free_bytes if self.free else 0.0
-        return max(self.token_bytes + self.arriving, free)
+    def growing(self) -> float:
+        """Bytes at the expected peak that are not in `fixed` and `late`, but for what blocks keep of attention."""
+        free = self.free * self.free_bytes
+        at_loss = self.loss_fixed + self.length * (self.loss_bytes + free)
+        in_turn = self.length * (self.turn_bytes + free) if self.free else 0.0
+        return max(self.length * (self.token_bytes + self.arriving), at_loss, in_turn)
 
     @property
     def peak(self) -> int:
@@ -117,8 +125,8 @@ class MemoryPlan:
 
     @property
     def in_blocks(self) -> int:
-        """The expected peak while blocks are computed, before the embeddings' gradient is made."""
-        return round(self.fixed + self.length * (self.working + self.keep * self.kept_bytes))
+        """The expected peak while blocks and loss are computed, before the embeddings' gradient is made."""
+        return round(self.fixed + self.growing + self.length * self.keep * self.kept_bytes)
 
     @property
     def host(self) -> int:
@@ -141,6 +149,8 @@ class MemoryPlan:
     def longest(self) -> int:
         """The tokens of the longest step that fits with `offload` and `tile_tokens` of this plan."""
         on_gpu = (self.budget - self.fixed) / self.token_bytes if self.fixed + self.late <= self.budget else 0
+        if self.loss_bytes:
+            on_gpu = min(on_gpu, (self.budget - self.fixed - self.loss_fixed) / self.loss_bytes)
         offload = int(self.means.get("offload", 0))
         in_host = self.host_budget / (-(-self.blocks // offload) * self.input_bytes) if offload else on_gpu
         return max(0, int(min(on_gpu, in_host)))
@@ -148,16 +158,17 @@ class MemoryPlan:
     def __str__(self) -> str:
         parts = self.parts or {"weights, gradients, optimiser": self.fixed}
         growing = self.token_parts or {"inputs of blocks and the working set of one": self.token_bytes}
-        kept, more = f"{self.keep} blocks keep attention's output", self.working - self.token_bytes
+        kept, more = f"{self.keep} blocks keep attention's output", self.growing - self.length * self.token_bytes
+        if self.arriving and self.growing == self.length * (self.token_bytes + self.arriving):
+            name = "attention's output on its way back from the host"
+        elif self.free or not more:
+            name = f"more for {self.free} blocks that keep everything"
+        else:
+            name = "more while the loss is computed"
         rows = [
             *parts.items(),
             *((name, round(self.length * size)) for name, size in growing.items()),
-            (
-                "attention's output on its way back from the host"
-                if self.arriving and self.working == self.token_bytes + self.arriving
-                else f"more for {self.free} blocks that keep everything",
-                round(self.length * more),
-            ),
+            (name, round(more)),
             (kept, round(self.length * self.keep * self.kept_bytes)),
             *([("the embeddings' gradient, when these are gone", self.late)] if self.late else []),
             ("peak expected", self.peak),

@@ -3,6 +3,7 @@
 import math
 
 from peft_longlora.memory import MemoryPlan, fit
+from peft_longlora.memory.peaks import Peaks
 from peft_longlora.memory.plan import MEANS
 
 GIB = 2**30
@@ -30,8 +31,7 @@ class Machine:
     def __init__(self, monkeypatch, host=10**12):
         self.now = {}
         monkeypatch.setattr(fit, "checkpoint_blocks", lambda model, **options: setattr(self, "now", options))
-        monkeypatch.setattr(fit, "_peak", self.peak)
-        monkeypatch.setattr(fit, "_end", self.end)
+        monkeypatch.setattr(fit, "measure_peaks", self.peaks)
         monkeypatch.setattr(fit, "host_budget", lambda: host)
         monkeypatch.setattr(fit.torch.cuda, "mem_get_info", lambda device: (10**11, 10**11))
         monkeypatch.setattr(fit, "_check", lambda *_: None)
@@ -47,5 +47,7 @@ class Machine:
             * (self.A_TOKEN[MEANS.index(options)] + 50_000 * free + 10_000 * (kept or bool(in_host and not free)))
         )
 
-    def end(self, model, tokens, loss):
-        return int(1e8) + model.get_input_embeddings().weight.nbytes
+    def peaks(self, model, tokens, loss):
+        peak, free = self.peak(model, tokens, loss), self.now.get("free", 0)
+        at_loss = int(1e8 + tokens * (60_000 + 50_000 * free))
+        return Peaks(at_loss, peak, int(1e8) + model.get_input_embeddings().weight.nbytes)

@@ -1,5 +1,6 @@
 """What a plan counts and fills: precisions of what is trained, one GPU, and a late gradient."""
 
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from peft_longlora.memory import checkpoint_blocks, fit, fit_memory
+from peft_longlora.memory import checkpoint_blocks, fit, fit_memory, peaks
 from peft_longlora.memory.blocks import find_blocks
 from peft_longlora.memory.plan import MEANS, fill
 from tests.helpers.measured_gpu import GIB, NAMED, Machine, plan
@@ -65,13 +66,13 @@ def test_attention_waits_in_the_host_where_none_fits_on_the_gpu():
 
 @pytest.mark.parametrize("embeddings", [True, False])
 @pytest.mark.parametrize("means", [dict(), dict(keep=False, offload=2), dict(free=2)], ids=str)
-def test_the_peak_is_read_between_the_blocks_and_the_embeddings(monkeypatch, embeddings, means):
-    """Their gradient, which the plan counts by itself, must not hide what the blocks of a short step need."""
+def test_the_peak_is_read_before_and_after_the_blocks(monkeypatch, embeddings, means):
+    """What the loss and the embeddings' gradient take must not hide what the blocks of a short step need."""
     order = []
-    monkeypatch.setattr(fit.torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(fit.torch.cuda, "reset_peak_memory_stats", lambda device: order.append("reset"))
-    monkeypatch.setattr(fit.torch.cuda, "max_memory_allocated", lambda device: order.append("read") or len(order))
-    monkeypatch.setattr(fit.torch.random, "fork_rng", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(peaks.torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(peaks.torch.cuda, "reset_peak_memory_stats", lambda device: order.append("reset"))
+    monkeypatch.setattr(peaks.torch.cuda, "max_memory_allocated", lambda device: order.append("read") or len(order))
+    monkeypatch.setattr(peaks.torch.random, "fork_rng", lambda *_, **__: nullcontext())
     model = extend(make(num_hidden_layers=3), train_embeddings=embeddings)
     checkpoint_blocks(model, **means)
     for number, block in enumerate(find_blocks(model)):
@@ -80,11 +81,32 @@ def test_the_peak_is_read_between_the_blocks_and_the_embeddings(monkeypatch, emb
     for parameter in model.get_input_embeddings().parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda _: order.append("embeddings"))
-    hooks = len(model.get_input_embeddings()._forward_hooks)
+    hooks = [len(module._forward_hooks) for module in model.modules()]
     find_blocks(model.train())[1].self_attn.eval()  # as its user wants it
     modes = [module.training for module in model.modules()]
-    assert fit._peak(model, 64, lambda model, ids: model(input_ids=ids, labels=ids).loss) == 5
-    assert order == ["reset", 2, 1, 0, "read", "reset", *["embeddings"] * embeddings, "read"]
-    assert len(model.get_input_embeddings()._forward_hooks) == hooks
+    found = peaks.measure_peaks(model, 64, lambda model, ids: model(input_ids=ids, labels=ids).loss)
+    assert found == peaks.Peaks(2, 7, 9 + embeddings)  # how many stood in the order when it was read
+    blocks = ["reset", "read", "reset", 2, 1, 0, "read", "reset"]
+    assert order == [*blocks, *["embeddings"] * embeddings, "read", "reset"]
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("budget", [GIB // 2, 3 * GIB])
+def test_the_loss_is_the_peak_of_short_rows_and_blocks_that_of_long_ones(budget):
+    """A token needs 60 kB when the loss is computed and 100 kB in the blocks."""
+    fixed = GIB // 8
+    longest = plan(1000, budget, loss_fixed=fixed).longest
+    at_loss, in_blocks = (budget - GIB // 4 - fixed) // 60_000, (budget - GIB // 4) // 100_000
+    assert longest == min(at_loss, in_blocks) and (at_loss < in_blocks) is (budget < GIB)
+    assert plan(longest, budget, loss_fixed=fixed).fits and not plan(longest + 1, budget, loss_fixed=fixed).fits
+
+
+@pytest.mark.parametrize("options", [dict(), dict(free=3, keep=2), dict(loss_fixed=GIB // 8), dict(keep_in_host=2)])
+def test_the_rows_of_the_table_add_up_to_the_peak(options):
+    one = plan(**options)
+    rows = re.findall(r"^(.+?) +(-?[\d.]+) GiB$", str(one), flags=re.MULTILINE)
+    *parts, (name, peak) = rows[: next(n for n, (row, _) in enumerate(rows) if row == "budget")]
+    assert name == "peak expected" and sum(float(size) for _, size in parts) == pytest.approx(float(peak), abs=0.03)
+    assert float(peak) == pytest.approx(one.peak / GIB, abs=0.01)

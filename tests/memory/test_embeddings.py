@@ -8,7 +8,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_longlora.memory import fit, fit_memory
-from peft_longlora.memory.estimate import Shape, Training, fixed_parts, late_bytes
+from peft_longlora.memory.blocks import find_blocks
+from peft_longlora.memory.estimate import Shape, Training, fixed_parts, late_bytes, loss_fixed
+from peft_longlora.memory.peaks import measure_peaks
+from tests.helpers.fused_loss import use_fused_loss
 from tests.helpers.held_bytes import Held, as_gpu
 from tests.helpers.tiny import extend, make
 
@@ -21,15 +24,25 @@ def loss(model, ids):
     return model(input_ids=ids, logits_to_keep=8).logits.float().logsumexp(-1).sum()
 
 
-def tied_or_not(held, tied, **settings):
-    base = make(vocab_size=VOCABULARY, num_hidden_layers=1, tie_word_embeddings=tied)
+def fused(autocast):
+    """A loss that reads the output layer's matrix, as Liger's does."""
+
+    def loss(model, ids):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(input_ids=ids, labels=ids).loss
+
+    return loss
+
+
+def tied_or_not(held, tied, sizes=None, **settings):
+    base = make(**{**dict(vocab_size=VOCABULARY, num_hidden_layers=1), **(sizes or {})}, tie_word_embeddings=tied)
     model = extend(base, context_length=TOKENS, group_size=64, **settings).train()
     for parameter in model.parameters():
         held.add(parameter)
     return model
 
 
-def most(held, model, batches, ids):
+def most(held, model, batches, ids, loss=loss):
     """Bytes at the peak of the third optimiser step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     for _ in range(3):
@@ -63,6 +76,36 @@ def test_the_expected_peak_is_that_of_a_training(monkeypatch, held, tied, traine
     plan = fit_memory(model, TOKENS, 10**11, loss=loss, liger=False, accumulates=batches > 1)
     measured = most(held, model, batches, torch.randint(VOCABULARY, (1, TOKENS)))
     assert plan.peak == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("budget", [10**11, 17_000_000])
+def test_a_fused_loss_of_tied_embeddings_hides_nothing_of_the_blocks(monkeypatch, held, autocast, budget):
+    """It is the peak of short steps, and the blocks are that of a long one."""
+    as_gpu(held, monkeypatch, shortest=64)
+    sizes = dict(vocab_size=6000, num_hidden_layers=2, intermediate_size=128, dtype=torch.bfloat16)
+    model, length, loss = use_fused_loss(tied_or_not(held, True, sizes)), 8 * TOKENS, fused(autocast)
+    short = measure_peaks(model, 64, loss)
+    assert short.loss > short.blocks
+    plan = fit_memory(model, length, budget, loss=loss, liger=False)
+    measured = most(held, model, 1, torch.randint(6000, (1, length)), loss)
+    assert plan.peak == pytest.approx(measured, rel=0.01) and measured < budget
+    assert plan.free < 2 or budget == 10**11
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_estimate_covers_a_fused_loss_of_tied_embeddings(held, autocast):
+    """In tables of single precision: autocast holds two rounded ones beside the gradient."""
+    model = use_fused_loss(tied_or_not(held, True, dict(dtype=torch.bfloat16)))
+    seen, before, ids = [], held.now, torch.randint(VOCABULARY, (1, 64))
+    last = find_blocks(model)[-1]
+    last.register_forward_hook(lambda _, given, out: out.register_hook(lambda _: seen.append(held.most)) and None)
+    held.forget()
+    fused(autocast)(model, ids).backward()
+    shape, training = Shape.of(model.config), Training(4)
+    expected = fixed_parts(shape, training)["gradients"] + loss_fixed(shape, training)
+    found = (seen[0] - before) / TABLE
+    assert found == pytest.approx(2 if autocast else 1.5, abs=0.05) and found < expected / TABLE + 0.05
 
 
 @pytest.mark.parametrize("batches", [1, 2])

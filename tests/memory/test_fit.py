@@ -9,6 +9,7 @@ import torch
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import settings_of
 from peft_longlora.memory import fit, fit_memory
+from peft_longlora.memory.peaks import Peaks
 from peft_longlora.memory.plan import MEANS, fill
 from tests.helpers.measured_gpu import GIB, NAMED, Machine, plan
 from tests.helpers.tiny import extend, make
@@ -141,17 +142,17 @@ def test_the_own_loss_is_measured_as_the_trainer_computes_it(dtype, tied):
 
 @pytest.mark.parametrize(("length", "measured"), [(4096, 4096), (32768, 16384), (10**6, 32768)])
 def test_the_row_is_doubled_until_its_blocks_decide_the_peak(monkeypatch, length, measured):
-    """The embeddings' gradient takes 3 GB whatever the row; the blocks take 400 kB a token, more from 5 k on."""
+    """Something takes 3 GB whatever the row; the blocks take 400 kB a token, more from 5 k on."""
     seen = []
 
-    def peak(model, tokens, loss):
+    def peaks(model, tokens, loss):
         seen.append(tokens)
-        return int(max(3e9 + 100 * tokens, 1e9 + 400_000 * tokens))
+        return Peaks(int(1e9 + 80_000 * tokens), int(max(3e9 + 100 * tokens, 1e9 + 400_000 * tokens)), 0)
 
-    monkeypatch.setattr(fit, "_peak", peak)
-    tokens, found, slope = fit._growth(extend(make()), length, None)
-    assert tokens == max(seen) == measured and found == peak(None, tokens, None)
-    assert slope == (100 if length == 4096 else 400_000)
+    monkeypatch.setattr(fit, "measure_peaks", peaks)
+    tokens, found, slope, at_loss = fit._growth(extend(make()), length, None)
+    assert tokens == max(seen) == measured and found == peaks(None, tokens, None)
+    assert (slope, at_loss) == (100 if length == 4096 else 400_000, 80_000)
 
 
 @pytest.mark.gpu

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import is_liger_kernel_available
 
 from peft_longlora.memory.blocks import find_blocks, unwrapped
-from peft_longlora.memory.keep import keep_attention
+from peft_longlora.memory.keep import keep_attention, keep_in_host
 from peft_longlora.memory.liger import kernels_of
 from peft_longlora.memory.offload import Offload
 from peft_longlora.memory.plan import TILE
@@ -48,6 +49,7 @@ class _Explaining(AbstractContextManager[None], ContextDecorator):
             return
         where = format_tb(traceback)
         del traceback  # this frame is in the new error's
+        _drop_tracebacks(error)
         switch = _next_switch(self.model)
         for block in find_blocks(self.model):
             if isinstance(function := block.__dict__.get("_gradient_checkpointing_func"), Offload):
@@ -55,7 +57,19 @@ class _Explaining(AbstractContextManager[None], ContextDecorator):
         self.model.zero_grad(set_to_none=True)
         text = f"The step does not fit into the GPU's memory. {switch}\n{error}"
         error.__notes__ = [*getattr(error, "__notes__", ()), "".join(where)]  # printed by Python 3.11 and later
-        raise torch.OutOfMemoryError(text) from error.with_traceback(None)
+        raise torch.OutOfMemoryError(text) from error
+
+
+def _drop_tracebacks(error: BaseException | None) -> None:
+    """Of an error, of its cause, and of what was handled when it came: frames hold the step's tensors."""
+    seen: list[BaseException] = []
+    waiting = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and one not in seen:
+            seen.append(one)
+            one.__traceback__ = None
+            waiting += [one.__cause__, one.__context__]
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -65,21 +79,24 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         model: as above.
 
     Returns:
-        `checkpointed`: whether any block is; `free`, `keep` (on the GPU), `offload` (0 or n) and `tiled`; `whole`: how
-        many feed-forward layers of checkpointed blocks compute whole rows. A mixture of experts has no tiles.
+        `checkpointed`: whether any block is; `free`, `keep` (on the GPU), `keep_in_host`, `offload` (0 or n) and
+        `tile_tokens`; `whole`: how many feed-forward layers of checkpointed blocks compute whole rows. A mixture of
+        experts has no tiles.
     """
     blocks = find_blocks(model)
     checkpointed = [block for block in blocks if block.gradient_checkpointing]
     functions = [block._gradient_checkpointing_func for block in checkpointed]
     offloads = [function for function in functions if isinstance(function, Offload)]
     inner = [function.checkpoint if isinstance(function, Offload) else function for function in functions]
-    kept = [getattr(function, "keywords", {}).get("context_fn") is keep_attention for function in inner]
+    kept = [getattr(function, "keywords", {}).get("context_fn") for function in inner]
+    tiles = [module.tile_tokens for module in model.modules() if isinstance(module, Tiled)]
     return dict(
         checkpointed=bool(functions),
         free=len(blocks) - len(functions),
-        keep=sum(kept),
+        keep=kept.count(keep_attention),
+        keep_in_host=sum(getattr(function, "func", None) is keep_in_host for function in kept),
         offload=_every(offloads),
-        tiled=any(isinstance(module, Tiled) for module in model.modules()),
+        tile_tokens=min(tiles, default=None),
         whole=sum(not isinstance(module, Tiled) for block in checkpointed for module in find_feed_forwards(block)),
     )
 
@@ -94,18 +111,29 @@ def _next_switch(model: nn.Module) -> str:
     if not find_blocks(model):
         return f"transformers cannot checkpoint the blocks of {type(unwrapped(model)).__name__}: {OTHERWISE}."
     on = state_of(model)
-    call = "peft_longlora.memory.checkpoint_blocks"
-    now = f", tile_tokens={TILE}" if on["tiled"] else ""
     if not on["checkpointed"]:
-        return f"No block is checkpointed: call {call}(model), or fit_memory(model, length), which chooses."
+        return f"No block is checkpointed: call {_call({})}, or fit_memory(model, length), which chooses."
     if on["free"]:
-        return f"{on['free']} blocks keep everything: call {call}(model, free=0), or fit_memory(model, length)."
+        return f"{on['free']} blocks keep everything: call {_call(on, free=0)}, or fit_memory(model, length)."
     if on["whole"]:
-        return f"Feed-forward layers compute whole rows: call {call}(model, tile_tokens={TILE})."
-    if not kernels_of(model):
+        return f"Feed-forward layers compute whole rows: call {_call(on, tile_tokens=TILE)}."
+    if not kernels_of(model) and not is_liger_kernel_available():
         return "Norms and loss make float32 copies of the row: install liger-kernel, and call fit_memory again."
     if not on["offload"]:
-        return f"The inputs of all blocks stay on the GPU: call {call}(model, offload=True{now})."
+        return f"The inputs of all blocks stay on the GPU: call {_call(on, offload=True)}."
     if on["keep"]:
-        return f"{on['keep']} blocks keep attention on the GPU: call {call}(model, keep=False, offload=True{now})."
+        return f"{on['keep']} blocks keep attention on the GPU: call {_call(on, keep=False)}."
     return f"Every switch is on: {OTHERWISE}."
+
+
+def _call(on: dict[str, Any], **changes: Any) -> str:
+    """The call that makes these changes, and leaves every other switch as it is: the defaults may need more memory."""
+    others = {name: value for name in ("free", "keep_in_host", "tile_tokens") if (value := on.get(name))}
+    if on:
+        others |= dict(keep=on["keep"] or False)
+    if on.get("offload"):
+        others |= dict(offload=True if on["offload"] == 1 else on["offload"])
+    arguments = {**changes, **{name: value for name, value in others.items() if name not in changes}}
+    return (
+        f"peft_longlora.memory.checkpoint_blocks({', '.join(['model', *(f'{n}={v}' for n, v in arguments.items())])})"
+    )

@@ -1,6 +1,8 @@
 """A step that runs out of memory: the switch that is named, and the training that goes on."""
 
 import gc
+import re
+from itertools import product
 
 import pytest
 import torch
@@ -44,7 +46,43 @@ def test_the_switches_come_one_after_the_other(model):
 def test_what_is_on_is_seen(model):
     for every in (1, 2, 3):
         checkpoint_blocks(model, free=1, keep=1, keep_in_host=1, offload=every, tile_tokens=40)
-        assert state_of(model) == dict(checkpointed=True, free=1, keep=1, offload=every, tiled=True, whole=0)
+        assert state_of(model) == dict(
+            checkpointed=True, free=1, keep=1, keep_in_host=1, offload=every, tile_tokens=40, whole=0
+        )
+
+
+SWITCHES = [
+    dict(free=free, keep=keep, keep_in_host=in_host, offload=offload, tile_tokens=tokens)
+    for free, keep, in_host, offload, tokens in product((0, 2), (0, 1), (0, 1), (False, True, 2), (None, 40))
+]
+
+
+def test_the_call_that_is_named_needs_less_and_leaves_the_other_switches(model):
+    """Of every combination, one switch after the other until none is left."""
+    calls = []
+    for options in SWITCHES:
+        checkpoint_blocks(model, **options)
+        left = 4
+        while (
+            found := re.search(r"call peft_longlora\.memory\.(checkpoint_blocks\(.+?\))[,.]", message(model))
+        ) and left:
+            before = state_of(model)
+            eval(found[1], dict(checkpoint_blocks=checkpoint_blocks, model=model))
+            after = state_of(model)
+            changed = {name for name in after if after[name] != before[name]} - {"whole"}
+            assert len(changed) == 1 and bytes_of(after) < bytes_of(before), (options, found[1])
+            calls.append(found[1])
+            left -= 1
+        assert "Every switch is on" in message(model)
+    assert {"free=0", "keep=False", "offload=True", "offload=2", "tile_tokens=4096", "tile_tokens=40"} <= {
+        word.strip(" ()") for call in calls for word in call.split(",")
+    }
+
+
+def bytes_of(on):
+    """Of a token on the GPU, in widths of the model: four blocks, feed-forward layers of three and a half widths."""
+    inputs, whole = 1 if on["offload"] else 4 - on["free"], 0 if on["tile_tokens"] else 3 * 3.5
+    return inputs + on["keep"] + 14 * on["free"] + whole
 
 
 @pytest.mark.parametrize("names", [None, "all-linear"])
@@ -58,7 +96,7 @@ def test_a_switch_that_is_on_or_has_no_effect_is_not_named(monkeypatch, family, 
     assert ("tile_tokens=4096" in message(model)) is (family == "llama")
     checkpoint_blocks(model, tile_tokens=40)
     assert "call peft_longlora.memory.checkpoint_blocks(model, offload=True" in message(model)
-    assert ("tile_tokens=4096" in message(model)) is (family == "llama")
+    assert ("tile_tokens=40" in message(model)) is (family == "llama")
 
 
 def test_a_wrapped_model_has_the_switches_of_its_own(model):
@@ -150,3 +188,22 @@ def test_the_notes_of_an_error_stay():
     with pytest.raises(torch.OutOfMemoryError) as caught, explain_out_of_memory(extend(make())):
         raise error
     assert len(caught.value.__cause__.__notes__) == 2 and error.__notes__[0] == "in step 7"
+
+
+def test_an_error_that_came_while_another_was_handled_keeps_no_tensor(model):
+    """Neither by the frames of the other one, as where a kernel is tried and the next one runs out of memory."""
+    gc.collect()
+    with Held() as held:
+        before = held.now
+
+        def tried():
+            big = torch.ones(1000, 1000)
+            raise RuntimeError(f"no kernel for {big.shape}")
+
+        with pytest.raises(torch.OutOfMemoryError) as caught, explain_out_of_memory(model):
+            try:
+                tried()
+            except RuntimeError:
+                raise torch.OutOfMemoryError("CUDA out of memory.")  # noqa: B904
+        assert held.now == before
+    assert str(caught.value.__cause__.__context__).startswith("no kernel")

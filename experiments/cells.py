@@ -5,6 +5,7 @@ Called by `run` and `report`; knows nothing of models. README.md beside it descr
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -237,19 +238,20 @@ def append_line(line: dict[str, Any], path: Path) -> bool:
 
     Returns: whether it was added.
     """
-    keys = [(one["cell"], one["budget"], one["seed"]) for one in read_lines(path)]
-    if (line["cell"], line["budget"], line["seed"]) in keys:
-        return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.read_bytes() if path.is_file() else b""
-    rest = before[before.rfind(b"\n") + 1 :]
-    gap = b"\n" if rest else b""
-    try:
-        json.loads(rest or b"0")
-    except ValueError:  # half a line, of a run that was stopped
-        os.truncate(path, len(before) - len(rest))
-        gap = b""
-    with open(path, "ab", buffering=0) as out:  # in one piece, beside another run
+    with open(path, "ab", buffering=0) as out:
+        fcntl.flock(out, fcntl.LOCK_EX)  # until it is closed: another run may add its line now
+        keys = [(one["cell"], one["budget"], one["seed"]) for one in read_lines(path)]
+        if (line["cell"], line["budget"], line["seed"]) in keys:
+            return False
+        before = path.read_bytes()
+        rest = before[before.rfind(b"\n") + 1 :]
+        gap = b"\n" if rest else b""
+        try:
+            json.loads(rest or b"0")
+        except ValueError:  # half a line, of a run that was stopped
+            os.truncate(path, len(before) - len(rest))
+            gap = b""
         out.write(gap + json.dumps(line).encode() + b"\n")
     return True
 

@@ -78,7 +78,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", help="names of cells")
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds to run, of those in the file")
     parser.add_argument("--budgets", nargs="+", choices=["tokens", "time"], help="budgets to run")
-    parser.add_argument("--save", type=Path, help="keep the adapters in this folder")
+    parser.add_argument("--save", type=Path, help="keep the adapters of the cells that run in this folder")
     parser.add_argument("--list", action="store_true", help="say what is done and what is not, and stop")
     args = parser.parse_args(arguments)
     try:
@@ -116,8 +116,9 @@ def _check(args: argparse.Namespace) -> None:
     if True in have_liger and not is_liger_kernel_available():
         raise ValueError("liger: true needs Liger's kernels. To get them: pip install liger-kernel.")
     kinds = {cell.data for cell in cells}
-    if "books" in kinds and not (args.tokens and Path(args.tokens, "train.npy").is_file()):
-        raise ValueError(f"--tokens {args.tokens}: there is no train.npy. Write it with experiments/books.py.")
+    for file in ("train.npy", "train_off.npy", "validation.npy", "validation_off.npy") if "books" in kinds else ():
+        if not (args.tokens and Path(args.tokens, file).is_file()):
+            raise ValueError(f"--tokens {args.tokens}: there is no {file}. Write it with experiments/books.py.")
     if "records" in kinds and not (args.records and Path(args.records).is_dir()):
         raise ValueError(f"--records {args.records}: there is no folder of this name.")
 
@@ -174,7 +175,8 @@ def run_cell(cell: Cell, study: Study, args: argparse.Namespace, start: float, k
         return False
     steps = steps_of(cell, study.reference, lines, device)
     if steps is None:
-        print(f"{cell}: waits for {cell.name} and {study.reference} with equal tokens on {device!r}", flush=True)
+        timed = " and ".join(dict.fromkeys((cell.name, study.reference)))
+        print(f"{cell}: waits for {timed} with equal tokens on {device!r}; then run this again", flush=True)
         return False
     needed, left = guess_seconds(cell, steps, args.results, device), args.stop_after - (time.monotonic() - start)
     print(f"{cell}: {steps} steps, about {needed:.0f} s of {left:.0f} s left", flush=True)

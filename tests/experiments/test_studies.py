@@ -1,6 +1,8 @@
 """Studies with wrong values are refused when they are read, and results files outlive a run that is stopped."""
 
+import fcntl
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -8,9 +10,11 @@ import pytest
 import yaml
 
 from tests.experiments.conftest import STUDY
+from tests.helpers.paths import ROOT
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 
+import cells
 import run
 from books import Books
 from cells import append_line, read_lines, read_study
@@ -118,6 +122,46 @@ def test_half_a_line_of_a_stopped_run_is_no_line(tmp_path):
     file.write_text(text)
     with pytest.raises(ValueError, match=r"tiny\.jsonl, line 2 is not JSON.*Take it out"):
         read_lines(file)
+
+
+def test_two_runs_do_not_add_a_line_at_the_same_time(tmp_path, monkeypatch):
+    """What one run has read holds until its line is there."""
+    file, seen = tmp_path / "tiny.jsonl", []
+
+    def read(path):
+        with open(path, "ab") as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                seen.append("waits")
+        return read_lines(path)
+
+    monkeypatch.setattr(cells, "read_lines", read)
+    assert append_line(line("a"), file) and not append_line(line("a"), file) and append_line(line("b"), file)
+    assert seen == ["waits"] * 3 and read_lines(file) == [line("a"), line("b")]
+    with open(file, "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody holds it afterwards
+
+
+def test_the_readmes_study_is_one(tmp_path):
+    text = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "tiny.yaml").write_text(re.search(r"```yaml\n(.+?)```", text, flags=re.DOTALL)[1])
+    study = read_study(tmp_path / "tiny.yaml")
+    assert [str(one) for one in study.cells] == [
+        "full, equal tokens, seed 0", "local, equal tokens, seed 0", "local, equal time, seed 0"
+    ]  # fmt: skip
+    for cell in study.cells:
+        make_model(cell, str(ROOT / "examples" / "assets" / "stdlib-llama-512"), "cpu")
+
+
+@pytest.mark.parametrize("missing", ["train_off", "validation"])
+def test_books_that_are_not_there_are_refused_before_a_cell(place, tmp_path, capsys, missing):
+    for name in {"train", "train_off", "validation", "validation_off"} - {missing}:
+        (tmp_path / f"{name}.npy").write_bytes((place / f"{name}.npy").read_bytes())
+    command = [str(place / "tiny.yaml"), "--model", str(place / "base"), "--device", "cpu", "--results", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        run.parse_args([*command, "--tokens", str(tmp_path)])
+    assert f"there is no {missing}.npy. Write it with experiments/books.py" in capsys.readouterr().err
 
 
 def test_two_runs_of_a_cell_leave_one_line(tmp_path):

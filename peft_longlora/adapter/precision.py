@@ -91,23 +91,26 @@ class Float32Weights(Mixin):
 class RoundedReading(Mixin):
     """Mixed into PEFT's wrapper of copies: who computes with weights read through it gets what the copy computes with.
 
-    A matrix is rounded only while a module is called: code that fills in the embeddings of new tokens writes into the
-    one that it reads between calls. Autocast rounds by itself, and a fused loss then adds up its gradient in float32.
+    They are rounded only while something is computed. Who reads them between calls gets the trained ones, to write into
+    (the embeddings of new tokens), to optimise or to look at their gradients.
     """
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if isinstance(value, torch.Tensor) and (value.dim() == 1 or _is_computed_with(value)):
+        if isinstance(value, torch.Tensor):
             for copy in self.modules_to_save.values():
                 if isinstance(copy, Float32Weights) and getattr(copy, name, None) is value:
-                    return value.to(copy.compute_dtype)
+                    return value.to(copy.compute_dtype) if _is_computed_with(value) else value
         return value
 
 
-def _is_computed_with(matrix: torch.Tensor) -> bool:
-    if torch.compiler.is_compiling() or not is_in_a_call():
+def _is_computed_with(weight: torch.Tensor) -> bool:
+    kind = weight.device.type
+    # Autocast rounds matrices by itself, and a fused loss then adds up its gradient in float32. "meta" has no autocast.
+    if weight.dim() > 1 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return False
-    return matrix.is_meta or not torch.is_autocast_enabled(matrix.device.type)  # "meta" has no autocast
+    # What is compiled computes. In a backward a checkpointed function is recomputed, without the call that it was in.
+    return torch.compiler.is_compiling() or torch._C._current_autograd_node() is not None or is_in_a_call()
 
 
 def _follow_class(module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from contextlib import nullcontext
 from types import MethodType
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from peft_longlora import LongLoraConfig
@@ -79,24 +81,34 @@ def test_layers_that_ask_for_the_dtype_of_their_norm_compute_what_they_did(model
     assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in norms.values())
 
 
-def test_who_reads_a_norms_weight_gets_what_the_norm_computes_with():
-    """As a kernel does that takes the weight. Embeddings are the float32 ones, which the caller may fill in."""
+class Reads(nn.Module):
+    """A layer that computes with a weight of another one, as kernels do that take it."""
+
+    def forward(self, layer):
+        return layer.weight
+
+
+def test_who_computes_with_a_norms_weight_gets_what_the_norm_computes_with():
+    """Who reads it between calls gets the trained one: to write into it, to optimise it, to look at its gradient."""
     model = get_peft_model(bf16_llama(), LongLoraConfig(r=4))
     core = model.get_base_model().model
     copied = core.norm.modules_to_save.default.weight
     with torch.no_grad():
-        copied.add_(torch.rand_like(copied))
-    assert torch.equal(core.norm.weight, copied.bfloat16()) and core.norm.weight.dtype == torch.bfloat16
-    core.norm.weight.sum().backward()
-    assert torch.equal(copied.grad, torch.ones_like(copied))
+        core.norm.weight.add_(torch.rand_like(copied))
+    assert core.norm.weight is copied and not torch.equal(copied, torch.ones_like(copied))
+    for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            seen = Reads()(core.norm)
+        assert torch.equal(seen, copied.bfloat16()) and seen.dtype == torch.bfloat16
+    seen.sum().backward()
+    assert torch.equal(core.norm.weight.grad, torch.ones_like(copied))
     assert core.embed_tokens.weight is core.embed_tokens.modules_to_save.default.weight
     with model.disable_adapter():
-        assert core.norm.weight is core.norm.original_module.weight
+        assert Reads()(core.norm) is core.norm.weight is core.norm.original_module.weight
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin.get_base_model().model.norm.weight, core.norm.weight)
-    assert core.norm.weight.dtype == torch.bfloat16
+        assert torch.equal(Reads()(twin.get_base_model().model.norm), seen)
     plain = get_peft_model(bf16_llama().float(), LongLoraConfig(r=4)).get_base_model().model.norm
-    assert plain.weight is plain.modules_to_save.default.weight
+    assert Reads()(plain) is plain.weight is plain.modules_to_save.default.weight
 
 
 def fused_forward(self, input_ids, labels):
@@ -107,16 +119,25 @@ def fused_forward(self, input_ids, labels):
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
 
-class Reader(nn.Module):
-    def forward(self, module):
-        return module.weight
+def chunked_forward(self, input_ids, labels):
+    """Logits of some tokens at a time, computed again in the backward by a function that is no module's."""
+    hidden, labels = self.model(input_ids, use_cache=False).last_hidden_state[:, :-1], labels[:, 1:]
+
+    def loss_of(states, labels):
+        logits = (states @ self.lm_head.weight.t()).float()
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+    parts = zip(hidden.split(16, 1), labels.split(16, 1), strict=True)
+    return sum(checkpoint(loss_of, *part, use_reentrant=False) for part in parts) / labels.numel()
 
 
 @pytest.mark.parametrize("trained", ["tied", "head"])
-def test_a_loss_that_reads_the_output_layers_matrix_computes_as_the_layer_does(trained):
+@pytest.mark.parametrize("how", ["read", "read in the backward"])
+def test_a_loss_that_reads_the_output_layers_matrix_computes_as_the_layer_does(trained, how):
     """Liger's and TRL's losses do, and bfloat16 states times a float32 matrix is an error of torch."""
+    changes = dict(tie_word_embeddings=trained == "tied", num_hidden_layers=1)
     more = {} if trained == "tied" else dict(modules_to_save=["lm_head"])
-    model = get_peft_model(bf16_llama(tie_word_embeddings=trained == "tied"), LongLoraConfig(r=4, **more)).train()
+    model = get_peft_model(bf16_llama(**changes), LongLoraConfig(r=4, **more)).train()
     core, found = model.get_base_model(), []
     copied = core.lm_head.modules_to_save.default.weight
     for loss in (
@@ -124,25 +145,45 @@ def test_a_loss_that_reads_the_output_layers_matrix_computes_as_the_layer_does(t
         lambda: core(input_ids=TOKENS, labels=TOKENS),
     ):
         if found:
-            core.forward = MethodType(fused_forward, core)
+            core.forward = MethodType(chunked_forward if how == "read in the backward" else fused_forward, core)
         value = loss()
         value.backward()
         found.append((value.item(), {n: p.grad.clone() for n, p in trained_copies(model).items()}))
         model.zero_grad()
     (plain, plain_grads), (fused, fused_grads) = found
     assert fused == pytest.approx(plain, rel=1e-3)
-    assert core.seen.dtype == torch.bfloat16 and torch.equal(core.seen, copied.bfloat16())
     assert all(grad.dtype == torch.float32 for grad in fused_grads.values())
     for name, grad in plain_grads.items():
         torch.testing.assert_close(fused_grads[name], grad, rtol=0.05, atol=0.02 * grad.abs().max().item(), msg=name)
+    if how == "read":
+        assert core.seen.dtype == torch.bfloat16 and torch.equal(core.seen, copied.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):  # it rounds by itself, and the gradient is summed in float32
         assert core(input_ids=TOKENS, labels=TOKENS).item() == pytest.approx(plain, rel=1e-3)
-    assert core.seen is copied
+    if how == "read":
+        assert core.seen is copied
     assert core.lm_head.weight is copied  # between calls: who writes into it must reach what is trained
-    del core.forward, core.seen
-    twin = copy.deepcopy(core).to("meta")  # accelerate looks there for ties
-    assert twin.lm_head.weight is twin.lm_head.modules_to_save.default.weight
-    assert Reader()(twin.lm_head).dtype == torch.bfloat16
+
+
+def test_what_is_compiled_reads_what_the_layer_computes_with():
+    core = get_peft_model(bf16_llama(tie_word_embeddings=True), LongLoraConfig(r=4)).get_base_model()
+
+    class Multiplies(nn.Module):
+        def forward(self, states):
+            return states @ core.lm_head.weight.t()
+
+    states, multiplies = torch.randn(2, 5, core.config.hidden_size).bfloat16(), Multiplies()
+    multiplies.compile(backend="aot_eager", fullgraph=True)
+    assert torch.equal(multiplies(states), core.lm_head(states))
+
+
+def test_a_matrix_without_numbers_is_read_too():
+    """On "meta", where accelerate looks for ties, torch refuses to be asked for autocast."""
+    model = get_peft_model(bf16_llama(tie_word_embeddings=True), LongLoraConfig(r=4, group_size=16)).train()
+    core, ids = model.get_base_model().to("meta"), TOKENS.to("meta")
+    assert core.lm_head.weight is core.lm_head.modules_to_save.default.weight
+    assert Reads()(core.lm_head).dtype == torch.bfloat16
+    logits = core(ids).logits  # sparse
+    assert (logits.shape, logits.dtype) == ((*ids.shape, core.vocab_size), torch.bfloat16)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -69,7 +69,7 @@ def _decides_alone(call: LayerCall) -> bool:
     """
     inputs = call.settings.inputs
     is_alone = inputs.caller is not None and inputs.attention_mask is None and not inputs.has_cache
-    return is_alone and call.settings.is_enabled and not torch.compiler.is_compiling()
+    return is_alone and call.settings.is_enabled
 
 
 def _chunks_of_documents(call: LayerCall, positions: torch.Tensor | None) -> Cuts | None:

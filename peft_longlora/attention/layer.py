@@ -120,9 +120,12 @@ class LayerCall:
 
     def local(self, positions: torch.Tensor | None) -> Local | None:
         """The layer's own window or chunks, if a kernel can run them."""
-        if not isinstance(self.mask, S2Mask) or torch.compiler.is_compiling():
+        if not isinstance(self.mask, S2Mask):
             return None
         is_chunked = has_chunks(self.module, self.settings.config)
+        # Compiled code takes the mask, which says the same, but for chunks of documents: it counts them from the row.
+        if torch.compiler.is_compiling() and not (is_chunked and positions is not None):
+            return None
         local = self.mask.once(("local", positions is None), lambda: find_local(self.mask, positions, is_chunked))
         told = self.more.get("sliding_window")
         return None if local and told is not None and local != ("window", told) else local

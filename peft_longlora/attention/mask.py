@@ -74,8 +74,8 @@ class S2Mask(ReadyMask):
         if not self._has_positions(position_ids) or self.arguments["kv_length"] != self.length:
             return self.arguments
         # Only the device knows whether a position restarts. Layers with a window get a mask in any case; the others use
-        # numbers that the groups of other layers need on the host too.
-        if not self.is_local and len(self.runs(position_ids)) <= self.batch:
+        # numbers that the groups of other layers need on the host too. Compiled code cannot ask, as in transformers.
+        if not (self.is_local or torch.compiler.is_compiling()) and len(self.runs(position_ids)) <= self.batch:
             return self.arguments
         document, _ = self._number_documents(position_ids)
         rule = and_masks(self.arguments["mask_function"], lambda b, h, q, k: document[b, q] == document[b, k])

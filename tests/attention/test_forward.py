@@ -143,6 +143,19 @@ def test_a_model_compiles_whole_and_once_for_all_lengths(row, monkeypatch):
     assert counter.frame_count <= 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["blocks", pytest.param("model", marks=pytest.mark.slow)])
+def test_a_compiled_evaluation_keeps_documents_apart(what):
+    """Beside the cache that a model makes by default transformers would let them see each other."""
+    model, lengths = sparse("llama").eval(), (4, 13, 6)
+    inputs = dict(input_ids=torch.randint(3, 97, (1, LENGTH)), position_ids=torch.tensor([positions(*lengths)]))
+    alone = torch.cat([model(input_ids=x).logits for x in inputs["input_ids"].split(lengths, 1)], 1)
+    torch._dynamo.reset()
+    for module in [model] if what == "model" else model.model.layers:
+        module.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(model(**inputs).logits, alone, rtol=1e-4, atol=1e-4)
+
+
 # -- gradient checkpointing ----------------------------------------------------------------------------------------
 
 

@@ -130,14 +130,33 @@ def test_what_a_rule_is():
 
 
 @torch.no_grad()
-def test_evaluation_with_the_cache_that_a_model_makes_counts_chunks_from_each_document():
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_evaluation_with_the_cache_that_a_model_makes_counts_chunks_from_each_document(compiled):
     model = tiny_model("llama4_text").eval()
     configure_attention(model, group_size=8)
     lengths = (13, 1, 11)
     ids = torch.randint(3, 40, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     alone = torch.cat([model(input_ids=x, use_cache=False).logits for x in ids.split(lengths, 1)], dim=1)
+    if compiled:
+        torch._dynamo.reset()
+        model.compile(backend="eager")
     for how in ({}, {"use_cache": False}):
         torch.testing.assert_close(
             model(input_ids=ids, position_ids=positions, **how).logits, alone, rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.slow
+def test_a_compiled_step_counts_chunks_from_each_document():
+    compiled = make("llama4_text")
+    torch._dynamo.reset()
+    for block in compiled.model.layers:
+        block.compile(backend="eager")
+    truth.segment_ids = DOCUMENTS
+    (logits, grads), (wanted, right) = (
+        gradients(model, PACKED, DOCUMENTS > 0) for model in (compiled, make("llama4_text", "truth_of_local"))
+    )
+    torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=2e-4)
+    for name, grad in right.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-3 * grad.abs().max().item() + 1e-6)

@@ -115,8 +115,11 @@ def is_local_layer(module: nn.Module, config: PreTrainedConfig) -> bool:
 
 def has_chunks(module: nn.Module, config: PreTrainedConfig) -> bool:
     """Whether a config says that a layer has chunks of its own."""
-    layer_types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
-    return bool(layer_types) and index is not None and "chunked" in layer_types[index]
+    layer_types = getattr(config, "layer_types", None) or ()
+    if not any("chunked" in one for one in layer_types):  # a compiled block that reads its number serves no other block
+        return False
+    index = getattr(module, "layer_idx", None)
+    return index is not None and "chunked" in layer_types[index]
 
 
 def is_local_type(layer_type: str) -> bool:

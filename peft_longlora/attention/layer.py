@@ -79,15 +79,25 @@ class LayerCall:
         Gradient checkpointing calls a layer again in the backward, with the same mask. The mode may have changed by
         then, and there may have been other forwards. A layer without a mask uses the facts of the model's last call.
         """
+        if torch.compiler.is_compiling():
+            return self._once_in_mode(name, make) if isinstance(self.mask, S2Mask) else make()
         key, inputs = (name, getattr(self.module, "layer_idx", None)), self.settings.inputs
         if isinstance(self.mask, S2Mask):
-            return self.mask.once(key, make)
-        if torch.compiler.is_compiling():
-            return make()
+            return self.mask.once(key, lambda: self._once_in_mode(name, make))
         notes = inputs.notes if self.mask is None else self.mask.__dict__.setdefault("s2_notes", {})
         if inputs.caller is not None:  # a forward; the mask may come from an earlier one
             notes[key] = make()
         return notes[key] if key in notes else make()
+
+    def _once_in_mode(self, name: str, make: Callable[[], Any]) -> Any:
+        """The same by the layer's mode: compiled code that knows the number of a layer serves no other layer.
+
+        When a layer is recomputed, what was found for its mode holds. If nothing was, the mode has changed since.
+        """
+        found, mode = self.mask.once(("by mode", name), dict), self.module.training
+        if not found or self.settings.inputs.caller is not None:
+            found[mode] = make()
+        return found[mode] if mode in found else found[not mode]
 
     @property
     def positions(self) -> torch.Tensor | None:

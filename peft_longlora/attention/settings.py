@@ -122,6 +122,8 @@ class AttentionSettings:
 
     def pattern_of(self, module: nn.Module) -> str:
         """The pattern of a layer in a sparse forward."""
+        if not self.dense_layers:  # a compiled block that reads its number serves no other block
+            return self.pattern
         return "full" if getattr(module, "layer_idx", None) in self.dense_layers else self.pattern
 
     def is_sparse(self, training: bool) -> bool:

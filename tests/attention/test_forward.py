@@ -156,6 +156,25 @@ def test_a_compiled_evaluation_keeps_documents_apart(what):
     torch.testing.assert_close(model(**inputs).logits, alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("more", [{}, pytest.param(dict(dense_every=2), marks=pytest.mark.slow)], ids=str)
+def test_compiled_blocks_share_their_code(more, monkeypatch):
+    """PyTorch compiles a function eight times, and runs it uncompiled from then on: most blocks of a model."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    install(monkeypatch, PlainKernel(True, True))
+    torch._dynamo.reset()
+    models, inputs = [build("llama", num_hidden_layers=6) for _ in range(2)], inputs_of("packed")[0]
+    for model in models:
+        configure_attention(model.train(), group_size=G, backend="plain", **more)
+    counter = CompileCounterWithBackend("eager")
+    for block in models[1].model.layers:
+        block.compile(backend=counter, fullgraph=True)
+    for _ in range(2):
+        is_real = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+        assert_same(*(logits_and_gradients(model, inputs, is_real) for model in models))
+    assert counter.frame_count == (4 if more else 2)  # the first block plans for the others
+
+
 # -- gradient checkpointing ----------------------------------------------------------------------------------------
 
 
@@ -177,6 +196,32 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, mode, reentrant):
     logits.sin().sum().backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert_same((logits, gradients), expected, tolerance=1e-6)
+
+
+def test_compiled_blocks_are_recomputed_as_they_were(monkeypatch):
+    """Compiled code does not know which layer it serves, so what was found for the mode of the forward holds."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    install(monkeypatch, PlainKernel(True, True))
+    inputs, segment_ids = inputs_of("packed")
+    model, other = sparse("llama", dense_every=2), inputs_of("plain")[0]
+    for _ in range(2):  # the second is dense
+        expected = logits_and_gradients(model, inputs, segment_ids > 0)
+    compiled = sparse("llama", dense_every=2, backend="plain")
+    checkpoint_activations(compiled, False)
+    monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    for block in compiled.model.layers:
+        block.compile(backend=counter)
+    compiled(**inputs)
+    logits = compiled(**inputs).logits[segment_ids > 0]
+    compiled(**other)  # sparse, and later than what is recomputed
+    for module in compiled.modules():
+        module.training = False
+    logits.sin().sum().backward()
+    assert_same((logits, {n: p.grad for n, p in compiled.named_parameters() if p.grad is not None}), expected)
+    assert counter.frame_count, "nothing was compiled"
 
 
 def test_sinks_are_not_lost_where_nothing_was_configured():

@@ -78,13 +78,12 @@ def test_the_expected_peak_is_that_of_a_training(monkeypatch, held, tied, traine
     assert plan.peak == pytest.approx(measured, rel=0.01)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("budget", [10**11, 17_000_000])
+@pytest.mark.parametrize(("autocast", "budget"), [(False, 10**11), (True, 9_500_000)])
 def test_a_fused_loss_of_tied_embeddings_hides_nothing_of_the_blocks(monkeypatch, held, autocast, budget):
     """It is the peak of short steps, and the blocks are that of a long one."""
     as_gpu(held, monkeypatch, shortest=64)
     sizes = dict(vocab_size=6000, num_hidden_layers=2, intermediate_size=128, dtype=torch.bfloat16)
-    model, length, loss = use_fused_loss(tied_or_not(held, True, sizes)), 8 * TOKENS, fused(autocast)
+    model, length, loss = use_fused_loss(tied_or_not(held, True, sizes)), 4 * TOKENS, fused(autocast)
     short = measure_peaks(model, 64, loss)
     assert short.loss > short.blocks
     plan = fit_memory(model, length, budget, loss=loss, liger=False)

@@ -9,6 +9,7 @@ from functools import cache
 from types import CodeType
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -244,6 +245,7 @@ def _calls_attention(kind: type[nn.Module]) -> bool:
     return any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in _codes(kind))
 
 
+@torch.compiler.assume_constant_result
 @cache
 def counts_tokens(kind: type[nn.Module]) -> bool:
     """Whether a class of layers counts tokens from the start of its row or cache, not by the positions it is given."""

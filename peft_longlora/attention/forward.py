@@ -68,9 +68,9 @@ def s2_attention_forward(
     call = LayerCall(module, settings, query, key, value, attention_mask, options, kwargs)
     if settings.probe is not None:
         settings.probe(call)
+    _refuse_packed(call)
+    _refuse_unknown(kwargs)
     if not torch.compiler.is_compiling():
-        _refuse_packed(call)
-        _refuse_unknown(kwargs)
         warn_of_packed(call)
     is_sparse = _takes_pattern(call)
     if not is_sparse:
@@ -79,8 +79,7 @@ def s2_attention_forward(
         return settings.sharing.attend(call, call.pattern if is_sparse else "full").contiguous(), None
     if not is_sparse:
         return dense.attend(call)
-    if not torch.compiler.is_compiling():
-        refuse_unfollowed(settings, call.s2_mask, call.positions)
+    refuse_unfollowed(settings, call.s2_mask, call.positions)
     pattern = call.pattern
     cuts, order = call.cuts(pattern), call.order
     if order is None:

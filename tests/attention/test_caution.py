@@ -79,3 +79,24 @@ def test_padding_before_a_document_in_layers_that_count_tokens(monkeypatch):
         alone = model(input_ids=ids[:, 8:]).logits
         assert torch.allclose(padded, alone, atol=1e-4) == (not is_long)
         assert bool(lines) == is_long
+
+
+@pytest.mark.parametrize(
+    "model_type, given, says",
+    [
+        ("llama4_text", "position_ids", "counts the tokens of a row by itself, also where a document starts"),
+        ("llama4_text", "attention_mask", "Pad on the right"),
+        ("lfm2", "position_ids", "which know no documents"),
+    ],
+)
+def test_compiled_blocks_refuse_the_same_rows(model_type, given, says):
+    model = tiny_model(model_type)
+    model.set_attn_implementation("s2_attn") if model_type == "lfm2" else configure_attention(model, group_size=16)
+    torch._dynamo.reset()
+    for module in find_attention_modules(model).values():
+        module.compile(backend="eager")
+    ids = torch.randint(3, 60, (1, 80), generator=torch.Generator().manual_seed(0))
+    rows = dict(position_ids=torch.cat([torch.arange(50), torch.arange(30)])[None], attention_mask=torch.ones_like(ids))
+    rows["attention_mask"][:, :8] = 0
+    with pytest.raises(NotImplementedError, match=says):
+        model.train()(input_ids=ids, use_cache=False, **{given: rows[given]})

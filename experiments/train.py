@@ -21,11 +21,11 @@ from peft import PeftModel, get_peft_model
 from records import answer_losses
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from work import attention_share, layer_share, shape_of
 
 from peft_longlora import LongLoraConfig
+from peft_longlora.memory.blocks import find_blocks
 from peft_longlora.rope.learned import STRETCH
 
 
@@ -157,9 +157,8 @@ def train(cell: Cell, model: PeftModel, rows: list[dict[str, list[int]]], device
 def _compile_blocks(model: nn.Module) -> None:
     """Compile every block by itself: they share their code, so a minute is enough, and the loss stays as it is."""
     torch.compiler.reset()  # a cell before this one had its own
-    for block in model.modules():
-        if isinstance(block, GradientCheckpointingLayer):
-            block.compile()
+    for block in find_blocks(model):
+        block.compile()
 
 
 def _layer_share(model: PeftModel, length: int, group_size: int) -> float:

@@ -132,11 +132,12 @@ class LayerCall:
         """The layer's own window or chunks, if a kernel can run them."""
         if not isinstance(self.mask, S2Mask):
             return None
-        is_chunked = has_chunks(self.module, self.settings.config)
+        what = self.module, self.settings.config
         # Compiled code takes the mask, which says the same, but for chunks of documents: it counts them from the row.
-        if torch.compiler.is_compiling() and not (is_chunked and positions is not None):
+        if torch.compiler.is_compiling() and (positions is None or not has_chunks(*what)):
             return None
-        local = self.mask.once(("local", positions is None), lambda: find_local(self.mask, positions, is_chunked))
+        key = "local", positions is None
+        local = self.mask.once(key, lambda: find_local(self.mask, positions, has_chunks(*what)))
         told = self.more.get("sliding_window")
         return None if local and told is not None and local != ("window", told) else local
 

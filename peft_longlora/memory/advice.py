@@ -17,6 +17,7 @@ from peft_longlora.memory.offload import Offload
 from peft_longlora.memory.plan import TILE
 from peft_longlora.memory.tile import Tiled, find_feed_forwards
 
+CALL = "peft_longlora.memory.checkpoint_blocks(model"
 OTHERWISE = "use shorter rows, a 4-bit base, or more GPUs that share a row (peft_longlora.sequence)"
 
 
@@ -112,7 +113,7 @@ def _next_switch(model: nn.Module) -> str:
         return f"transformers cannot checkpoint the blocks of {type(unwrapped(model)).__name__}: {OTHERWISE}."
     on = state_of(model)
     if not on["checkpointed"]:
-        return f"No block is checkpointed: call {_call({})}, or fit_memory(model, length), which chooses."
+        return f"No block is checkpointed: call {CALL}), or fit_memory(model, length), which chooses."
     if on["free"]:
         return f"{on['free']} blocks keep everything: call {_call(on, free=0)}, or fit_memory(model, length)."
     if on["whole"]:
@@ -128,12 +129,6 @@ def _next_switch(model: nn.Module) -> str:
 
 def _call(on: dict[str, Any], **changes: Any) -> str:
     """The call that makes these changes, and leaves every other switch as it is: the defaults may need more memory."""
-    others = {name: value for name in ("free", "keep_in_host", "tile_tokens") if (value := on.get(name))}
-    if on:
-        others |= dict(keep=on["keep"] or False)
-    if on.get("offload"):
-        others |= dict(offload=True if on["offload"] == 1 else on["offload"])
-    arguments = {**changes, **{name: value for name, value in others.items() if name not in changes}}
-    return (
-        f"peft_longlora.memory.checkpoint_blocks({', '.join(['model', *(f'{n}={v}' for n, v in arguments.items())])})"
-    )
+    names = "free", "keep", "keep_in_host", "offload", "tile_tokens"
+    others = {name: on[name] for name in names if name not in changes and (on[name] or name == "keep")}
+    return f"{CALL}, {', '.join(f'{name}={value}' for name, value in {**changes, **others}.items())})"

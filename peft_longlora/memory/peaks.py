@@ -41,6 +41,10 @@ def measure_peaks(model: nn.Module, tokens: int, loss: Loss) -> Peaks:
         model: on its GPU, with blocks that `find_blocks` finds.
         tokens: of the row.
         loss: as `fit_memory` takes it.
+
+    Returns: the peaks, in bytes.
+
+    Raises: torch.OutOfMemoryError: the step does not fit.
     """
     device = next(model.parameters()).device
     embeddings, found = model.get_input_embeddings(), {}

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
 
@@ -11,6 +10,7 @@ from peft_longlora.attention.mask import S2Mask, s2_mask
 from peft_longlora.kernels.groups import plan_from_segment_ids
 from peft_longlora.kernels.patterns import PATTERNS
 from tests.helpers.configs import tiny_llama_config
+from tests.helpers.largest import Largest
 from tests.helpers.releases import CACHE, checkpoint_activations
 
 
@@ -238,19 +238,6 @@ def test_a_4d_mask_is_refused_while_sparse_and_used_while_dense():
     torch.testing.assert_close(model(tokens, attention_mask=mask).logits, model(tokens).logits)
 
 
-class LargestTensor(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return out
-
-
 @pytest.mark.parametrize("name", ["plain", "packed", "packed, with a mask and a cache", "padded", "checkpointed"])
 def test_sparse_training_makes_no_quadratic_tensor(name):
     """Forward and backward at S = 512: no tensor as large as S x S; the dense mask of a packed row would be."""
@@ -267,7 +254,7 @@ def test_sparse_training_makes_no_quadratic_tensor(name):
     elif name == "checkpointed":
         checkpoint_activations(model)
         inputs |= dict(position_ids=packed)
-    with LargestTensor() as largest:
+    with Largest() as largest:
         model(**inputs).logits.sum().backward()
     assert 0 < largest.numel < length * length
 

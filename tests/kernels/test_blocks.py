@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_longlora import s2_attention
 from peft_longlora.kernels.blocks import BLOCK, BlockPlan, default_blocks
 from peft_longlora.kernels.patterns import BLOCK_PATTERNS
 from peft_longlora.reference import s2_attention_reference
+from tests.helpers.largest import Largest
 
 # name: B, S, H, H_kv, D, D_v, documents of each row (a negative length is padding)
 CASES = {
@@ -118,21 +118,11 @@ def test_the_choice_finds_what_is_asked_for():
     assert not s2_attention(q, k, v, G, pattern="adaptive", chosen_blocks=1)[0, 768:].any()
 
 
-class LargestFloat32(TorchDispatchMode):
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
-            self.numel = max(self.numel, out.numel())
-        return out
-
-
 def test_the_choice_makes_no_float32_copy_of_the_row():
     tokens = 16 * BLOCK
     plan = BlockPlan.of(1, tokens, [(0, tokens, 1)], 2 * BLOCK, "adaptive", 2)
     q, k = torch.randn(4, tokens, 64).bfloat16(), torch.randn(2, tokens, 64).bfloat16()
-    with LargestFloat32() as seen:
+    with Largest(torch.float32) as seen:
         found = plan.find_seen(q, k)
     assert 0 < seen.numel <= 2 * 4 * tokens // BLOCK * 64
     assert torch.equal(found, plan.find_seen(q.float(), k.float()))  # and sums in float32

@@ -43,6 +43,7 @@ from transformers import LlamaConfig
 from peft_longlora.adapter.lowrank import HalfLowRank
 from peft_longlora.memory import checkpoint_blocks, fit_memory
 from peft_longlora.memory.estimate import Shape, Training, best_estimate, flops
+from peft_longlora.memory.fit import own_loss
 from peft_longlora.memory.host import host_budget
 from peft_longlora.memory.plan import ESTIMATED_FILLED, MemoryPlan
 from peft_longlora.rope.mixing import unmix
@@ -129,7 +130,7 @@ def run(row: str, args: argparse.Namespace, length: int, device: str, save: Call
 
     def step() -> None:
         with around:
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = own_loss(model, ids)  # under autocast, as the Trainer's, if the embeddings are tied
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -49,16 +49,20 @@ class _Explaining(AbstractContextManager[None], ContextDecorator):
         if not isinstance(error, torch.OutOfMemoryError):
             return
         where = format_tb(traceback)
-        del traceback  # this frame is in the new error's
         _drop_tracebacks(error)
-        switch = _next_switch(self.model)
-        for block in find_blocks(self.model):
-            if isinstance(function := block.__dict__.get("_gradient_checkpointing_func"), Offload):
-                function.forget()
-        self.model.zero_grad(set_to_none=True)
-        text = f"The step does not fit into the GPU's memory. {switch}\n{error}"
+        _drop_step(self.model)
+        text = f"The step does not fit into the GPU's memory. {_next_switch(self.model)}\n{error}"
         error.__notes__ = [*getattr(error, "__notes__", ()), "".join(where)]  # printed by Python 3.11 and later
+        del self, traceback  # a kept error holds this frame, and would hold the model and the step's tensors
         raise torch.OutOfMemoryError(text) from error
+
+
+def _drop_step(model: nn.Module) -> None:
+    """What a step that ended with an error has left in the model."""
+    for block in find_blocks(model):
+        if isinstance(function := block.__dict__.get("_gradient_checkpointing_func"), Offload):
+            function.forget()
+    model.zero_grad(set_to_none=True)
 
 
 def _drop_tracebacks(error: BaseException | None) -> None:

@@ -1,9 +1,9 @@
 """`fit_memory`: the fastest way to compute a step that fits into a GPU. It measures a few short steps and extrapolates.
 
-Short steps predict the peak of a long step (`plan`), with any kernels, quantisation and loss. What the loss, the blocks
-and the embeddings' gradient need is read apart (`peaks`): of a short step one would hide what another needs in a long
-step. The row is doubled until the blocks' growth is steady. More steps, in which some blocks keep everything or
-attention's output, show what a block costs. Nothing is assumed about the architecture.
+Short steps predict the peak of a long step (`plan`), with any kernels, quantisation and loss. What the loss, the
+blocks, a tile and the embeddings' gradient need is read apart (`peaks`): of a short step one would hide what another
+needs in a long step. The row is doubled until the blocks' growth is steady. More steps, in which some blocks keep
+everything or attention's output, show what a block costs. Nothing is assumed about the architecture.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from peft_longlora.memory.host import host_budget
 from peft_longlora.memory.liger import kernels_of, use_liger
 from peft_longlora.memory.offload import Offload
 from peft_longlora.memory.peaks import Loss, Peaks, measure_peaks
-from peft_longlora.memory.plan import AGAIN_KEPT, FILLED, OWN_FILLED, MemoryPlan, fill, means_of
+from peft_longlora.memory.plan import AGAIN_KEPT, FILLED, NAMED_FILLED, MemoryPlan, fill, means_of
 
 logger = logging.get_logger(__name__)
 
 SHORTEST = 2048  # tokens of the first step that is measured
 STEADY = 0.05  # two slopes that differ by less count as equal
 FREE_PROBES = (4, 8)  # blocks that keep everything in two more steps
+SMALLER = 16  # times smaller tiles while the rest of a block is measured
 MOMENTS = 2  # of AdamW, in the precision of what is trained
 
 
@@ -77,7 +78,7 @@ def fit_memory(
     if liger:
         use_liger(model, fused_loss=loss is None)
     loss = loss or own_loss
-    budget = _budget(device) if budget is None else int(budget * OWN_FILLED)
+    budget = _budget(device) if budget is None else int(budget * NAMED_FILLED)
     best = last = None
     for means in means_of(length):
         if best is not None and (means.get("offload", 0) > 1 or (best.work <= AGAIN_KEPT and not means.get("offload"))):
@@ -175,17 +176,18 @@ def _budget(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
     own = torch.cuda.get_per_process_memory_fraction(device)
-    return min(int(total * FILLED) - others, int(total * own * OWN_FILLED))
+    return int(min(total * FILLED - others, total * own * FILLED))
 
 
 def _measure(
     model: nn.Module, length: int, budget: int, loss: Loss, means: dict[str, Any], accumulates: bool
 ) -> MemoryPlan:
     """The plan with these means, from a few short steps."""
-    checkpoint_blocks(model, keep=False, **means)
-    blocks = len(find_blocks(model))
-    shortest = max(SHORTEST, 2 * (means.get("tile_tokens") or 0))
-    tokens, peaks, token_bytes, loss_bytes = _growth(model, length, loss, shortest)
+    tile, blocks = means.get("tile_tokens"), len(find_blocks(model))
+    # A tile needs the same in rows of any length. In a short row that would hide what attention needs in a long one.
+    probe = dict(means, tile_tokens=max(1, tile // SMALLER)) if tile else means
+    checkpoint_blocks(model, keep=False, **probe)
+    tokens, peaks, token_bytes, loss_bytes = _growth(model, length, loss, max(SHORTEST, 2 * (tile or 0)))
     bare = peaks.blocks - tokens * token_bytes
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     # DDP's buckets are not views of the gradients, unless it is told so.
@@ -195,11 +197,16 @@ def _measure(
     late = max(0, round(measure_peaks(model, SHORTEST, loss).end - bare))
     loss_fixed = max(0, round(peaks.loss - tokens * loss_bytes - bare))
     plan = replace(plan, host_budget=host_budget(), kernels=kernels_of(model), late=late, loss_fixed=loss_fixed)
+    if tile:
+        checkpoint_blocks(model, keep=False, **means)
+        short, whole = (measure_peaks(model, each, loss).blocks for each in (tokens // 2, tokens))
+        tiled_bytes = (whole - short) / (tokens - tokens // 2)
+        plan = replace(plan, tiled_bytes=tiled_bytes, tiled_fixed=max(0, round(whole - tokens * tiled_bytes - bare)))
     if plan.peak > budget:
         return plan
-    with_attention = _with(model, tokens, loss, dict(means, keep=True))
+    with_attention = _with(model, tokens, loss, dict(probe, keep=True))
     some, more = min(FREE_PROBES[0], blocks // 2), min(FREE_PROBES[1], blocks)
-    with_some, with_more = (_with(model, tokens, loss, dict(means, keep=False, free=free)) for free in (some, more))
+    with_some, with_more = (_with(model, tokens, loss, dict(probe, keep=False, free=free)) for free in (some, more))
     checkpoint_blocks(model, keep=False, **means)
     free_bytes = (with_more.loss - with_some.loss) / (more - some) / tokens
     turn_bytes = (with_some.blocks - bare) / tokens - some * free_bytes

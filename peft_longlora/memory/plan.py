@@ -17,9 +17,10 @@ TILES, COPIES = 0.02, 0.01  # what tiles, and copies to the host, cost beside th
 MORE_FORWARD = 0.5  # with offload=n, (n - 1) / 2 times as many blocks as there are run forward once more
 
 # The share of a GPU's memory that a plan fills: the allocator loses some to fragments, and cuBLAS and NCCL need some.
+# A limit of this process alone (`torch.cuda.set_per_process_memory_fraction`) counts the fragments too.
 FILLED = 0.94
 ESTIMATED_FILLED = 0.92  # if nothing was measured; measured peaks are up to 5% above their estimates
-OWN_FILLED = 0.97  # of a limit that is this process's alone
+NAMED_FILLED = 0.97  # of a budget that the caller names, which no allocator holds to the byte
 TILE = 4096  # tokens of a tile, if feed-forward layers of whole rows do not fit
 HOST_FILLED = 0.75  # the share of the host's memory that may be used
 # The means to try, from the fastest to the one that needs least memory; arguments of `checkpoint_blocks`.
@@ -71,6 +72,8 @@ class MemoryPlan:
             trained output layer, as that of tied embeddings.
         turn_bytes: a token's bytes, without `free_bytes`, when the backward of the first block that keeps everything
             runs; 0 if `loss_bytes` covers it.
+        tiled_fixed: bytes of a tile, which do not grow with the row and are not in `fixed`. tiled_bytes: a token's
+            bytes while a tile is computed. Both 0 if `token_bytes` covers them.
     """
 
     length: int
@@ -93,6 +96,8 @@ class MemoryPlan:
     kernels: tuple[str, ...] = ()
     loss_fixed: int = 0
     turn_bytes: float = 0.0
+    tiled_fixed: int = 0
+    tiled_bytes: float = 0.0
 
     @property
     def options(self) -> dict[str, Any]:
@@ -111,12 +116,18 @@ class MemoryPlan:
         return self.kept_bytes if self.keep_in_host and not self.keep else 0.0
 
     @property
+    def in_block(self) -> float:
+        """Bytes in the backward of a block that is computed again, that are not in `fixed`."""
+        in_tile = self.tiled_fixed + self.length * self.tiled_bytes
+        return max(self.length * self.token_bytes, in_tile) + self.length * self.arriving
+
+    @property
     def growing(self) -> float:
         """Bytes at the expected peak that are not in `fixed` and `late`, but for what blocks keep of attention."""
         free = self.free * self.free_bytes
         at_loss = self.loss_fixed + self.length * (self.loss_bytes + free)
         in_turn = self.length * (self.turn_bytes + free) if self.free else 0.0
-        return max(self.length * (self.token_bytes + self.arriving), at_loss, in_turn)
+        return max(self.in_block, at_loss, in_turn)
 
     @property
     def peak(self) -> int:
@@ -149,26 +160,31 @@ class MemoryPlan:
     def longest(self) -> int:
         """The tokens of the longest step that fits with `offload` and `tile_tokens` of this plan."""
         on_gpu = (self.budget - self.fixed) / self.token_bytes if self.fixed + self.late <= self.budget else 0
-        if self.loss_bytes:
-            on_gpu = min(on_gpu, (self.budget - self.fixed - self.loss_fixed) / self.loss_bytes)
+        for fixed, growing in ((self.loss_fixed, self.loss_bytes), (self.tiled_fixed, self.tiled_bytes)):
+            if growing:
+                on_gpu = min(on_gpu, (self.budget - self.fixed - fixed) / growing)
         offload = int(self.means.get("offload", 0))
         in_host = self.host_budget / (-(-self.blocks // offload) * self.input_bytes) if offload else on_gpu
         return max(0, int(min(on_gpu, in_host)))
 
+    def _beside_blocks(self) -> list[tuple[str, int]]:
+        """What the peak has beyond `token_bytes`, by name."""
+        more, free = round(self.growing - self.length * self.token_bytes), f"{self.free} blocks that keep everything"
+        if self.growing > self.in_block:
+            return [(f"more for {free}" if self.free else "more while the loss is computed", more)]
+        arriving = round(self.length * self.arriving)
+        rows = [("attention's output on its way back from the host", arriving)] if arriving else []
+        rows += [("more for a tile of a feed-forward layer", more - arriving)] if more > arriving else []
+        return rows or [(f"more for {free}", 0)]
+
     def __str__(self) -> str:
         parts = self.parts or {"weights, gradients, optimiser": self.fixed}
         growing = self.token_parts or {"inputs of blocks and the working set of one": self.token_bytes}
-        kept, more = f"{self.keep} blocks keep attention's output", self.growing - self.length * self.token_bytes
-        if self.arriving and self.growing == self.length * (self.token_bytes + self.arriving):
-            name = "attention's output on its way back from the host"
-        elif self.free or not more:
-            name = f"more for {self.free} blocks that keep everything"
-        else:
-            name = "more while the loss is computed"
+        kept = f"{self.keep} blocks keep attention's output"
         rows = [
             *parts.items(),
             *((name, round(self.length * size)) for name, size in growing.items()),
-            (name, round(more)),
+            *self._beside_blocks(),
             (kept, round(self.length * self.keep * self.kept_bytes)),
             *([("the embeddings' gradient, when these are gone", self.late)] if self.late else []),
             ("peak expected", self.peak),

@@ -4,7 +4,7 @@ import math
 
 from peft_longlora.memory import MemoryPlan, fit
 from peft_longlora.memory.peaks import Peaks
-from peft_longlora.memory.plan import MEANS
+from peft_longlora.memory.plan import MEANS, TILE
 
 GIB = 2**30
 NAMED = math.ceil(10**10 / 0.97)  # a named budget of which 10 GB are filled
@@ -24,9 +24,13 @@ def plan(length=1000, budget=GIB, host=0, means=MEANS[0], **changes):
 
 
 class Machine:
-    """A GPU on which a step's peak is known: 100 MB and so many bytes a token with each of the means."""
+    """A GPU on which a step's peak is known: 100 MB and so many bytes a token with each of the means.
+
+    With tiles attention decides the peak of a long row. That of a short one is in a tile: 800 MB, and less a token.
+    """
 
     A_TOKEN = (300_000, 200_000, 120_000, 110_000, 110_000)
+    IN_TILE = 200_000  # bytes of each of its tokens; and a token of the row has 20,000 fewer then
 
     def __init__(self, monkeypatch, host=10**12):
         self.now = {}
@@ -41,11 +45,13 @@ class Machine:
         options = {**self.now}
         free, keep, in_host = options.pop("free", 0), options.pop("keep"), options.pop("keep_in_host", 0)
         kept = (2 - free - in_host if keep else 0) if isinstance(keep, bool) else keep
-        return int(
-            1e8
-            + tokens
-            * (self.A_TOKEN[MEANS.index(options)] + 50_000 * free + 10_000 * (kept or bool(in_host and not free)))
-        )
+        tile = options.get("tile_tokens")
+        means = dict(options, tile_tokens=TILE) if tile else options
+        in_attention = tokens * self.A_TOKEN[MEANS.index(means)]
+        in_tile = self.IN_TILE * tile + in_attention - 20_000 * tokens if tile else 0
+        beside = tokens * 10_000 * (kept or bool(in_host and not free))
+        # Blocks that keep everything are gone when a tile is computed.
+        return int(1e8 + max(in_attention + tokens * 50_000 * free, in_tile) + beside)
 
     def peaks(self, model, tokens, loss):
         peak, free = self.peak(model, tokens, loss), self.now.get("free", 0)

@@ -2,6 +2,7 @@
 
 import gc
 import re
+import weakref
 from itertools import product
 
 import pytest
@@ -180,6 +181,19 @@ def test_an_error_that_is_kept_keeps_no_tensor_of_the_step(model, options, calls
     assert len(seen) == calls and left < IDS.numel() * 32
     [where] = caught.value.__cause__.__notes__
     assert "in step" in where and "in stop" in where
+
+
+def test_an_error_that_is_kept_does_not_keep_the_model():
+    model = extend(make())
+    left = weakref.ref(model)
+    try:
+        with explain_out_of_memory(model):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+    except torch.OutOfMemoryError as error:
+        kept = error
+    del model
+    gc.collect()
+    assert left() is None and "does not fit" in str(kept)
 
 
 def test_the_notes_of_an_error_stay():

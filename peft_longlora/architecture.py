@@ -245,10 +245,14 @@ def _calls_attention(kind: type[nn.Module]) -> bool:
     return any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in _codes(kind))
 
 
-@torch.compiler.assume_constant_result
-@cache
+@torch.compiler.assume_constant_result  # not of a cached function: PyTorch looks into the function below the cache
 def counts_tokens(kind: type[nn.Module]) -> bool:
     """Whether a class of layers counts tokens from the start of its row or cache, not by the positions it is given."""
+    return _counts_tokens(kind)
+
+
+@cache
+def _counts_tokens(kind: type[nn.Module]) -> bool:
     return any({"arange", "get_seq_length"} <= set(code.co_names) for code in _codes(kind))
 
 

@@ -107,7 +107,7 @@ class RoundedReading(Mixin):
 def _is_computed_with(weight: torch.Tensor) -> bool:
     kind = weight.device.type
     # Autocast rounds matrices by itself, and a fused loss then adds up its gradient in float32. "meta" has no autocast.
-    if weight.dim() > 1 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if weight.dim() > 1 and kind != "meta" and torch.is_autocast_enabled(kind):
         return False
     # What is compiled computes. In a backward a checkpointed function is recomputed, without the call that it was in.
     return torch.compiler.is_compiling() or torch._C._current_autograd_node() is not None or is_in_a_call()

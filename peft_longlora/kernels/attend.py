@@ -61,7 +61,7 @@ def checked(
     if options.sinks is not None and tuple(options.sinks.shape) != (query.shape[1],):
         raise ValueError(f"sinks has shape {tuple(options.sinks.shape)}: it must be (H,), ({query.shape[1]},).")
     kind = query.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # "meta" has none
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         return query.to(dtype), key.to(dtype), value.to(dtype)
     if not query.dtype == key.dtype == value.dtype:

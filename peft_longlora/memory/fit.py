@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 SHORTEST = 2048  # tokens of the first step that is measured
 STEADY = 0.05  # two slopes that differ by less count as equal
 FREE_PROBES = (4, 8)  # blocks that keep everything in two more steps
-SMALLER = 16  # times smaller tiles while the rest of a block is measured
+SMALLER = 8  # times smaller tiles while the rest of a block is measured
 MOMENTS = 2  # of AdamW, in the precision of what is trained
 
 
@@ -90,6 +90,7 @@ def fit_memory(
             continue
         if last.fits and (best is None or last.work < best.work):
             best = last
+    torch.cuda.empty_cache()  # what the steps have left, of other sizes than the training's, would be fragments
     best, last = _of_first_rank(best, last)
     if best is not None:
         checkpoint_blocks(model, **best.options)
@@ -197,20 +198,22 @@ def _measure(
     late = max(0, round(measure_peaks(model, SHORTEST, loss).end - bare))
     loss_fixed = max(0, round(peaks.loss - tokens * loss_bytes - bare))
     plan = replace(plan, host_budget=host_budget(), kernels=kernels_of(model), late=late, loss_fixed=loss_fixed)
+    in_blocks = peaks.blocks
     if tile:
         checkpoint_blocks(model, keep=False, **means)
-        short, whole = (measure_peaks(model, each, loss).blocks for each in (tokens // 2, tokens))
-        tiled_bytes = (whole - short) / (tokens - tokens // 2)
-        plan = replace(plan, tiled_bytes=tiled_bytes, tiled_fixed=max(0, round(whole - tokens * tiled_bytes - bare)))
+        half, in_blocks = (measure_peaks(model, each, loss).blocks for each in (tokens // 2, tokens))
+        tiled_bytes = (in_blocks - half) / (tokens - tokens // 2)
+        tiled_fixed = max(0, round(in_blocks - tokens * tiled_bytes - bare))
+        plan = replace(plan, tiled_bytes=tiled_bytes, tiled_fixed=tiled_fixed)
     if plan.peak > budget:
         return plan
-    with_attention = _with(model, tokens, loss, dict(probe, keep=True))
+    with_attention = _with(model, tokens, loss, dict(means, keep=True))
     some, more = min(FREE_PROBES[0], blocks // 2), min(FREE_PROBES[1], blocks)
-    with_some, with_more = (_with(model, tokens, loss, dict(probe, keep=False, free=free)) for free in (some, more))
+    with_some, with_more = (_with(model, tokens, loss, dict(means, keep=False, free=free)) for free in (some, more))
     checkpoint_blocks(model, keep=False, **means)
     free_bytes = (with_more.loss - with_some.loss) / (more - some) / tokens
     turn_bytes = (with_some.blocks - bare) / tokens - some * free_bytes
-    kept_bytes = (with_attention.blocks - peaks.blocks) / blocks / tokens
+    kept_bytes = (with_attention.blocks - in_blocks) / blocks / tokens
     return fill(replace(plan, turn_bytes=turn_bytes, free_bytes=free_bytes, kept_bytes=kept_bytes))
 
 

@@ -34,6 +34,7 @@ from transformers import (
 from peft_longlora import LongLoraConfig
 from peft_longlora.data import check_held_out, load_rows
 from peft_longlora.memory import explain_out_of_memory, fit_memory
+from peft_longlora.memory.fragments import expand_segments
 from peft_longlora.training import last_checkpoint, leave
 
 
@@ -68,6 +69,7 @@ def make_parser() -> Parser:
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
+    expand_segments()
     torch.manual_seed(args.seed)
     has_gpu = torch.cuda.is_available()
     tokens = args.context_length * args.batch_size  # of a step on one GPU

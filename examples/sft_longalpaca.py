@@ -27,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 from peft_longlora import LongLoraConfig
 from peft_longlora.data import load_rows
 from peft_longlora.memory import explain_out_of_memory, fit_memory
+from peft_longlora.memory.fragments import expand_segments
 from peft_longlora.training import fused_loss, leave
 
 
@@ -61,6 +62,7 @@ def make_parser() -> Parser:
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
+    expand_segments()
     set_seed(args.seed)
     has_gpu = torch.cuda.is_available()
     tokens = args.max_length * args.batch_size  # of a step on one GPU

@@ -32,8 +32,10 @@ def run(args: argparse.Namespace) -> int:
     # argparse would take the first value of an unknown option for the recipe.
     has_recipe = bool(args.more) and not args.more[0].startswith("--")
     recipe = read_recipe(args.more[0] if has_recipe else None, args.more[has_recipe:])
+    from peft_longlora.memory.fragments import expand_segments
     from peft_longlora.training.run import train
 
+    expand_segments()
     return train(recipe, dry_run=args.dry_run)
 
 

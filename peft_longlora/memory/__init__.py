@@ -2,8 +2,9 @@
 
 Read `blocks`, `keep`, `offload`, `places` (tensors in the host's memory), `tile` and `liger`, which are the means. Then
 `plan`, the formula of memory, and who fills it with numbers: `fit` measures them (`peaks` computes a step, `host` is
-what the host lends), `estimate` and `rates` compute them from a shape (`sizes` checks its config, `weights` counts what
-its model holds). `advice` comes last. Imports `attention`, `rope.mixing` and `architecture`.
+what the host lends, `fragments` what the allocator loses), `estimate` and `rates` compute them from a shape (`sizes`
+checks its config, `weights` counts what its model holds). `advice` comes last. Imports `attention`, `rope.mixing` and
+`architecture`.
 """
 
 from peft_longlora.memory.advice import explain_out_of_memory

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from peft_longlora.architecture import find_attention_modules
 from peft_longlora.attention.settings import settings_of
 from peft_longlora.memory.blocks import checkpoint_blocks, find_blocks
+from peft_longlora.memory.fragments import advice
 from peft_longlora.memory.host import host_budget
 from peft_longlora.memory.liger import kernels_of, use_liger
 from peft_longlora.memory.offload import Offload
@@ -94,7 +95,7 @@ def fit_memory(
     best, last = _of_first_rank(best, last)
     if best is not None:
         checkpoint_blocks(model, **best.options)
-        logger.info(f"fit_memory:\n{best}")
+        logger.info("\n".join(["fit_memory:", str(best), advice()]).rstrip())
         return best
     checkpoint_blocks(model, keep=False)
     if last is None:

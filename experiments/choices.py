@@ -73,6 +73,20 @@ CHOICES = [
     ),
     Choice("dense steps, G = 1/8", "every 6th", "every 3rd", f"{SCHEDULE}/tokens", "cost/local-4096-dense-3/tokens"),
     Choice(
+        "dense steps and work",
+        "G = 1/8, every 6th: 0.27",
+        "G = 1/4, every 6th: 0.375",
+        f"{SCHEDULE}/tokens",
+        "cost/local-8192-dense-6/tokens",
+    ),
+    Choice(
+        "dense steps and work",
+        "G = 1/4, every 3rd: 0.50",
+        "full: 1",
+        "cost/local-8192-dense-3/tokens",
+        "schedules/full/tokens",
+    ),
+    Choice(
         "work", "0.27 (G = 1/8)", "0.10 (G = 1/16, every 24th)", f"{SCHEDULE}/tokens", "cost/local-2048-dense-24/tokens"
     ),
     Choice("learning rate, full attention", "1e-3", "2e-3", "rates/full-1e-3/tokens", "courses/full-2e-3/tokens"),
@@ -83,6 +97,13 @@ CHOICES = [
         "LoRA's modules, 2e-4", "all linear layers", "q, k, v, o", "trained/all-linear/tokens", f"{SCHEDULE}/tokens"
     ),
     Choice("LoRA's modules, 1e-3", "all linear layers", "q, k, v, o", "best/local-1e-3/tokens", "rates/1e-3/tokens"),
+    Choice(
+        "all linear layers, 1e-3, equal tokens",
+        f"{LOCAL}, skips",
+        "full",
+        "best/skips-1e-3/tokens",
+        "best/full-1e-3/tokens",
+    ),
     Choice("the best together, positions", "skip", "as they are", "best/skips-1e-3/tokens", "best/local-1e-3/tokens"),
     Choice("embeddings and norms", "trained", "frozen", f"{SCHEDULE}/tokens", "trained/lora/tokens"),
     Choice("RoPE", "yarn", "linear", f"{SCHEDULE}/tokens", "rope/linear/tokens"),
@@ -90,6 +111,7 @@ CHOICES = [
     Choice("RoPE", "yarn", "dynamic", f"{SCHEDULE}/tokens", "rope/dynamic/tokens"),
     Choice("RoPE", "yarn", "learned", f"{SCHEDULE}/tokens", "rope/learned/tokens"),
     Choice("rank, alpha twice as large, 2e-4", "16", "8", f"{SCHEDULE}/tokens", "ranks/8/tokens"),
+    Choice("rank, alpha twice as large, 2e-4", "32", "16", "ranks/32/tokens", f"{SCHEDULE}/tokens"),
     Choice("rank, alpha twice as large, 2e-4", "64", "16", "ranks/64/tokens", f"{SCHEDULE}/tokens"),
     Choice("rank, alpha twice as large, 2e-4", "128", "16", "ranks/128/tokens", f"{SCHEDULE}/tokens"),
     Choice(
@@ -98,6 +120,14 @@ CHOICES = [
         "S2, G = 1/4",
         "schedules/adaptive/tokens",
         "schedules/s2-8192/tokens",
+    ),
+    Choice("embeddings, no norms", "trained", "frozen", "trained/embeddings/tokens", "trained/lora/tokens"),
+    Choice(
+        "all linear layers, beside them",
+        "nothing",
+        "both",
+        "trained/all-linear-alone/tokens",
+        "trained/all-linear/tokens",
     ),
     Choice("embeddings beside norms", "trained", "frozen", f"{SCHEDULE}/tokens", "trained/norms/tokens"),
     Choice("training at all", "150 steps", "YaRN alone", f"{SCHEDULE}/tokens", "schedules/untrained/tokens"),

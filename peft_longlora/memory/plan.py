@@ -72,8 +72,8 @@ class MemoryPlan:
             trained output layer, as that of tied embeddings.
         turn_bytes: a token's bytes, without `free_bytes`, when the backward of the first block that keeps everything
             runs; 0 if `loss_bytes` covers it.
-        tiled_fixed: bytes of a tile, which do not grow with the row and are not in `fixed`. tiled_bytes: a token's
-            bytes while a tile is computed. Both 0 if `token_bytes` covers them.
+        tiled_fixed: bytes of a tile, which do not grow with the row and are not in `fixed`; 0 without tiles.
+        tiled_bytes: a token's bytes while a tile is computed; 0 if `token_bytes` covers them.
     """
 
     length: int

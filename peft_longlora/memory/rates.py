@@ -7,6 +7,7 @@ its seconds. Another step takes its own work at the same rate.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import log
 from statistics import median
 
 from peft_longlora.memory.estimate import SHAPES, Shape, Training, estimate, flops
@@ -55,6 +56,8 @@ EVERY_THIRD = ("offload", 3), ("tile_tokens", 4096)
 MEASURED = (
     Rate("H100", "llama-2-7b", 32768, 14674, 17, 15),
     Rate("H100", "llama-2-7b", 65536, 11378, 0, 32, group_size=16384),
+    Rate("H100", "llama-3.2-1b", 32768, 63144, 16, 0),
+    Rate("H100", "llama-3.2-1b", 131072, 59121, 9, 7, OFFLOADED),
     Rate("H100", "llama-3.1-8b", 32768, 13219, 16, 16, OFFLOADED),
     Rate("H100", "llama-3.1-8b", 131072, 12053, 3, 29, OFFLOADED),
     Rate("H100", "llama-3.1-8b", 262144, 11864, 0, 30, OFFLOADED),
@@ -140,4 +143,7 @@ def seconds(shape: Shape, plan: MemoryPlan, group_size: int, gpu: str = "H100", 
         ValueError: no step was measured on this GPU.
     """
     rows = _rates(gpu, four_bit)
-    return flops(shape, plan.length, group_size, plan) / median(rate.flops_per_second for rate in rows)
+    # Narrow models do not fill a GPU, so the rates are those of the widths nearest to the model's.
+    apart = [abs(log(SHAPES[rate.shape].hidden / shape.hidden)) for rate in rows]
+    near = [rate for rate, one in zip(rows, apart, strict=True) if one == min(apart)]
+    return flops(shape, plan.length, group_size, plan) / median(rate.flops_per_second for rate in near)

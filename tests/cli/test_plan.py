@@ -129,7 +129,7 @@ def test_the_group_is_what_the_config_makes_of_the_row(capsys):
 @pytest.mark.parametrize(
     ("options", "unlike"),
     [
-        (["--model", EMBEDDED, "--context", "128k"], r"a width of \d+ \(4,096 measured\)\."),
+        (["--model", EMBEDDED, "--context", "128k"], r"a width of \d+ \(2,048 to 4,096 measured\)\."),
         (
             ["--model", "llama-2-7b", "--context", "4k", "--group-size", "2k"],
             r"rows on one GPU of 4,096 \(32,768 to 524,288 measured",

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft_longlora.memory import places
+from tests.helpers.host_copies import leaves
+
 
 class Races(list):
     """Copies whose memory was freed before they were made."""
@@ -85,8 +88,6 @@ class _Weak:
 
 def on_late_stream(monkeypatch) -> Races:
     """Let `places` use such a stream for tensors of a CPU; returns the list of races."""
-    from peft_longlora.memory import places
-
     races = Races()
     computing = Stream(races)
 
@@ -99,7 +100,7 @@ def on_late_stream(monkeypatch) -> Races:
     monkeypatch.setattr(places.torch.cuda, "current_stream", lambda device: computing)
     monkeypatch.setattr(places.torch.cuda, "stream", within)
     monkeypatch.setattr(places, "_pinned", lambda size: torch.empty(size, dtype=torch.uint8))
-    monkeypatch.setattr(places, "_leaves", lambda x: x.is_floating_point() and not isinstance(x, torch.nn.Parameter))
+    monkeypatch.setattr(places, "_leaves", leaves)
     monkeypatch.setattr(places, "CHUNK", 2**10)
     monkeypatch.setattr(places, "SLAB", 2**12)
     return races

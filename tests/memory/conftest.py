@@ -4,12 +4,7 @@ import pytest
 import torch
 
 from peft_longlora.memory import places
-from tests.helpers.host_copies import Away
-
-
-def leaves(tensor):
-    """Tensors of any size, but for the empty one that PyTorch 2.11 saves at a checkpoint."""
-    return tensor.is_floating_point() and tensor.numel() > 0 and not isinstance(tensor, torch.nn.Parameter)
+from tests.helpers.host_copies import Away, leaves
 
 
 @pytest.fixture

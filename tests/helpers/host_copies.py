@@ -6,7 +6,7 @@ from peft_longlora.memory import places
 
 
 def leaves(tensor: torch.Tensor) -> bool:
-    """In place of `places._leaves`: tensors of any size. PyTorch 2.11 saves an empty one at a checkpoint, which stays."""
+    """In place of `places._leaves`: tensors of any size, but for an empty one, which PyTorch 2.11 saves."""
     return tensor.is_floating_point() and tensor.numel() > 0 and not isinstance(tensor, torch.nn.Parameter)
 
 

@@ -179,7 +179,8 @@ def run_cell(cell: Cell, study: Study, args: argparse.Namespace, start: float, k
         print(f"{cell}: waits for {timed} with equal tokens on {device!r}; then run this again", flush=True)
         return False
     needed, left = guess_seconds(cell, steps, args.results, device), args.stop_after - (time.monotonic() - start)
-    print(f"{cell}: {steps} steps, about {needed:.0f} s of {left:.0f} s left", flush=True)
+    of = f" of {left:.0f} s left" if left < float("inf") else ""
+    print(f"{cell}: {steps} steps, about {needed:.0f} s{of}", flush=True)
     if args.list or needed > left:
         print("  not started" + ("" if args.list else ": no time"), flush=True)
         return False

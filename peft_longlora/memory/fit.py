@@ -189,7 +189,9 @@ def _measure(
     # A tile needs the same in rows of any length. In a short row that would hide what attention needs in a long one.
     probe = dict(means, tile_tokens=max(1, tile // SMALLER)) if tile else means
     checkpoint_blocks(model, keep=False, **probe)
-    tokens, peaks, token_bytes, loss_bytes = _growth(model, length, loss, max(SHORTEST, 2 * (tile or 0)))
+    # No row longer than the step's own: it may not fit where the step does. And a short step is measured as it is.
+    shortest = max(SHORTEST, min(2 * (tile or 0), -(-length // 2)))
+    tokens, peaks, token_bytes, loss_bytes = _growth(model, length, loss, shortest)
     bare = peaks.blocks - tokens * token_bytes
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     # DDP's buckets are not views of the gradients, unless it is told so.
@@ -199,12 +201,11 @@ def _measure(
     late = max(0, round(measure_peaks(model, SHORTEST, loss).end - bare))
     loss_fixed = max(0, round(peaks.loss - tokens * loss_bytes - bare))
     plan = replace(plan, host_budget=host_budget(), kernels=kernels_of(model), late=late, loss_fixed=loss_fixed)
-    in_blocks = peaks.blocks
     if tile:
         checkpoint_blocks(model, keep=False, **means)
-        half, in_blocks = (measure_peaks(model, each, loss).blocks for each in (tokens // 2, tokens))
-        tiled_bytes = (in_blocks - half) / (tokens - tokens // 2)
-        tiled_fixed = max(0, round(in_blocks - tokens * tiled_bytes - bare))
+        half, peaks = (measure_peaks(model, each, loss) for each in (tokens // 2, tokens))
+        tiled_bytes = (peaks.blocks - half.blocks) / (tokens - tokens // 2)
+        tiled_fixed = max(0, round(peaks.blocks - tokens * tiled_bytes - bare))
         plan = replace(plan, tiled_bytes=tiled_bytes, tiled_fixed=tiled_fixed)
     if plan.peak > budget:
         return plan
@@ -213,8 +214,10 @@ def _measure(
     with_some, with_more = (_with(model, tokens, loss, dict(means, keep=False, free=free)) for free in (some, more))
     checkpoint_blocks(model, keep=False, **means)
     free_bytes = (with_more.loss - with_some.loss) / (more - some) / tokens
-    turn_bytes = (with_some.blocks - bare) / tokens - some * free_bytes
-    kept_bytes = (with_attention.blocks - in_blocks) / blocks / tokens
+    # Of the step with more such blocks: with few, or none, the peak may be in a tile of the others.
+    turn_bytes = (with_more.blocks - bare) / tokens - more * free_bytes
+    # Where the loss is computed, all are there. In a block's backward its own would be in either step.
+    kept_bytes = (with_attention.loss - peaks.loss) / blocks / tokens
     return fill(replace(plan, turn_bytes=turn_bytes, free_bytes=free_bytes, kept_bytes=kept_bytes))
 
 

@@ -43,17 +43,21 @@ class Machine:
 
     def peak(self, model, tokens, loss):
         options = {**self.now}
-        free, keep, in_host = options.pop("free", 0), options.pop("keep"), options.pop("keep_in_host", 0)
-        kept = (2 - free - in_host if keep else 0) if isinstance(keep, bool) else keep
+        free, _, in_host = options.pop("free", 0), options.pop("keep"), options.pop("keep_in_host", 0)
         tile = options.get("tile_tokens")
         means = dict(options, tile_tokens=TILE) if tile else options
         in_attention = tokens * self.A_TOKEN[MEANS.index(means)]
         in_tile = self.IN_TILE * tile + in_attention - 20_000 * tokens if tile else 0
-        beside = tokens * 10_000 * (kept or bool(in_host and not free))
+        beside = tokens * 10_000 * (self.kept() or bool(in_host and not free))
         # Blocks that keep everything are gone when a tile is computed.
         return int(1e8 + max(in_attention + tokens * 50_000 * free, in_tile) + beside)
 
+    def kept(self):
+        """How many of two blocks keep attention's output on the GPU."""
+        free, keep, in_host = (self.now.get(name, 0) for name in ("free", "keep", "keep_in_host"))
+        return (2 - free - in_host if keep else 0) if isinstance(keep, bool) else keep
+
     def peaks(self, model, tokens, loss):
         peak, free = self.peak(model, tokens, loss), self.now.get("free", 0)
-        at_loss = int(1e8 + tokens * (60_000 + 50_000 * free))
+        at_loss = int(1e8 + tokens * (60_000 + 50_000 * free + 10_000 * self.kept()))
         return Peaks(at_loss, peak, int(1e8) + model.get_input_embeddings().weight.nbytes)

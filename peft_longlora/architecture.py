@@ -251,6 +251,7 @@ def counts_tokens(kind: type[nn.Module]) -> bool:
     return _counts_tokens(kind)
 
 
+@torch.compiler.disable  # where a graph breaks, PyTorch would compile this by itself, and warn of the cache
 @cache
 def _counts_tokens(kind: type[nn.Module]) -> bool:
     return any({"arange", "get_seq_length"} <= set(code.co_names) for code in _codes(kind))

@@ -24,24 +24,14 @@ import torch
 import transformers
 from options import Parser, above_zero, new_file, numbers, positive
 from peft import get_peft_model
+from shapes import SHAPES
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from peft_longlora import LongLoraConfig
 from peft_longlora.chat.kvcache import QUANTISERS, KVCache
 
-LLAMA_3_2_1B = dict(
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    max_position_embeddings=8192,
-    rope_parameters=dict(rope_type="default", rope_theta=500000.0),
-    tie_word_embeddings=True,
-)
+LLAMA_3_2_1B = SHAPES["llama-3.2-1b"] | dict(rope_parameters=dict(rope_type="default", rope_theta=500000.0))
 TINY = dict(
     vocab_size=128,
     hidden_size=64,

@@ -14,8 +14,10 @@ EXPANDABLE = "expandable_segments:True"
 
 
 def expand_segments() -> None:
-    """Let the allocator's segments grow in this process, unless the user has set up the allocator. Before the GPU is
-    used."""
+    """Let the allocator's segments grow in this process, unless its settings are there already.
+
+    Call it before the GPU is used. Source: PyTorch's notes on CUDA semantics, "Optimizing memory usage".
+    """
     if not any(os.environ.get(name) for name in SETTINGS):
         os.environ[SETTINGS[0]] = EXPANDABLE
 

@@ -144,6 +144,6 @@ def seconds(shape: Shape, plan: MemoryPlan, group_size: int, gpu: str = "H100", 
     """
     rows = _rates(gpu, four_bit)
     # Narrow models do not fill a GPU, so the rates are those of the widths nearest to the model's.
-    apart = [abs(log(SHAPES[rate.shape].hidden / shape.hidden)) for rate in rows]
-    near = [rate for rate, one in zip(rows, apart, strict=True) if one == min(apart)]
+    apart = {rate: abs(log(SHAPES[rate.shape].hidden / shape.hidden)) for rate in rows}
+    near = [rate for rate in rows if apart[rate] == min(apart.values())]
     return flops(shape, plan.length, group_size, plan) / median(rate.flops_per_second for rate in near)

@@ -1,9 +1,12 @@
-"""Tensors that wait in the host's memory, on a CPU."""
+"""What tests of memory share, on a CPU: copies to the host's memory, and the bytes that tensors hold."""
+
+import gc
 
 import pytest
 import torch
 
 from peft_longlora.memory import places
+from tests.helpers.held_bytes import Held
 from tests.helpers.host_copies import Away, leaves
 
 
@@ -21,3 +24,11 @@ def without_gpu(monkeypatch):
     monkeypatch.setattr(places, "CHUNK", 2**10)
     monkeypatch.setattr(places, "SLAB", 2**12)
     return made
+
+
+@pytest.fixture
+def held():
+    """Counts what tensors hold from here on."""
+    gc.collect()
+    with Held() as held:
+        yield held

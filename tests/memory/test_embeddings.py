@@ -1,7 +1,5 @@
 """What trained embeddings take of a step's peak, against the bytes that real steps hold on a CPU."""
 
-import gc
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,16 +10,11 @@ from peft_longlora.memory.blocks import find_blocks
 from peft_longlora.memory.estimate import Shape, Training, fixed_parts, late_bytes, loss_fixed
 from peft_longlora.memory.peaks import measure_peaks
 from tests.helpers.fused_loss import use_fused_loss
-from tests.helpers.held_bytes import Held, as_gpu
+from tests.helpers.held_bytes import as_gpu, loss
 from tests.helpers.tiny import extend, make
 
 VOCABULARY, TOKENS = 60_000, 512
 TABLE = VOCABULARY * 32 * 4  # bytes; much more than the blocks of such a row hold
-
-
-def loss(model, ids):
-    """As a fused one: no logits of the whole row."""
-    return model(input_ids=ids, logits_to_keep=8).logits.float().logsumexp(-1).sum()
 
 
 def fused(autocast):
@@ -52,13 +45,6 @@ def most(held, model, batches, ids, loss=loss):
         optimizer.step()
         optimizer.zero_grad()
     return held.most
-
-
-@pytest.fixture
-def held():
-    gc.collect()
-    with Held() as held:
-        yield held
 
 
 @pytest.fixture

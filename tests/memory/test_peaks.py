@@ -1,6 +1,5 @@
 """The peak that `fit_memory` expects of a row, against the bytes that a real step holds on a CPU."""
 
-import gc
 import math
 
 import pytest
@@ -8,22 +7,10 @@ import torch
 
 from peft_longlora.memory import fit, fit_memory, plan
 from peft_longlora.memory.plan import NAMED_FILLED
-from tests.helpers.held_bytes import Held, as_gpu
+from tests.helpers.held_bytes import as_gpu, loss
 from tests.helpers.tiny import extend, make
 
 TILE = dict(tile_tokens=256)
-
-
-def loss(model, ids):
-    """As a fused one: no logits of the whole row."""
-    return model(input_ids=ids, logits_to_keep=8).logits.float().logsumexp(-1).sum()
-
-
-@pytest.fixture
-def held():
-    gc.collect()
-    with Held() as held:
-        yield held
 
 
 def on_gpu(monkeypatch, held, length, shortest, **sizes):
